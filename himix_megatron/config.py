@@ -1,0 +1,425 @@
+"""Every setting of a run, as one frozen tree. Flows in: a recipe and command-line overrides; out: plain values.
+
+Each component receives only its own section. Units are in the names. Nothing here imports torch, so that a
+configuration can be built, checked and printed anywhere. `__post_init__` only checks: it never changes a value.
+Checks that need the number of ranks are in `check_ranks`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Part = Literal["vision_kv", "language", "tower"]
+"""What can train: the vision norms and vision K/V projections; the language model; the vision tower."""
+
+
+def _positive(**values: float) -> None:
+    for name, value in values.items():
+        if value <= 0:
+            raise ValueError(f"{name.replace('__', '.')} is {value}: it must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The language decoder, and how it takes vision in."""
+
+    family: Literal["llama", "qwen2"]
+    """`llama`: no biases; `qwen2`: biases on q, k, v, the vision k and v included."""
+    num_layers: int
+    """Decoder layers."""
+    hidden_size: int
+    """Width of the text's hidden states."""
+    ffn_hidden_size: int
+    """Inner width of the SwiGLU MLP."""
+    num_attention_heads: int
+    """Query heads."""
+    num_query_groups: int
+    """Key/value heads (grouped-query attention); equal to the query heads for plain multi-head attention."""
+    head_dim: int | None = None
+    """Width of one head; None means hidden_size / num_attention_heads."""
+    vocab_size: int
+    """Rows of the embedding as published; it is padded internally so that it divides over tensor ranks."""
+    rope_theta: float = 10000.0
+    """Base of the rotary position embedding."""
+    rope_scaling_factor: float | None = None
+    """Llama 3's frequency scaling (low 1, high 4, original context 8192); None: unscaled."""
+    norm_eps: float = 1e-5
+    """Epsilon of every RMSNorm, the vision norms included."""
+    tie_embeddings: bool = False
+    """Whether the output head is the input embedding."""
+    init_std: float = 0.02
+    """Standard deviation of freshly initialised matrices."""
+    attention: Literal["auto", "te", "torch"] = "auto"
+    """Backend of the whole layer: Transformer Engine, plain torch, or te where it is installed and a GPU is present."""
+    text_only: Literal["zero_image", "none"] = "none"
+    """A sample without an image attends to the features of an all-zero image (as the authors' code does), or to none."""
+
+    def __post_init__(self) -> None:
+        _positive(
+            model__num_layers=self.num_layers,
+            model__hidden_size=self.hidden_size,
+            model__ffn_hidden_size=self.ffn_hidden_size,
+            model__num_attention_heads=self.num_attention_heads,
+            model__num_query_groups=self.num_query_groups,
+            model__vocab_size=self.vocab_size,
+        )
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"model.hidden_size ({self.hidden_size}) does not divide into model.num_attention_heads "
+                f"({self.num_attention_heads}): change one, or give model.head_dim"
+            )
+        if self.num_attention_heads % self.num_query_groups:
+            raise ValueError(
+                f"model.num_attention_heads ({self.num_attention_heads}) is not a multiple of "
+                f"model.num_query_groups ({self.num_query_groups})"
+            )
+
+    @property
+    def channels_per_head(self) -> int:
+        """Width of one attention head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether q, k and v (text and vision) carry biases."""
+        return self.family == "qwen2"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VisionConfig:
+    """The vision tower and the pixels it wants."""
+
+    tower: Literal["tiny", "siglip", "clip"]
+    """`siglip` and `clip` come from transformers; `tiny` is a small ViT of our own that can be trained from nothing."""
+    path: str | None = None
+    """Folder with the tower's config.json and safetensors; None: random weights (tests, quickstart)."""
+    image_size: int
+    """Pixels on a side after preprocessing."""
+    patch_size: int
+    """Pixels on a side of one patch."""
+    hidden_size: int
+    """Width of the features (Vh)."""
+    num_layers: int
+    """Transformer layers in the tower."""
+    num_attention_heads: int
+    """Attention heads in the tower."""
+    ffn_hidden_size: int
+    """Inner width of the tower's MLP."""
+    feature_layer: int = -2
+    """Which hidden state is taken: -1 is the last layer's output, -2 the second to last. Patch tokens only."""
+    resize: Literal["square", "crop"] = "square"
+    """`square` scales both sides to image_size; `crop` scales the shorter one and crops the centre (CLIP's own way)."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """Filter of the resize; both are antialiased."""
+    pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Per channel, on the 0..1 scale."""
+    pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Per channel, on the 0..1 scale."""
+
+    def __post_init__(self) -> None:
+        _positive(vision__image_size=self.image_size, vision__patch_size=self.patch_size, vision__hidden_size=self.hidden_size)
+        if self.tower == "tiny" and self.image_size % self.patch_size:
+            raise ValueError(f"vision.image_size ({self.image_size}) is not a multiple of vision.patch_size ({self.patch_size})")
+        if not -self.num_layers <= self.feature_layer <= -1:
+            raise ValueError(f"vision.feature_layer is {self.feature_layer}: wanted -{self.num_layers} to -1")
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Patch tokens that one image contributes (N of one image)."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """How a model replica is cut; what ranks remain are data parallel."""
+
+    tensor: int = 1
+    """Tensor-parallel ranks (TP)."""
+    pipeline: int = 1
+    """Pipeline stages (PP)."""
+    virtual_pipeline: int = 1
+    """Model chunks per pipeline stage (interleaved schedule); 1 is the plain 1F1B schedule."""
+    sequence: bool = False
+    """Sequence parallelism: activations between the tensor-parallel blocks are split along the text."""
+    distributed_optimizer: bool = False
+    """Split optimizer state over the data-parallel ranks (ZeRO-1)."""
+    timeout_seconds: float = 600.0
+    """A collective that takes longer ends the run."""
+
+    def __post_init__(self) -> None:
+        _positive(
+            parallel__tensor=self.tensor,
+            parallel__pipeline=self.pipeline,
+            parallel__virtual_pipeline=self.virtual_pipeline,
+            parallel__timeout_seconds=self.timeout_seconds,
+        )
+        if self.sequence and self.tensor == 1:
+            raise ValueError("parallel.sequence needs parallel.tensor above 1: there is nothing to split")
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise ValueError("parallel.virtual_pipeline above 1 needs parallel.pipeline above 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Which shards are read, and how a sample becomes tokens."""
+
+    path: str | None = None
+    """Shard dataset (a folder with manifest.json). The tiny recipes make their own when this is None."""
+    validation_path: str | None = None
+    """Held-out shard dataset for the validation loss; None: no validation."""
+    tokenizer: str = "bytes"
+    """Folder of a Hugging Face tokenizer, or `bytes` for the built-in byte-level one."""
+    template: Literal["plain", "vicuna", "llama3", "chatml", "tiny"]
+    """How a conversation becomes one string: plain (captions only), Vicuna v1, Llama 3, ChatML (Qwen2), or the built-in tiny one."""
+    max_text_tokens: int
+    """A sample's text is cut to this many tokens; cut samples are counted."""
+    num_workers: int = 2
+    """Decoding processes per rank; 0 decodes in the training process."""
+    max_bad_fraction: float = 0.01
+    """Samples that fail to read or decode in training keep their slot with zero loss; above this share the run stops."""
+
+    def __post_init__(self) -> None:
+        _positive(data__max_text_tokens=self.max_text_tokens)
+        if self.num_workers < 0:
+            raise ValueError(f"data.num_workers is {self.num_workers}: wanted 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """How long, how much at once, what trains, in which precision."""
+
+    parts: tuple[Part, ...]
+    """What trains; the rest is frozen, bit for bit."""
+    steps: int | None = None
+    """Optimizer steps; None: as many as `epochs` takes."""
+    epochs: float = 1.0
+    """Passes over the data when `steps` is None."""
+    global_batch_samples: int
+    """Samples per optimizer step, over all ranks."""
+    micro_batch_samples: int
+    """Samples per forward pass on one replica."""
+    precision: Literal["bf16", "fp32"]
+    """bf16 keeps fp32 main weights and fp32 gradient sums."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation: core attention only, or whole layers."""
+    seed: int = 1234
+    """Of the fresh weights and of the data order."""
+
+    def __post_init__(self) -> None:
+        if not self.parts or len(set(self.parts)) != len(self.parts):
+            raise ValueError(f"train.parts is {list(self.parts)}: name each part to train once (vision_kv, language, tower)")
+        if self.steps is not None:
+            _positive(train__steps=self.steps)
+        _positive(
+            train__epochs=self.epochs,
+            train__global_batch_samples=self.global_batch_samples,
+            train__micro_batch_samples=self.micro_batch_samples,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW and its schedule. Embeddings, matrices: decayed; norms, biases: not."""
+
+    learning_rate: float
+    """Peak."""
+    min_learning_rate: float = 0.0
+    """Where the cosine ends."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After the warm-up."""
+    warmup_fraction: float = 0.03
+    """Share of the run's samples over which the rate rises linearly from 0."""
+    weight_decay: float = 0.0
+    """Decoupled, as in AdamW."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.999
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0: never."""
+
+    def __post_init__(self) -> None:
+        _positive(optimizer__learning_rate=self.learning_rate)
+        if not 0 <= self.warmup_fraction < 1:
+            raise ValueError(f"optimizer.warmup_fraction is {self.warmup_fraction}: wanted 0 to below 1")
+        if self.clip_norm < 0:
+            raise ValueError(f"optimizer.clip_norm is {self.clip_norm}: wanted 0 (never clip) or more")
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"optimizer.min_learning_rate ({self.min_learning_rate}) is above optimizer.learning_rate ({self.learning_rate})"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """Where weights come from and when they are saved."""
+
+    initial: str | None = None
+    """Run folder or checkpoint folder whose weights a fresh run starts from (align from a converted model, instruct from align)."""
+    interval_steps: int = 500
+    """Steps between saves; the last step is always saved."""
+    keep_last: int = 2
+    """Newest checkpoints kept."""
+
+    def __post_init__(self) -> None:
+        _positive(checkpoint__interval_steps=self.interval_steps, checkpoint__keep_last=self.keep_last)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogConfig:
+    """What a run tells."""
+
+    interval_steps: int = 10
+    """Steps between log lines and TensorBoard points."""
+    validation_interval_steps: int = 500
+    """Steps between validation losses, when data.validation_path is given."""
+    validation_samples: int = 512
+    """Samples per validation; a smaller set is used whole."""
+    ledger: bool = False
+    """Write RUN/ledger/rank-000.jsonl: every sample of every step."""
+
+    def __post_init__(self) -> None:
+        _positive(
+            log__interval_steps=self.interval_steps,
+            log__validation_interval_steps=self.validation_interval_steps,
+            log__validation_samples=self.validation_samples,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """The run itself."""
+
+    dir: str | None = None
+    """Run folder; None: runs/RECIPE. A folder with a checkpoint is continued: the same command continues the same run."""
+    resume_after_stop: bool = False
+    """Continue a run that stopped on purpose (its folder has a STOP file)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """One run."""
+
+    recipe: str
+    """Name of the recipe this came from."""
+    model: ModelConfig
+    vision: VisionConfig
+    data: DataConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        model, parallel = self.model, self.parallel
+        for name, heads in (("num_attention_heads", model.num_attention_heads), ("num_query_groups", model.num_query_groups)):
+            if heads % parallel.tensor:
+                sizes = [n for n in range(1, heads + 1) if model.num_query_groups % n == 0]
+                raise ValueError(
+                    f"model.{name} ({heads}) does not divide over parallel.tensor ({parallel.tensor}): "
+                    f"use --parallel.tensor {' or '.join(map(str, sizes[:6]))}"
+                )
+        if model.ffn_hidden_size % parallel.tensor:
+            raise ValueError(
+                f"model.ffn_hidden_size ({model.ffn_hidden_size}) does not divide over parallel.tensor ({parallel.tensor})"
+            )
+        chunks = parallel.pipeline * parallel.virtual_pipeline
+        if model.num_layers % chunks:
+            raise ValueError(
+                f"model.num_layers ({model.num_layers}) does not divide over parallel.pipeline ({parallel.pipeline}) x "
+                f"parallel.virtual_pipeline ({parallel.virtual_pipeline})"
+            )
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder."""
+        return Path(self.run.dir) if self.run.dir else Path("runs") / self.recipe
+
+
+def check_ranks(config: Config, world_size: int) -> int:
+    """Check the layout against the number of ranks.
+
+    Returns: the data-parallel size. Raises: ValueError naming what does not fit and what would.
+    """
+    parallel, train = config.parallel, config.train
+    replica = parallel.tensor * parallel.pipeline
+    if world_size % replica:
+        raise ValueError(
+            f"{world_size} rank{'s' if world_size > 1 else ''} cannot hold parallel.tensor ({parallel.tensor}) x "
+            f"parallel.pipeline ({parallel.pipeline}): use a multiple of {replica}, "
+            f"e.g. torchrun --nproc-per-node {replica} -m pipelines.pretrain ..."
+        )
+    data_size = world_size // replica
+    per_forward = data_size * train.micro_batch_samples
+    if train.global_batch_samples % per_forward:
+        raise ValueError(
+            f"train.global_batch_samples ({train.global_batch_samples}) is not a multiple of {data_size} data-parallel ranks x "
+            f"train.micro_batch_samples ({train.micro_batch_samples}): use a multiple of {per_forward}"
+        )
+    num_micro_batches = train.global_batch_samples // per_forward
+    if parallel.virtual_pipeline > 1 and num_micro_batches % parallel.pipeline:
+        raise ValueError(
+            f"{num_micro_batches} micro-batches per step do not divide over parallel.pipeline ({parallel.pipeline}), which the "
+            "interleaved schedule needs: change train.global_batch_samples or train.micro_batch_samples"
+        )
+    return data_size
+
+
+def to_json(config: Any) -> str:
+    """The tree as JSON text, two-space indented, fields in order."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def _build(cls: type, values: dict[str, Any]) -> Any:
+    hints = typing.get_type_hints(cls)
+    built: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in hints:
+            raise ValueError(f"{cls.__name__} has no field {name}: written by another version?")
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            built[name] = _build(hint, value)
+        elif isinstance(value, list):
+            built[name] = tuple(value)
+        else:
+            built[name] = value
+    return cls(**built)
+
+
+def from_json(text: str) -> Config:
+    """A Config from `to_json`'s text. Raises: ValueError for a field this version does not know."""
+    config = _build(Config, json.loads(text))
+    assert isinstance(config, Config)
+    return config
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """The fields in which two trees of one class differ, as (dotted name, old value, new value), in field order."""
+    found: list[tuple[str, Any, Any]] = []
+    for item in dataclasses.fields(old):
+        a, b = getattr(old, item.name), getattr(new, item.name)
+        if dataclasses.is_dataclass(a) and not isinstance(a, type):
+            found += differences(a, b, f"{prefix}{item.name}.")
+        elif a != b:
+            found.append((prefix + item.name, a, b))
+    return found
+
+
+def field_names(cls: type = Config, prefix: str = "") -> list[str]:
+    """Every leaf field as the command line spells it, e.g. `train.global_batch_samples`."""
+    names: list[str] = []
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            names += field_names(hint, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
