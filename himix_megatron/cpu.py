@@ -1,0 +1,117 @@
+"""Lets the real megatron-core run on CPU and gloo, so that every layout can be tried on a laptop.
+
+megatron-core asks for CUDA by name in about a dozen ways. `activate_if_needed` redirects each of them to its CPU
+counterpart; it does nothing on a machine that has an accelerator, and nothing in the rest of the project knows about it.
+Call it before the first import of `megatron.core`.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_CPU = torch.device("cpu")
+_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like", "ones_like", "as_tensor")
+_is_active = False
+
+
+def activate_if_needed() -> bool:
+    """Redirect megatron-core's CUDA requests to the CPU where no CUDA device is present.
+
+    Returns: whether the redirections are in force.
+    """
+    global _is_active
+    if torch.cuda.is_available() or _is_active:
+        return _is_active
+    _is_active = True
+    _redirect_devices()
+    _redirect_runtime()
+    _redirect_random_state()
+    return True
+
+
+def _redirect_devices() -> None:
+    """`device="cuda"`, `.cuda()` and type names: schedules, optimizer and checkpoint exchange create tensors this way."""
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    stay: Callable[..., Any] = lambda self, *_, **__: self  # noqa: E731
+    torch.Tensor.cuda = stay  # type: ignore[method-assign, assignment]
+    torch.nn.Module.cuda = stay  # type: ignore[method-assign, assignment]
+
+    # The optimizers sort parameters by the string of their type and know only 'torch.cuda.FloatTensor' and its kin.
+    # Only megatron-core gets this answer: other callers are told the truth.
+    plain_type = torch.Tensor.type
+
+    @functools.wraps(plain_type)
+    def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = plain_type(self, *args, **kwargs)
+        if isinstance(answer, str) and _caller_is_megatron():
+            return answer.replace("torch.", "torch.cuda.", 1)
+        return answer
+
+    torch.Tensor.type = type_name  # type: ignore[method-assign]
+
+
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(factory)
+    def create(*args: Any, **kwargs: Any) -> Any:
+        device = kwargs.get("device")
+        if device is not None and str(device).startswith("cuda"):
+            kwargs["device"] = _CPU
+        return factory(*args, **kwargs)
+
+    return create
+
+
+def _caller_is_megatron() -> bool:
+    return str(sys._getframe(2).f_globals.get("__name__", "")).startswith("megatron.")
+
+
+class _NoStream:
+    """Stands for a CUDA stream or event: everything on a CPU is already in order."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __enter__(self) -> _NoStream:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def wait_stream(self, _: Any) -> None: ...
+
+    def wait_event(self, _: Any) -> None: ...
+
+    def record(self, _: Any = None) -> None: ...
+
+    def wait(self, _: Any = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+def _redirect_runtime() -> None:
+    """Current device, synchronisation, streams: asked for around every communication."""
+    cuda: Any = torch.cuda
+    # Used as a device throughout; the true answer would be an index, and asking raises without a driver.
+    cuda.current_device = lambda: _CPU
+    for name in ("synchronize", "empty_cache", "set_device"):
+        setattr(cuda, name, lambda *_, **__: None)
+    for name in ("Stream", "Event"):
+        setattr(cuda, name, _NoStream)
+    for name in ("current_stream", "default_stream", "stream"):
+        setattr(cuda, name, _NoStream)
+
+
+def _redirect_random_state() -> None:
+    """Megatron-core's tracker of random states (weight initialisation, dropout) uses the CPU's generator instead."""
+    cuda: Any = torch.cuda
+    cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    cuda.manual_seed = torch.manual_seed
+    import megatron.core.tensor_parallel.random as tracker  # after the redirections above: it captures device names
+
+    tracker._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    tracker._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
