@@ -124,7 +124,9 @@ class VisionConfig:
     def __post_init__(self) -> None:
         _positive(vision__image_size=self.image_size, vision__patch_size=self.patch_size, vision__hidden_size=self.hidden_size)
         if self.tower == "tiny" and self.image_size % self.patch_size:
-            raise ValueError(f"vision.image_size ({self.image_size}) is not a multiple of vision.patch_size ({self.patch_size})")
+            raise ValueError(
+                f"vision.image_size ({self.image_size}) is not a multiple of vision.patch_size ({self.patch_size})"
+            )
         if not -self.num_layers <= self.feature_layer <= -1:
             raise ValueError(f"vision.feature_layer is {self.feature_layer}: wanted -{self.num_layers} to -1")
 
@@ -175,7 +177,7 @@ class DataConfig:
     tokenizer: str = "bytes"
     """Folder of a Hugging Face tokenizer, or `bytes` for the built-in byte-level one."""
     template: Literal["plain", "vicuna", "llama3", "chatml", "tiny"]
-    """How a conversation becomes one string: plain (captions only), Vicuna v1, Llama 3, ChatML (Qwen2), or the built-in tiny one."""
+    """How a conversation becomes one string: plain (captions only), Vicuna v1, Llama 3, ChatML (Qwen2), or our tiny one."""
     max_text_tokens: int
     """A sample's text is cut to this many tokens; cut samples are counted."""
     num_workers: int = 2
@@ -253,7 +255,8 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.clip_norm is {self.clip_norm}: wanted 0 (never clip) or more")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
-                f"optimizer.min_learning_rate ({self.min_learning_rate}) is above optimizer.learning_rate ({self.learning_rate})"
+                f"optimizer.min_learning_rate ({self.min_learning_rate}) is above "
+                f"optimizer.learning_rate ({self.learning_rate})"
             )
 
 
@@ -262,7 +265,7 @@ class CheckpointConfig:
     """Where weights come from and when they are saved."""
 
     initial: str | None = None
-    """Run folder or checkpoint folder whose weights a fresh run starts from (align from a converted model, instruct from align)."""
+    """Run or checkpoint folder whose weights a fresh run starts from (align: a converted model; instruct: align's run)."""
     interval_steps: int = 500
     """Steps between saves; the last step is always saved."""
     keep_last: int = 2
@@ -345,12 +348,11 @@ class Config:
         return Path(self.run.dir) if self.run.dir else Path("runs") / self.recipe
 
 
-def check_ranks(config: Config, world_size: int) -> int:
-    """Check the layout against the number of ranks.
+def check_layout(parallel: ParallelConfig, world_size: int) -> int:
+    """Check that a whole number of model replicas fits into the ranks.
 
-    Returns: the data-parallel size. Raises: ValueError naming what does not fit and what would.
+    Returns: that number, the data-parallel size. Raises: ValueError naming what would fit.
     """
-    parallel, train = config.parallel, config.train
     replica = parallel.tensor * parallel.pipeline
     if world_size % replica:
         raise ValueError(
@@ -358,7 +360,16 @@ def check_ranks(config: Config, world_size: int) -> int:
             f"parallel.pipeline ({parallel.pipeline}): use a multiple of {replica}, "
             f"e.g. torchrun --nproc-per-node {replica} -m pipelines.pretrain ..."
         )
-    data_size = world_size // replica
+    return world_size // replica
+
+
+def check_ranks(config: Config, world_size: int) -> int:
+    """Check layout and batch against the number of ranks.
+
+    Returns: the data-parallel size. Raises: ValueError naming what does not fit and what would.
+    """
+    parallel, train = config.parallel, config.train
+    data_size = check_layout(parallel, world_size)
     per_forward = data_size * train.micro_batch_samples
     if train.global_batch_samples % per_forward:
         raise ValueError(

@@ -1,0 +1,61 @@
+"""Logging of a run: one format, rank 0 on stderr, every rank in a file of its own.
+
+Flows in: records of the standard library's `logging`; out: lines on stderr and in RUN/log/rank-000.log.
+Modules log through `logging.getLogger(__name__)` and know nothing of ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+_FORMAT = "%(asctime)s rank %(rank)d %(levelname)s %(name)s: %(message)s"
+# Libraries speak from WARNING on; ours from INFO. A program started with -m is named __main__.
+_OURS = ("himix_megatron", "pipelines", "slurm", "tools", "__main__")
+_handlers: list[logging.Handler] = []
+
+
+class RankFilter(logging.Filter):
+    """Stamps each record with the rank, and lets only one rank speak below `others_from`."""
+
+    def __init__(self, rank: int, others_from: int = logging.NOTSET) -> None:
+        super().__init__()
+        self.rank, self.others_from = rank, others_from
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.rank = self.rank
+        return self.rank == 0 or record.levelno >= self.others_from
+
+
+def start(rank: int = 0, run_dir: Path | None = None) -> None:
+    """Send log records to stderr (rank 0 from INFO on, the others from ERROR on) and to RUN/log/rank-RANK.log.
+
+    Files are appended to, so that a requeued run keeps one story. Starting again replaces the earlier set-up.
+    Raises: OSError when the log file cannot be opened.
+    """
+    stop()
+    console = logging.StreamHandler(sys.stderr)
+    console.addFilter(RankFilter(rank, others_from=logging.ERROR))
+    _handlers.append(console)
+    if run_dir is not None:
+        (run_dir / "log").mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(run_dir / "log" / f"rank-{rank:03d}.log", encoding="utf-8")
+        file.addFilter(RankFilter(rank))
+        _handlers.append(file)
+    for handler in _handlers:
+        handler.setFormatter(logging.Formatter(_FORMAT))
+        logging.getLogger().addHandler(handler)
+    for name in _OURS:
+        logging.getLogger(name).setLevel(logging.INFO)
+    # Python's warnings would otherwise be printed once per rank.
+    logging.captureWarnings(True)
+
+
+def stop() -> None:
+    """Remove and close what `start` added."""
+    logging.captureWarnings(False)
+    while _handlers:
+        handler = _handlers.pop()
+        logging.getLogger().removeHandler(handler)
+        handler.close()
