@@ -1,0 +1,1 @@
+"""What a user runs: `python -m pipelines.NAME RECIPE --section.field value`."""

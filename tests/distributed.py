@@ -1,0 +1,111 @@
+"""Run a function on several real ranks: one process each, gloo, one thread, on this machine.
+
+Plain processes instead of a test plugin: a failing rank's traceback is the error, and a hang ends at a timeout.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def run_ranks(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 180.0, start_gloo: bool = True
+) -> list[Any]:
+    """Call `fn(*args)` on every rank of a world of its own and return the ranks' results in order.
+
+    `fn` is a module-level function, args and results are picklable. Each process has RANK, LOCAL_RANK, WORLD_SIZE,
+    MASTER_ADDR and MASTER_PORT, as torchrun sets them. With `start_gloo` torch.distributed is started before `fn` and
+    ended after it; without, `fn` starts it itself.
+
+    Raises: RuntimeError with the traceback of the first rank that failed, TimeoutError naming the ranks still running.
+    """
+    context = multiprocessing.get_context("spawn")
+    port = free_port()
+    ranks: list[tuple[Any, Connection]] = []
+    try:
+        for rank in range(world_size):
+            ours, theirs = context.Pipe(duplex=False)
+            child = context.Process(
+                target=_child, args=(fn, args, rank, world_size, port, timeout_seconds, start_gloo, theirs), daemon=True
+            )
+            child.start()
+            theirs.close()
+            ranks.append((child, ours))
+        return _collect(ranks, timeout_seconds)
+    finally:
+        for child, ours in ranks:
+            child.kill()
+            child.join()
+            ours.close()
+
+
+def _collect(ranks: list[tuple[Any, Connection]], timeout_seconds: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    waiting = {ours: rank for rank, (_, ours) in enumerate(ranks)}
+    deadline = time.monotonic() + timeout_seconds
+    while waiting:
+        ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise TimeoutError(f"ranks {sorted(waiting.values())} still run after {timeout_seconds:.0f} s")
+        for ours in ready:
+            assert isinstance(ours, Connection)
+            rank = waiting.pop(ours)
+            try:
+                failure, result = pickle.loads(ours.recv_bytes())
+            except EOFError:
+                ranks[rank][0].join(5)
+                raise RuntimeError(f"rank {rank} died with exit code {ranks[rank][0].exitcode}") from None
+            if failure:
+                raise RuntimeError(f"rank {rank} failed:\n{failure}")
+            results[rank] = result
+    return [results[rank] for rank in range(len(ranks))]
+
+
+def _child(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    rank: int,
+    world_size: int,
+    port: int,
+    timeout_seconds: float,
+    start_gloo: bool,
+    pipe: Connection,
+) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    try:
+        if start_gloo:
+            dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_seconds))
+        result = fn(*args)
+        # Plain pickle, not torch's: a tensor travels as bytes instead of shared memory that ends with this process.
+        pipe.send_bytes(pickle.dumps((None, result)))
+    except BaseException:
+        pipe.send_bytes(pickle.dumps((traceback.format_exc(), None)))
+    finally:
+        pipe.close()
+        # Peers may still be inside a collective with this rank: leave together when all went well, at once otherwise.
+        if dist.is_initialized() and start_gloo:
+            dist.destroy_process_group()
