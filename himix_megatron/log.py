@@ -10,38 +10,38 @@ import logging
 import sys
 from pathlib import Path
 
-_FORMAT = "%(asctime)s rank %(rank)d %(levelname)s %(name)s: %(message)s"
+_FORMAT = "%(asctime)s [%(rank)d/%(world_size)d] %(levelname)s %(name)s: %(message)s"
 # Libraries speak from WARNING on; ours from INFO. A program started with -m is named __main__.
 _OURS = ("himix_megatron", "pipelines", "slurm", "tools", "__main__")
 _handlers: list[logging.Handler] = []
 
 
 class RankFilter(logging.Filter):
-    """Stamps each record with the rank, and lets only one rank speak below `others_from`."""
+    """Stamps each record with the rank; ranks other than 0 speak from `others_from` on only."""
 
-    def __init__(self, rank: int, others_from: int = logging.NOTSET) -> None:
+    def __init__(self, rank: int, world_size: int, others_from: int = logging.NOTSET) -> None:
         super().__init__()
-        self.rank, self.others_from = rank, others_from
+        self.rank, self.world_size, self.others_from = rank, world_size, others_from
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.rank = self.rank
+        record.rank, record.world_size = self.rank, self.world_size
         return self.rank == 0 or record.levelno >= self.others_from
 
 
-def start(rank: int = 0, run_dir: Path | None = None) -> None:
-    """Send log records to stderr (rank 0 from INFO on, the others from ERROR on) and to RUN/log/rank-RANK.log.
+def start(run_dir: Path | None = None, rank: int = 0, world_size: int = 1) -> None:
+    """Send log records to stderr (rank 0 from INFO on, the others from ERROR on) and to RUN/log/rank-000.log.
 
-    Files are appended to, so that a requeued run keeps one story. Starting again replaces the earlier set-up.
-    Raises: OSError when the log file cannot be opened.
+    Without a run folder there is only stderr. Files are appended to, so that a requeued run keeps one story.
+    Starting again replaces the earlier set-up. Raises: OSError when the log file cannot be opened.
     """
     stop()
     console = logging.StreamHandler(sys.stderr)
-    console.addFilter(RankFilter(rank, others_from=logging.ERROR))
+    console.addFilter(RankFilter(rank, world_size, others_from=logging.ERROR))
     _handlers.append(console)
     if run_dir is not None:
         (run_dir / "log").mkdir(parents=True, exist_ok=True)
         file = logging.FileHandler(run_dir / "log" / f"rank-{rank:03d}.log", encoding="utf-8")
-        file.addFilter(RankFilter(rank))
+        file.addFilter(RankFilter(rank, world_size))
         _handlers.append(file)
     for handler in _handlers:
         handler.setFormatter(logging.Formatter(_FORMAT))

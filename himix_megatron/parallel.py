@@ -12,7 +12,8 @@ import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -22,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from himix_megatron import cpu
-from himix_megatron.config import ParallelConfig, check_layout
+from himix_megatron.config import Config, ParallelConfig, check_layout, check_ranks
 
 _LOOPBACK = "127.0.0.1"
 
@@ -101,11 +102,21 @@ def launch_from_environment(env: Mapping[str, str]) -> Launch:
     return Launch(kind="alone", rank=0, world_size=1, local_rank=0, host=_LOOPBACK, port=0)
 
 
+def check_launch(config: Config) -> Launch:
+    """How this process was started, checked against everything in the settings that depends on the number of ranks.
+
+    Starts nothing. Raises: ValueError.
+    """
+    launch = launch_from_environment(os.environ)
+    check_ranks(config, launch.world_size)
+    return launch
+
+
 def start(config: ParallelConfig, *, seed: int, launch: Launch | None = None) -> Topology:
     """Join the other ranks, build megatron-core's groups, seed the random generators.
 
-    Checks the number of ranks against the layout before the first collective; what else depends on that number is
-    checked by `config.check_ranks`, for which `launch_from_environment(os.environ).world_size` is known beforehand.
+    The number of ranks is checked against the layout before the first collective; `check_launch`, called beforehand,
+    also checks the batch.
 
     Args: seed: of weights and dropout; data-parallel ranks share it, pipeline and tensor ranks derive their own.
     Raises: ValueError when the ranks do not fit the layout, the environment is inconsistent, or the ranks cannot meet.
@@ -131,6 +142,19 @@ def start(config: ParallelConfig, *, seed: int, launch: Launch | None = None) ->
     torch.manual_seed(stage_seed)
     tensor_parallel.model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
     return topology
+
+
+def ensure_ranks(world_size: int, module: str, arguments: Sequence[str]) -> None:
+    """Start `python -m module arguments` again under torchrun when this process is alone and more ranks are needed.
+
+    Does not return in that case: torchrun takes this process's place, and its exit code.
+    """
+    if world_size == 1 or launch_from_environment(os.environ).kind != "alone":
+        return
+    # One thread a rank: ranks that each take every core slow each other down many times over.
+    env = {"OMP_NUM_THREADS": "1", **os.environ, "LOGLEVEL": "ERROR"}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
+    os.execve(sys.executable, [sys.executable, *torchrun, "-m", module, *arguments], env)
 
 
 def shutdown() -> None:
