@@ -1,0 +1,227 @@
+"""Towers equal transformers', and a replica that shares the tower sees what one rank alone sees."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from himix_megatron.config import VisionConfig
+from himix_megatron.model.vision import ReplicaEncoder, build_tower
+from tests.distributed import run_ranks
+
+SIZES: dict[str, Any] = {
+    "image_size": 30,  # 2 pixels are left over, as with SigLIP's 384 in patches of 14
+    "patch_size": 7,
+    "hidden_size": 24,
+    "num_layers": 4,
+    "num_attention_heads": 3,
+    "ffn_hidden_size": 40,
+}
+CLASSES = {
+    "siglip": (transformers.SiglipVisionConfig, transformers.SiglipVisionModel),
+    "clip": (transformers.CLIPVisionConfig, transformers.CLIPVisionModel),
+}
+MEAN, STD = (0.48, 0.45, 0.40), (0.26, 0.27, 0.28)
+
+
+def _config(tower: str, **changes: Any) -> VisionConfig:
+    return VisionConfig(**{"tower": tower, "pixel_mean": MEAN, "pixel_std": STD, **SIZES, **changes})
+
+
+def _tiny(**changes: Any) -> VisionConfig:
+    return _config("tiny", **{"image_size": 16, "patch_size": 8, "hidden_size": 12, "num_layers": 2, **changes})
+
+
+def _peer(tower: str) -> transformers.PreTrainedModel:
+    """transformers' model of the same sizes, every parameter random (norms and biases too)."""
+    config_class, model_class = CLASSES[tower]
+    torch.manual_seed(7)
+    model = model_class(
+        config_class(
+            image_size=SIZES["image_size"],
+            patch_size=SIZES["patch_size"],
+            hidden_size=SIZES["hidden_size"],
+            num_hidden_layers=SIZES["num_layers"],
+            num_attention_heads=SIZES["num_attention_heads"],
+            intermediate_size=SIZES["ffn_hidden_size"],
+        )
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2)
+    return model.eval()
+
+
+def _pixels(num_images: int, config: VisionConfig, seed: int = 0) -> torch.Tensor:
+    shape = (num_images, 3, config.image_size, config.image_size)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("feature_layer", [-1, -2, -4])
+@pytest.mark.parametrize("tower", ["siglip", "clip"])
+def test_features_equal_transformers_hidden_states(tower: str, feature_layer: int, tmp_path: Path) -> None:
+    peer = _peer(tower)
+    peer.save_pretrained(tmp_path)
+    config = _config(tower, path=str(tmp_path), feature_layer=feature_layer)
+    pixels = _pixels(3, config)
+    normalised = (pixels / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    normalised[1] = 0
+    with torch.no_grad():
+        wanted = peer(normalised, output_hidden_states=True).hidden_states[feature_layer]
+        got = build_tower(config, seed=0, dtype=torch.float32)(pixels, torch.tensor([False, True, False]))
+    wanted = wanted[:, 1:] if tower == "clip" else wanted
+    assert got.shape == (3, config.tokens_per_image, config.hidden_size)
+    assert (got - wanted).abs().max() <= 1e-6 * wanted.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("tower", ["siglip", "clip"])
+def test_a_whole_model_folder_serves_as_well_as_its_vision_part(tower: str, tmp_path: Path) -> None:
+    peer = _peer(tower)
+    sizes = peer.config.to_dict()
+    text = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 9}
+    whole_class = {"siglip": transformers.SiglipModel, "clip": transformers.CLIPModel}[tower]
+    whole = whole_class(whole_class.config_class(text_config=text, vision_config=sizes))
+    part = whole.vision_model
+    part.load_state_dict({name.removeprefix("vision_model."): value for name, value in peer.state_dict().items()}, strict=False)
+    whole.save_pretrained(tmp_path / "whole")
+    peer.save_pretrained(tmp_path / "part")
+    towers = [
+        build_tower(_config(tower, path=str(tmp_path / name)), seed=0, dtype=torch.float32).state_dict()
+        for name in ("whole", "part")
+    ]
+    assert towers[0].keys() == towers[1].keys()
+    assert all(torch.equal(towers[0][name], towers[1][name]) for name in towers[0])
+
+
+def test_layers_after_the_feature_layer_are_not_built() -> None:
+    assert len(build_tower(_config("siglip", feature_layer=-2), seed=0, dtype=torch.float32).layers) == 3
+    assert len(build_tower(_tiny(feature_layer=-1), seed=0, dtype=torch.float32).layers) == 2
+
+
+@pytest.mark.parametrize("tower", ["siglip", "clip", "tiny"])
+def test_every_parameter_of_a_tower_gets_a_gradient(tower: str) -> None:
+    config = _tiny() if tower == "tiny" else _config(tower)
+    built = build_tower(config, seed=0, dtype=torch.float32)
+    built(_pixels(2, config), torch.tensor([False, False])).square().sum().backward()
+    assert [name for name, parameter in built.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize("tower", ["siglip", "clip", "tiny"])
+def test_random_weights_depend_on_the_seed_alone_and_move_no_generator(tower: str) -> None:
+    config = _tiny() if tower == "tiny" else _config(tower)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = build_tower(config, seed=5, dtype=torch.float32).state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    again, other = (build_tower(config, seed=seed, dtype=torch.float32).state_dict() for seed in (5, 6))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_a_blank_image_is_zero_after_normalisation_whatever_its_pixels() -> None:
+    config = _tiny()
+    tower = build_tower(config, seed=0, dtype=torch.float32)
+    blank = torch.tensor([True, True, False])
+    features = tower(_pixels(3, config), blank)
+    assert torch.equal(features[0], features[1])
+    assert not torch.equal(features[0], features[2])
+    assert not torch.allclose(features[0], tower(torch.zeros_like(_pixels(3, config)), ~blank)[0])
+
+
+def test_a_bf16_tower_normalises_in_full_precision() -> None:
+    config = _tiny(pixel_std=(0.001, 0.001, 0.001))
+    tower = build_tower(config, seed=0, dtype=torch.bfloat16).bfloat16()
+    pixels, blank = _pixels(1, config), torch.tensor([False])
+    got = tower.normalise(pixels, blank, torch.float32)
+    wanted = (pixels / 255 - torch.tensor(MEAN).view(3, 1, 1)) / 0.001
+    assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+    assert tower(pixels, blank).dtype == torch.bfloat16
+
+
+def _folder(tmp_path: Path) -> VisionConfig:
+    _peer("siglip").save_pretrained(tmp_path)
+    return _config("siglip", path=str(tmp_path))
+
+
+@pytest.mark.parametrize("field", ["image_size", "patch_size", "hidden_size", "num_layers", "ffn_hidden_size"])
+def test_a_folder_of_other_sizes_is_refused_by_the_name_of_the_field(field: str, tmp_path: Path) -> None:
+    config = _folder(tmp_path)
+    other = dataclasses.replace(config, **{field: getattr(config, field) * 3})
+    with pytest.raises(ValueError, match=rf"vision\.{field} is .* use --vision\.{field.replace('_', '-')} {SIZES[field]}"):
+        build_tower(other, seed=0, dtype=torch.float32)
+
+
+def test_a_folder_of_another_normalisation_or_kind_or_without_weights_is_refused(tmp_path: Path) -> None:
+    config = _folder(tmp_path)
+    with pytest.raises(ValueError, match=r"vision\.tower is clip, but .* describes siglip"):
+        build_tower(dataclasses.replace(config, tower="clip"), seed=0, dtype=torch.float32)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5, 0.5, 0.5]}))
+    with pytest.raises(ValueError, match=r"vision\.pixel_mean is .*use --vision\.pixel-mean 0\.5 0\.5 0\.5"):
+        build_tower(config, seed=0, dtype=torch.float32)
+    (tmp_path / "preprocessor_config.json").unlink()
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"no \*\.safetensors in"):
+        build_tower(config, seed=0, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"no config\.json in"):
+        build_tower(dataclasses.replace(config, path=str(tmp_path / "none")), seed=0, dtype=torch.float32)
+
+
+def test_missing_weights_are_named_not_made_up(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    config = _folder(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    lost = next(name for name in weights if "layers.1.mlp.fc1.weight" in name)
+    save_file({name: value for name, value in weights.items() if name != lost}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"lacks 1 of the tower's .* layers\.1\.mlp\.fc1\.weight"):
+        build_tower(config, seed=0, dtype=torch.float32)
+
+
+def _encode(num_images: int, trainable: bool, dtype: torch.dtype) -> torch.Tensor:
+    """What one rank of the replica gets; alone when no group exists."""
+    config = _tiny(feature_layer=-1)
+    tower = build_tower(config, seed=3, dtype=torch.float32)
+    world = torch.distributed.is_initialized()
+    rank, size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if world else (0, 1)
+    per_rank = -(-num_images // size)
+    share = _pixels(num_images, config)[per_rank * rank : per_rank * (rank + 1)]
+    blank = torch.arange(num_images) % 3 == 1
+    group = torch.distributed.group.WORLD if world else None
+    encoder = ReplicaEncoder(tower, group, trainable, dtype, max_images_per_forward=2)
+    return encoder.encode(share, blank, num_images)
+
+
+def _encode_all() -> list[torch.Tensor]:
+    frozen = [_encode(num_images, False, torch.float32) for num_images in (7, 4, 1, 0)]
+    return [*frozen, _encode(5, False, torch.bfloat16), _encode(5, True, torch.float32)]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_shared_tower_gives_every_rank_what_one_rank_alone_computes(world_size: int) -> None:
+    alone = _encode_all()
+    assert [len(features) for features in alone] == [7, 4, 1, 0, 5, 5]
+    assert alone[-2].dtype == torch.bfloat16
+    assert torch.equal(alone[-1], _pixels(5, _tiny()))
+    for rank_features in run_ranks(_encode_all, world_size):
+        for got, wanted in zip(rank_features, alone, strict=True):
+            assert got.dtype == wanted.dtype
+            assert got.shape == wanted.shape
+            assert torch.allclose(got.float(), wanted.float(), atol=1e-2 if got.dtype == torch.bfloat16 else 1e-6)
+
+
+def _fail_on_rank_one() -> None:
+    if torch.distributed.get_rank() == 1:
+        raise KeyError("planted")
+    torch.distributed.barrier()
+
+
+def test_run_ranks_raises_with_the_failing_ranks_traceback() -> None:
+    with pytest.raises(RuntimeError, match=r"rank 1 failed:(.|\n)*KeyError: 'planted'"):
+        run_ranks(_fail_on_rank_one, 2)
