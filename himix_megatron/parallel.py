@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from himix_megatron import cpu
+from himix_megatron import cpu, kernels
 from himix_megatron.config import Config, ParallelConfig, check_layout, check_ranks
 
 _LOOPBACK = "127.0.0.1"
@@ -124,6 +124,7 @@ def start(config: ParallelConfig, *, seed: int, launch: Launch | None = None) ->
     launch = launch or launch_from_environment(os.environ)
     check_layout(config, launch.world_size)
     cpu.activate_if_needed()
+    kernels.settle(kernels.detect())
     from megatron.core import parallel_state, tensor_parallel  # after the redirections of cpu.py
 
     device = _device(launch, config)

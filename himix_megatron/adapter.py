@@ -1,0 +1,130 @@
+"""Our configuration in megatron-core's terms: the only file that knows mcore's field names and versions.
+
+Flows in: Config and what kernels are usable here; out: mcore's TransformerConfig, DDP and optimizer configurations.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.transformer import TransformerConfig
+
+from .config import Config, ModelConfig
+from .kernels import Kernels
+
+VOCAB_MULTIPLE = 128
+"""The embedding's rows are padded to a multiple of this and of the tensor ranks."""
+
+
+def padded_vocab_size(vocab_size: int, tensor_size: int) -> int:
+    """Rows of the embedding as allocated."""
+    multiple = math.lcm(VOCAB_MULTIPLE, tensor_size)
+    return -(-vocab_size // multiple) * multiple
+
+
+def attention_backend(model: ModelConfig, kernels: Kernels) -> Literal["te", "torch"]:
+    """The layer backend to build. Raises: ValueError if `te` is asked for and cannot run here."""
+    if model.attention == "torch":
+        return "torch"
+    if model.attention == "te" and not kernels.transformer_engine:
+        raise ValueError(f"model.attention is te, but {kernels.transformer_engine_reason}: use --model.attention torch")
+    return "te" if kernels.transformer_engine and (torch.cuda.is_available() or model.attention == "te") else "torch"
+
+
+def params_dtype(config: Config) -> torch.dtype:
+    """The dtype of parameters and activations."""
+    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+
+
+def transformer_config(config: Config, kernels: Kernels) -> TransformerConfig:
+    """mcore's model configuration."""
+    model, parallel = config.model, config.parallel
+    on_gpu = torch.cuda.is_available()
+    interleaved = parallel.virtual_pipeline > 1
+    te = attention_backend(model, kernels) == "te"
+    made = TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.channels_per_head,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=model.has_qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=model.init_std,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
+        sequence_parallel=parallel.sequence,
+        bf16=config.train.precision == "bf16",
+        params_dtype=params_dtype(config),
+        pipeline_dtype=params_dtype(config),
+        calculate_per_token_loss=True,
+        # An interleaved schedule pairs sends and receives wrongly on gloo, and trains on silently, unless they are single.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        use_cpu_initialization=not on_gpu,
+        gradient_accumulation_fusion=kernels.accumulation_fusion and not te,
+        masked_softmax_fusion=False,
+        # mcore's jit-compiled element-wise fusions need a compiler at run time; on CPU they only cost start-up.
+        bias_activation_fusion=on_gpu,
+        bias_dropout_fusion=on_gpu,
+        recompute_granularity=None if config.train.recompute == "none" else config.train.recompute,
+        recompute_method="uniform" if config.train.recompute == "full" else None,
+        recompute_num_layers=1 if config.train.recompute == "full" else None,
+    )
+    # A trainable tower is replicated on every pipeline stage; mcore sums its gradients over them under this name.
+    made.has_cond_embedder = "tower" in config.train.parts
+    return made
+
+
+def ddp_config(config: Config) -> DistributedDataParallelConfig:
+    """mcore's data-parallel configuration: gradients are summed in fp32."""
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+        overlap_grad_reduce=False,
+        check_for_nan_in_grad=False,
+    )
+
+
+def optimizer_config(config: Config) -> MegatronOptimizerConfig:
+    """mcore's optimizer configuration."""
+    optimizer = config.optimizer
+    return MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=optimizer.learning_rate,
+        min_lr=optimizer.min_learning_rate,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        adam_eps=optimizer.eps,
+        clip_grad=optimizer.clip_norm,
+        bf16=config.train.precision == "bf16",
+        params_dtype=params_dtype(config),
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+    )
+
+
+def gpt_arguments(config: Config) -> dict[str, Any]:
+    """GPTModel's own keyword arguments."""
+    model = config.model
+    return {
+        "vocab_size": padded_vocab_size(model.vocab_size, config.parallel.tensor),
+        "max_sequence_length": config.data.max_text_tokens,
+        "position_embedding_type": "rope",
+        "rotary_base": model.rope_theta,
+        "rope_scaling": model.rope_scaling_factor is not None,
+        "rope_scaling_factor": model.rope_scaling_factor or 1.0,
+        "share_embeddings_and_output_weights": model.tie_embeddings,
+    }

@@ -1,0 +1,160 @@
+"""One pipeline stage of a HiMix model: megatron-core's GPTModel, whose layers see the images.
+
+Flows in: text token ids of a micro-batch (first stage) or hidden states (later ones), and the features of its images, which
+every stage receives beside the pipeline; out: hidden states, or per-token losses (last stage).
+
+Shape letters: B samples, S text tokens, K images of the micro-batch, n tokens of one image, N vision tokens of a sample,
+V vision width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor, nn
+
+from ..adapter import attention_backend, ddp_config, gpt_arguments, transformer_config
+from ..config import Config, Part
+from ..kernels import Kernels
+from ..parallel import Topology
+from .attention_backends import TorchMixtureAttention, TransformerEngineMixtureAttention
+from .spec import block_spec
+
+
+def arrange_features(features_KnV: Tensor, images_per_sample: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """Lay a micro-batch's image features out by sample.
+
+    Args:
+        features_KnV: float[K, n, V], images in sample order.
+        images_per_sample: B counts that sum to K.
+    Returns:
+        float[N, B, V] with the images of a sample one after the other, and bool[B, N], True where a sample has fewer
+        than N vision tokens; None where all have N.
+    """
+    num_images, tokens, width = features_KnV.shape
+    assert num_images == sum(images_per_sample), (num_images, images_per_sample)
+    most = max(images_per_sample)
+    if min(images_per_sample) == most:
+        return features_KnV.view(len(images_per_sample), most * tokens, width).transpose(0, 1).contiguous(), None
+    slots_BI = torch.full((len(images_per_sample), most), num_images, dtype=torch.long)  # an empty slot reads the zero image
+    first = 0
+    for sample, count in enumerate(images_per_sample):
+        slots_BI[sample, :count] = torch.arange(first, first + count)
+        first += count
+    slots_BI = slots_BI.to(features_KnV.device)
+    with_zero = torch.cat((features_KnV, features_KnV.new_zeros(1, tokens, width)))
+    vision_NBV = with_zero[slots_BI].flatten(1, 2).transpose(0, 1).contiguous()
+    return vision_NBV, (slots_BI == num_images).repeat_interleave(tokens, dim=1)
+
+
+class HiMixModel(GPTModel):  # type: ignore[misc]
+    """A stage's layers; with a trainable tower also its replica of the tower (`tower`), run with gradient on every stage."""
+
+    def __init__(self, config: Config, kernels: Kernels, topology: Topology, *, chunk: int | None, tower: nn.Module | None):
+        mcore_config = transformer_config(config, kernels)
+        backend = attention_backend(config.model, kernels)
+        first, last = chunk in (None, 0), chunk in (None, config.parallel.virtual_pipeline - 1)
+        super().__init__(
+            mcore_config,
+            block_spec(mcore_config, backend, config.vision.hidden_size, chunk=chunk, stage=topology.pipeline_rank),
+            pre_process=topology.is_first_stage and first,
+            post_process=topology.is_last_stage and last,
+            vp_stage=chunk,
+            **gpt_arguments(config),
+        )
+        self.real_vocab_size = config.model.vocab_size
+        self.mixture_mask = (TransformerEngineMixtureAttention if backend == "te" else TorchMixtureAttention).mixture_mask
+        if tower is not None:
+            self.tower = tower
+            for parameter in tower.parameters():
+                parameter.pipeline_parallel = True  # type: ignore[attr-defined]  # summed over the stages by mcore
+                # Counted once in the gradient's norm.
+                parameter.shared = not (topology.is_first_stage and first)  # type: ignore[attr-defined]
+
+    def forward(
+        self,
+        text_ids: Tensor,
+        images: Tensor,
+        blank: Tensor,
+        images_per_sample: Sequence[int],
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """Per-token losses float[B, S] on the last stage (logits float[B, S, vocab/TP] without labels), else hidden states.
+
+        Args:
+            text_ids: int64[B, S]; later stages use its shape only.
+            images: float[K, n, V] features, or uint8[K, 3, height, width] pixels where the stage holds the tower.
+            blank: bool[K], images that stand for "no image" (all zeros after normalisation); the tower's business.
+            labels: int64[B, S], -100 for no loss.
+        """
+        features_KnV = images
+        if hasattr(self, "tower"):
+            features_KnV = self.tower(images, blank)
+        vision_NBV, padding_BN = arrange_features(features_KnV, images_per_sample)
+        mask = self.mixture_mask(text_ids.shape[1], vision_NBV.shape[0], padding_BN, text_ids.device)
+        output: Tensor = super().forward(
+            text_ids,
+            None,  # positions: rotary, from 0 in every sample
+            mask,
+            labels=labels,
+            extra_block_kwargs={"context": vision_NBV, "context_mask": padding_BN},
+        )
+        return output
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """float[B, S] cross-entropy over the real vocabulary; 0 where the label is -100."""
+        logits_SBW = self.hide_padding(logits)
+        has_loss = labels >= 0
+        losses: Tensor = super().compute_language_model_loss(labels.clamp(min=0), logits_SBW)
+        return losses * has_loss
+
+    def hide_padding(self, logits_SBW: Tensor) -> Tensor:
+        """Logits of this rank's share W of the vocabulary, with the rows that only pad it made impossible."""
+        first = self.pg_collection.tp.rank() * logits_SBW.shape[-1]
+        real = max(0, min(logits_SBW.shape[-1], self.real_vocab_size - first))
+        if real < logits_SBW.shape[-1]:
+            logits_SBW[..., real:] = torch.finfo(logits_SBW.dtype).min
+        return logits_SBW
+
+
+def part_of(name: str) -> Part:
+    """Which part of the model a parameter belongs to, by its name."""
+    if name.startswith("tower."):
+        return "tower"
+    return "vision_kv" if ".vision_norm." in name or ".linear_vision_kv." in name else "language"
+
+
+def build_stage(config: Config, kernels: Kernels, topology: Topology, tower: nn.Module) -> list[DistributedDataParallel]:
+    """This rank's model chunks (one, or `virtual_pipeline`), frozen as `train.parts` says, ready for data parallelism.
+
+    The tower goes in only where it trains; a frozen one belongs to the ReplicaEncoder.
+    """
+    torch.manual_seed(config.train.seed + 100 * topology.pipeline_rank)
+    interleaved = config.parallel.virtual_pipeline > 1
+    stages = []
+    for chunk in range(config.parallel.virtual_pipeline):
+        own_tower = tower if "tower" in config.train.parts else None
+        if own_tower is not None and chunk > 0:
+            own_tower = _copy(tower)
+        model = HiMixModel(config, kernels, topology, chunk=chunk if interleaved else None, tower=own_tower)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(part_of(name) in config.train.parts)
+        stages.append(_data_parallel(config, model.to(topology.device), first=chunk == 0))
+    return stages
+
+
+def _copy(tower: nn.Module) -> nn.Module:
+    import copy
+
+    return copy.deepcopy(tower)
+
+
+def _data_parallel(config: Config, model: HiMixModel, *, first: bool) -> DistributedDataParallel:
+    mcore_config: Any = model.config
+    wrapped = Float16Module(mcore_config, model) if mcore_config.bf16 else model
+    return DistributedDataParallel(mcore_config, ddp_config(config), wrapped, disable_bucketing=not first)

@@ -1,0 +1,41 @@
+"""The HiMix decoder layer: megatron-core's transformer layer, whose attention also receives the block's `context`.
+
+Flows in: text states, and the vision features as `context`; out: text states, and the same features for the next layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+
+class HiMixLayer(TransformerLayer):  # type: ignore[misc]
+    """norm, Mixture Attention, add; norm, MLP, add (the second half is megatron-core's own)."""
+
+    def _forward_attention(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        rotary_pos_emb: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """float[S, B, H] text and its `context`, handed on: the block gives each layer what the one before returned."""
+        normed = self.input_layernorm(hidden_states)
+        update_and_bias = self.self_attention(normed, attention_mask, context, context_mask, rotary_pos_emb)
+        add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
+        hidden_states = add(update_and_bias, hidden_states, self.hidden_dropout)
+        return hidden_states, context
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm in the form megatron-core builds, marked for sequence parallelism (mcore's torch norms refuse it)."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float, **_: Any):
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        # Each tensor rank sees a part of the text: megatron-core sums the weight's gradient over them.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

@@ -1,0 +1,47 @@
+"""The optimizer and its learning-rate schedule, both megatron-core's.
+
+Flows in: Config and this rank's model chunks; out: an optimizer to step and a schedule that is a function of samples seen.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from .adapter import optimizer_config
+from .config import Config
+
+
+def build_optimizer(config: Config, stages: list[DistributedDataParallel]) -> Any:
+    """AdamW over the parameters that train, with fp32 main weights under bf16; gradients clipped by global norm."""
+    return get_megatron_optimizer(optimizer_config(config), stages, use_gloo_process_groups=False)
+
+
+class Schedule:
+    """The learning rate as a pure function of the samples seen, so that a checkpoint needs to store no schedule."""
+
+    def __init__(self, config: Config, optimizer: Any, total_samples: int):
+        settings = config.optimizer
+        self._optimizer = optimizer
+        self._mcore = OptimizerParamScheduler(
+            optimizer,
+            init_lr=0.0 if settings.warmup_fraction else settings.learning_rate,
+            max_lr=settings.learning_rate,
+            min_lr=settings.min_learning_rate,
+            lr_warmup_steps=int(settings.warmup_fraction * total_samples),
+            lr_decay_steps=total_samples,
+            lr_decay_style=settings.schedule,
+            start_wd=settings.weight_decay,
+            end_wd=settings.weight_decay,
+            wd_incr_steps=total_samples,
+            wd_incr_style="constant",
+        )
+
+    def set(self, samples_seen: int) -> float:
+        """Put the optimizer at the rate that holds after `samples_seen` samples (the warm-up starts from 0); returns it."""
+        self._mcore.num_steps = samples_seen
+        self._mcore.step(0)
+        return max(float(group["lr"]) for group in self._optimizer.param_groups)

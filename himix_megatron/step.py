@@ -1,0 +1,101 @@
+"""One pass over micro-batches through megatron-core's schedules: what training, validation and generation share.
+
+Flows in: this rank's model chunks and, per micro-batch, text and images; out: what the last stage reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from .data.batch import StepBatch
+from .loss import answer_loss
+
+
+@dataclass(frozen=True, slots=True)
+class StageInput:
+    """What every stage is given with a micro-batch; text hidden states alone come through the pipeline."""
+
+    text_ids: Tensor
+    """int64[B, S]."""
+    images: Tensor
+    """Features float[K, n, V] of the micro-batch's images; pixels uint8[K, 3, height, width] where the tower trains."""
+    blank: Tensor
+    """bool[K], images that stand for "no image"."""
+    images_per_sample: tuple[int, ...]
+    """B counts."""
+    labels: Tensor | None = None
+    """int64[B, S], -100 for no loss; None: logits are wanted."""
+
+
+def stage_inputs(batch: StepBatch, images: Tensor, device: torch.device) -> list[StageInput]:
+    """Cut a step into its micro-batches. `images`: features or pixels of all the step's images on this replica."""
+    inputs, first = [], 0
+    for micro_batch in batch.micro_batches:
+        own = slice(first, first + sum(micro_batch.images_per_sample))
+        first = own.stop
+        inputs.append(
+            StageInput(
+                text_ids=micro_batch.text_ids.to(device),
+                images=images[own],
+                blank=batch.blank[own].to(device),
+                images_per_sample=micro_batch.images_per_sample,
+                labels=micro_batch.labels.to(device),
+            )
+        )
+    return inputs
+
+
+def run_losses(stages: list[DistributedDataParallel], inputs: Sequence[StageInput], *, forward_only: bool) -> list[Tensor]:
+    """Forward, and backward unless `forward_only`, over micro-batches of equal shape.
+
+    Returns: on the last stage float64[2] per micro-batch: summed loss, answer tokens; elsewhere nothing.
+    """
+    return _run(stages, inputs, lambda given: partial(answer_loss, given.labels), forward_only=forward_only)
+
+
+def run_logits(
+    stages: list[DistributedDataParallel], inputs: Sequence[StageInput], take: Callable[[int, Tensor], Tensor]
+) -> list[Tensor]:
+    """Forward without labels. `take(micro_batch, logits float[B, S, vocab/TP])` says what to keep.
+
+    Returns: on the last stage what was kept, per micro-batch; elsewhere nothing.
+    """
+    numbers = iter(range(len(inputs)))
+    return _run(
+        stages, inputs, lambda _: lambda logits, non_loss_data: take(next(numbers), logits), forward_only=True, raw=True
+    )
+
+
+def _run(
+    stages: list[DistributedDataParallel],
+    inputs: Sequence[StageInput],
+    report: Callable[[StageInput], Callable[..., Any]],
+    *,
+    forward_only: bool,
+    raw: bool = False,
+) -> list[Tensor]:
+    def forward_step(iterator: Iterator[StageInput], stage: DistributedDataParallel) -> tuple[Tensor, Any]:
+        given = next(iterator)
+        output = stage(given.text_ids, given.images, given.blank, given.images_per_sample, labels=given.labels)
+        return output, report(given)
+
+    num_samples, length = inputs[0].text_ids.shape
+    reported: list[Tensor] = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(inputs) for _ in stages],
+        model=stages,
+        num_microbatches=len(inputs),
+        seq_length=length,
+        micro_batch_size=num_samples,
+        forward_only=forward_only,
+        collect_non_loss_data=raw,
+    )
+    return reported
