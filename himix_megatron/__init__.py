@@ -4,4 +4,8 @@
 the programs that people run are in `pipelines/`.
 """
 
+from himix_megatron.kernels import prepare_import
+
+prepare_import()  # before anything below can import megatron-core
+
 __version__ = "0.1.0"

@@ -1,0 +1,137 @@
+"""Which optional fused kernels can be used here, and why not the others. Flows in: what is installed; out: Kernels.
+
+Transformer Engine and NVIDIA Apex are recognised by the functions that are called, never by a package's name: the `apex`
+that a package index offers is a toolkit for Pyramid web applications. megatron-core takes whichever of them imports;
+`prepare_import` and `settle` make its choice agree with `detect`'s.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+_ADAM_NAMES = {"te": "Transformer Engine's FusedAdam", "apex": "NVIDIA Apex's FusedAdam", "torch": "torch AdamW"}
+_hidden_apex: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kernels:
+    """What is usable, each with its reason as half a sentence."""
+
+    transformer_engine: bool
+    """Its layers can be built; running them also takes a CUDA device."""
+    transformer_engine_reason: str
+    fused_adam: Literal["te", "apex", "torch"]
+    """Whose AdamW megatron-core uses."""
+    fused_adam_reason: str
+    accumulation_fusion: bool
+    """A linear layer adds its weight gradient straight into the fp32 sum (NVIDIA Apex's extension)."""
+    accumulation_fusion_reason: str
+
+    def reasons(self) -> tuple[str, ...]:
+        """One line each for the log."""
+        fusion = "fused into the backward pass" if self.accumulation_fusion else "a step of its own"
+        return (
+            f"{self.fused_adam_reason}: using {_ADAM_NAMES[self.fused_adam]}",
+            f"{self.accumulation_fusion_reason}: gradient accumulation is {fusion}",
+            self.transformer_engine_reason,
+        )
+
+
+def prepare_import() -> None:
+    """Keep megatron-core from importing an `apex` that it could not use; runs when himix_megatron is imported.
+
+    megatron-core expects an ImportError or NVIDIA's package. A namesake, or an Apex built without its CUDA extensions, may
+    raise anything on import, or import well and fail when the first optimizer or norm is built. Nothing else is touched: an
+    `apex` that was imported already stays.
+    """
+    global _hidden_apex
+    # megatron-core says this four times a rank; our one log line says which optimizer is used and why.
+    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed", category=UserWarning)
+    if "apex" not in sys.modules and (fault := _apex_fault()):
+        _hidden_apex = fault
+        sys.modules["apex"] = None  # type: ignore[assignment]  # from now on `import apex` is an ImportError
+
+
+def detect(has_gpu: bool | None = None) -> Kernels:
+    """Try the functions that would be called. `has_gpu` None asks torch."""
+    if has_gpu is None:
+        import torch  # not at the top: the package imports this module, and its settings need no torch
+
+        has_gpu = torch.cuda.is_available()
+    layers = _fault("transformer_engine.pytorch", "Linear", "LayerNormLinear", "DotProductAttention", "RMSNorm")
+    adam, adam_reason = _adam(has_gpu)
+    fusion = _fault("fused_weight_gradient_mlp_cuda", "wgrad_gemm_accum_fp32") if has_gpu else "no CUDA device"
+    return Kernels(
+        transformer_engine=layers is None,
+        transformer_engine_reason=f"Transformer Engine cannot be used ({layers})" if layers else "Transformer Engine found",
+        fused_adam=adam,
+        fused_adam_reason=adam_reason,
+        accumulation_fusion=fusion is None,
+        accumulation_fusion_reason=fusion or "NVIDIA Apex's fused_weight_gradient_mlp_cuda found",
+    )
+
+
+def settle(kernels: Kernels) -> None:
+    """Make megatron-core use torch's optimizer where `detect` chose it but a fused one can be imported.
+
+    That is the case without a CUDA device, and for a fused optimizer whose extension does not load.
+    """
+    import torch
+    from megatron.core import optimizer, utils
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
+    from megatron.core.optimizer import optimizer as mixed_precision
+
+    if kernels.fused_adam != "torch" or optimizer.USING_PYTORCH_OPTIMIZER:
+        return
+    optimizer.Adam, optimizer.SGD, optimizer.USING_PYTORCH_OPTIMIZER = torch.optim.AdamW, torch.optim.SGD, True
+    distrib_optimizer.Adam, distrib_optimizer.HAVE_APEX_OR_TE = torch.optim.Adam, False
+    distrib_optimizer.USING_TE_OPTIMIZER = distrib_optimizer.USING_APEX_OPTIMIZER = False
+    for module in (clip_grads, mixed_precision):
+        module.multi_tensor_applier = utils.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
+    clip_grads.multi_tensor_scale_tensor_impl = None  # from 0.17 on; None is what it is without Transformer Engine
+
+
+def _adam(has_gpu: bool) -> tuple[Literal["te", "apex", "torch"], str]:
+    """megatron-core's own order: Transformer Engine, Apex, torch."""
+    if not has_gpu:
+        return "torch", _hidden_apex or "no CUDA device"
+    te = _fault("transformer_engine.pytorch.optimizers", "FusedAdam", "multi_tensor_applier", "multi_tensor_l2norm")
+    if te is None:
+        return "te", "Transformer Engine found"
+    apex = _hidden_apex or _fault("apex.optimizers", "FusedAdam") or _fault("amp_C", "multi_tensor_adam", "multi_tensor_l2norm")
+    if apex is None:
+        return "apex", "NVIDIA Apex found"
+    return "torch", _hidden_apex or f"neither Transformer Engine nor NVIDIA Apex can be used ({te}; {apex})"
+
+
+def _apex_fault() -> str | None:
+    """Why the `apex` that would be imported is of no use, judged from its files alone; None if it is, or there is none."""
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return None
+    folders = [Path(folder) for folder in spec.submodule_search_locations or []]
+    if not any((folder / "optimizers").is_dir() for folder in folders):
+        return "apex found, but it is not NVIDIA Apex (no apex.optimizers.FusedAdam)"
+    if importlib.util.find_spec("amp_C") is None:
+        return "apex found, but without its CUDA extensions (no module amp_C)"
+    return None
+
+
+def _fault(module: str, *names: str) -> str | None:
+    """Why these names of a module cannot be used; None if they can."""
+    try:
+        imported = importlib.import_module(module)
+    except ModuleNotFoundError:
+        return f"no module {module}"
+    except (ImportError, OSError) as error:  # an extension built for another torch or CUDA
+        return f"module {module} does not load: {' '.join(str(error).split())[:120]}"
+    missing = [name for name in names if not hasattr(imported, name)]
+    return f"no {module}.{missing[0]}" if missing else None
