@@ -1,0 +1,67 @@
+# `make` lists the commands. Each builds .venv first where it is missing or older than pyproject.toml or constraints.txt.
+# Nothing but Python (3.11 or newer, with its venv module), make and a C compiler has to be there.
+
+VENV := .venv
+VENV_PY312 := .venv-py312
+# The first Python that starts and is new enough; another one: make setup PYTHON=/path/to/python
+PYTHON ?= $(call find_python,python3.11 python3.12 python3.13 python3.14 python3,11)
+PYTHON_PY312 ?= $(call find_python,python3.12 python3.13 python3.14 python3 $(PYENV_PYTHONS),12)
+PYENV_PYTHONS = $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.1[2-9]*/bin/python3)
+# What `make test` hands to pytest, e.g. PYTEST_ARGS="-k layouts"
+PYTEST_ARGS ?=
+# What `make test-py312` repeats: parity with the reference, the layouts, the layer specs.
+PY312_TESTS ?= $(wildcard tests/model tests/test_layouts*.py tests/test_parallel.py tests/test_kernels.py)
+# torch is pinned in one place, and installed before anything that would take whichever torch is newest.
+TORCH = $(shell grep '^torch==' constraints.txt)
+
+find_python = $(shell for python in $(1); do \
+    "$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, $(2)))' 2>/dev/null && echo "$$python" && break; done)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test lint test-py312 tensorboard clean
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(VENV)/complete ## The environment alone (.venv)
+
+quickstart: $(VENV)/complete ## The whole job on a small made-up world: shards, align, instruct, evaluate (5 minutes on 2 cores)
+	$(VENV)/bin/python -m pipelines.quickstart
+
+test: $(VENV)/complete lint ## Format, lint, types and all tests
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/complete ## Format, lint and types
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+test-py312: $(VENV_PY312)/complete ## Parity, layouts and specs on Python 3.12 or newer, with its newer megatron-core
+	$(VENV_PY312)/bin/python -m pytest $(PY312_TESTS) $(PYTEST_ARGS)
+
+tensorboard: $(VENV)/complete ## TensorBoard over all runs, on this machine only
+	$(VENV)/bin/tensorboard --logdir runs --host 127.0.0.1
+
+clean: ## Remove environments and caches; runs and data stay
+	rm -rf .venv .venv-py312 .mypy_cache .ruff_cache .pytest_cache build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is written last: an interrupted installation is done again.
+$(VENV)/complete: pyproject.toml constraints.txt
+	@$(call build_venv,$(VENV),$(PYTHON),3.11,PYTHON)
+
+$(VENV_PY312)/complete: pyproject.toml constraints.txt
+	@$(call build_venv,$(VENV_PY312),$(PYTHON_PY312),3.12,PYTHON_PY312)
+
+# $(1) folder, $(2) Python, $(3) least version, $(4) the variable that chooses another
+define build_venv
+set -e; \
+test -n "$(2)" || { echo "error: no Python $(3) or newer with venv and ensurepip found (Debian: install python3-venv):" \
+    "name one with $(4)=/path/to/python3" >&2; exit 2; }; \
+"$(1)/bin/python" -m pip --version >/dev/null 2>&1 || { rm -rf "$(1)"; "$(2)" -m venv "$(1)"; }; \
+echo "Installing into $(1) (one to three minutes)"; \
+export PIP_DISABLE_PIP_VERSION_CHECK=1; \
+"$(1)/bin/python" -m pip install --quiet "$(TORCH)"; \
+"$(1)/bin/python" -m pip install --quiet --constraint constraints.txt --editable '.[dev]'; \
+touch "$(1)/complete"
+endef
