@@ -59,7 +59,7 @@ def parse(argv: Sequence[str], program: str = "python -m pipelines.pretrain") ->
     tree = dataclasses.make_dataclass(
         "Settings", [(key, hints[key], dataclasses.field(default=value)) for key, value in sections.items()], frozen=True
     )
-    parsed = parse_settings(tree, flags, f"{program} {name}", description=inspect.getdoc(RECIPES[name]) or "")
+    parsed: Any = parse_settings(tree, flags, f"{program} {name}", description=inspect.getdoc(RECIPES[name]) or "")
     return Config(recipe=name, **{key: getattr(parsed, key) for key in sections})
 
 

@@ -12,9 +12,9 @@ Facts that the published recipes share, and where they come from:
   published ones share, and 1 epoch.
 - Tower: SigLIP-so400m/14 at 384 pixels for all five (729 tokens of width 1152): the paper (arXiv 2501.10318) names SigLIP,
   its decoder FLOPs come out with exactly these sizes, and it is TinyLLaVA Factory's default. `clip_large_336` is LLaVA-1.5's.
-- Templates of instruct: the scripts leave them an argument. TinyLLaVA Factory uses Vicuna v1 wording for Llama-like models
-  (`llama`) and for Qwen2 (`qwen2_base`, ended by <|endoftext|>). Here: Vicuna v1 for TinyLlama and Vicuna, and the model's
-  own template for Llama 3.2 and Qwen2; `--data.template vicuna` gives the other wording.
+- Templates of instruct: the scripts leave them an argument. TinyLLaVA Factory words all its chats as Vicuna v1 does (`llama`
+  with </s>, `qwen2_base` with <|endoftext|> at the end). Here: Vicuna v1 for TinyLlama and Vicuna, and for Llama 3.2 and
+  Qwen2 the family's own chat format.
 - A text-only sample attends to an all-zero image, as in the authors' code (`model.text_only zero_image`).
 - Sizes of the language models: the `config.json` of the Hugging Face repositories named in each docstring.
 
@@ -107,7 +107,7 @@ TINY = ModelConfig(
     ffn_hidden_size=384,
     num_attention_heads=4,
     num_query_groups=2,
-    vocab_size=320,
+    vocab_size=260,
 )
 
 
@@ -156,7 +156,7 @@ def tiny_tower() -> VisionConfig:
 
 
 def _align(
-    recipe: str, model: ModelConfig, tokenizer: str, *, learning_rate: float, epochs: float = 1.0, micro_batch: int = 32
+    recipe: str, model: ModelConfig, tokenizer: str, *, learning_rate: float, epochs: float = 1.0, micro_batch: int = 16
 ) -> Config:
     """The paper's first stage on LLaVA-558K: only the vision norms and vision K/V projections train."""
     return Config(
@@ -320,7 +320,7 @@ def llama3_2_3b_align() -> Config:
     Hardware: one node of 8 GPUs of 80 GB. Expected: 2181 steps; not yet reproduced here.
     Sizes: meta-llama/Llama-3.2-3B. Source of the rest: this module's head.
     """
-    return _align("llama3_2_3b_align", LLAMA3_2_3B, "Llama-3.2-3B", learning_rate=5e-4, micro_batch=16)
+    return _align("llama3_2_3b_align", LLAMA3_2_3B, "Llama-3.2-3B", learning_rate=5e-4)
 
 
 def llama3_2_3b_instruct() -> Config:
@@ -342,7 +342,7 @@ def vicuna_7b_align() -> Config:
     Hardware: one node of 8 GPUs of 80 GB. Expected: 2181 steps; not yet reproduced here.
     Sizes: lmsys/vicuna-7b-v1.5. No script is public: Llama 3.2's learning rate. Source of the rest: this module's head.
     """
-    return _align("vicuna_7b_align", VICUNA_7B, "vicuna-7b-v1.5", learning_rate=5e-4, micro_batch=16)
+    return _align("vicuna_7b_align", VICUNA_7B, "vicuna-7b-v1.5", learning_rate=5e-4)
 
 
 def vicuna_7b_instruct() -> Config:

@@ -1,0 +1,154 @@
+"""The command line: what is typed becomes the run that is meant, or one line that says what to type."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from himix_megatron.config import differences
+from pipelines.cli import parse, parse_settings, run_main
+from pipelines.recipes import RECIPES
+
+
+def test_a_recipe_alone_is_the_recipes_own_config() -> None:
+    for name, recipe in RECIPES.items():
+        assert parse([name]) == recipe()
+
+
+def test_flags_change_the_fields_they_name_and_nothing_else() -> None:
+    flags = "--train.steps 7 --train.parts tower language --parallel.tensor=2 --parallel.sequence --vision.feature-layer -2"
+    config = parse(["tiny-align", *flags.split(), "--run.dir", "some where", "--log.no-ledger", "--data.path", "None"])
+    assert differences(RECIPES["tiny_align"](), config) == [
+        ("vision.feature_layer", -1, -2),
+        ("train.parts", ("vision_kv",), ("tower", "language")),
+        ("train.steps", 200, 7),
+        ("parallel.tensor", 1, 2),
+        ("parallel.sequence", False, True),
+        ("run.dir", None, "some where"),
+    ]
+
+
+def test_dashes_and_underscores_are_one() -> None:
+    spelled = [parse(["tiny_align", flag, "32"]) for flag in ("--train.global-batch-samples", "--train.global_batch_samples")]
+    assert spelled[0] == spelled[1]
+    assert spelled[0].train.global_batch_samples == 32
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("", "no recipe given: use .* RECIPE, with RECIPE one of tiny_align, tiny_instruct"),
+        ("tiny_aling", "unknown recipe tiny_aling: did you mean tiny_align[?] There are tiny_align, .*vicuna_7b_instruct$"),
+        ("qwen2_align", "did you mean qwen2_0_5b_align[?]"),
+        ("--train.steps 3 tiny_align", "--train.steps comes before the recipe"),
+        ("tiny_align --recipe x", "--recipe is not a flag"),
+        ("tiny_align --train.stepz 3", "unknown setting --train.stepz: did you mean --train.steps[?]"),
+        ("tiny_align --learning_rate 3", "unknown setting --learning_rate: did you mean --optimizer.learning-rate[?]"),
+        ("tiny_align --paralel.tensr=2", "did you mean --parallel.tensor[?]"),
+        ("tiny_align --zzzz 2", "unknown setting --zzzz: no setting has a name like it"),
+        ("tiny_align --train.steps abc", "--train.steps is 'abc': wanted None or INT"),
+        ("tiny_align --model.num-layers 4.5", "--model.num-layers is '4.5': wanted a whole number"),
+        ("tiny_align --train.epochs many", "--train.epochs is 'many': wanted a number"),
+        ("tiny_align --train.precision fp8", "--train.precision is 'fp8': wanted one of bf16, fp32"),
+        ("tiny_align --train.parts foo", "--train.parts is 'foo': wanted one of vision_kv, language, tower"),
+        ("tiny_align --train.parts", r"train.parts is \[\]: name each part"),
+        ("tiny_align --train.steps", "--train.steps needs a value"),
+        ("tiny_align --vision.pixel-mean 1 2", "--vision.pixel-mean needs 3 values"),
+        ("tiny_align --train.epochs 1 2", "2 belongs to no setting"),
+        ("tiny_align stray", "stray belongs to no setting"),
+        ("tiny_align --log.ledger True", "--log.ledger takes no value"),
+        ("tiny_align --train.steps 0", "train.steps is 0: it must be above 0"),
+        ("tiny_align --parallel.tensor 3", r"model.num_attention_heads \(4\) does not divide .*: use --parallel.tensor 1 or 2"),
+        ("tiny_align --parallel.sequence", "parallel.sequence needs parallel.tensor above 1"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(typed: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said) as caught:
+        parse(typed.split())
+    assert "\n" not in str(caught.value)
+    assert not set("│─╭╰") & set(str(caught.value))
+
+
+def test_help_without_a_recipe_lists_every_recipe_with_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(["--help"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    for name, recipe in RECIPES.items():
+        assert f"{name} " in shown
+        assert (recipe.__doc__ or "").splitlines()[0] in shown
+
+
+def test_help_with_a_recipe_teaches_its_facts_and_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(["llama3_2_1b_instruct", "--help"])
+    assert caught.value.code == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "meta-llama/Llama-3.2-1B" in shown
+    assert "--train.global-batch-samples INT Samples per optimizer step, over all ranks. (default: 128)" in shown
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """Settings of an entry point of its own."""
+
+    out: str
+    """Where."""
+    num_workers: int = 3
+    """How many."""
+
+
+def test_other_entry_points_get_the_same_lines() -> None:
+    assert parse_settings(_Settings, ["--out", "x"], "prog") == _Settings(out="x")
+    with pytest.raises(ValueError, match=r"^--out must be given \(prog --help tells more\)$"):
+        parse_settings(_Settings, [], "prog")
+    with pytest.raises(ValueError, match=r"did you mean --num-workers[?]"):
+        parse_settings(_Settings, ["--workers", "2"], "prog")
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "stderr"),
+    [
+        ("return None", 0, ""),
+        ("return 85", 85, ""),
+        ("raise SystemExit(3)", 3, ""),
+        ("raise ValueError('too\\n  big')", 2, "error: too big\n"),
+        ("open('/no/such/file')", 2, "error: /no/such/file: No such file or directory\n"),
+    ],
+)
+def test_run_main_turns_mistakes_into_one_line_and_exit_code_2(body: str, code: int, stderr: str, tmp_path: Path) -> None:
+    script = tmp_path / "entry.py"
+    script.write_text(f"from pipelines.cli import run_main\ndef main():\n    {body}\nrun_main(main)\n")
+    path = str(Path(__file__).parents[2])
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env={"PYTHONPATH": path, "RANK": "0"})
+    assert (done.returncode, done.stderr) == (code, stderr)
+
+
+def test_run_main_leaves_a_bug_its_traceback_and_names_other_ranks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bug() -> None:
+        raise KeyError("bug")
+
+    def mistake() -> None:
+        raise ValueError("no")
+
+    with pytest.raises(KeyError):
+        run_main(bug)
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(SystemExit) as caught:
+        run_main(mistake)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: rank 3: no\n"
+
+
+def test_help_into_a_closed_pipe_is_no_error() -> None:
+    command = (
+        f'{sys.executable} -c \'from pipelines.cli import *; run_main(lambda: parse(["tiny_align", "--help"]) and 0)\' | true'
+    )
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.stderr == ""
