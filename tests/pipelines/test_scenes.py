@@ -1,0 +1,149 @@
+"""Rendered scenes are a real, balanced, repeatable image-text set, and are made once however many ask."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.scenes import (
+    COLOURS,
+    IMAGE_SIZE,
+    PLACES,
+    QUESTIONS,
+    SHAPES,
+    Scene,
+    SceneSettings,
+    ensure_scene_data,
+    render,
+    scenes,
+    write_corpus,
+)
+
+SMALL = SceneSettings(num_train=40, num_heldout=9)
+EVERY = len(COLOURS) * len(SHAPES) * len(PLACES)
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_the_same_settings_give_the_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        write_corpus(tmp_path / name, SceneSettings(num_train=12, num_heldout=3, seed=seed))
+    assert _files(tmp_path / "a") == _files(tmp_path / "b")
+    assert _files(tmp_path / "a") != _files(tmp_path / "c")
+
+
+def test_every_combination_comes_equally_often() -> None:
+    counts = Counter(scenes(2 * EVERY, "x"))
+    assert set(counts.values()) == {2}
+    assert len(counts) == EVERY == 360
+
+
+def test_no_answer_can_be_guessed_from_question_or_prevalence() -> None:
+    for values, what in ((COLOURS, "colour"), (SHAPES, "shape"), (PLACES, "place")):
+        counts = Counter(getattr(scene, what) for scene in scenes(EVERY, "x"))
+        assert max(counts.values()) / EVERY <= 1 / len(values) + 1e-9
+
+
+def test_rows_are_llava_rows_about_what_is_in_the_image(tmp_path: Path) -> None:
+    write_corpus(tmp_path, SMALL)
+    rows = {split: json.loads((tmp_path / f"{split}.json").read_text()) for split in ("align", "instruct", "heldout")}
+    assert [len(rows[split]) for split in rows] == [40, 40, 9]
+    answers: dict[str, str] = {}
+    for row in rows["align"]:
+        question, caption = row["conversations"]
+        assert question["value"].count("<image>") == 1
+        answers[row["image"]] = caption["value"]
+    turns = Counter(len(row["conversations"]) // 2 for row in rows["instruct"])
+    assert set(turns) == {1, 2, 3}
+    for row in rows["instruct"]:
+        conversation = row["conversations"]
+        assert sum(turn["value"].count("<image>") for turn in conversation) == 1
+        assert [turn["from"] for turn in conversation] == ["human", "gpt"] * (len(conversation) // 2)
+        assert all(turn["value"] in answers[row["image"]] for turn in conversation[1::2])
+    assert {len(row["conversations"]) for row in rows["heldout"]} == {2}
+    asked = Counter(row["conversations"][0]["value"].removeprefix("<image>\n") for row in rows["heldout"])
+    assert asked == dict.fromkeys(QUESTIONS.values(), 3)
+    assert not {row["image"] for row in rows["heldout"]} & answers.keys()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_shape_has_its_colour_and_is_at_its_place(shape: str) -> None:
+    third = IMAGE_SIZE / 3
+    for number, place in enumerate(PLACES):
+        for colour, rgb in COLOURS.items():
+            picture = np.asarray(render(Scene(colour, shape, place), f"{number}")).astype(float)
+            painted = np.abs(picture - np.array(rgb)).sum(-1) < 90
+            assert painted.sum() > 20
+            row, column = (np.mean(index) // third for index in painted.nonzero())
+            assert PLACES[int(row) * 3 + int(column)] == place
+
+
+def test_an_image_is_a_plain_jpeg_that_varies_in_size_position_and_ground(tmp_path: Path) -> None:
+    write_corpus(tmp_path, SceneSettings(num_train=1, num_heldout=1))
+    with Image.open(tmp_path / "images" / "train-00000.jpg") as picture:
+        assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", (IMAGE_SIZE, IMAGE_SIZE))
+    scene = Scene("red", "circle", "centre")
+    pictures = [np.asarray(render(scene, seed)) for seed in "abcd"]
+    assert len({picture.tobytes() for picture in pictures}) == 4
+    assert len({(picture[..., 0] > 180).sum() for picture in pictures}) > 1
+
+
+def test_datasets_are_made_once_and_hold_every_row(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "scenes"
+    paths = ensure_scene_data(folder, SMALL)
+    before = {name: (folder / name).stat().st_mtime_ns for name in _files(folder)}
+    assert ensure_scene_data(folder, SMALL) == paths
+    assert {name: (folder / name).stat().st_mtime_ns for name in _files(folder)} == before
+    for path, num in ((paths.align, 40), (paths.instruct, 40), (paths.heldout, 9)):
+        manifest = json.loads((path / "manifest.json").read_text())
+        assert manifest["num_samples"] == manifest["num_images"] == num
+    assert [path.name for path in folder.parent.iterdir() if path.name.endswith(".partial")] == []
+
+
+def _ensure(folder: str) -> None:
+    ensure_scene_data(Path(folder), SMALL)
+
+
+def test_several_at_once_make_it_once_and_a_killed_attempts_remains_do_not_matter(tmp_path: Path) -> None:
+    (tmp_path / ".scenes.partial" / "align").mkdir(parents=True)
+    (tmp_path / ".scenes.partial" / "align" / "manifest.json").write_text("{")
+    context = multiprocessing.get_context("spawn")
+    callers = [context.Process(target=_ensure, args=(str(tmp_path / "scenes"),)) for _ in range(3)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(60)
+    assert [caller.exitcode for caller in callers] == [0, 0, 0]
+    alone = ensure_scene_data(tmp_path / "alone", SMALL).align.parent
+    assert _files(tmp_path / "scenes") == _files(alone)
+
+
+def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(ValueError, match=r"is no folder of rendered scenes .*give another, or delete it"):
+        ensure_scene_data(tmp_path, SMALL)
+    assert _files(tmp_path) == {"mine.txt": b"precious"}
+    ensure_scene_data(tmp_path / "scenes", SMALL)
+    with pytest.raises(ValueError, match=r"holds scenes made with .*'num_train': 40"):
+        ensure_scene_data(tmp_path / "scenes", SceneSettings(num_train=41, num_heldout=9))
+
+
+def test_the_command_writes_a_corpus_and_refuses_a_full_folder(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pipelines.scenes", "--out", str(tmp_path / "out"), "--scenes.num-train", "5"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(list((tmp_path / "out" / "images").glob("train-*.jpg"))) == 5
+    again = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    assert again.returncode == 2
+    assert again.stderr == f"error: --out {tmp_path / 'out'} is there and not empty: choose another folder\n"
