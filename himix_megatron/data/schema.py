@@ -1,0 +1,246 @@
+"""The shard contract: what a dataset folder holds, byte for byte. Writers and readers both import it; no torch, no ray.
+
+    OUT/shards/NAME-000000.tar          USTAR with fixed metadata: plain WebDataset; members KEY.json, KEY.0.jpg, KEY.1.png ...
+    OUT/shards/NAME-000000.idx          header, sample table, image table (little-endian; dtypes below)
+    OUT/receipts/NAME-000000.json       a `Receipt`: the shard exists when this does
+    OUT/quarantine/NAME-000000.jsonl    the rows left out, each with its reason; only where there are any
+    OUT/manifest.json                   a `Manifest`, written last: the dataset exists when this does
+
+KEY is the row's number in the source, so keys are unique whatever the ids are. KEY.json holds `id` and `conversations` in
+LLaVA's layout. Every file is a pure function of (source, row range, config): no time, host, path or duration is in any.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import tarfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+SCHEMA_VERSION = 1
+
+INDEX_MAGIC = b"HIMIXIDX"
+INDEX_HEADER = np.dtype([("magic", "S8"), ("version", "<u4"), ("num_samples", "<u4"), ("num_images", "<u4"), ("crc32", "<u4")])
+"""24 bytes; `crc32` is of everything after the header."""
+SAMPLE_RECORD = np.dtype(
+    [("offset", "<u8"), ("row", "<u8"), ("size", "<u4"), ("crc32", "<u4"), ("first_image", "<u4"), ("num_images", "<u4")]
+)
+"""32 bytes: where KEY.json's content lies in the tar, the source row, and which image records are its own."""
+IMAGE_RECORD = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4"), ("width", "<u4"), ("height", "<u4")])
+"""24 bytes: where the image's content lies in the tar, and its pixels as seen (after EXIF rotation)."""
+
+BLOCK = 512
+"""Bytes of a tar block: headers take one, contents are padded to a multiple."""
+
+Records = npt.NDArray[np.void]
+
+
+class BadSampleError(Exception):
+    """One sample cannot be used. `reason` is a fixed word that is counted, `detail` says more (never a path or an address)."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+    def __reduce__(self) -> tuple[type[BadSampleError], tuple[str, str]]:
+        return type(self), (self.reason, self.detail)
+
+
+@dataclass(frozen=True, slots=True)
+class FileDigest:
+    """Size and SHA-256 of one file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What one shard holds, and the hashes of its files."""
+
+    schema_version: int
+    name: str
+    """NAME-000000, without a suffix."""
+    config_hash: str
+    source_hash: str
+    first_row: int
+    end_row: int
+    """Source rows first_row <= row < end_row went into this shard or its quarantine."""
+    num_samples: int
+    num_images: int
+    quarantined: dict[str, int]
+    """Rows left out, by reason."""
+    tar: FileDigest
+    index: FileDigest
+    quarantine: FileDigest | None
+    """None: no row was left out, and there is no file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A whole dataset: its shards in order, and what they came from."""
+
+    schema_version: int
+    name: str
+    config: dict[str, Any]
+    """The settings that decide the bytes."""
+    config_hash: str
+    source_hash: str
+    """SHA-256 of the annotation file."""
+    num_rows: int
+    num_samples: int
+    num_images: int
+    quarantined: dict[str, int]
+    shards: tuple[Receipt, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything else in the manifest: datasets with the same one hold the same samples in the same order."""
+        return hash_of(dataclasses.asdict(self))
+
+
+def hash_of(value: Any) -> str:
+    """SHA-256 of a JSON value in its one canonical spelling."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> FileDigest:
+    """Raises: FileNotFoundError."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileDigest(file.tell(), digest)
+
+
+def shard_name(name: str, number: int) -> str:
+    """NAME-000000."""
+    return f"{name}-{number:06d}"
+
+
+def sample_key(row: int) -> str:
+    """A sample's key in its tar: the source row. No dot may be in it, since WebDataset ends the key at the first one."""
+    return f"{row:09d}"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPaths:
+    """Where the files of one shard are."""
+
+    tar: Path
+    index: Path
+    receipt: Path
+    quarantine: Path
+
+
+def shard_paths(folder: Path, name: str) -> ShardPaths:
+    """The places of one shard's files in a dataset folder (or in a folder beside it, of the same layout)."""
+    return ShardPaths(
+        tar=folder / "shards" / f"{name}.tar",
+        index=folder / "shards" / f"{name}.idx",
+        receipt=folder / "receipts" / f"{name}.json",
+        quarantine=folder / "quarantine" / f"{name}.jsonl",
+    )
+
+
+def manifest_path(folder: Path) -> Path:
+    """Where the manifest is."""
+    return folder / "manifest.json"
+
+
+def tar_header(member: str, size: int) -> bytes:
+    """One USTAR header block with fixed metadata: mtime 0, owner 0, mode 0644."""
+    info = tarfile.TarInfo(member)
+    info.size, info.mode, info.mtime = size, 0o644, 0
+    return info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
+
+
+def padding(size: int) -> bytes:
+    """Zeros that fill a content of this size up to whole tar blocks."""
+    return bytes(-size % BLOCK)
+
+
+TAR_END = bytes(2 * BLOCK)
+"""Two empty blocks end a tar."""
+
+
+def encode_index(samples: Records, images: Records) -> bytes:
+    """The index file's bytes."""
+    tables = samples.tobytes() + images.tobytes()
+    header = np.array((INDEX_MAGIC, SCHEMA_VERSION, len(samples), len(images), zlib.crc32(tables)), INDEX_HEADER)
+    return header.tobytes() + tables
+
+
+def decode_index(data: bytes | memoryview) -> tuple[Records, Records]:
+    """The sample and the image table.
+
+    Raises: ValueError saying what is wrong with the bytes.
+    """
+    if len(data) < INDEX_HEADER.itemsize:
+        raise ValueError(f"{len(data)} bytes are too few for an index")
+    header = np.frombuffer(data, INDEX_HEADER, count=1)[0]
+    if header["magic"] != INDEX_MAGIC or header["version"] != SCHEMA_VERSION:
+        raise ValueError(f"not an index of schema version {SCHEMA_VERSION}")
+    num_samples, num_images = int(header["num_samples"]), int(header["num_images"])
+    start = INDEX_HEADER.itemsize
+    middle = start + num_samples * SAMPLE_RECORD.itemsize
+    if len(data) != middle + num_images * IMAGE_RECORD.itemsize:
+        raise ValueError(f"{len(data)} bytes do not hold {num_samples} samples and {num_images} images")
+    if zlib.crc32(memoryview(data)[start:]) != header["crc32"]:
+        raise ValueError("its checksum does not match its content")
+    return (
+        np.frombuffer(data, SAMPLE_RECORD, count=num_samples, offset=start),
+        np.frombuffer(data, IMAGE_RECORD, count=num_images, offset=middle),
+    )
+
+
+def to_json(record: Receipt | Manifest) -> str:
+    """JSON text of a receipt or a manifest (which carries its fingerprint), fields in order."""
+    values = dataclasses.asdict(record)
+    if isinstance(record, Manifest):
+        values["fingerprint"] = record.fingerprint
+    return json.dumps(values, indent=1) + "\n"
+
+
+def receipt_from_json(text: str) -> Receipt:
+    """Raises: ValueError for text that is no receipt of this schema version."""
+    return _receipt(_object(text, "receipt"))
+
+
+def manifest_from_json(text: str) -> Manifest:
+    """Raises: ValueError for text that is no manifest of this schema version, or one whose fingerprint is not its own."""
+    values = _object(text, "manifest")
+    fingerprint = values.pop("fingerprint", None)
+    try:
+        values["shards"] = tuple(_receipt(shard) for shard in values["shards"])
+        manifest = Manifest(**values)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"not a manifest: {error}") from None
+    if manifest.fingerprint != fingerprint:
+        raise ValueError("its fingerprint does not match its content: it was changed by hand or damaged")
+    return manifest
+
+
+def _object(text: str, what: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not a {what}: {error}") from None
+    if not isinstance(values, dict) or values.get("schema_version") != SCHEMA_VERSION:
+        raise ValueError(f"not a {what} of schema version {SCHEMA_VERSION}")
+    return values
+
+
+def _receipt(values: Mapping[str, Any]) -> Receipt:
+    try:
+        quarantine = values["quarantine"]
+        files = {name: FileDigest(**values[name]) for name in ("tar", "index")}
+        return Receipt(**{**values, **files, "quarantine": FileDigest(**quarantine) if quarantine else None})
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"not a receipt: {error}") from None

@@ -1,0 +1,146 @@
+"""Pieces of text in, token ids and a loss mask out; by a Hugging Face folder or by the built-in byte-level tokenizer.
+
+A template (conversation.py) spells a conversation as `Piece`s. Special tokens are pieces of their own, so that a tokenizer
+which lacks one is refused before training, and so that text can be masked piece by piece.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stretch of text that is wholly inside or wholly outside the loss."""
+
+    text: str
+    special: bool = False
+    """`text` is the name of one token: `bos`, `eos`, or the token's own spelling, e.g. `<|im_end|>`."""
+    loss: bool = False
+
+
+class Tokenizer(Protocol):
+    """What templates and the loader need of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are below this."""
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for two tokenizers that give the same ids."""
+
+    def special_id(self, name: str) -> int | None:
+        """The id of `bos`, `eos` or a special token by its spelling; None where the tokenizer has none."""
+
+    def encode(self, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:
+        """Ids, and for each whether it counts in the loss."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text without special tokens."""
+
+
+BYTE_SPECIAL = {"bos": 256, "<user>": 257, "<assistant>": 258, "<end>": 259, "eos": 259}
+
+
+class ByteTokenizer:
+    """UTF-8 bytes as ids 0 to 255, then four special tokens. No file, no training, any text."""
+
+    vocab_size = 260
+    fingerprint = "bytes-1"
+
+    def special_id(self, name: str) -> int | None:
+        """See `Tokenizer`."""
+        return BYTE_SPECIAL.get(name)
+
+    def encode(self, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:
+        """See `Tokenizer`."""
+        ids: list[int] = []
+        loss: list[bool] = []
+        for piece in pieces:
+            new = [BYTE_SPECIAL[piece.text]] if piece.special else list(piece.text.encode())
+            ids += new
+            loss += [piece.loss] * len(new)
+        return ids, loss
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """See `Tokenizer`; bytes that are no UTF-8 (a cut character) become U+FFFD."""
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer folder, through `transformers.AutoTokenizer`; no network, no code from the folder."""
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise ValueError(f"data.tokenizer is {folder}: no such folder (a Hugging Face tokenizer folder, or `bytes`)")
+        from transformers import AutoTokenizer  # seconds to import, and `bytes` does without
+
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"data.tokenizer is {folder}: transformers cannot read it ({' '.join(str(error).split())})"
+            ) from None
+        if not self._tokenizer.is_fast:
+            raise ValueError(f"data.tokenizer is {folder}: it has no tokenizer.json, which the loss mask needs (token offsets)")
+        self.vocab_size = len(self._tokenizer)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the tokenizer's definition."""
+        return hashlib.sha256(self._tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+    def special_id(self, name: str) -> int | None:
+        """See `Tokenizer`. Only added tokens count: `<|im_end|>` as ordinary text would fall into several."""
+        if name in ("bos", "eos"):
+            token = getattr(self._tokenizer, f"{name}_token_id")
+            return None if token is None else int(token)
+        token = self._tokenizer.get_added_vocab().get(name)
+        return None if token is None else int(token)
+
+    def encode(self, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:
+        """See `Tokenizer`.
+
+        Special tokens at the start become ids directly; all that follows is tokenized as one string, exactly as the model
+        saw text in its own pretraining (merges and space prefixes depend on the neighbours), and the mask is taken from the
+        tokens' character spans: a token counts when any of its characters does.
+        """
+        start = next((i for i, piece in enumerate(pieces) if not piece.special), len(pieces))
+        ids = [self._known(piece.text) for piece in pieces[:start]]
+        loss = [piece.loss for piece in pieces[:start]]
+        text, counts = "", bytearray()
+        for piece in pieces[start:]:
+            spelling = self._spelling(piece.text) if piece.special else piece.text
+            text += spelling
+            counts += bytes([piece.loss]) * len(spelling)
+        encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids += encoding["input_ids"]
+        # A token without characters (a space prefix some tokenizers add) belongs to what follows it.
+        loss += [any(counts[begin : max(end, begin + 1)]) for begin, end in encoding["offset_mapping"]]
+        return ids, loss
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """See `Tokenizer`."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def _known(self, name: str) -> int:
+        token = self.special_id(name)
+        assert token is not None, f"{name} is missing: conversation.check_tokenizer was not called"
+        return token
+
+    def _spelling(self, name: str) -> str:
+        return str(getattr(self._tokenizer, f"{name}_token")) if name in ("bos", "eos") else name
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer that `data.tokenizer` names: `bytes`, or a folder.
+
+    Raises: ValueError for a folder that is missing or holds no usable tokenizer.
+    """
+    return ByteTokenizer() if name == "bytes" else HuggingFaceTokenizer(Path(name))
