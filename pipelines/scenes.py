@@ -1,7 +1,7 @@
 """A real image-text set that anybody can make in seconds: one coloured shape an image, at one of nine places.
 
 Written as LLaVA data is: JPEG files, and JSON lists of conversations. `align.json` has captions, `instruct.json` questions
-and answers (one to three turns), `heldout.json` one question each about images that training never saw. Colours, shapes and
+and answers (one or two turns), `heldout.json` one question each about images that training never saw. Colours, shapes and
 places are balanced and independent, so that no answer can be guessed from the question or from another answer: without
 looking, 1 in 8, 1 in 5 and 1 in 9 are right. Every byte is a function of the settings.
 
@@ -44,8 +44,8 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
-QUESTIONS = {"colour": "What colour is the shape?", "shape": "Which shape is it?", "place": "Where is the shape?"}
-CAPTION_PROMPT = "Describe the picture."
+QUESTIONS = {"colour": "What colour is it?", "shape": "What shape is it?", "place": "Where is it?"}
+CAPTION_PROMPT = "What is this?"
 
 FORMAT = 1
 """Changes when the same settings give other bytes."""
@@ -160,7 +160,7 @@ def write_corpus(folder: Path, settings: SceneSettings) -> None:
     rng = random.Random(f"{settings.seed}/questions")
     rows = {
         "align": [_row(name, [(CAPTION_PROMPT, scene.caption)], image_last=rng.random() < 0.5) for name, scene in train],
-        "instruct": [_row(name, _turns(scene, rng.sample(list(QUESTIONS), rng.randint(1, 3)))) for name, scene in train],
+        "instruct": [_row(name, _turns(scene, rng.sample(list(QUESTIONS), rng.randint(1, 2)))) for name, scene in train],
         # Colour, shape and place in turn: balanced to one.
         "heldout": [
             _row(name, _turns(scene, [list(QUESTIONS)[number % len(QUESTIONS)]]))
@@ -193,7 +193,7 @@ def _row(image: str, turns: list[tuple[str, str]], image_last: bool = False) -> 
     return {"id": image.removesuffix(".jpg"), "image": image, "conversations": conversation}
 
 
-def ensure_scene_data(folder: Path, settings: SceneSettings | None = None) -> ScenePaths:
+def ensure_scene_data(folder: Path = Path("data/scenes"), settings: SceneSettings | None = None) -> ScenePaths:
     """Shard datasets of rendered scenes in `folder`, made on the first call: `align`, `instruct`, `heldout`, and `corpus`.
 
     Any number of processes may call it at once: one renders, the others wait; a killed one leaves nothing that is used.
