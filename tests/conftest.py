@@ -1,0 +1,22 @@
+"""What all tests share: one thread per process, and tests for a GPU skip where there is none."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+# Before torch starts: several ranks share few cores, and sums must not depend on the number of threads.
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked `requires_gpu` where torch sees no CUDA device."""
+    marked = [item for item in items if item.get_closest_marker("requires_gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none here"))

@@ -1,0 +1,118 @@
+"""Fused kernels are recognised by what is called; a package that merely bears the name changes nothing but a log line.
+
+Each case is a process of its own, with packages written for it in front of the module path.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+REPORT = """
+import json, sys
+from himix_megatron import cpu, kernels
+cpu.activate_if_needed()
+found = kernels.detect(has_gpu={has_gpu})
+kernels.settle(found)
+import megatron.core.optimizer as optimizer
+from megatron.core.optimizer import clip_grads
+from megatron.core.tensor_parallel import layers
+from megatron.core.transformer import transformer_block
+print(json.dumps(dict(
+    adam=found.fused_adam, fusion=found.accumulation_fusion, reasons=found.reasons(),
+    mcore_adam=optimizer.Adam.__module__, mcore_is_torch=optimizer.USING_PYTORCH_OPTIMIZER,
+    mcore_norm=clip_grads.l2_norm_impl.__module__, mcore_fusion=layers._grad_accum_fusion_available,
+    mcore_has_apex=transformer_block.HAVE_APEX,
+)))
+"""
+
+NVIDIA_APEX = {
+    "apex/__init__.py": "",
+    "apex/optimizers/__init__.py": "import torch.optim as o\nclass FusedAdam(o.AdamW): ...\nclass FusedSGD(o.SGD): ...",
+    "apex/multi_tensor_apply.py": "def multi_tensor_applier(op, buffer, lists, *args): return op(buffer, lists, *args)",
+    "amp_C.py": "def multi_tensor_adam(): ...\ndef multi_tensor_l2norm(): ...\ndef multi_tensor_scale(): ...",
+    "fused_weight_gradient_mlp_cuda.py": "def wgrad_gemm_accum_fp32(): ...\ndef wgrad_gemm_accum_fp16(): ...",
+}
+# The Pyramid toolkit fails like this without Pyramid; with it, other failures than an ImportError are as likely.
+NAMESAKE = {"apex/__init__.py": "raise RuntimeError('this is a web toolkit')", "apex/views.py": ""}
+
+
+def report(folder: Path, files: dict[str, str], *, has_gpu: bool) -> dict[str, Any]:
+    """What a fresh process finds with these files in front of its module path."""
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    env = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-c", REPORT.format(has_gpu=has_gpu)]
+    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_a_namesake_of_apex_is_named_and_not_imported(tmp_path: Path) -> None:
+    found = report(tmp_path, NAMESAKE, has_gpu=False)
+    assert found["adam"] == "torch"
+    assert found["reasons"][0] == ("apex found, but it is not NVIDIA Apex (no apex.optimizers.FusedAdam): using torch AdamW")
+    assert found["mcore_is_torch"]
+    assert found["mcore_adam"].startswith("torch.optim")
+    assert not found["mcore_has_apex"]
+
+
+def test_a_folder_called_apex_is_no_apex(tmp_path: Path) -> None:
+    """A clone of NVIDIA's repository beside the program imports as an empty namespace package."""
+    found = report(tmp_path, {"apex/setup.py": "", "apex/apex/optimizers/__init__.py": ""}, has_gpu=True)
+    assert found["adam"] == "torch"
+    assert "not NVIDIA Apex" in found["reasons"][0]
+    assert not found["mcore_has_apex"]
+
+
+def test_apex_without_its_extensions_is_left_alone(tmp_path: Path) -> None:
+    """Its FusedAdam imports, and raises when it is built."""
+    files = {name: text for name, text in NVIDIA_APEX.items() if "/" in name}
+    found = report(tmp_path, files, has_gpu=True)
+    assert found["adam"] == "torch"
+    assert found["mcore_is_torch"]
+    assert found["reasons"][0] == "apex found, but without its CUDA extensions (no module amp_C): using torch AdamW"
+
+
+def test_the_contract_of_apex_is_enough_to_use_it(tmp_path: Path) -> None:
+    found = report(tmp_path, NVIDIA_APEX, has_gpu=True)
+    assert found["adam"] == "apex"
+    assert found["mcore_adam"] == "apex.optimizers"
+    assert found["mcore_norm"] == "amp_C"
+    assert found["fusion"]
+    assert found["mcore_fusion"]
+    assert found["reasons"][0] == "NVIDIA Apex found: using NVIDIA Apex's FusedAdam"
+
+
+def test_apex_is_not_used_without_a_cuda_device(tmp_path: Path) -> None:
+    """megatron-core would take it, and fail in the first step."""
+    found = report(tmp_path, NVIDIA_APEX, has_gpu=False)
+    assert found["adam"] == "torch"
+    assert not found["fusion"]
+    assert found["mcore_is_torch"]
+    assert found["mcore_adam"].startswith("torch.optim")
+    assert found["mcore_norm"] == "megatron.core.utils"
+    assert found["reasons"][0] == "no CUDA device: using torch AdamW"
+
+
+def test_an_extension_without_the_function_or_that_does_not_load_is_not_used(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    without = {**NVIDIA_APEX, "fused_weight_gradient_mlp_cuda.py": "def wgrad_gemm_accum_fp16(): ..."}
+    found = report(tmp_path / "old", without, has_gpu=True)
+    assert not found["fusion"]
+    assert found["reasons"][1].startswith("no fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32")
+
+    (tmp_path / "other").mkdir()
+    broken = {**NVIDIA_APEX, "amp_C.py": "raise ImportError('undefined symbol: _ZN3c10')"}
+    found = report(tmp_path / "other", broken, has_gpu=True)
+    assert found["adam"] == "torch"
+    assert "module amp_C does not load: undefined symbol" in found["reasons"][0]
+    assert found["mcore_is_torch"], "megatron-core took an optimizer whose extension does not load"
