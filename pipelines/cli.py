@@ -148,8 +148,10 @@ def _check_flags(cls: type, argv: Sequence[str], program: str) -> None:
         if word in ("-h", "--help"):
             return
         if not word.startswith("--"):
-            if last_switch:
+            # Another word may be a positional argument: that is tyro's business.
+            if last_switch and word.lower() in ("true", "false", "yes", "no", "on", "off", "1", "0"):
                 raise ValueError(f"{_flag(last_switch)} takes no value ({word}): write it alone, or --no- before its last part")
+            last_switch = None
             continue
         name = word[2:].split("=", 1)[0].replace("-", "_")
         if name in types or name in off:
