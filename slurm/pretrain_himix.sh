@@ -42,8 +42,8 @@ if [[ ${SLURM_GPUS_ON_NODE:-} =~ ^[1-9][0-9]*$ && -z ${SLURM_NTASKS_PER_NODE:-} 
     tasks=(--ntasks="$((SLURM_GPUS_ON_NODE * SLURM_JOB_NUM_NODES))" --ntasks-per-node="$SLURM_GPUS_ON_NODE")
 fi
 
-# Without --kill-on-bad-exit the other ranks would wait for a dead one until their collective times out. The first rank to
-# exit with 85 has the others sent TERM: they are on their way out too, and ignore it, or srun's code would not be 85.
+# Without --kill-on-bad-exit the other ranks would wait for a dead one until their collective times out. With it, the first
+# rank to leave with 85 has the others sent TERM: ranks on their way out ignore it, or srun would report 143 instead of 85.
 srun --kill-on-bad-exit=1 ${tasks[@]+"${tasks[@]}"} python -m pipelines.pretrain "$@"
 code=$?
 if [[ $code -eq 85 ]]; then
