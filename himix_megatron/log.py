@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from pathlib import Path
 
 _FORMAT = "%(asctime)s [%(rank)d/%(world_size)d] %(levelname)s %(name)s: %(message)s"
 # Libraries speak from WARNING on; ours from INFO. A program started with -m is named __main__.
 _OURS = ("himix_megatron", "pipelines", "slurm", "tools", "__main__")
 _handlers: list[logging.Handler] = []
+_python_format = warnings.formatwarning
 
 
 class RankFilter(logging.Filter):
@@ -48,14 +50,20 @@ def start(run_dir: Path | None = None, rank: int = 0, world_size: int = 1) -> No
         logging.getLogger().addHandler(handler)
     for name in _OURS:
         logging.getLogger(name).setLevel(logging.INFO)
-    # Python's warnings would otherwise be printed once per rank.
+    # Python's warnings would otherwise be printed once per rank, on two lines each.
+    warnings.formatwarning = _one_line
     logging.captureWarnings(True)
 
 
 def stop() -> None:
     """Remove and close what `start` added."""
     logging.captureWarnings(False)
+    warnings.formatwarning = _python_format
     while _handlers:
         handler = _handlers.pop()
         logging.getLogger().removeHandler(handler)
         handler.close()
+
+
+def _one_line(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    return f"{filename}:{lineno}: {category.__name__}: {' '.join(str(message).split())}"

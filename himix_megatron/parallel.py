@@ -123,11 +123,15 @@ def start(config: ParallelConfig, *, seed: int, launch: Launch | None = None) ->
     """
     launch = launch or launch_from_environment(os.environ)
     check_layout(config, launch.world_size)
+    if config.tensor > 1:
+        # One hardware queue keeps tensor-parallel communication ahead of the compute that hides it: megatron-core asks
+        # for it on every generation before Blackwell. It is read when the CUDA context is made, in _device.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cpu.activate_if_needed()
     kernels.settle(kernels.detect())
     from megatron.core import parallel_state, tensor_parallel  # after the redirections of cpu.py
 
-    device = _device(launch, config)
+    device = _device(launch)
     _join(launch, device, timedelta(seconds=config.timeout_seconds))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
@@ -190,13 +194,9 @@ def _topology(launch: Launch, device: torch.device) -> Topology:
     )
 
 
-def _device(launch: Launch, config: ParallelConfig) -> torch.device:
+def _device(launch: Launch) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if config.tensor > 1:
-        # One hardware queue keeps tensor-parallel communication ahead of the compute that hides it; megatron-core
-        # asks for it on every generation before Blackwell. Read when the CUDA context is made, below.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     index, count = launch.local_rank, torch.cuda.device_count()
     if launch.kind == "srun" and count == 1:
         index = 0  # srun --gpus-per-task=1 shows each task its own GPU only
