@@ -5,9 +5,11 @@ Plain processes instead of a test plugin: a failing rank's traceback is the erro
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import time
 import traceback
@@ -42,16 +44,20 @@ def run_ranks(
     try:
         for rank in range(world_size):
             ours, theirs = context.Pipe(duplex=False)
-            child = context.Process(
-                target=_child, args=(fn, args, rank, world_size, port, timeout_seconds, start_gloo, theirs), daemon=True
-            )
+            child = context.Process(target=_child, args=(fn, args, rank, world_size, port, timeout_seconds, start_gloo, theirs))
             child.start()
             theirs.close()
             ranks.append((child, ours))
-        return _collect(ranks, timeout_seconds)
+        results = _collect(ranks, timeout_seconds)
+        for child, _ in ranks:
+            child.join(
+                20
+            )  # their own children (checkpoint writers, data workers) end with them when they may end by themselves
+        return results
     finally:
         for child, ours in ranks:
-            child.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
             child.join()
             ours.close()
 
@@ -88,6 +94,7 @@ def _child(
     start_gloo: bool,
     pipe: Connection,
 ) -> None:
+    os.setpgid(0, 0)  # so that whatever this rank starts can be ended with it
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )

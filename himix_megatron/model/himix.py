@@ -9,6 +9,7 @@ V vision width.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -121,6 +122,16 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
             logits_SBW[..., real:] = torch.finfo(logits_SBW.dtype).min
         return logits_SBW
 
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        """mcore's sharded state; the tower's replicas on later stages and chunks are marked as such, so one is saved."""
+        state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        chunk = self.vp_stage or 0
+        replica = chunk * self.pg_collection.pp.size() + self.pg_collection.pp.rank()
+        for name, tensor in state.items():
+            if name.startswith(f"{prefix}tower."):
+                tensor.replica_id = (replica, *tensor.replica_id[1:])
+        return state
+
 
 def part_of(name: str) -> Part:
     """Which part of the model a parameter belongs to, by its name."""
@@ -129,32 +140,28 @@ def part_of(name: str) -> Part:
     return "vision_kv" if ".vision_norm." in name or ".linear_vision_kv." in name else "language"
 
 
-def build_stage(config: Config, kernels: Kernels, topology: Topology, tower: nn.Module) -> list[DistributedDataParallel]:
-    """This rank's model chunks (one, or `virtual_pipeline`), frozen as `train.parts` says, ready for data parallelism.
+def build_stage(config: Config, kernels: Kernels, topology: Topology, tower: nn.Module, *, trains: bool = True) -> list[Any]:
+    """This rank's model chunks (one, or `virtual_pipeline`), frozen as `train.parts` says.
 
-    The tower goes in only where it trains; a frozen one belongs to the ReplicaEncoder.
+    The tower goes in only where it trains; a frozen one belongs to the ReplicaEncoder. Without `trains` everything is
+    frozen and no gradient buffers are made.
     """
     torch.manual_seed(config.train.seed + 100 * topology.pipeline_rank)
-    interleaved = config.parallel.virtual_pipeline > 1
-    stages = []
-    for chunk in range(config.parallel.virtual_pipeline):
-        own_tower = tower if "tower" in config.train.parts else None
-        if own_tower is not None and chunk > 0:
-            own_tower = _copy(tower)
-        model = HiMixModel(config, kernels, topology, chunk=chunk if interleaved else None, tower=own_tower)
+    num_chunks = config.parallel.virtual_pipeline
+    chunks = []
+    for chunk in range(num_chunks):
+        # Each chunk runs the tower for itself, so each needs its replica.
+        own_tower = copy.deepcopy(tower) if "tower" in config.train.parts else None
+        model = HiMixModel(config, kernels, topology, chunk=chunk if num_chunks > 1 else None, tower=own_tower)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(part_of(name) in config.train.parts)
-        stages.append(_data_parallel(config, model.to(topology.device), first=chunk == 0))
-    return stages
+            parameter.requires_grad_(trains and part_of(name) in config.train.parts)
+        chunks.append(_wrap(config, model.to(topology.device), trains=trains, first=chunk == 0))
+    return chunks
 
 
-def _copy(tower: nn.Module) -> nn.Module:
-    import copy
-
-    return copy.deepcopy(tower)
-
-
-def _data_parallel(config: Config, model: HiMixModel, *, first: bool) -> DistributedDataParallel:
-    mcore_config: Any = model.config
+def _wrap(config: Config, model: HiMixModel, *, trains: bool, first: bool) -> Any:
+    mcore_config = model.config
     wrapped = Float16Module(mcore_config, model) if mcore_config.bf16 else model
+    if not trains:
+        return wrapped
     return DistributedDataParallel(mcore_config, ddp_config(config), wrapped, disable_bucketing=not first)

@@ -1,0 +1,245 @@
+"""Checkpoints: written beside, renamed when whole, loadable at any layout of ranks.
+
+Flows in: model chunks, optimizer, and a few numbers of position; out: RUN/checkpoints/step-00001000/, holding
+megatron-core's distributed checkpoint (tensors by global name and offset) and `himix.json` (what model this is, what
+trains, where in the data). The learning rate is a function of the position and is not stored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from .config import Config
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"step-(\d{8})")
+_ARCHITECTURE = (
+    "family", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size",
+    "rope_theta", "rope_scaling_factor", "norm_eps", "tie_embeddings",
+)  # fmt: skip
+_TOWER = ("tower", "hidden_size", "image_size", "patch_size", "num_layers", "num_attention_heads", "ffn_hidden_size")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Position:
+    """Where in the data a run stands: continuing is starting at this step of the same plan."""
+
+    step: int
+    """Optimizer steps done."""
+    samples: int
+    """Samples consumed."""
+    data: str
+    """Fingerprint of what fixes the order: dataset, seed, batch."""
+
+
+def architecture(config: Config) -> dict[str, Any]:
+    """What must agree between a checkpoint and the model it is loaded into."""
+    found = {f"model.{name}": getattr(config.model, name) for name in _ARCHITECTURE}
+    found["model.head_dim"] = config.model.channels_per_head
+    return found | {f"vision.{name}": getattr(config.vision, name) for name in _TOWER}
+
+
+def check_architecture(folder: Path, config: Config) -> dict[str, Any]:
+    """`himix.json` of a checkpoint. Raises: ValueError naming the first field in which the architectures differ."""
+    description: dict[str, Any] = json.loads((folder / "himix.json").read_text())
+    stored, wanted = description["architecture"], architecture(config)
+    for name in wanted:
+        if stored.get(name) != wanted[name]:
+            raise ValueError(
+                f"checkpoint {folder} is of another architecture: {name} is {stored.get(name)} there and {wanted[name]} here"
+            )
+    return description
+
+
+def complete_checkpoints(run_dir: Path) -> list[Path]:
+    """The whole checkpoints of a run folder, oldest first."""
+    folders = (run_dir / "checkpoints").glob("step-*")
+    return sorted(f for f in folders if _NAME.fullmatch(f.name) and (f / "himix.json").is_file())
+
+
+def find_checkpoint(path: str) -> Path:
+    """The checkpoint meant by a path: itself, or the newest one of a run folder. Raises: ValueError if there is none."""
+    folder = Path(path)
+    if (folder / "himix.json").is_file():
+        return folder
+    found = complete_checkpoints(folder)
+    if not found:
+        raise ValueError(
+            f"{path} holds no checkpoint (--checkpoint.initial takes a run folder or a checkpoints/step-... folder)"
+        )
+    return found[-1]
+
+
+def _metadata() -> dict[str, Any]:
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def _model_state(stages: list[Any]) -> dict[str, Any]:
+    return {f"model{i}": stage.sharded_state_dict(metadata=_metadata()) for i, stage in enumerate(stages)}
+
+
+def _tower_state(tower: nn.Module) -> dict[str, Any]:
+    """A frozen tower as the tower of a checkpoint in which it trained: whole on every rank, rank 0's counts."""
+    tensors = {name: tensor.contiguous() for name, tensor in tower.state_dict().items()}
+    state: dict[str, Any] = make_sharded_tensors_for_checkpoint(tensors, "tower.")
+    for tensor in state.values():
+        tensor.replica_id = torch.distributed.get_rank()
+    return state
+
+
+def _optimizer_state(optimizer: Any, model_state: dict[str, Any], *, loading: bool) -> Any:
+    merged = {name: value for chunk in model_state.values() for name, value in _flat(chunk)}
+    return optimizer.sharded_state_dict(merged, is_loading=loading, metadata=_metadata())
+
+
+def _flat(chunk: dict[str, Any]) -> Iterable[tuple[str, Any]]:
+    # Interleaved chunks repeat local names; the optimizer matches parameters by identity, so any unique name will do.
+    return ((f"{id(value)}.{name}", value) for name, value in chunk.items())
+
+
+class Checkpoints:
+    """Saves and restores one run.
+
+    `frozen_tower` is the tower where it does not train: it is stored once in RUN/towers/ under its hash, and checkpoints
+    refer to it. Where it trains (None here) it is in the model, and in every checkpoint.
+    """
+
+    def __init__(self, config: Config, stages: list[Any], optimizer: Any | None, frozen_tower: nn.Module | None):
+        self.config, self.stages, self.optimizer, self.frozen_tower = config, stages, optimizer, frozen_tower
+        self.run_dir = config.run_dir
+        self._tower_name: str | None = None
+
+    def save(self, position: Position, *, validation_loss: float | None = None) -> None:
+        """Save after `position.step` steps; all ranks call it. Older ones go once this one is whole (see `_prune`)."""
+        final = self.run_dir / "checkpoints" / f"step-{position.step:08d}"
+        beside = final.with_name(f"{final.name}.writing")
+        rank = torch.distributed.get_rank()
+        if rank == 0:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+        torch.distributed.barrier()
+        state = _model_state(self.stages)
+        state["optimizer"] = _optimizer_state(self.optimizer, state, loading=False)
+        dist_checkpointing.save(state, str(beside))
+        if rank == 0:
+            description = {
+                "position": asdict(position),
+                "parts": self.config.train.parts,
+                "architecture": architecture(self.config),
+                "tower": self._store_tower(),
+                "validation_loss": validation_loss,
+            }
+            (beside / "himix.json").write_text(json.dumps(description, indent=2) + "\n")
+            shutil.rmtree(final, ignore_errors=True)
+            beside.rename(final)
+            self._prune()
+        torch.distributed.barrier()
+        logger.info("saved %s", final)
+
+    def restore(self, folder: Path) -> Position:
+        """Continue a run: model, optimizer and position from one of its own checkpoints, at this run's layout.
+
+        Raises: ValueError for another architecture, or when other parts trained.
+        """
+        description = check_architecture(folder, self.config)
+        if tuple(description["parts"]) != self.config.train.parts:
+            raise ValueError(
+                f"checkpoint {folder} trained {' '.join(description['parts'])}, but train.parts is "
+                f"{' '.join(self.config.train.parts)}: continue with the same parts, or start a new --run.dir from it "
+                "with --checkpoint.initial"
+            )
+        state = _model_state(self.stages)
+        state["optimizer"] = _optimizer_state(self.optimizer, state, loading=True)
+        loaded = dist_checkpointing.load(state, str(folder))
+        self._put(loaded)
+        assert self.optimizer is not None
+        self.optimizer.load_state_dict(loaded["optimizer"])
+        self._load_tower(folder, description["tower"])
+        logger.info("restored %s", folder)
+        return Position(**description["position"])
+
+    def load_weights(self, folder: Path) -> None:
+        """Weights only, as a fresh run's start; the tower's too. Raises: ValueError for another architecture."""
+        description = check_architecture(folder, self.config)
+        state, tower_file = _model_state(self.stages), description["tower"]
+        if tower_file is not None and self.frozen_tower is None:
+            # It was frozen there and trains here: its weights are not in that checkpoint's tensors.
+            state = {m: {n: t for n, t in chunk.items() if not n.startswith("tower.")} for m, chunk in state.items()}
+        self._put(dist_checkpointing.load(state, str(folder)), tower_file and _read_tower(folder, tower_file))
+        if self.frozen_tower is not None:
+            self._load_tower(folder, tower_file)
+        if self.optimizer is not None:
+            self.optimizer.reload_model_params()  # bf16: the fp32 main weights start from the loaded ones
+        logger.info("weights from %s", folder)
+
+    def _put(self, loaded: dict[str, Any], tower: dict[str, Tensor] | None = None) -> None:
+        for i, stage in enumerate(self.stages):
+            chunk = loaded[f"model{i}"]
+            if tower is not None and self.frozen_tower is None:
+                chunk |= {f"tower.{name}": tensor for name, tensor in tower.items()}
+            stage.load_state_dict(chunk, strict=True)
+
+    def _store_tower(self) -> str | None:
+        """Rank 0: see that the frozen tower lies in the run folder. Returns: its file name, None if it trains."""
+        if self.frozen_tower is None:
+            return None
+        if self._tower_name is None:
+            data = save_tensors({name: tensor.contiguous().cpu() for name, tensor in self.frozen_tower.state_dict().items()})
+            self._tower_name = f"{hashlib.sha256(data).hexdigest()}.safetensors"
+            path = self.run_dir / "towers" / self._tower_name
+            if not path.is_file():
+                path.parent.mkdir(exist_ok=True)
+                beside = path.with_suffix(".writing")
+                beside.write_bytes(data)
+                beside.rename(path)
+        return self._tower_name
+
+    def _load_tower(self, folder: Path, file: str | None) -> None:
+        if self.frozen_tower is None:
+            return
+        if file is not None:
+            self.frozen_tower.load_state_dict(_read_tower(folder, file), strict=True)
+            return
+        loaded = dist_checkpointing.load({"tower": _tower_state(self.frozen_tower)}, str(folder))["tower"]
+        self.frozen_tower.load_state_dict({n.removeprefix("tower."): t for n, t in loaded.items()}, strict=True)
+
+    def _prune(self) -> None:
+        """Keep the newest `keep_last`, and the one with the best validation loss."""
+        found = complete_checkpoints(self.run_dir)
+        losses = {f: json.loads((f / "himix.json").read_text())["validation_loss"] for f in found}
+        measured = [f for f in found if losses[f] is not None]
+        keep = found[-self.config.checkpoint.keep_last :] + sorted(measured, key=losses.__getitem__)[:1]
+        for folder in set(found) - set(keep):
+            shutil.rmtree(folder)
+
+
+def _read_tower(folder: Path, file: str) -> dict[str, Tensor]:
+    """A frozen tower's weights. Raises: ValueError if they are gone or are not what their name says."""
+    path = folder.parent.parent / "towers" / file
+    if not path.is_file():
+        raise ValueError(f"checkpoint {folder} refers to the tower {path}, which is missing: keep a run folder together")
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != path.stem:
+        raise ValueError(f"tower {path} is damaged: its content does not have the hash that is its name")
+    return load_tensors(data)

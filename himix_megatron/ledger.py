@@ -1,0 +1,58 @@
+"""The sample ledger: which sample was in which step, written down as it happens (off unless --log.ledger).
+
+Flows in: each step's batch; out: RUN/ledger/rank-000.jsonl, one line a sample, by the first rank of each replica. Rates,
+lost and repeated samples can be checked against it without trusting anything else.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TextIO
+
+from .config import Config
+from .data.batch import StepBatch
+from .data.loader import StepDataset
+from .parallel import Topology
+
+
+class Ledger:
+    """Appends; a continued run goes on in the same file, so a repeated step is there twice."""
+
+    def __init__(self, config: Config, plan: StepDataset, topology: Topology):
+        self._tokens_per_image = config.vision.tokens_per_image
+        self._dataset = plan.dataset.fingerprint[:16]
+        self._file: TextIO | None = None
+        if config.log.ledger and topology.replica_rank == 0:
+            folder = config.run_dir / "ledger"
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = (folder / f"rank-{topology.rank:03d}.jsonl").open("a", encoding="utf-8")
+
+    def note(self, step: int, batch: StepBatch) -> None:
+        """Write the samples of a step that has been taken."""
+        if self._file is None:
+            return
+        bad, image = set(batch.bad_keys), 0
+        for micro_batch in batch.micro_batches:
+            answers = (micro_batch.labels >= 0).sum(1).tolist()
+            for sample, key in enumerate(micro_batch.keys):
+                count = micro_batch.images_per_sample[sample]
+                seen = int((~batch.blank[image : image + count]).sum())
+                image += count
+                shard, name = key.split("/", 1)
+                line = {
+                    "step": step,
+                    "dataset": self._dataset,
+                    "shard": shard,
+                    "key": name,
+                    "text_tokens": int(micro_batch.text_lengths[sample]),
+                    "answer_tokens": answers[sample],
+                    "vision_tokens": seen * self._tokens_per_image,
+                    "bad": key in bad,
+                }
+                self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()

@@ -1,0 +1,192 @@
+"""How many questions does a run answer exactly right, and how many without looking?
+
+    python -m pipelines.evaluate runs/quickstart/instruct --data DIR
+
+Asks every question of a shard dataset (each turn, with the turns before it), greedily, twice: with the sample's own images,
+and with the images of another sample. The second figure is what the model knows from the text alone. Starts its own ranks.
+Writes RUN/evaluation/NAME.json and one line per question to NAME.answers.jsonl.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+
+from himix_megatron import log, parallel
+from himix_megatron.checkpoint import find_checkpoint
+from himix_megatron.config import Config, ParallelConfig, from_json
+from himix_megatron.data import conversation, image
+from himix_megatron.data.order import permutation
+from himix_megatron.data.shards import ShardDataset
+from himix_megatron.data.tokenizer import load_tokenizer
+from himix_megatron.generate import Answerer, Prompt
+from himix_megatron.kernels import detect
+from himix_megatron.metrics import clock
+from pipelines.cli import parse_settings, run_main
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Exact-match accuracy of a run over a shard dataset, with its images and with shuffled ones."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """The run folder."""
+    data: Path
+    """The shard dataset whose questions are asked."""
+    checkpoint: Path | None = None
+    """A checkpoints/step-... folder; None: the run's newest."""
+    max_samples: int | None = None
+    """Samples to ask; None: all."""
+    batch_questions: int = 64
+    """Questions answered at once on each replica."""
+    max_new_tokens: int = 32
+    """An answer that goes on longer is cut."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Layout of the ranks that are started."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One turn of one sample."""
+
+    sample: int
+    turn: int
+    asked: str
+    expected: str
+
+
+def questions(dataset: ShardDataset, max_samples: int | None) -> list[Question]:
+    """Every turn with an answer, in the dataset's order."""
+    found = []
+    for sample in range(min(len(dataset), max_samples or len(dataset))):
+        for turn, (asked, expected) in enumerate(conversation.exchanges(dataset.text(sample))):
+            found.append(Question(sample, turn, asked, expected))
+    return found
+
+
+def partners(dataset: ShardDataset, seed: int) -> dict[int, int]:
+    """For each sample with images another one, whose images it gets when they are shuffled; itself if it is the only one."""
+    seeing = [sample for sample in range(len(dataset)) if dataset.num_images(sample)]
+    order = [seeing[i] for i in permutation(len(seeing), seed, 0, "shuffled images")]
+    return dict(zip(order, order[1:] + order[:1], strict=True))
+
+
+def load_config(run: Path, layout: ParallelConfig) -> Config:
+    """A run's own settings, at another layout, with nothing to train. Raises: ValueError if it is no run folder."""
+    path = run / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{run} is no run folder: it has no config.json")
+    config = from_json(path.read_text())
+    # What trains must be named; the Answerer freezes everything, and a frozen tower is encoded once per image.
+    return dataclasses.replace(config, parallel=layout, train=dataclasses.replace(config.train, parts=("vision_kv",)))
+
+
+def batches(items: Sequence[Question], topology: parallel.Topology, size: int) -> Iterator[list[Question]]:
+    """This replica's questions, in batches; every replica gets the same number of batches."""
+    own = list(items[topology.data_rank :: topology.data_size])
+    most = -(-len(items) // topology.data_size)
+    for first in range(0, most, size):
+        yield own[first : first + size]
+
+
+def ask(
+    config: Config,
+    answerer: Answerer,
+    dataset: ShardDataset,
+    items: Sequence[Question],
+    arguments: Arguments,
+    source: Mapping[int, int],
+) -> list[str]:
+    """The answers to this replica's questions, in its order; `source` says whose images a sample is shown, if not its own."""
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    template = config.data.template
+    stops = conversation.end_of_turn(tokenizer, template)
+    answers: list[str] = []
+    started = time.perf_counter()
+    for batch in batches(items, answerer.topology, arguments.batch_questions):
+        prompts = []
+        for question in batch:
+            shown = source.get(question.sample, question.sample)
+            pictures = tuple(
+                image.decode(dataset.image_bytes(shown, k), config.vision) for k in range(dataset.num_images(shown))
+            )
+            ids = conversation.prompt(dataset.text(question.sample), tokenizer, template, question.turn)
+            prompts.append(Prompt(ids, pictures))
+        if prompts:
+            answers += [tokenizer.decode(ids).strip() for ids in answerer.answer(prompts, stops, arguments.max_new_tokens)]
+        done = min(len(answers) * answerer.topology.data_size, len(items))
+        remaining = (time.perf_counter() - started) * (len(items) - done) / max(done, 1)
+        logger.info("%d/%d questions, remaining %s", done, len(items), clock(remaining))
+    return answers
+
+
+def everyone(own: list[str], items: Sequence[Question], topology: parallel.Topology) -> list[str]:
+    """All replicas' answers, back in the questions' order."""
+    parts: list[Any] = [None] * topology.data_size
+    torch.distributed.all_gather_object(parts, own, group=topology.data)
+    merged = [""] * len(items)
+    for rank, part in enumerate(parts):
+        merged[rank :: topology.data_size] = part
+    return merged
+
+
+def evaluate(arguments: Arguments) -> dict[str, Any]:
+    """Both accuracies, on every rank; rank 0 writes them down. Raises: ValueError for a user's mistake."""
+    dataset = ShardDataset(arguments.data)
+    config = load_config(arguments.run, arguments.parallel)
+    checkpoint = find_checkpoint(str(arguments.checkpoint or arguments.run))
+    items = questions(dataset, arguments.max_samples)
+    topology = parallel.start(config.parallel, seed=config.train.seed)
+    log.start(None, topology.rank, topology.world_size)
+    answerer = Answerer(config, detect(), topology)
+    answerer.load(checkpoint)
+    started = time.perf_counter()
+    given = {}
+    for name, source in (("own", {}), ("shuffled", partners(dataset, config.train.seed))):
+        logger.info("asking with %s images", name)
+        given[name] = everyone(ask(config, answerer, dataset, items, arguments, source), items, topology)
+    parallel.shutdown()
+
+    def accuracy(answers: list[str]) -> float:
+        return sum(a == q.expected for a, q in zip(answers, items, strict=True)) / max(len(items), 1)
+
+    result = {
+        "checkpoint": checkpoint.name,
+        "questions": len(items),
+        "answer_accuracy": accuracy(given["own"]),
+        "answer_accuracy_shuffled_images": accuracy(given["shuffled"]),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    if topology.rank == 0:
+        folder = arguments.run / "evaluation"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{arguments.data.name}.json").write_text(json.dumps(result, indent=2) + "\n")
+        with (folder / f"{arguments.data.name}.answers.jsonl").open("w") as file:
+            for question, own, shuffled in zip(items, given["own"], given["shuffled"], strict=True):
+                line = {"key": dataset.key(question.sample), "question": question.asked, "expected": question.expected}
+                file.write(json.dumps(line | {"answer": own, "answer_shuffled_images": shuffled}) + "\n")
+        print(json.dumps(result, indent=2))
+    return result
+
+
+def main() -> None:
+    arguments = parse_settings(Arguments, sys.argv[1:], "python -m pipelines.evaluate")
+    layout = arguments.parallel
+    parallel.ensure_ranks(layout.tensor * layout.pipeline, "pipelines.evaluate", sys.argv[1:])
+    evaluate(arguments)
+
+
+if __name__ == "__main__":
+    run_main(main)

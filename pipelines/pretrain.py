@@ -1,0 +1,35 @@
+"""Train a recipe, or continue its run.
+
+    python -m pipelines.pretrain tiny_align
+    torchrun --nproc-per-node 8 -m pipelines.pretrain qwen2_0_5b_align --data.path DIR --checkpoint.initial CONVERTED
+    srun python -m pipelines.pretrain ...            (slurm/pretrain_himix.sh does this)
+
+All three start the same ranks and give the same losses. A run folder that holds a checkpoint is continued.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+from himix_megatron.config import Config
+from himix_megatron.train import pretrain
+from pipelines.cli import parse, run_main
+from pipelines.scenes import ensure_scene_data
+
+
+def with_data(config: Config) -> Config:
+    """A tiny recipe without --data.path trains on scenes that it renders and preprocesses itself."""
+    if config.data.path is not None or not config.recipe.startswith("tiny_"):
+        return config
+    paths = ensure_scene_data()
+    path = paths.align if config.recipe == "tiny_align" else paths.instruct
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(path)))
+
+
+def main() -> None:
+    pretrain(with_data(parse(sys.argv[1:])))
+
+
+if __name__ == "__main__":
+    run_main(main)
