@@ -179,7 +179,9 @@ def prompt(conversation: Conversation, tokenizer: Tokenizer, template: str, answ
 
 def end_of_turn(tokenizer: Tokenizer, template: str) -> tuple[int, ...]:
     """The ids that end an answer; one id in every template but `plain`, where it is the newline's."""
-    return tuple(tokenizer.encode([_template(template, tokenizer).end])[0])
+    # Behind some text: alone, a newline gets a space prefix from tokenizers that add one to every text.
+    ids, is_end = tokenizer.encode([_text("a"), _template(template, tokenizer).end])
+    return tuple(token for token, counts in zip(ids, is_end, strict=True) if counts)
 
 
 def _template(name: str, tokenizer: Tokenizer) -> Template:

@@ -82,6 +82,7 @@ def verify(data: bytes) -> ImageFacts:
             simplejpeg.decode_jpeg(data, "GRAY", min_height=1, min_width=1)
         else:
             image.load()
+            _open(data).verify()  # a PNG's checksums, which load() does not look at
     except PILLOW_ERRORS as error:
         raise BadSampleError("damaged_image", _plain(error)) from None
     width, height = image.size
