@@ -1,0 +1,272 @@
+"""Preprocessing loses nothing, names what it leaves out, and writes the same bytes however it is run or interrupted."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from himix_megatron.data import shards, sources
+from himix_megatron.data.shards import ShardDataset, ShardJob
+from pipelines import preprocess
+from pipelines.preprocess import Settings
+
+from .sets import EMOJI, encoded, make, mixed_source, picture, row
+
+ROOT = Path(__file__).parents[2]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a dataset."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def ray():
+    """One Ray for this file's tests."""
+    with preprocess.ray_started(num_workers=2):
+        yield
+
+
+@pytest.fixture
+def source(tmp_path):
+    return mixed_source(tmp_path)
+
+
+def test_every_engine_and_number_of_workers_writes_the_same_bytes(source, tmp_path, ray):
+    one = make(tmp_path / "one", *source)
+    make(tmp_path / "two", *source, num_workers=2)
+    make(tmp_path / "ray", *source, engine="ray", num_workers=2)
+    wanted = contents(one.path)
+    assert len(wanted) == 3 * 3 + 2  # tar, index, receipt of each shard; manifest and lock
+    assert contents(tmp_path / "two") == wanted
+    assert contents(tmp_path / "ray") == wanted
+
+
+def test_the_real_set_through_ray(tmp_path, ray):
+    options = {"engine": "ray", "num_workers": 2, "samples_per_shard": 16}
+    dataset = make(tmp_path / "out", EMOJI / "instruct.json", EMOJI / "images", **options)
+    assert (len(dataset), dataset.manifest.num_images, len(dataset.manifest.shards)) == (64, 60, 4)
+
+
+read_llava = sources.read_llava
+
+
+def die_once(row, number, images):
+    """Read a LLaVA row; the first process that comes to row 13 dies on the spot."""
+    marker = images.parent / "died"
+    if number == 13 and not marker.exists():
+        marker.touch()
+        os._exit(1)
+    return read_llava(row, number, images)
+
+
+def test_a_ray_worker_that_dies_costs_nothing(source, tmp_path, ray, monkeypatch):
+    wanted = contents(make(tmp_path / "wanted", *source).path)
+    monkeypatch.setattr(sources, "read_llava", die_once)
+    make(tmp_path / "out", *source, engine="ray", num_workers=2)
+    assert (tmp_path / "died").exists()
+    assert contents(tmp_path / "out") == wanted
+
+
+def bad_source(folder: Path) -> tuple[Path, Path, dict[int, str]]:
+    """20 rows of which some are bad. Returns: annotations, images, reason by row."""
+    annotations, images = mixed_source(folder, 20)
+    rows = json.loads(annotations.read_text())
+    (folder / "secret.png").write_bytes(encoded(picture(), "PNG"))
+    (images / "cut.jpg").write_bytes(encoded(picture(1, (200, 200)), "JPEG")[:-500])
+    (images / "text.png").write_text("no picture")
+    (images / "empty.png").touch()
+    os.mkfifo(images / "pipe.png")
+    replaced = {
+        1: (row(1, "cut.jpg"), "damaged_image"),
+        2: (row(2, "text.png"), "not_an_image"),
+        4: (row(4, "gone.png"), "missing_image"),
+        5: (row(5, ["0.jpg", "gone.png"]), "missing_image"),
+        6: (row(6, "../secret.png"), "unsafe_name"),
+        7: (row(7, str(folder / "secret.png")), "unsafe_name"),
+        8: (row(8, "8.jpg", marks=2), "image_marks"),
+        9: ({**row(9, "9.png"), "conversations": row(9, "9.png")["conversations"][::-1]}, "roles"),
+        11: ("no object", "malformed"),
+        12: (row(12, "empty.png"), "not_an_image"),
+        13: (row(13, None, "half a pair \ud83d", "x"), "bad_text"),
+        14: ({**row(14, "0.jpg"), "image": 3}, "malformed"),
+        15: (row(15, "pipe.png"), "missing_image"),
+        16: (row(16, "a\0b.png"), "unsafe_name"),
+        17: (row(17, "x" * 5000), "missing_image"),
+        18: (row(18, "."), "unsafe_name"),
+    }
+    for number, (bad, _) in replaced.items():
+        rows[number] = bad
+    annotations.write_text(json.dumps(rows))
+    return annotations, images, {number: reason for number, (_, reason) in replaced.items()}
+
+
+def test_bad_rows_are_quarantined_and_their_neighbours_are_not(tmp_path):
+    annotations, images, reasons = bad_source(tmp_path)
+    dataset = make(tmp_path / "out", annotations, images, max_bad_fraction=1.0)
+    assert [dataset.text(i)["id"] for i in range(len(dataset))] == [f"row-{i}" for i in (0, 3, 10, 19)]
+    assert dataset.image_bytes(3, 0) == (images / "19.png").read_bytes()
+    found = {}
+    for receipt in dataset.manifest.shards:
+        lines = [json.loads(line) for line in (dataset.path / "quarantine" / f"{receipt.name}.jsonl").read_text().splitlines()]
+        assert len(lines) == sum(receipt.quarantined.values())
+        assert receipt.end_row - receipt.first_row == receipt.num_samples + len(lines)
+        for line in lines:
+            assert receipt.quarantined[line["reason"]] > 0
+            assert str(tmp_path) not in line["detail"].replace(repr(str(tmp_path / "secret.png")), "")
+            found[line["row"]] = line["reason"]
+    assert found == reasons
+    assert sum(dataset.manifest.quarantined.values()) == len(reasons)
+
+
+def test_a_bad_source_is_stopped(tmp_path):
+    annotations, images, _ = bad_source(tmp_path)
+    with pytest.raises(ValueError, match=r"of 20 rows are bad .*missing_image: \d.*--max-bad-fraction 0\.1"):
+        make(tmp_path / "out", annotations, images)
+    with pytest.raises(ValueError, match="no manifest"):
+        ShardDataset(tmp_path / "out")
+    with pytest.raises(ValueError, match="of 24 rows are bad"):  # a wrong image folder
+        make(tmp_path / "other", *mixed_source(tmp_path / "more")[:1], tmp_path)
+
+
+def test_a_rerun_makes_only_what_is_missing_or_damaged(source, tmp_path):
+    folder = make(tmp_path / "out", *source).path
+    wanted = contents(folder)
+    damage = {
+        "receipts/rows-000000.json": lambda path: path.unlink(),
+        "receipts/rows-000001.json": lambda path: path.write_text("{}"),
+        "shards/rows-000000.tar": lambda path: path.unlink(),
+        "shards/rows-000001.tar": lambda path: path.write_bytes(bytes([1]) + path.read_bytes()[1:]),
+        "shards/rows-000002.idx": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        "manifest.json": lambda path: path.unlink(),
+    }
+    for name, hurt in damage.items():
+        hurt(folder / name)
+        before = {path: path.stat().st_ino for path in folder.rglob("*.tar")}
+        make(folder, *source)
+        assert contents(folder) == wanted
+        number = name[-10:-4] if "shards" in name else name[-11:-5] if "receipts" in name else "none"
+        for path, inode in before.items():
+            assert (path.stat().st_ino == inode) == (number not in path.name), (name, path.name)
+
+
+@pytest.mark.parametrize("row_number", [0, 9, 14, 23])
+def test_an_interrupted_run_is_finished_by_the_next(source, tmp_path, monkeypatch, row_number):
+    wanted = contents(make(tmp_path / "wanted", *source).path)
+
+    def interrupted(row, number, images):
+        if number == row_number:
+            raise KeyboardInterrupt
+        return read_llava(row, number, images)
+
+    monkeypatch.setattr(sources, "read_llava", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "out", *source)
+    assert not list((tmp_path / "out").glob(".partial-*"))
+    with pytest.raises(ValueError, match="no manifest"):
+        ShardDataset(tmp_path / "out")
+    monkeypatch.setattr(sources, "read_llava", read_llava)
+    make(tmp_path / "out", *source)
+    assert contents(tmp_path / "out") == wanted
+
+
+def test_what_a_killed_run_left_is_swept(source, tmp_path):
+    wanted = contents(make(tmp_path / "wanted", *source).path)
+    left = tmp_path / "out" / ".partial-killed"
+    left.mkdir(parents=True)
+    (left / "rows-000000.tar").write_bytes(b"half")
+    make(tmp_path / "out", *source)
+    assert contents(tmp_path / "out") == wanted
+
+
+def test_a_straggler_of_a_killed_run_cannot_publish(source, tmp_path):
+    folder = make(tmp_path / "out", *source).path
+    wanted = contents(folder)
+    attempt = folder / ".partial-old"
+    attempt.mkdir()
+    rows = json.loads(source[0].read_text())[:10]
+
+    def swept(row, number):
+        if number == 5:
+            shutil.rmtree(attempt)
+        return sources.read_llava(rows[0], number, source[1])  # other content than the shard has
+
+    with pytest.raises(FileNotFoundError):
+        shards.write_shard(ShardJob(folder, attempt, "rows-000000", 0, "c", "s"), rows, swept)
+    assert contents(folder) == wanted
+
+
+def test_two_runs_do_not_write_one_folder(source, tmp_path):
+    with preprocess._attempt(tmp_path / "out"), pytest.raises(ValueError, match="another run is writing it"):
+        make(tmp_path / "out", *source)
+
+
+def test_a_folder_with_another_dataset_is_not_overwritten(source, tmp_path):
+    folder = make(tmp_path / "out", *source).path
+    with pytest.raises(ValueError, match="--samples-per-shard"):
+        make(folder, *source, samples_per_shard=7)
+    rows = json.loads(source[0].read_text())
+    (tmp_path / "rows.json").write_text(json.dumps(rows[:-1]))
+    with pytest.raises(ValueError, match="another annotation file"):
+        make(folder, *source)
+
+
+def test_lines_of_json_are_read_as_a_list_is(source, tmp_path):
+    lines = tmp_path / "rows.jsonl"
+    lines.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in json.loads(source[0].read_text())) + "\n")
+    dataset, other = make(tmp_path / "a", *source), make(tmp_path / "b", lines, source[1])
+    for shard, same in zip(dataset.manifest.shards, other.manifest.shards, strict=True):
+        assert shard.tar == same.tar
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"samples_per_shard": 0}, "--samples-per-shard is 0"),
+        ({"num_workers": 0}, "--num-workers is 0"),
+        ({"max_bad_fraction": 1.5}, "--max-bad-fraction is 1.5"),
+        ({"name": "a/b"}, "give --name"),
+        ({"annotations": Path("two words.json")}, "give --name"),
+    ],
+)
+def test_impossible_settings_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**{"annotations": Path("a.json"), "images": Path("i"), "out": Path("o"), **change})
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "pipelines.preprocess", *map(str, arguments)]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_the_users_mistakes_are_one_line_and_exit_code_2(source, tmp_path):
+    (tmp_path / "broken.json").write_text("[{]")
+    (tmp_path / "object.json").write_text("{}")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    for annotations, images, words in (
+        (tmp_path / "gone.json", source[1], "gone.json: no such file"),
+        (source[0], tmp_path / "nowhere", "nowhere: no such folder"),
+        (tmp_path / "broken.json", source[1], "not JSON"),
+        (tmp_path / "object.json", source[1], "not a list of rows"),
+        (tmp_path / "deep.json", source[1], "not JSON"),
+    ):
+        done = command("--annotations", annotations, "--images", images, "--out", tmp_path / "out", "--engine", "local")
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ")
+        assert done.stderr.count("\n") == 1
+        assert words in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_of_the_readme(source, tmp_path):
+    """With a Ray of its own, which is gone afterwards."""
+    out = tmp_path / "out"
+    done = command("--source", "llava", "--annotations", source[0], "--images", source[1], "--out", out, "--num-workers", 2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{out}: 24 samples, 24 images, 1 shards\n"
+    assert "rows/s, 0 s left, 0 quarantined" in done.stderr
+    assert len(ShardDataset(out)) == 24
