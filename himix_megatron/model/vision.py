@@ -46,7 +46,7 @@ class Normalise(nn.Module):
         if self._mean_std.device != pixels_K3HW.device:
             self._mean_std = self._mean_std.to(pixels_K3HW.device)
         mean, std = self._mean_std
-        images_K3HW: Tensor = (pixels_K3HW.float() * (1 / 255) - mean) / std
+        images_K3HW: Tensor = (pixels_K3HW.float() / 255 - mean) / std
         images_K3HW = images_K3HW.masked_fill(blank_K.view(-1, 1, 1, 1), 0.0)
         return images_K3HW.to(dtype)
 
