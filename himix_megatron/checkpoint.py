@@ -25,6 +25,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from .config import Config
+from .model.himix import bare
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ def _metadata() -> dict[str, Any]:
 
 
 def _model_state(stages: list[Any]) -> dict[str, Any]:
-    return {f"model{i}": stage.sharded_state_dict(metadata=_metadata()) for i, stage in enumerate(stages)}
+    return {f"model{i}": bare(stage).sharded_state_dict(metadata=_metadata()) for i, stage in enumerate(stages)}
 
 
 def _tower_state(tower: nn.Module) -> dict[str, Any]:
@@ -198,7 +199,7 @@ class Checkpoints:
             chunk = loaded[f"model{i}"]
             if tower is not None and self.frozen_tower is None:
                 chunk |= {f"tower.{name}": tensor for name, tensor in tower.items()}
-            stage.load_state_dict(chunk, strict=True)
+            bare(stage).load_state_dict(chunk, strict=True)
 
     def _store_tower(self) -> str | None:
         """Rank 0: see that the frozen tower lies in the run folder. Returns: its file name, None if it trains."""

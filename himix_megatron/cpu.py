@@ -39,8 +39,8 @@ def _redirect_devices() -> None:
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     stay: Callable[..., Any] = lambda self, *_, **__: self  # noqa: E731
-    torch.Tensor.cuda = stay  # type: ignore[method-assign, assignment]
-    torch.nn.Module.cuda = stay  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = stay  # type: ignore[method-assign]
+    torch.nn.Module.cuda = stay  # type: ignore[method-assign]
 
     # The optimizers sort parameters by the string of their type and know only 'torch.cuda.FloatTensor' and its kin.
     # Only megatron-core gets this answer: other callers are told the truth.
@@ -53,7 +53,7 @@ def _redirect_devices() -> None:
             return answer.replace("torch.", "torch.cuda.", 1)
         return answer
 
-    torch.Tensor.type = type_name  # type: ignore[method-assign]
+    torch.Tensor.type = type_name  # type: ignore[method-assign, assignment]
 
 
 def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:

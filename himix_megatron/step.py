@@ -58,7 +58,7 @@ def run_losses(stages: list[DistributedDataParallel], inputs: Sequence[StageInpu
 
     Returns: on the last stage float64[2] per micro-batch: summed loss, answer tokens; elsewhere nothing.
     """
-    return _run(stages, inputs, lambda given: partial(answer_loss, given.labels), forward_only=forward_only)
+    return _run(stages, inputs, _loss, forward_only=forward_only)
 
 
 def run_logits(
@@ -72,6 +72,11 @@ def run_logits(
     return _run(
         stages, inputs, lambda _: lambda logits, non_loss_data: take(next(numbers), logits), forward_only=True, raw=True
     )
+
+
+def _loss(given: StageInput) -> Callable[[Tensor], Any]:
+    assert given.labels is not None
+    return partial(answer_loss, given.labels)
 
 
 def _run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,9 @@ def train(config: Config) -> None:
     pretrain(config)
     parallel.shutdown()
     log.stop()
+    # A second run in this process meets elsewhere: at the same port a quick rank would find the store of the first.
+    if "MASTER_PORT" in os.environ:
+        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
 
 
 def history(run: Path) -> dict[str, list[float]]:

@@ -32,7 +32,9 @@ _PLAIN = {
 def _fused(model: ModelConfig) -> dict[str, tuple[tuple[str, int], ...]]:
     """Our fused tensors: the parts, and how many heads of each go to one key/value head (0: not by heads)."""
     per_group = model.num_attention_heads // model.num_query_groups
-    fused = {"mlp.linear_fc1.weight": (("mlp.gate_proj.weight", 0), ("mlp.up_proj.weight", 0))}
+    fused: dict[str, tuple[tuple[str, int], ...]] = {
+        "mlp.linear_fc1.weight": (("mlp.gate_proj.weight", 0), ("mlp.up_proj.weight", 0))
+    }
     for kind in ("weight", "bias") if model.has_qkv_bias else ("weight",):
         q, k, v = (f"self_attn.{x}_proj.{kind}" for x in "qkv")
         k_img, v_img = (f"self_attn.{x}_proj_img.{kind}" for x in "kv")
@@ -83,12 +85,13 @@ def _outer(model: ModelConfig) -> dict[str, str]:
 def _join(parts: list[Tensor], heads: list[int], model: ModelConfig) -> Tensor:
     if not any(heads):
         return torch.cat(parts)
-    groups = [p.unflatten(0, (model.num_query_groups, h * model.channels_per_head)) for p, h in zip(parts, heads, strict=True)]
+    width, num_groups = model.channels_per_head, model.num_query_groups
+    groups = [p.reshape(num_groups, h * width, *p.shape[1:]) for p, h in zip(parts, heads, strict=True)]
     return torch.cat(groups, dim=1).flatten(0, 1)
 
 
 def _split(fused: Tensor, heads: list[int], model: ModelConfig) -> list[Tensor]:
     if not any(heads):
         return list(fused.chunk(len(heads)))
-    groups = fused.unflatten(0, (model.num_query_groups, sum(heads) * model.channels_per_head))
-    return [part.flatten(0, 1) for part in groups.split([h * model.channels_per_head for h in heads], dim=1)]
+    groups = fused.reshape(model.num_query_groups, sum(heads) * model.channels_per_head, *fused.shape[1:])
+    return [part.flatten(0, 1) for part in torch.split(groups, [h * model.channels_per_head for h in heads], dim=1)]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..model.himix import bare
 from ..parallel import Topology
 
 _LAYER = re.compile(r"(.*decoder\.layers\.)(\d+)(\..*)")
@@ -23,9 +24,7 @@ _TE_NAMES = {"self_attention.linear_qkv.layer_norm_": "input_layernorm.", "mlp.l
 def global_parameters(stages: list[Any]) -> Iterator[tuple[str, nn.Parameter]]:
     """This rank's parameters under names that are the same in every layout and backend."""
     for stage in stages:
-        model = stage
-        while hasattr(model, "module"):
-            model = model.module
+        model = bare(stage)
         for name, parameter in model.named_parameters():
             layer = _LAYER.fullmatch(name)
             if layer:

@@ -159,6 +159,13 @@ def build_stage(config: Config, kernels: Kernels, topology: Topology, tower: nn.
     return chunks
 
 
+def bare(stage: Any) -> HiMixModel:
+    """The model inside mcore's wrappers (data parallelism, bf16)."""
+    while not isinstance(stage, HiMixModel):
+        stage = stage.module
+    return stage
+
+
 def _wrap(config: Config, model: HiMixModel, *, trains: bool, first: bool) -> Any:
     mcore_config = model.config
     wrapped = Float16Module(mcore_config, model) if mcore_config.bf16 else model

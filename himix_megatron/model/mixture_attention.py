@@ -29,7 +29,7 @@ from torch import Tensor
 
 
 @dataclass
-class MixtureAttentionSubmodules(SelfAttentionSubmodules):
+class MixtureAttentionSubmodules(SelfAttentionSubmodules):  # type: ignore[misc]
     """Self-attention's parts and the two that HiMix adds."""
 
     vision_norm: Any = None
