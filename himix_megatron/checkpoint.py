@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import queue
 import re
 import shutil
+import threading
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -35,6 +38,26 @@ _ARCHITECTURE = (
     "rope_theta", "rope_scaling_factor", "norm_eps", "tie_embeddings",
 )  # fmt: skip
 _TOWER = ("tower", "hidden_size", "image_size", "patch_size", "num_layers", "num_attention_heads", "ffn_hidden_size")
+
+
+class _ThreadsForProcesses:
+    """Makes mcore's checkpoint writers threads, where it starts processes.
+
+    Processes forked beside gloo's, NCCL's or autograd's threads can inherit a held lock and hang; a queue server spawned
+    for each rank costs a second and outlives a killed run. mcore itself writes with threads from 0.17 on.
+    """
+
+    Process = threading.Thread
+    Queue = JoinableQueue = queue.Queue
+
+    def get_context(self, _: str) -> _ThreadsForProcesses:
+        return self
+
+    def Manager(self) -> _ThreadsForProcesses:  # noqa: N802
+        return self
+
+
+filesystem_async.mp = _ThreadsForProcesses()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,12 +19,14 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from torch import Tensor
 
 from . import log, parallel
-from .adapter import params_dtype
-from .checkpoint import Checkpoints, Position, complete_checkpoints, find_checkpoint
+from .adapter import attention_backend, params_dtype
+from .checkpoint import Checkpoints, Position, check_architecture, complete_checkpoints, find_checkpoint
 from .config import Config, check_ranks, differences, from_json, to_json
 from .data.batch import StepBatch, without_loss
+from .data.conversation import check_tokenizer
 from .data.loader import StepDataset, step_loader
 from .data.shards import ShardDataset
+from .data.tokenizer import load_tokenizer
 from .kernels import Kernels, detect, settle
 from .ledger import Ledger
 from .metrics import Metrics, StepCounts
@@ -45,9 +47,12 @@ def pretrain(config: Config) -> Position:
     check_ranks(config, parallel.launch_from_environment(os.environ).world_size)
     dataset, held_out = open_dataset(config, config.data.path), open_held_out(config)
     total_steps = steps_of(config, len(dataset))
+    kernels = detect()
+    attention_backend(config.model, kernels)
+    check_text(config)
+    check_start(config)
     topology = parallel.start(config.parallel, seed=config.train.seed)
     log.start(config.run_dir, topology.rank, topology.world_size)
-    kernels = detect()
     settle(kernels)
     previous = prepare_run_folder(config, topology)
 
@@ -138,6 +143,27 @@ def open_dataset(config: Config, path: str | None) -> ShardDataset:
             f"recipe {config.recipe} has no data of its own: give --data.path, a folder that pipelines.preprocess wrote"
         )
     return ShardDataset(path)
+
+
+def check_text(config: Config) -> None:
+    """Raises: ValueError if the tokenizer lacks what the template needs, or gives ids that the embedding has no row for."""
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    check_tokenizer(tokenizer, config.data.template)
+    tokens = tokenizer.vocab_size
+    if tokens > config.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer {config.data.tokenizer} has {tokens} tokens, but model.vocab_size is {config.model.vocab_size}: "
+            "it is another model's tokenizer"
+        )
+
+
+def check_start(config: Config) -> None:
+    """Raises: ValueError, before any rank waits for another, if the run cannot start from where it is told to."""
+    own = complete_checkpoints(config.run_dir)
+    if own:
+        check_architecture(own[-1], config)
+    elif config.checkpoint.initial is not None:
+        check_architecture(find_checkpoint(config.checkpoint.initial), config)
 
 
 def open_held_out(config: Config) -> ShardDataset | None:

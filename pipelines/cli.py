@@ -175,6 +175,8 @@ def _condense(box: str, program: str) -> str:
     """tyro's framed message as one line of ours; its first paragraph as it stands where the form is unknown."""
     lines = [line.strip(" │|╭╮╰╯") for line in box.splitlines()]
     body = [line for line in lines[1:] if line]
+    if body and set(body[0]) <= {"─", "-"}:
+        del body[0]  # where the terminal's encoding has no box characters, the title is underlined
     end = next((i for i, line in enumerate(body) if re.fullmatch(r"[─-]{5,}.*", line)), len(body))
     if "Required options" in lines[0] or "Required option" in lines[0]:
         missing = re.findall(r"^(--[\w.-]+)", "\n".join(body), re.MULTILINE)

@@ -23,7 +23,7 @@ import torch
 import tyro
 
 from himix_megatron import log, parallel
-from himix_megatron.checkpoint import find_checkpoint
+from himix_megatron.checkpoint import check_architecture, find_checkpoint
 from himix_megatron.config import Config, ParallelConfig, from_json
 from himix_megatron.data import conversation, image
 from himix_megatron.data.order import permutation
@@ -147,6 +147,7 @@ def evaluate(arguments: Arguments) -> dict[str, Any]:
     dataset = ShardDataset(arguments.data)
     config = load_config(arguments.run, arguments.parallel)
     checkpoint = find_checkpoint(str(arguments.checkpoint or arguments.run))
+    check_architecture(checkpoint, config)
     items = questions(dataset, arguments.max_samples)
     topology = parallel.start(config.parallel, seed=config.train.seed)
     log.start(None, topology.rank, topology.world_size)

@@ -111,10 +111,10 @@ def render(scene: Scene, seed: str) -> Image.Image:
     rng = random.Random(seed)
     canvas = _background(rng)
     size = IMAGE_SIZE * OVERSAMPLING
-    cell = size / 3
     row, column = divmod(PLACES.index(scene.place), 3)
-    radius = cell * rng.uniform(0.34, 0.44)
-    x, y = ((index + 0.5) * cell + rng.uniform(-0.08, 0.08) * cell for index in (column, row))
+    radius = size * rng.uniform(0.16, 0.19)
+    # Nearer to the middle than the centres of nine cells, so that shapes can be large enough to tell apart.
+    x, y = (size * (0.5 + 0.29 * (index - 1) + rng.uniform(-0.02, 0.02)) for index in (column, row))
     mask = Image.new("L", (size, size), 0)
     _draw(ImageDraw.Draw(mask), scene.shape, x, y, radius)
     shade = rng.uniform(0.88, 1.0)

@@ -1,0 +1,189 @@
+"""What training changes, that it can be continued anywhere, and that however it is started it is the same training."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from himix_megatron.checkpoint import Checkpoints, complete_checkpoints, find_checkpoint
+from himix_megatron.config import Config
+from tests.distributed import free_port, run_ranks
+from tests.runs import history, small_config, train
+
+LANGUAGE = ("language", "vision_kv")
+
+
+def with_steps(config: Config, steps: int, **checkpoint: Any) -> Config:
+    return replace(config, train=replace(config.train, steps=steps), checkpoint=replace(config.checkpoint, **checkpoint))
+
+
+def weights_of(config: Config, runs: list[Path]) -> list[dict[str, torch.Tensor]]:
+    """All weights of finished runs, the tower's too, by name; on one rank."""
+    from himix_megatron import parallel
+    from himix_megatron.kernels import detect
+    from himix_megatron.model.himix import bare, build_stage
+    from himix_megatron.model.vision import build_tower
+
+    topology = parallel.start(config.parallel, seed=1)
+    tower = build_tower(config.vision, seed=1, dtype=torch.float32)
+    stages = build_stage(config, detect(), topology, tower, trains=False)
+    found = []
+    for run in runs:
+        Checkpoints(config, stages, None, tower).load_weights(find_checkpoint(str(run)))
+        weights = {n: p.detach().clone() for n, p in bare(stages[0]).named_parameters()}
+        found.append(weights | {f"tower.{n}": p.detach().clone() for n, p in tower.named_parameters()})
+    parallel.shutdown()
+    return found
+
+
+def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+@pytest.mark.parametrize(
+    ("layout", "ranks"), [({}, 1), ({"tensor": 2, "pipeline": 2}, 4)], ids=["one rank", "tensor 2, pipeline 2"]
+)
+def test_each_stage_changes_its_parts_and_nothing_else(
+    mixed_dataset: Path, tmp_path: Path, layout: dict[str, Any], ranks: int
+) -> None:
+    def run(name: str, parts: Any, initial: Path | None) -> None:
+        config = small_config(mixed_dataset, tmp_path / name, parts=parts, initial=initial, steps=3, **layout)
+        run_ranks(train, ranks, config, start_gloo=False)
+
+    run("start", LANGUAGE, None)
+    run("align", ("vision_kv",), tmp_path / "start")
+    run("instruct", LANGUAGE, tmp_path / "align")
+    run("tower", ("tower",), tmp_path / "instruct")
+    runs = [tmp_path / name for name in ("start", "align", "instruct", "tower")]
+    one_rank = small_config(mixed_dataset, tmp_path / "look", parts=("vision_kv",))
+    (start, align, instruct, tower) = run_ranks(weights_of, 1, one_rank, runs, start_gloo=False)[0]
+
+    per_layer = ("vision_norm.weight", "linear_vision_kv.weight", "linear_vision_kv.bias")
+    vision_kv = {f"decoder.layers.{layer}.self_attention.{part}" for layer in range(4) for part in per_layer}
+    of_tower = {name for name in start if name.startswith("tower.")}
+    assert len(of_tower) > 10
+    assert changed(start, align) == vision_kv
+    assert changed(align, instruct) == start.keys() - of_tower
+    assert changed(instruct, tower) == of_tower
+
+
+@pytest.fixture(scope="module")
+def ten_steps(mixed_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of 10 steps without a break on one rank."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    run_ranks(train, 1, small_config(mixed_dataset, folder, parts=LANGUAGE), start_gloo=False)
+    return history(folder)["train/loss"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout", "tolerance"),
+    [
+        (1, {}, 0.0),
+        (2, {"tensor": 2, "sequence": True}, 1e-5),
+        (2, {"pipeline": 2, "virtual_pipeline": 2}, 1e-5),
+        (2, {"distributed_optimizer": True}, 1e-5),
+    ],
+    ids=["same", "tensor 2", "pipeline 2 interleaved", "data 2, distributed optimizer"],
+)
+def test_run_continues_at_any_layout(
+    mixed_dataset: Path, tmp_path: Path, ten_steps: list[float], ranks: int, layout: dict[str, Any], tolerance: float
+) -> None:
+    first = with_steps(small_config(mixed_dataset, tmp_path, parts=LANGUAGE), 5)
+    run_ranks(train, 1, first, start_gloo=False)
+    second = small_config(mixed_dataset, tmp_path, parts=LANGUAGE, **layout)
+    run_ranks(train, ranks, second, start_gloo=False)
+    losses = history(tmp_path)["train/loss"]
+    assert losses == pytest.approx(ten_steps, abs=tolerance)
+    assert [folder.name for folder in complete_checkpoints(tmp_path)] == ["step-00000005", "step-00000010"]
+
+
+def test_old_checkpoints_go_and_the_best_stays(mixed_dataset: Path, tmp_path: Path) -> None:
+    config = with_steps(small_config(mixed_dataset, tmp_path, parts=LANGUAGE), 6, interval_steps=1, keep_last=2)
+    config = replace(
+        config,
+        data=replace(config.data, validation_path=str(mixed_dataset)),
+        log=replace(config.log, validation_interval_steps=1, validation_samples=16),
+        # A rate that harms after the first steps: the best validation loss is not the newest.
+        optimizer=replace(config.optimizer, learning_rate=0.3),
+    )
+    run_ranks(train, 1, config, start_gloo=False)
+    losses = history(tmp_path)["validation/loss"]
+    best = losses.index(min(losses)) + 1
+    assert best < 5, losses
+    kept = {int(folder.name.removeprefix("step-")) for folder in complete_checkpoints(tmp_path)}
+    assert kept == {best, 5, 6}
+
+
+def test_data_order_of_a_run_cannot_change(mixed_dataset: Path, tmp_path: Path) -> None:
+    config = with_steps(small_config(mixed_dataset, tmp_path, parts=LANGUAGE), 2)
+    run_ranks(train, 1, config, start_gloo=False)
+    other = replace(config, train=replace(config.train, steps=4, seed=99))
+    with pytest.raises(RuntimeError, match=r"ValueError: .* at step 2 of another data order: .*--train.seed"):
+        run_ranks(train, 1, other, start_gloo=False)
+
+
+def test_bf16_ends_where_fp32_does(mixed_dataset: Path, tmp_path: Path) -> None:
+    """50 steps of tiny_align on two tensor ranks."""
+    from pipelines.recipes import RECIPES
+
+    last = {}
+    for precision in ("fp32", "bf16"):
+        config = RECIPES["tiny_align"]()
+        config = replace(
+            config,
+            data=replace(config.data, path=str(mixed_dataset), num_workers=0),
+            train=replace(config.train, steps=50, precision=precision, global_batch_samples=16, micro_batch_samples=16),
+            parallel=replace(config.parallel, tensor=2),
+            run=replace(config.run, dir=str(tmp_path / precision)),
+            log=replace(config.log, interval_steps=10),
+        )
+        run_ranks(train, 2, config, start_gloo=False)
+        last[precision] = history(tmp_path / precision)["train/loss"][-1]
+    assert last["bf16"] == pytest.approx(last["fp32"], rel=0.02)
+
+
+# ---- started by hand, by torchrun, and as srun starts --------------------------------------------------------------
+
+
+def environments(ranks: int, **extra: str) -> Iterator[dict[str, str]]:
+    """The variables that srun sets for each task, and nothing of torchrun's."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MASTER_"))}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        clean.pop(name, None)
+    for rank in range(ranks):
+        slurm = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_STEP_NUM_TASKS": ranks, "SLURM_JOB_ID": 4711}
+        yield clean | {name: str(value) for name, value in slurm.items()} | extra
+
+
+def test_every_way_to_start_gives_the_same_losses(mixed_dataset: Path, tmp_path: Path) -> None:
+    def arguments(name: str) -> list[str]:
+        return [
+            "tiny_instruct", "--data.path", str(mixed_dataset), "--run.dir", str(tmp_path / name), "--train.steps", "3",
+            "--train.global-batch-samples", "8", "--train.micro-batch-samples", "2", "--data.num-workers", "0",
+            "--log.interval-steps", "1",
+        ]  # fmt: skip
+
+    program = [sys.executable, "-m", "pipelines.pretrain"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    subprocess.run([*program, *arguments("hand")], check=True)
+    subprocess.run([*torchrun, "1", *program[1:], *arguments("torchrun")], check=True)
+    subprocess.run([*torchrun, "2", *program[1:], *arguments("torchrun 2")], check=True)
+    slurm = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "SLURM_STEP_NODELIST": socket.gethostname()}
+    tasks = [subprocess.Popen([*program, *arguments("srun 2")], env=env) for env in environments(2, **slurm)]
+    assert [task.wait(timeout=120) for task in tasks] == [0, 0]
+
+    losses = {name: history(tmp_path / name)["train/loss"] for name in ("hand", "torchrun", "torchrun 2", "srun 2")}
+    assert len(losses["hand"]) == 3
+    assert losses["torchrun"] == losses["hand"]
+    assert losses["srun 2"] == losses["torchrun 2"]
+    assert losses["torchrun 2"] == pytest.approx(losses["hand"], abs=1e-5)
