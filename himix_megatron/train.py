@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,13 +20,13 @@ from torch import Tensor
 from . import log, parallel
 from .adapter import attention_backend, params_dtype
 from .checkpoint import Checkpoints, Position, check_architecture, complete_checkpoints, find_checkpoint
-from .config import Config, check_ranks, differences, from_json, to_json
+from .config import Config, differences, from_json, to_json
 from .data.batch import StepBatch, without_loss
 from .data.conversation import check_tokenizer
 from .data.loader import StepDataset, step_loader
 from .data.shards import ShardDataset
 from .data.tokenizer import load_tokenizer
-from .kernels import Kernels, detect, settle
+from .kernels import Kernels, detect
 from .ledger import Ledger
 from .metrics import Metrics, StepCounts
 from .model.himix import build_stage
@@ -44,16 +43,15 @@ def pretrain(config: Config) -> Position:
 
     Raises: ValueError for a user's mistake, before the first collective wherever it can be known.
     """
-    check_ranks(config, parallel.launch_from_environment(os.environ).world_size)
+    launch = parallel.check_launch(config)
     dataset, held_out = open_dataset(config, config.data.path), open_held_out(config)
     total_steps = steps_of(config, len(dataset))
     kernels = detect()
     attention_backend(config.model, kernels)
     check_text(config)
     check_start(config)
-    topology = parallel.start(config.parallel, seed=config.train.seed)
+    topology = parallel.start(config.parallel, seed=config.train.seed, launch=launch)
     log.start(config.run_dir, topology.rank, topology.world_size)
-    settle(kernels)
     previous = prepare_run_folder(config, topology)
 
     run = build_run(config, kernels, topology)

@@ -1,0 +1,47 @@
+"""Both layer specs describe the same model: the same parameters, under the same names on disk."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from himix_megatron.kernels import detect
+from tests.distributed import run_ranks
+from tests.runs import small_config
+
+
+def names_and_shapes(attention: str) -> dict[str, tuple[int, ...]]:
+    """What a checkpoint of a small model holds; on one rank."""
+    import torch
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    from himix_megatron import parallel
+    from himix_megatron.checkpoint import _model_state
+    from himix_megatron.model.himix import build_stage
+    from himix_megatron.model.vision import build_tower
+
+    config = small_config(Path("unused"), Path("unused"), parts=("language", "vision_kv"))
+    config = replace(config, model=replace(config.model, attention=attention))
+    topology = parallel.start(config.parallel, seed=1)
+    tower = build_tower(config.vision, seed=1, dtype=torch.float32)
+    # Transformer Engine's modules refuse to be built, not only to run, where torch sees no GPU.
+    with patch("torch.cuda.is_available", return_value=attention == "te" or torch.cuda.is_available()):
+        stages = build_stage(config, detect(), topology, tower)
+    tensors = [t for t in _model_state(stages)["model0"].values() if isinstance(t, ShardedTensor)]
+    parallel.shutdown()
+    return {f"{tensor.key}{list(tensor.global_offset)}": tuple(tensor.global_shape) for tensor in tensors}
+
+
+def test_torch_spec_names_every_vision_parameter() -> None:
+    found = run_ranks(names_and_shapes, 1, "torch", start_gloo=False)[0]
+    assert sum("vision_norm" in name for name in found) == 4
+    assert sum("linear_vision_kv" in name for name in found) == 8
+
+
+@pytest.mark.skipif(not detect().transformer_engine, reason=detect().transformer_engine_reason)
+def test_te_spec_builds_the_same_parameters() -> None:
+    te, torch_ = (run_ranks(names_and_shapes, 1, name, start_gloo=False)[0] for name in ("te", "torch"))
+    assert te == torch_
