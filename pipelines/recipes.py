@@ -226,7 +226,7 @@ def tiny_align() -> Config:
     """A 1.4M-parameter model, first stage: vision K/V on captions of rendered scenes, on a CPU.
 
     Command: python -m pipelines.pretrain tiny_align (or torchrun --nproc-per-node 2 ... --parallel.tensor 2)
-    Hardware: 2 CPU cores, under a minute. Expected: the loss falls, but not far: what trains is what the paper trains, and
+    Hardware: a CPU; about a minute on one core. Expected: the loss falls, but not far: what trains is what the paper trains, and
     here neither tower nor language model knows anything yet (`--train.parts tower language vision_kv` trains all of it).
     The data is rendered on first use under data/scenes when data.path is not given.
     """
@@ -237,8 +237,9 @@ def tiny_instruct() -> Config:
     """A 1.4M-parameter model, second stage: language model and vision K/V on questions about rendered scenes, on a CPU.
 
     Command: python -m pipelines.pretrain tiny_instruct --checkpoint.initial runs/tiny_align
-    Hardware: 2 CPU cores, about a minute. Expected: the form of the answers is learned; with `--train.parts tower language
-    vision_kv` the answers too (0.99 exact match after about 400 steps: colour, shape and place).
+    Hardware: a CPU; 3 minutes on one core. Expected: the form of the answers is learned; with `--train.parts tower language
+    vision_kv` the answers too (seen after 400 steps from nothing: 359 of 360 held-out questions, 60 with shuffled images;
+    a learning rate of 2e-3 is too much).
     The data is rendered on first use under data/scenes when data.path is not given.
     """
     return _tiny("tiny_instruct", ("language", "vision_kv"), steps=400)

@@ -10,6 +10,7 @@ Shapes: K images, 3 channels, H = W = image_size, N tokens of one image, V width
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,8 @@ class TinyTower(nn.Module):
         super().__init__()
         self.normalise = Normalise(config)
         self.patch = nn.Conv2d(3, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size)
+        # Strong enough beside the positions: at torch's default, 3.5 times weaker, shapes take twice as long to learn.
+        nn.init.normal_(self.patch.weight, std=2 / math.sqrt(3 * config.patch_size**2))
         # At a deviation of 0.02 the tower had not learned where things are after 600 steps; at 0.5 it has after 400.
         self.position = nn.Parameter(torch.randn(1, config.tokens_per_image, config.hidden_size) * 0.5)
         self.layers = nn.ModuleList(_TinyLayer(config) for _ in range(_num_layers_run(config)))
