@@ -226,8 +226,8 @@ def tiny_align() -> Config:
     """A 1.4M-parameter model, first stage: vision K/V on captions of rendered scenes, on a CPU.
 
     Command: python -m pipelines.pretrain tiny_align (or torchrun --nproc-per-node 2 ... --parallel.tensor 2)
-    Hardware: a CPU; about a minute on one core. Expected: the loss falls, but not far: what trains is what the paper trains, and
-    here neither tower nor language model knows anything yet (`--train.parts tower language vision_kv` trains all of it).
+    Hardware: a CPU; about a minute on one core. Expected: the loss falls, but not far: what trains is what the paper trains,
+    and here neither tower nor language model knows anything yet (`--train.parts tower language vision_kv` trains all of it).
     The data is rendered on first use under data/scenes when data.path is not given.
     """
     return _tiny("tiny_align", ("vision_kv",), steps=200)
