@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -133,8 +134,42 @@ def _tower_state(tower: nn.Module) -> dict[str, Any]:
 
 
 def _optimizer_state(optimizer: Any, model_state: dict[str, Any], *, loading: bool) -> Any:
+    if loading:
+        _allocate(optimizer)
     merged = {name: value for chunk in model_state.values() for name, value in _flat(chunk)}
     return optimizer.sharded_state_dict(merged, is_loading=loading, metadata=_metadata())
+
+
+def _divided_torch_optimizers(optimizer: Any) -> list[DistributedOptimizer]:
+    """mcore's distributed optimizers over torch's AdamW (not Transformer Engine's or Apex's)."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    plain = (torch.optim.Adam, torch.optim.AdamW)
+    return [part for part in parts if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, plain)]
+
+
+def _allocate(optimizer: Any) -> None:
+    """Make the moments that AdamW's first step would make: the distributed optimizer describes and loads into them."""
+    for part in _divided_torch_optimizers(optimizer):
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                moments = {name: torch.zeros_like(parameter.data) for name in ("exp_avg", "exp_avg_sq")}
+                part.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+
+
+def _load_optimizer(optimizer: Any, state: Any) -> None:
+    """Put loaded state in. mcore's distributed optimizer trips over torch's per-parameter `step`, and gives all parameters
+    one shared counter, which each of them would then advance: so it is set aside while the moments load."""
+    divided = _divided_torch_optimizers(optimizer)
+    if not divided:
+        optimizer.load_state_dict(state)
+        return
+    (part,) = divided
+    moments = state.pop("param_state")
+    part.load_state_dict(state)
+    steps = {parameter: own.pop("step") for parameter, own in part.optimizer.state.items()}
+    part.load_parameter_state_from_fully_reshardable(moments)
+    for parameter, step in steps.items():
+        part.optimizer.state[parameter]["step"] = step.clone()
 
 
 def _flat(chunk: dict[str, Any]) -> Iterable[tuple[str, Any]]:
@@ -171,6 +206,7 @@ class Checkpoints:
                 "position": asdict(position),
                 "parts": self.config.train.parts,
                 "architecture": architecture(self.config),
+                "distributed_optimizer": self.config.parallel.distributed_optimizer,
                 "tower": self._store_tower(),
                 "validation_loss": validation_loss,
             }
@@ -184,7 +220,7 @@ class Checkpoints:
     def restore(self, folder: Path) -> Position:
         """Continue a run: model, optimizer and position from one of its own checkpoints, at this run's layout.
 
-        Raises: ValueError for another architecture, or when other parts trained.
+        Raises: ValueError for another architecture, other parts that train, or the other kind of optimizer.
         """
         description = check_architecture(folder, self.config)
         if tuple(description["parts"]) != self.config.train.parts:
@@ -193,12 +229,18 @@ class Checkpoints:
                 f"{' '.join(self.config.train.parts)}: continue with the same parts, or start a new --run.dir from it "
                 "with --checkpoint.initial"
             )
+        if description["distributed_optimizer"] != self.config.parallel.distributed_optimizer:
+            raise ValueError(
+                f"checkpoint {folder} holds the state of "
+                f"{'a distributed' if description['distributed_optimizer'] else 'an undivided'} optimizer, which is stored in "
+                "another form: continue with --parallel.distributed-optimizer as it was"
+            )
         state = _model_state(self.stages)
         state["optimizer"] = _optimizer_state(self.optimizer, state, loading=True)
         loaded = dist_checkpointing.load(state, str(folder))
         self._put(loaded)
         assert self.optimizer is not None
-        self.optimizer.load_state_dict(loaded["optimizer"])
+        _load_optimizer(self.optimizer, loaded["optimizer"])
         self._load_tower(folder, description["tower"])
         logger.info("restored %s", folder)
         return Position(**description["position"])

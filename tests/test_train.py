@@ -86,21 +86,28 @@ def ten_steps(mixed_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.mark.parametrize(
-    ("ranks", "layout", "tolerance"),
+    ("ranks", "layout", "distributed", "tolerance"),
     [
-        (1, {}, 0.0),
-        (2, {"tensor": 2, "sequence": True}, 1e-5),
-        (2, {"pipeline": 2, "virtual_pipeline": 2}, 1e-5),
-        (2, {"distributed_optimizer": True}, 1e-5),
+        (1, {}, False, 0.0),
+        (2, {"tensor": 2, "sequence": True}, False, 1e-5),
+        (2, {"pipeline": 2, "virtual_pipeline": 2}, False, 1e-5),
+        (2, {}, True, 1e-5),
+        (4, {"tensor": 2}, True, 1e-5),
     ],
-    ids=["same", "tensor 2", "pipeline 2 interleaved", "data 2, distributed optimizer"],
+    ids=["same", "tensor 2", "pipeline 2 interleaved", "data 2, distributed", "tensor 2, data 2, distributed"],
 )
 def test_run_continues_at_any_layout(
-    mixed_dataset: Path, tmp_path: Path, ten_steps: list[float], ranks: int, layout: dict[str, Any], tolerance: float
+    mixed_dataset: Path,
+    tmp_path: Path,
+    ten_steps: list[float],
+    ranks: int,
+    layout: dict[str, Any],
+    distributed: bool,
+    tolerance: float,
 ) -> None:
-    first = with_steps(small_config(mixed_dataset, tmp_path, parts=LANGUAGE), 5)
+    first = with_steps(small_config(mixed_dataset, tmp_path, parts=LANGUAGE, distributed_optimizer=distributed), 5)
     run_ranks(train, 1, first, start_gloo=False)
-    second = small_config(mixed_dataset, tmp_path, parts=LANGUAGE, **layout)
+    second = small_config(mixed_dataset, tmp_path, parts=LANGUAGE, distributed_optimizer=distributed, **layout)
     run_ranks(train, ranks, second, start_gloo=False)
     losses = history(tmp_path)["train/loss"]
     assert losses == pytest.approx(ten_steps, abs=tolerance)
