@@ -52,6 +52,9 @@ def start(run_dir: Path | None = None, rank: int = 0, world_size: int = 1) -> No
         logging.getLogger(name).setLevel(logging.INFO)
     # Python's warnings would otherwise be printed once per rank, on two lines each.
     warnings.formatwarning = _one_line
+    # Notes of megatron-core's and torch's developers to each other: every run would begin with six of them.
+    for module in (r"megatron\.", r"torch\."):
+        warnings.filterwarnings("ignore", module=module)
     logging.captureWarnings(True)
 
 

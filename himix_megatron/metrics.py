@@ -47,13 +47,15 @@ def peak_memory_gib(device: torch.device) -> float:
 class Metrics:
     """Adds up the steps of an interval and reports it; call `data_ready` and `step_done` once a step."""
 
-    def __init__(self, run_dir: Path, topology: Topology, total_steps: int, interval_steps: int):
+    def __init__(self, run_dir: Path, topology: Topology, first_step: int, total_steps: int, interval_steps: int):
+        """`first_step`: steps done so far; points of later ones, which a killed run left behind, are taken back."""
         self.topology, self.total_steps, self.interval_steps = topology, total_steps, interval_steps
         self.writer: SummaryWriter | None = None
         if topology.rank == 0:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(run_dir / "tensorboard"), max_queue=100, flush_secs=10)
+            purge = first_step + 1 if first_step else None
+            self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge, max_queue=100, flush_secs=10)
         self._begin()
         self._last = time.perf_counter()
         self._recent_seconds: list[float] = []

@@ -60,7 +60,7 @@ def pretrain(config: Config) -> Position:
     describe(config, kernels, run, total_steps)
 
     plan = step_dataset(config, dataset, topology)
-    metrics = Metrics(config.run_dir, topology, total_steps, config.log.interval_steps)
+    metrics = Metrics(config.run_dir, topology, position.step, total_steps, config.log.interval_steps)
     ledger = Ledger(config, plan, topology)
     for batch in step_loader(plan, position.step, total_steps, config.data.num_workers):
         batch = agree_on_bad(batch, topology)

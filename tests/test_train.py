@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -112,6 +113,15 @@ def test_run_continues_at_any_layout(
     losses = history(tmp_path)["train/loss"]
     assert losses == pytest.approx(ten_steps, abs=tolerance)
     assert [folder.name for folder in complete_checkpoints(tmp_path)] == ["step-00000005", "step-00000010"]
+
+
+def test_steps_after_the_last_checkpoint_are_told_once(mixed_dataset: Path, tmp_path: Path, ten_steps: list[float]) -> None:
+    """As after a kill at step 10 of which the checkpoint of step 5 is what is left."""
+    config = with_steps(small_config(mixed_dataset, tmp_path, parts=LANGUAGE), 10, interval_steps=5)
+    run_ranks(train, 1, config, start_gloo=False)
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000010")
+    run_ranks(train, 1, config, start_gloo=False)
+    assert history(tmp_path)["train/loss"] == ten_steps
 
 
 def test_old_checkpoints_go_and_the_best_stays(mixed_dataset: Path, tmp_path: Path) -> None:
