@@ -33,17 +33,19 @@ from .model.himix import build_stage
 from .model.vision import ReplicaEncoder, build_tower
 from .optim import Schedule, build_optimizer
 from .parallel import Topology
+from .signals import REQUEUE, StopRequest
 from .step import run_losses, stage_inputs
 
 logger = logging.getLogger(__name__)
 
 
-def pretrain(config: Config) -> Position:
-    """Train one run to its last step, or continue it. Returns: where it ended.
+def pretrain(config: Config) -> int:
+    """Train one run to its last step, or continue it. Returns: 0, or 85 (`signals.REQUEUE`) if it was asked to stop and saved.
 
     Raises: ValueError for a user's mistake, before the first collective wherever it can be known.
     """
     launch = parallel.check_launch(config)
+    request = StopRequest()
     dataset, held_out = open_dataset(config, config.data.path), open_held_out(config)
     total_steps = steps_of(config, len(dataset))
     kernels = detect()
@@ -56,7 +58,7 @@ def pretrain(config: Config) -> Position:
 
     run = build_run(config, kernels, topology)
     schedule = Schedule(config, run.optimizer, total_steps * config.train.global_batch_samples)
-    position = starting_point(config, run, data_fingerprint(config, dataset), previous)
+    position = starting_point(config, run, data_fingerprint(config, dataset), previous, total_steps)
     describe(config, kernels, run, total_steps)
 
     plan = step_dataset(config, dataset, topology)
@@ -66,25 +68,35 @@ def pretrain(config: Config) -> Position:
         batch = agree_on_bad(batch, topology)
         metrics.data_ready()
         learning_rate = schedule.set(position.samples)
-        counts, grad_norm = train_step(config, run, batch)
+        counts, grad_norm, stop = train_step(config, run, batch, request)
         position = advance(position, config)
         metrics.step_done(position.step, counts, learning_rate, grad_norm)
         ledger.note(position.step, batch)
-        finish_step(config, run, held_out, metrics, position, total_steps)
+        finish_step(config, run, held_out, metrics, position, total_steps, stop=stop)
+        if stop and position.step < total_steps:
+            break
     metrics.close()
     ledger.close()
-    return position
+    request.leave_in_peace()
+    return 0 if position.step >= total_steps else REQUEUE
 
 
 def finish_step(
-    config: Config, run: Run, held_out: ShardDataset | None, metrics: Metrics, position: Position, total_steps: int
+    config: Config,
+    run: Run,
+    held_out: ShardDataset | None,
+    metrics: Metrics,
+    position: Position,
+    total_steps: int,
+    *,
+    stop: bool,
 ) -> None:
-    """Validate and save where the intervals say so, and at the end."""
+    """Validate and save where the intervals say so, and at the end; when asked to stop, save at once."""
     last, validation_loss = position.step == total_steps, None
-    if held_out is not None and (last or position.step % config.log.validation_interval_steps == 0):
+    if held_out is not None and not stop and (last or position.step % config.log.validation_interval_steps == 0):
         validation_loss = validate(config, run, held_out)
         metrics.validation(position.step, validation_loss)
-    if last or position.step % config.checkpoint.interval_steps == 0:
+    if last or stop or position.step % config.checkpoint.interval_steps == 0:
         run.checkpoints.save(position, validation_loss=validation_loss)
     metrics.resume_clock()
 
@@ -96,7 +108,7 @@ def validate(config: Config, run: Run, held_out: ShardDataset) -> float:
     total = tokens = 0.0
     for batch in step_loader(plan, 0, num_steps, config.data.num_workers):
         batch = agree_on_bad(batch, run.topology)
-        counts = count(config, run.topology, batch, run_schedule(config, run, batch, forward_only=True))
+        counts, _ = count(config, run.topology, batch, run_schedule(config, run, batch, forward_only=True))
         total, tokens = total + counts.loss * counts.answer_tokens, tokens + counts.answer_tokens
     return total / tokens if tokens else math.nan
 
@@ -210,7 +222,7 @@ def prepare_run_folder(config: Config, topology: Topology) -> Config | None:
     return previous
 
 
-def starting_point(config: Config, run: Run, data: str, previous: Config | None) -> Position:
+def starting_point(config: Config, run: Run, data: str, previous: Config | None, total_steps: int) -> Position:
     """Continue the run if its folder has a checkpoint, else start from --checkpoint.initial, else from fresh weights.
 
     Raises: ValueError if the data changed since the checkpoint: its position would mean other samples.
@@ -223,6 +235,8 @@ def starting_point(config: Config, run: Run, data: str, previous: Config | None)
                 f"{config.run_dir} stands at step {position.step} of another data order: --data.path, --train.seed and "
                 "--train.global-batch-samples must be as they were, or give a new --run.dir"
             )
+        if position.step >= total_steps:
+            logger.info("nothing to do: %s is at step %d of %d", config.run_dir, position.step, total_steps)
         for name, old, new in differences(previous, config) if previous else []:
             logger.warning("continuing with another %s: %s, it was %s", name, new, old)
         return position
@@ -249,14 +263,19 @@ def describe(config: Config, kernels: Kernels, run: Run, total_steps: int) -> No
 # ---- one step ------------------------------------------------------------------------------------------------------
 
 
-def train_step(config: Config, run: Run, batch: StepBatch) -> tuple[StepCounts, float]:
-    """One optimizer step. Returns: what it processed over all ranks, and the gradient's global norm before clipping."""
+def train_step(config: Config, run: Run, batch: StepBatch, request: StopRequest) -> tuple[StepCounts, float, bool]:
+    """One optimizer step.
+
+    Returns: what it processed over all ranks, the gradient's global norm before clipping, and whether any rank was asked to
+    stop (all ranks learn it at the same step).
+    """
     for stage in run.stages:
         stage.zero_grad_buffer()
     run.optimizer.zero_grad()
     reported = run_schedule(config, run, batch, forward_only=False)
     _, grad_norm, _ = run.optimizer.step()
-    return count(config, run.topology, batch, reported), float(grad_norm or 0.0)
+    counts, stop = count(config, run.topology, batch, reported, request)
+    return counts, float(grad_norm or 0.0), stop
 
 
 def run_schedule(config: Config, run: Run, batch: StepBatch, *, forward_only: bool) -> list[Tensor]:
@@ -290,8 +309,13 @@ def agree_on_bad(batch: StepBatch, topology: Topology) -> StepBatch:
     return without_loss(agreed, bad)
 
 
-def count(config: Config, topology: Topology, batch: StepBatch, reported: list[Tensor]) -> StepCounts:
-    """Add the step up over all ranks: the loss from the last stages, the counts once from each replica."""
+def count(
+    config: Config, topology: Topology, batch: StepBatch, reported: list[Tensor], request: StopRequest | None = None
+) -> tuple[StepCounts, bool]:
+    """Add the step up over all ranks: the loss from the last stages, the counts once from each replica.
+
+    Returns: the counts, and whether any rank was asked to stop; one collective for both.
+    """
     totals = torch.zeros(6, dtype=torch.float64, device=topology.device)
     if topology.is_last_stage and topology.tensor_rank == 0:
         totals[:2] = torch.stack(reported).sum(0)
@@ -299,9 +323,10 @@ def count(config: Config, topology: Topology, batch: StepBatch, reported: list[T
         totals[2] = sum(int(m.text_lengths.sum()) for m in batch.micro_batches)
         totals[3] = images_seen(batch)
         totals[4] = len(batch.bad_keys)
+    totals[5] = request is not None and request.received is not None
     torch.distributed.all_reduce(totals)
-    loss, answer_tokens, text_tokens, images, bad, _ = totals.tolist()
-    return StepCounts(
+    loss, answer_tokens, text_tokens, images, bad, num_asked = totals.tolist()
+    counts = StepCounts(
         loss=loss / answer_tokens if answer_tokens else math.nan,
         answer_tokens=int(answer_tokens),
         text_tokens=int(text_tokens),
@@ -309,6 +334,7 @@ def count(config: Config, topology: Topology, batch: StepBatch, reported: list[T
         images=int(images),
         bad_samples=int(bad),
     )
+    return counts, num_asked > 0
 
 
 def images_seen(batch: StepBatch) -> int:

@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 8 -m pipelines.pretrain qwen2_0_5b_align --data.path DIR --checkpoint.initial CONVERTED
     srun python -m pipelines.pretrain ...            (slurm/pretrain_himix.sh does this)
 
-All three start the same ranks and give the same losses. A run folder that holds a checkpoint is continued.
+All three start the same ranks and give the same losses. A run folder that holds a checkpoint is continued. On TERM, USR1 or
+USR2 the run saves after its current step and leaves with exit code 85: start the same command again.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ def with_data(config: Config) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(path)))
 
 
-def main() -> None:
-    pretrain(with_data(parse(sys.argv[1:])))
+def main() -> int:
+    return pretrain(with_data(parse(sys.argv[1:])))
 
 
 if __name__ == "__main__":

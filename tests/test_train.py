@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -204,3 +206,40 @@ def test_every_way_to_start_gives_the_same_losses(mixed_dataset: Path, tmp_path:
     assert losses["torchrun"] == losses["hand"]
     assert losses["srun 2"] == losses["torchrun 2"]
     assert losses["torchrun 2"] == pytest.approx(losses["hand"], abs=1e-5)
+
+
+def test_asked_to_stop_it_saves_and_goes_on_later(mixed_dataset: Path, tmp_path: Path, ten_steps: list[float]) -> None:
+    """Two ranks, one of which gets the signal."""
+    launcher = [sys.executable, "-c", STOP_AND_GO, str(mixed_dataset), str(tmp_path)]
+    slurm = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    tasks = [subprocess.Popen(launcher, env=env) for env in environments(2, **slurm)]
+    try:
+        wait_for(tmp_path / "log" / "rank-000.log", "step 3/")
+        tasks[1].send_signal(signal.SIGUSR1)
+        assert [task.wait(timeout=60) for task in tasks] == [85, 85]
+    finally:
+        for task in tasks:
+            task.kill()
+    done = int(complete_checkpoints(tmp_path)[-1].name.removeprefix("step-"))
+    assert 3 <= done < 1000
+    losses = history(tmp_path)["train/loss"]
+    assert len(losses) == done  # nothing was lost, and nothing was done after the save
+    assert losses[:10] == pytest.approx(ten_steps[: len(losses[:10])], abs=1e-5)
+
+
+STOP_AND_GO = """
+import sys
+from pathlib import Path
+from himix_megatron.train import pretrain
+from tests.runs import small_config
+config = small_config(Path(sys.argv[1]), Path(sys.argv[2]), parts=("language", "vision_kv"), steps=1000)
+sys.exit(pretrain(config))
+"""
+
+
+def wait_for(file: Path, text: str, timeout_seconds: float = 60) -> None:
+    """Until a file contains a text."""
+    deadline = time.monotonic() + timeout_seconds
+    while not (file.is_file() and text in file.read_text()):
+        assert time.monotonic() < deadline, f"{text!r} did not appear in {file}"
+        time.sleep(0.05)
