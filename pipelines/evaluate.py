@@ -5,6 +5,10 @@
 Asks every question of a shard dataset (each turn, with the turns before it), greedily, twice: with the sample's own images,
 and with the images of another sample. The second figure is what the model knows from the text alone. Starts its own ranks.
 Writes RUN/evaluation/NAME.json and one line per question to NAME.answers.jsonl.
+
+    python -m pipelines.evaluate RUN --benchmark gqa --questions testdev_balanced_questions.json --images gqa/images
+
+Asks one of the paper's seven benchmarks instead: official scores, official answer files, resumable (benchmark.py).
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -32,6 +36,7 @@ from himix_megatron.data.tokenizer import load_tokenizer
 from himix_megatron.generate import Answerer, Prompt
 from himix_megatron.kernels import detect
 from himix_megatron.metrics import clock
+from pipelines import benchmark
 from pipelines.cli import parse_settings, run_main
 
 logger = logging.getLogger(__name__)
@@ -39,22 +44,45 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Arguments:
-    """Exact-match accuracy of a run over a shard dataset, with its images and with shuffled ones."""
+    """Exact-match accuracy of a run over a shard dataset, with its images and with shuffled ones; or a benchmark's scores."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """The run folder."""
-    data: Path
+    data: Path | None = None
     """The shard dataset whose questions are asked."""
+    benchmark: Literal["vqav2", "gqa", "textvqa", "pope", "mme", "mmmu", "mmvet"] | None = None
+    """Ask this benchmark's questions instead."""
+    questions: Path | None = None
+    """The benchmark's question file, or the folder of its question files (docs/evaluation.md)."""
+    images: Path | None = None
+    """Folder of the benchmark's images."""
+    annotations: Path | None = None
+    """The benchmark's answers, where they are not in its question file."""
+    name: str | None = None
+    """Of a benchmark's results, RUN/evaluation/NAME; None: the benchmark's."""
+    max_bad_fraction: float = 0.01
+    """A benchmark's questions whose image cannot be read count as wrong; above this share the evaluation fails."""
     checkpoint: Path | None = None
     """A checkpoints/step-... folder; None: the run's newest."""
     max_samples: int | None = None
-    """Samples to ask; None: all."""
+    """Samples (of a benchmark: questions) to ask; None: all."""
     batch_questions: int = 64
     """Questions answered at once on each replica."""
-    max_new_tokens: int = 32
-    """An answer that goes on longer is cut."""
+    max_new_tokens: int | None = None
+    """An answer that goes on longer is cut; None: 32, and each benchmark's own number."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Layout of the ranks that are started."""
+
+    def __post_init__(self) -> None:
+        if (self.data is None) == (self.benchmark is None):
+            raise ValueError("give either --data, a shard dataset, or --benchmark with --questions and --images")
+        if self.benchmark and self.questions is None:
+            raise ValueError(f"--questions must be given: the question file of {self.benchmark} (docs/evaluation.md)")
+        if self.data is not None and (self.questions or self.images or self.annotations or self.name):
+            raise ValueError("--questions, --images, --annotations and --name belong to --benchmark, not to --data")
+        for flag, number in (("--batch-questions", self.batch_questions), ("--max-new-tokens", self.max_new_tokens)):
+            if number is not None and number < 1:
+                raise ValueError(f"{flag} is {number}: wanted 1 or more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +121,22 @@ def load_config(run: Path, layout: ParallelConfig) -> Config:
     return dataclasses.replace(config, parallel=layout, train=dataclasses.replace(config.train, parts=("vision_kv",)))
 
 
+def trained(arguments: Arguments) -> tuple[Config, Path, int]:
+    """Settings, checkpoint and its step. Raises: ValueError if the run has none, or it is of another architecture."""
+    config = load_config(arguments.run, arguments.parallel)
+    checkpoint = find_checkpoint(str(arguments.checkpoint or arguments.run))
+    return config, checkpoint, check_architecture(checkpoint, config)["position"]["step"]
+
+
+def start(config: Config, checkpoint: Path) -> Answerer:
+    """The ranks, and a checkpoint's model on them."""
+    topology = parallel.start(config.parallel, seed=config.train.seed)
+    log.start(None, topology.rank, topology.world_size)
+    answerer = Answerer(config, detect(), topology)
+    answerer.load(checkpoint)
+    return answerer
+
+
 def batches(items: Sequence[Question], topology: parallel.Topology, size: int) -> Iterator[list[Question]]:
     """This replica's questions, in batches; every replica gets the same number of batches."""
     own = list(items[topology.data_rank :: topology.data_size])
@@ -125,7 +169,9 @@ def ask(
             ids = conversation.prompt(dataset.text(question.sample), tokenizer, template, question.turn)
             prompts.append(Prompt(ids, pictures))
         if prompts:
-            answers += [tokenizer.decode(ids).strip() for ids in answerer.answer(prompts, stops, arguments.max_new_tokens)]
+            answers += [
+                tokenizer.decode(ids).strip() for ids in answerer.answer(prompts, stops, arguments.max_new_tokens or 32)
+            ]
         done = min(len(answers) * answerer.topology.data_size, len(items))
         remaining = (time.perf_counter() - started) * (len(items) - done) / max(done, 1)
         logger.info("%d/%d questions, remaining %s", done, len(items), clock(remaining))
@@ -144,15 +190,12 @@ def everyone(own: list[str], items: Sequence[Question], topology: parallel.Topol
 
 def evaluate(arguments: Arguments) -> dict[str, Any]:
     """Both accuracies, on every rank; rank 0 writes them down. Raises: ValueError for a user's mistake."""
+    assert arguments.data is not None
     dataset = ShardDataset(arguments.data)
-    config = load_config(arguments.run, arguments.parallel)
-    checkpoint = find_checkpoint(str(arguments.checkpoint or arguments.run))
-    check_architecture(checkpoint, config)
+    config, checkpoint, step = trained(arguments)
     items = questions(dataset, arguments.max_samples)
-    topology = parallel.start(config.parallel, seed=config.train.seed)
-    log.start(None, topology.rank, topology.world_size)
-    answerer = Answerer(config, detect(), topology)
-    answerer.load(checkpoint)
+    answerer = start(config, checkpoint)
+    topology = answerer.topology
     started = time.perf_counter()
     given = {}
     for name, source in (("own", {}), ("shuffled", partners(dataset, config.train.seed))):
@@ -178,7 +221,35 @@ def evaluate(arguments: Arguments) -> dict[str, Any]:
             for question, own, shuffled in zip(items, given["own"], given["shuffled"], strict=True):
                 line = {"key": dataset.key(question.sample), "question": question.asked, "expected": question.expected}
                 file.write(json.dumps(line | {"answer": own, "answer_shuffled_images": shuffled}) + "\n")
+        figures = {name: value for name, value in result.items() if name.startswith("answer_accuracy")}
+        benchmark.to_tensorboard(arguments.run, arguments.data.name, step, figures)
         print(json.dumps(result, indent=2))
+    return result
+
+
+def evaluate_benchmark(arguments: Arguments) -> dict[str, Any]:
+    """A benchmark's scores; rank 0 writes them down and returns them. Raises: ValueError for a user's mistake."""
+    kind, source = arguments.benchmark, arguments.questions
+    assert kind is not None
+    assert source is not None
+    config, checkpoint, step = trained(arguments)
+    job = benchmark.Job(
+        name=arguments.name or kind,
+        benchmark=benchmark.BENCHMARKS[kind],
+        questions=benchmark.read_questions(kind, source, arguments.annotations, arguments.max_samples),
+        images=benchmark.image_folder(kind, source, arguments.images),
+        max_new_tokens=arguments.max_new_tokens or benchmark.BENCHMARKS[kind].max_new_tokens,
+        batch_questions=arguments.batch_questions,
+        max_bad_fraction=arguments.max_bad_fraction,
+    )
+    benchmark.check_images(job)
+    answerer = start(config, checkpoint)
+    known, bad = benchmark.collect(job, arguments.run, config, checkpoint, answerer)
+    parallel.shutdown()
+    if answerer.topology.rank:
+        return {}
+    result = benchmark.conclude(job, arguments.run, step, known, bad)
+    print(json.dumps(result, indent=2))
     return result
 
 
@@ -186,7 +257,10 @@ def main() -> None:
     arguments = parse_settings(Arguments, sys.argv[1:], "python -m pipelines.evaluate")
     layout = arguments.parallel
     parallel.ensure_ranks(layout.tensor * layout.pipeline, "pipelines.evaluate", sys.argv[1:])
-    evaluate(arguments)
+    if arguments.benchmark is None:
+        evaluate(arguments)
+    else:
+        evaluate_benchmark(arguments)
 
 
 if __name__ == "__main__":

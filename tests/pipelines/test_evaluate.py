@@ -1,0 +1,259 @@
+"""Evaluation of a small trained run: by exact match, and by benchmarks: resumed, spread over ranks, with bad images."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from pipelines.evaluate import Arguments
+from tests.datasets import COLOURS
+from tests.distributed import run_ranks
+from tests.runs import history, small_config, train
+
+NUM_IMAGES = 10
+
+
+def evaluated(*steps: Arguments | Callable[[], Any]) -> list[dict[str, Any]]:
+    """Evaluate on this rank, once for each Arguments, and call what is between; for `run_ranks(..., start_gloo=False)`."""
+    from himix_megatron import log
+    from pipelines.evaluate import evaluate, evaluate_benchmark
+
+    found = []
+    for step in steps:
+        if not isinstance(step, Arguments):
+            step()
+            continue
+        found.append(evaluate(step) if step.benchmark is None else evaluate_benchmark(step))
+        log.stop()
+        # The next one meets elsewhere: at the same port a quick rank would find the store of the last.
+        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+    return found
+
+
+def on_ranks(*steps: Arguments | Callable[[], Any], ranks: int = 1) -> list[dict[str, Any]]:
+    """Rank 0's results."""
+    found: list[dict[str, Any]] = run_ranks(evaluated, ranks, *steps, start_gloo=False)[0]
+    return found
+
+
+@pytest.fixture(scope="module")
+def trained(mixed_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 10 steps: it knows nothing, but always answers the same."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    run_ranks(train, 1, small_config(mixed_dataset, run, parts=("language", "vision_kv")), start_gloo=False)
+    return run
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the run to evaluate, with the times of its files."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def make_release(folder: Path) -> Path:
+    """A small benchmark in MME's form: two questions on each of 10 images, in two categories."""
+    for number in range(NUM_IMAGES):
+        category = folder / ("color", "code_reasoning")[number % 2]
+        category.mkdir(parents=True, exist_ok=True)
+        name, other = sorted(COLOURS)[number % 5], sorted(COLOURS)[(number + 1) % 5]
+        Image.new("RGB", (20, 20), COLOURS[name]).save(category / f"{number}.png")
+        lines = f"Is it {name}? Please answer yes or no.\tYes\nIs it {other}? Please answer yes or no.\tNo\n"
+        (category / f"{number}.txt").write_text(lines)
+    return folder
+
+
+@pytest.fixture
+def release(tmp_path: Path) -> Path:
+    """A benchmark to spoil."""
+    return make_release(tmp_path / "MME")
+
+
+def asking(run: Path, release: Path, **changes: Any) -> Arguments:
+    return Arguments(**{"run": run, "benchmark": "mme", "questions": release, "batch_questions": 3} | changes)
+
+
+@dataclass(frozen=True)
+class Done:
+    """One rank's evaluations of one run: a scored benchmark, one that a judge scores, and exact match over shards."""
+
+    run: Path
+    release: Path
+    mme: dict[str, Any]
+    mmvet: dict[str, Any]
+    shards: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def done(trained: Path, mixed_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    folder = tmp_path_factory.mktemp("done")
+    run, release = Path(shutil.copytree(trained, folder / "run")), make_release(folder / "MME")
+    Image.new("RGB", (20, 20), "red").save(folder / "v1_0.png")
+    rows = {"v1_0": {"imagename": "v1_0.png", "question": "What is it?", "answer": "red"}}
+    (folder / "mm-vet.json").write_text(json.dumps(rows))
+    vet = {"benchmark": "mmvet", "questions": folder / "mm-vet.json", "images": folder, "max_new_tokens": 5, "name": "vet"}
+    results = on_ranks(asking(run, release), Arguments(run=run, **vet), Arguments(run=run, data=mixed_dataset, max_samples=8))
+    return Done(run, release, *results)
+
+
+def lines(run: Path, name: str = "mme") -> list[dict[str, Any]]:
+    """Answers on the disk, of all ranks."""
+    files = sorted((run / "evaluation" / name).glob("answers-*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def test_a_benchmark_ends_in_json_tensorboard_and_official_files(done: Done) -> None:
+    assert json.loads((done.run / "evaluation" / "mme.json").read_text()) == done.mme
+    assert done.mme["questions"] == 2 * NUM_IMAGES
+    assert done.mme["step"] == 10
+    figures = done.mme["figures"]
+    assert {"perception", "cognition", "score/color", "accuracy_plus_percent/code_reasoning"} <= figures.keys()
+    assert all(figure["low"] <= figure["value"] <= figure["high"] for figure in figures.values())
+    assert history(done.run)["evaluation/mme/perception"] == pytest.approx([figures["perception"]["value"]])
+    rows = [line.split("\t") for line in (done.run / "evaluation" / "mme" / "color.txt").read_text().splitlines()]
+    assert len(rows) == NUM_IMAGES
+    assert rows[0][:3] == ["0.png", "Is it black? Please answer yes or no.", "Yes"]
+
+
+def test_two_data_parallel_ranks_share_the_questions_and_find_the_same(done: Done, run: Path) -> None:
+    (together,) = on_ranks(asking(run, done.release), ranks=2)
+    assert together["figures"] == done.mme["figures"]
+    counts = [len(file.read_text().splitlines()) for file in sorted((run / "evaluation" / "mme").glob("answers-*.jsonl"))]
+    assert counts == [NUM_IMAGES, NUM_IMAGES]
+    assert {line["id"]: line["answer"] for line in lines(run)} == {line["id"]: line["answer"] for line in lines(done.run)}
+
+
+def test_a_killed_evaluation_asks_only_what_is_missing(run: Path, release: Path) -> None:
+    words = ["--benchmark", "mme", "--questions", str(release), "--batch-questions", "1", "--max-new-tokens", "200"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.evaluate", str(run), *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    answers = run / "evaluation" / "mme" / "answers-000.jsonl"
+    deadline = time.monotonic() + 120
+    while not (answers.is_file() and answers.read_text().count("\n") >= 3):
+        assert process.poll() is None, "it ended before it was killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = answers.read_text()
+    assert before.count("\n") < 2 * NUM_IMAGES
+    # A line cut in the middle, as a full disk or a lost node leaves it; and an answer by which its reuse is seen.
+    whole = before[: before.rindex("\n") + 1].splitlines()
+    first = json.loads(whole[0]) | {"answer": "yes, as I said before"}
+    answers.write_text("\n".join([json.dumps(first), *whole[1:]]) + '\n{"id": "color/0.png#1", "as')
+    (result,) = on_ranks(asking(run, release, batch_questions=8, max_new_tokens=200), ranks=2)
+    found = lines(run)
+    assert len(found) == len({line["asked"] for line in found}) == 2 * NUM_IMAGES
+    assert result["questions"] == 2 * NUM_IMAGES
+    assert "yes, as I said before" in "".join(file.read_text() for file in (run / "evaluation" / "mme").glob("*.txt"))
+
+
+def test_more_questions_of_the_same_set_keep_the_answers(run: Path, release: Path) -> None:
+    few, all_of_them = on_ranks(asking(run, release, max_samples=6), asking(run, release))
+    assert (few["questions"], all_of_them["questions"]) == (6, 2 * NUM_IMAGES)
+    assert len(lines(run)) == 2 * NUM_IMAGES
+
+
+def test_other_settings_or_another_checkpoint_start_anew(run: Path, release: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    written_again = partial(os.utime, run / "checkpoints" / "step-00000010" / "himix.json", (1, 1))
+    shorter = asking(run, release, max_new_tokens=3)
+    on_ranks(asking(run, release), shorter, written_again, shorter)
+    shown = capfd.readouterr().err
+    assert "starting anew, the answers there are of another max_new_tokens (was 16, is 3)" in shown
+    assert "starting anew, the answers there are of another checkpoint written" in shown
+    assert len(lines(run)) == 2 * NUM_IMAGES
+    assert all(len(line["answer"]) <= 3 for line in lines(run))
+
+
+@pytest.fixture
+def broken(release: Path) -> Path:
+    """One image of ten is damaged."""
+    (release / "color" / "0.png").write_bytes(b"no image")
+    return release
+
+
+def test_a_bad_image_is_named_and_counts_as_wrong_until_it_is_mended(run: Path, broken: Path) -> None:
+    mend = partial(shutil.copyfile, broken / "color" / "2.png", broken / "color" / "0.png")
+    before, after = on_ranks(asking(run, broken, max_bad_fraction=0.2), mend, asking(run, broken))
+    assert list(before["unreadable"]) == ["color/0.png#0", "color/0.png#1"]
+    assert "not_an_image" in before["unreadable"]["color/0.png#0"]
+    assert after["unreadable"] == {}
+    assert len(lines(run)) == 2 * NUM_IMAGES
+
+
+def test_too_many_bad_images_fail_and_keep_the_answers(run: Path, broken: Path) -> None:
+    with pytest.raises(
+        RuntimeError, match=r"2 of 20 questions have an image .* more than --max-bad-fraction 0.01: color/0.png#0"
+    ):
+        on_ranks(asking(run, broken))
+    assert len(lines(run)) == 2 * NUM_IMAGES - 2
+    assert not (run / "evaluation" / "mme.json").exists()
+
+
+def test_what_a_judge_scores_elsewhere_has_an_answer_file_and_no_figures(done: Done) -> None:
+    assert "GPT-4 judge" in done.mmvet["scored"]
+    assert "figures" not in done.mmvet
+    assert list(json.loads((done.run / "evaluation" / "vet" / "mmvet_results.json").read_text())) == ["v1_0"]
+
+
+def test_exact_match_over_shards_is_as_it_was(done: Done) -> None:
+    names = ["checkpoint", "questions", "answer_accuracy", "answer_accuracy_shuffled_images", "seconds"]
+    assert list(done.shards) == names
+    assert json.loads((done.run / "evaluation" / "shards.json").read_text()) == done.shards
+    answers = (done.run / "evaluation" / "shards.answers.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in answers]
+    assert list(rows[0]) == ["key", "question", "expected", "answer", "answer_shuffled_images"]
+    assert done.shards["answer_accuracy"] == sum(row["answer"] == row["expected"] for row in rows) / 8
+    assert history(done.run)["evaluation/shards/answer_accuracy"] == [done.shards["answer_accuracy"]]
+
+
+MISTAKES = {
+    "neither": ([], "give either --data, a shard dataset, or --benchmark"),
+    "both": (["--data", "X", "--benchmark", "gqa", "--questions", "X"], "give either --data"),
+    "no questions": (["--benchmark", "gqa"], "--questions must be given: the question file of gqa"),
+    "images without a benchmark": (["--data", "X", "--images", "X"], "belong to --benchmark"),
+    "no batch": (["--data", "X", "--batch-questions", "0"], "--batch-questions is 0: wanted 1 or more"),
+    "unknown benchmark": (["--benchmark", "vizwiz"], "--benchmark"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistake_is_one_line(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from pipelines import evaluate
+    from pipelines.cli import run_main
+
+    words, wanted = MISTAKES[name]
+    monkeypatch.setattr(sys, "argv", ["program", "RUN", *words])
+    with pytest.raises(SystemExit) as stopped:
+        run_main(evaluate.main)
+    shown = capsys.readouterr().err
+    assert stopped.value.code == 2, shown
+    assert shown.startswith("error: ")
+    assert wanted in shown
+    assert shown.count("\n") == 1
+
+
+def test_missing_images_are_found_before_any_rank_starts(run: Path, tmp_path: Path) -> None:
+    from pipelines.evaluate import evaluate_benchmark
+
+    row = {"question": "Is it red?", "imageId": "n1", "answer": "yes"}
+    (tmp_path / "gqa.json").write_text(json.dumps({"1": row}))
+    arguments = Arguments(run=run, benchmark="gqa", questions=tmp_path / "gqa.json", images=tmp_path)
+    with pytest.raises(ValueError, match=r"1 of 1 questions have an image .*: 1: n1\.jpg is missing"):
+        evaluate_benchmark(arguments)
