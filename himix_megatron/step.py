@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .data.batch import StepBatch
 from .loss import answer_loss
+from .model.kv_cache import KVCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,8 @@ class StageInput:
     """B counts."""
     labels: Tensor | None = None
     """int64[B, S], -100 for no loss; None: logits are wanted."""
+    cache: KVCache | None = None
+    """Generation: the images and the text before `text_ids`; `images` is not read then."""
 
 
 def stage_inputs(batch: StepBatch, images: Tensor, device: torch.device) -> list[StageInput]:
@@ -89,7 +92,9 @@ def _run(
 ) -> list[Tensor]:
     def forward_step(iterator: Iterator[StageInput], stage: DistributedDataParallel) -> tuple[Tensor, Any]:
         given = next(iterator)
-        output = stage(given.text_ids, given.images, given.blank, given.images_per_sample, labels=given.labels)
+        output = stage(
+            given.text_ids, given.images, given.blank, given.images_per_sample, labels=given.labels, cache=given.cache
+        )
         return output, report(given)
 
     num_samples, length = inputs[0].text_ids.shape

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from ..config import Config, Part
 from ..kernels import Kernels
 from ..parallel import Topology
 from .attention_backends import TorchMixtureAttention, TransformerEngineMixtureAttention
+from .kv_cache import KVCache
 from .spec import block_spec
 
 
@@ -84,6 +86,7 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
         blank: Tensor,
         images_per_sample: Sequence[int],
         labels: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """Per-token losses float[B, S] on the last stage (logits float[B, S, vocab/TP] without labels), else hidden states.
 
@@ -92,7 +95,11 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
             images: float[K, n, V] features, or uint8[K, 3, height, width] pixels where the stage holds the tower.
             blank: bool[K], images that stand for "no image" (all zeros after normalisation); the tower's business.
             labels: int64[B, S], -100 for no loss.
+            cache: generation: holds the images and all earlier text, after which `text_ids` come; only each sample's last
+                token is given logits, float[B, 1, vocab/TP]. The images of this call are not read then.
         """
+        if cache is not None:
+            return self._continue(text_ids, cache)
         features_KnV = images
         if hasattr(self, "tower"):
             features_KnV = self.tower(images, blank)
@@ -106,6 +113,29 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
             extra_block_kwargs={"context": vision_NBV, "context_mask": padding_BN},
         )
         return output
+
+    def _continue(self, text_ids: Tensor, cache: KVCache) -> Tensor:
+        """Logits of each sample's last token, or hidden states, of text that goes on where the cache ends."""
+        padding_BE = cache.padding
+        mask = self.mixture_mask(text_ids.shape[1], cache.num_earlier, padding_BE, text_ids.device)
+        cache.angles_SB1D = self.rotary_pos_emb(cache.num_slots)[cache.positions].flatten(2, 3)
+        with self._head_on(cache.last):
+            output: Tensor = super().forward(
+                text_ids, None, mask, extra_block_kwargs={"context": cache, "context_mask": padding_BE}
+            )
+        return output
+
+    def _head_on(self, last_B: Tensor) -> AbstractContextManager[Any]:
+        """Within it the head sees one token of each sample: on all of a prompt it would cost more than small decoders do."""
+        if not self.post_process:
+            return nullcontext()
+
+        def pick(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            hidden_SBH, *others = inputs
+            return hidden_SBH[last_B, torch.arange(len(last_B), device=last_B.device)][None], *others
+
+        handle: AbstractContextManager[Any] = self.output_layer.register_forward_pre_hook(pick)
+        return handle
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """float[B, S] cross-entropy over the real vocabulary; 0 where the label is -100."""

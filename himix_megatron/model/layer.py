@@ -1,6 +1,7 @@
 """The HiMix decoder layer: megatron-core's transformer layer, whose attention also receives the block's `context`.
 
-Flows in: text states, and the vision features as `context`; out: text states, and the same features for the next layer.
+Flows in: text states, and the vision features (in generation their cache) as `context`; out: text states, and the same
+context for the next layer.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from .kv_cache import KVCache
+
 
 class HiMixLayer(TransformerLayer):  # type: ignore[misc]
     """norm, Mixture Attention, add; norm, MLP, add (the second half is megatron-core's own)."""
@@ -19,11 +22,11 @@ class HiMixLayer(TransformerLayer):  # type: ignore[misc]
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        context: Tensor | None = None,
+        context: Tensor | KVCache | None = None,
         context_mask: Tensor | None = None,
         rotary_pos_emb: Tensor | None = None,
         **_: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | KVCache | None]:
         """float[S, B, H] text and its `context`, handed on: the block gives each layer what the one before returned."""
         normed = self.input_layernorm(hidden_states)
         update_and_bias = self.self_attention(normed, attention_mask, context, context_mask, rotary_pos_emb)

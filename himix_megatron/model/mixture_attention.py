@@ -27,6 +27,8 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
+from .kv_cache import KVCache
+
 
 @dataclass
 class MixtureAttentionSubmodules(SelfAttentionSubmodules):  # type: ignore[misc]
@@ -69,7 +71,7 @@ class MixtureAttention(SelfAttention):  # type: ignore[misc]
         self,
         hidden_SBH: Tensor,
         attention_mask: Tensor | None,
-        vision_NBV: Tensor,
+        vision: Tensor | KVCache,
         vision_padding_BN: Tensor | None,
         rotary_pos_emb: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
@@ -78,18 +80,23 @@ class MixtureAttention(SelfAttention):  # type: ignore[misc]
         Args:
             hidden_SBH: float[S, B, H], normed text; with sequence parallelism float[S/TP, B, H].
             attention_mask: what the backend's `mixture_mask` gave for this micro-batch.
-            vision_NBV: float[N, B, V], the tower's features.
+            vision: float[N, B, V], the tower's features; in generation the cache that holds them, and all keys and values
+                of earlier text, which then count to N.
             vision_padding_BN: bool[B, N], True where a sample has fewer vision tokens than N; None: nowhere.
-            rotary_pos_emb: float[S, 1, 1, D], angles of the text positions.
+            rotary_pos_emb: float[S, 1, 1, D], angles of text that begins at position 0; a cache brings its own.
         """
         query_SBQD, key_SBGD, value_SBGD = self.get_query_key_value_tensors(hidden_SBH, None)
+        angles = vision.angles_SB1D if isinstance(vision, KVCache) else rotary_pos_emb
         rotate = {"config": self.config, "cp_group": self.pg_collection.cp}
-        query_SBQD = apply_rotary_pos_emb(query_SBQD, rotary_pos_emb, **rotate)
-        key_SBGD = apply_rotary_pos_emb(key_SBGD, rotary_pos_emb, **rotate)
+        query_SBQD = apply_rotary_pos_emb(query_SBQD, angles, **rotate)
+        key_SBGD = apply_rotary_pos_emb(key_SBGD, angles, **rotate)
 
-        vision_key_NBGD, vision_value_NBGD = self.project_vision(vision_NBV)
-        key_LBGD = torch.cat((vision_key_NBGD, key_SBGD))
-        value_LBGD = torch.cat((vision_value_NBGD, value_SBGD))
+        if isinstance(vision, KVCache):
+            key_LBGD, value_LBGD = vision.extend(self.layer_number, key_SBGD, value_SBGD, self.project_vision)
+        else:
+            vision_key_NBGD, vision_value_NBGD = self.project_vision(vision)
+            key_LBGD = torch.cat((vision_key_NBGD, key_SBGD))
+            value_LBGD = torch.cat((vision_value_NBGD, value_SBGD))
 
         attended = (query_SBQD, key_LBGD, value_LBGD, attention_mask, vision_padding_BN)
         if self.checkpoint_core_attention and self.training:

@@ -78,6 +78,19 @@ def folders(tmp_path_factory):
         "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )  # as Qwen2 publishes it
+    made["llama3"].chat_template = (
+        "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
+        "+ message['content'] | trim + '<|eot_id|>' %}{% if loop.first %}{% set content = bos_token + content %}{% endif %}"
+        "{{ content }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    )  # as Llama 3 publishes it
+    made["vicuna"].chat_template = (
+        "{{ bos_token }}A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions. {% for message in messages %}"
+        "{% if message['role'] == 'user' %}{{ 'USER: ' + message['content'] + ' ' }}"
+        "{% else %}{{ 'ASSISTANT: ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    )  # Vicuna's tokenizer has none: FastChat's vicuna_v1.1 written as one
     for name, tokenizer in made.items():
         tokenizer.save_pretrained(tmp_path_factory.getbasetemp() / name)
     return {name: tmp_path_factory.getbasetemp() / name for name in made}
@@ -153,15 +166,23 @@ def test_ids_are_those_of_the_whole_text(folders):
     assert ids == llama3._tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def test_chatml_equals_qwen2s_own_chat_template(folders):
-    tokenizer = load_tokenizer(str(folders["qwen2"]))
+@pytest.mark.parametrize(("template", "name"), [("chatml", "qwen2"), ("llama3", "llama3"), ("vicuna", "vicuna")])
+def test_templates_equal_the_tokenizers_own_chat_template(folders, template, name):
+    tokenizer = load_tokenizer(str(folders[name]))
     messages = []
     for question, answer in exchanges(TALK):
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    theirs = tokenizer._tokenizer.apply_chat_template(messages, tokenize=False)
-    assert spelled(tokenizer, encode(TALK, tokenizer, "chatml", 1000).ids) == theirs.removesuffix("\n")
-    theirs = tokenizer._tokenizer.apply_chat_template(messages[:3], tokenize=False, add_generation_prompt=True)
-    assert spelled(tokenizer, prompt(TALK, tokenizer, "chatml", 1)) == theirs
+
+    def theirs(number: int, **how):
+        text = tokenizer._tokenizer.apply_chat_template(messages[:number], tokenize=False, **how)
+        # ChatML closes with a newline behind the end of the answer, which no model has to learn to write.
+        text = text if how else text.removesuffix("\n")
+        return tokenizer._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    assert encode(TALK, tokenizer, template, 1000).ids.tolist() == theirs(6)
+    for answer in range(3):
+        asked = prompt(TALK, tokenizer, template, answer)
+        assert asked.tolist() == theirs(2 * answer + 1, add_generation_prompt=True)
 
 
 def test_plain_starts_with_bos_or_else_with_eos(folders):

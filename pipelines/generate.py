@@ -1,0 +1,163 @@
+"""Ask a run about an image, and read the answer as it is written.
+
+    python -m pipelines.generate runs/quickstart/instruct --image scene.jpg --question "What colour is the circle?"
+
+Without --question, questions are read from standard input, one a line, each asked with all that was said before it; the end of
+the input ends the conversation. The images belong to the first question. Starts its own ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+
+from himix_megatron import log, parallel
+from himix_megatron.checkpoint import check_architecture, find_checkpoint
+from himix_megatron.config import Config, ParallelConfig
+from himix_megatron.data import conversation, image
+from himix_megatron.data.schema import BadSampleError
+from himix_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from himix_megatron.generate import Answerer, Prompt
+from himix_megatron.kernels import detect
+from himix_megatron.sampling import Sampling
+from himix_megatron.streaming import TextStream
+from pipelines.cli import parse_settings, run_main
+from pipelines.evaluate import load_config
+
+A_DAY_SECONDS = 86400.0
+"""How long the other ranks wait for the next question."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Answer questions about images with a run's model."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """The run folder."""
+    question: str | None = None
+    """What to ask; None: questions are read from standard input, one a line."""
+    image: tuple[Path, ...] = ()
+    """Image files that the first question is about, in order."""
+    checkpoint: Path | None = None
+    """A checkpoints/step-... folder; None: the run's newest."""
+    max_new_tokens: int = 256
+    """An answer that goes on longer is cut."""
+    temperature: float = 0.0
+    """0: always the most likely token; 1: drawn as the model weighs them."""
+    top_p: float = 1.0
+    """Draw only from the most likely tokens that together reach this probability."""
+    seed: int = 0
+    """Of the draws."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer before them."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Layout of the ranks that are started."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """The arguments, read and checked."""
+
+    config: Config
+    checkpoint: Path
+    tokenizer: Tokenizer
+    sampling: Sampling
+    images: tuple[image.Pixels, ...]
+
+
+def prepare(arguments: Arguments) -> Job:
+    """Find what is wrong before any rank starts. Raises: ValueError."""
+    if arguments.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens is {arguments.max_new_tokens}: wanted 1 or more")
+    TextStream(load_tokenizer("bytes"), arguments.stop)  # refuses an empty stop text
+    layout = arguments.parallel
+    if arguments.question is None:
+        layout = dataclasses.replace(layout, timeout_seconds=max(layout.timeout_seconds, A_DAY_SECONDS))
+    config = load_config(arguments.run, layout)
+    checkpoint = find_checkpoint(str(arguments.checkpoint or arguments.run))
+    check_architecture(checkpoint, config)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    conversation.check_tokenizer(tokenizer, config.data.template)
+    return Job(
+        config=config,
+        checkpoint=checkpoint,
+        tokenizer=tokenizer,
+        sampling=Sampling(temperature=arguments.temperature, top_p=arguments.top_p, seed=arguments.seed),
+        images=tuple(read_image(path, config) for path in arguments.image),
+    )
+
+
+def read_image(path: Path, config: Config) -> image.Pixels:
+    """The tower's pixels of an image file. Raises: ValueError naming the file, when it is no image or a damaged one."""
+    try:
+        return image.decode(path.read_bytes(), config.vision)
+    except BadSampleError as error:
+        raise ValueError(f"--image {path}: {error}") from None
+
+
+def questions(asked: str | None, topology: parallel.Topology) -> Iterator[str]:
+    """The one question, or rank 0's lines of standard input, on every rank."""
+    if asked is not None:
+        yield asked
+        return
+    while True:
+        line: list[Any] = [None]
+        if topology.rank == 0:
+            if sys.stdin.isatty():
+                print("> ", end="", flush=True)
+            line[0] = sys.stdin.readline()
+        torch.distributed.broadcast_object_list(line, src=0, device=topology.device)
+        if not line[0]:
+            return
+        if line[0].strip():
+            yield line[0].strip()
+
+
+def generate(arguments: Arguments, job: Job) -> list[str]:
+    """Answer, writing to standard output on rank 0. Returns: the answers, on every rank."""
+    config, template = job.config, job.config.data.template
+    topology = parallel.start(config.parallel, seed=config.train.seed)
+    log.start(None, topology.rank, topology.world_size)
+    answerer = Answerer(config, detect(), topology)
+    answerer.load(job.checkpoint)
+    stops = conversation.end_of_turn(job.tokenizer, template)
+    write = partial(print, end="", flush=True) if topology.rank == 0 else None
+    turns: list[dict[str, str]] = []
+    answers = []
+    for question in questions(arguments.question, topology):
+        turns.append({"from": "human", "value": question})
+        # A template of captions has no place for questions, so none for what was said before either.
+        said = turns if conversation.TEMPLATES[template].has_questions else turns[-1:]
+        ids = conversation.prompt({"conversations": said}, job.tokenizer, template, len(said) // 2)
+        stream = TextStream(job.tokenizer, arguments.stop, write)
+
+        def watch(_: int, so_far: list[int], stream: TextStream = stream) -> bool:
+            return stream.push(so_far)
+
+        answerer.answer([Prompt(ids, job.images)], stops, arguments.max_new_tokens, sampling=job.sampling, watch=watch)
+        answers.append(stream.finish())
+        if topology.rank == 0:
+            print(flush=True)
+        turns.append({"from": "gpt", "value": answers[-1]})
+    parallel.shutdown()
+    return answers
+
+
+def main() -> None:
+    arguments = parse_settings(Arguments, sys.argv[1:], "python -m pipelines.generate")
+    job = prepare(arguments)
+    layout = arguments.parallel
+    parallel.ensure_ranks(layout.tensor * layout.pipeline, "pipelines.generate", sys.argv[1:])
+    generate(arguments, job)
+
+
+if __name__ == "__main__":
+    run_main(main)
