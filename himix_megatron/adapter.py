@@ -46,7 +46,7 @@ def transformer_config(config: Config, kernels: Kernels) -> TransformerConfig:
     on_gpu = torch.cuda.is_available()
     interleaved = parallel.virtual_pipeline > 1
     te = attention_backend(model, kernels) == "te"
-    made = TransformerConfig(
+    return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -83,9 +83,6 @@ def transformer_config(config: Config, kernels: Kernels) -> TransformerConfig:
         recompute_method="uniform" if config.train.recompute == "full" else None,
         recompute_num_layers=1 if config.train.recompute == "full" else None,
     )
-    # A trainable tower is replicated on every pipeline stage; mcore sums its gradients over them under this name.
-    made.has_cond_embedder = "tower" in config.train.parts
-    return made
 
 
 def ddp_config(config: Config) -> DistributedDataParallelConfig:

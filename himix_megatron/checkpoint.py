@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import queue
 import re
 import shutil
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from .config import Config
+from .config import Config, Part
 from .model.himix import bare
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,9 @@ _ARCHITECTURE = (
     "family", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size",
     "rope_theta", "rope_scaling_factor", "norm_eps", "tie_embeddings",
 )  # fmt: skip
-_TOWER = ("tower", "hidden_size", "image_size", "patch_size", "num_layers", "num_attention_heads", "ffn_hidden_size")
+_TOWER = (
+    "tower", "hidden_size", "image_size", "patch_size", "num_layers", "num_attention_heads", "ffn_hidden_size", "feature_layer",
+)  # fmt: skip
 
 
 class _ThreadsForProcesses:
@@ -85,11 +88,27 @@ def check_architecture(folder: Path, config: Config) -> dict[str, Any]:
     description: dict[str, Any] = json.loads((folder / "himix.json").read_text())
     stored, wanted = description["architecture"], architecture(config)
     for name in wanted:
-        if stored.get(name) != wanted[name]:
+        # A field that came later than the checkpoint cannot disagree with it.
+        if stored.get(name, wanted[name]) != wanted[name]:
             raise ValueError(
-                f"checkpoint {folder} is of another architecture: {name} is {stored.get(name)} there and {wanted[name]} here"
+                f"checkpoint {folder} is of another architecture: {name} is {stored[name]} there and {wanted[name]} here"
             )
     return description
+
+
+def write_description(
+    folder: Path, config: Config, position: Position, parts: Sequence[Part], tower: str | None, validation_loss: float | None
+) -> None:
+    """Write `himix.json`, which makes a folder a checkpoint. `parts`: what trained; none in a converted model."""
+    description = {
+        "position": asdict(position),
+        "parts": parts,
+        "architecture": architecture(config),
+        "distributed_optimizer": config.parallel.distributed_optimizer,
+        "tower": tower,
+        "validation_loss": validation_loss,
+    }
+    publish(folder / "himix.json", (json.dumps(description, indent=2) + "\n").encode())
 
 
 def complete_checkpoints(run_dir: Path) -> list[Path]:
@@ -202,17 +221,10 @@ class Checkpoints:
         state["optimizer"] = _optimizer_state(self.optimizer, state, loading=False)
         dist_checkpointing.save(state, str(beside))
         if rank == 0:
-            description = {
-                "position": asdict(position),
-                "parts": self.config.train.parts,
-                "architecture": architecture(self.config),
-                "distributed_optimizer": self.config.parallel.distributed_optimizer,
-                "tower": self._store_tower(),
-                "validation_loss": validation_loss,
-            }
-            (beside / "himix.json").write_text(json.dumps(description, indent=2) + "\n")
+            write_description(beside, self.config, position, self.config.train.parts, self._store_tower(), validation_loss)
             shutil.rmtree(final, ignore_errors=True)
             beside.rename(final)
+            _sync(final.parent)
             self._prune()
         torch.distributed.barrier()
         logger.info("saved %s", final)
@@ -220,21 +232,9 @@ class Checkpoints:
     def restore(self, folder: Path) -> Position:
         """Continue a run: model, optimizer and position from one of its own checkpoints, at this run's layout.
 
-        Raises: ValueError for another architecture, other parts that train, or the other kind of optimizer.
+        `start.prepare` has checked that it fits.
         """
         description = check_architecture(folder, self.config)
-        if tuple(description["parts"]) != self.config.train.parts:
-            raise ValueError(
-                f"checkpoint {folder} trained {' '.join(description['parts'])}, but train.parts is "
-                f"{' '.join(self.config.train.parts)}: continue with the same parts, or start a new --run.dir from it "
-                "with --checkpoint.initial"
-            )
-        if description["distributed_optimizer"] != self.config.parallel.distributed_optimizer:
-            raise ValueError(
-                f"checkpoint {folder} holds the state of "
-                f"{'a distributed' if description['distributed_optimizer'] else 'an undivided'} optimizer, which is stored in "
-                "another form: continue with --parallel.distributed-optimizer as it was"
-            )
         state = _model_state(self.stages)
         state["optimizer"] = _optimizer_state(self.optimizer, state, loading=True)
         loaded = dist_checkpointing.load(state, str(folder))
@@ -252,7 +252,7 @@ class Checkpoints:
         if tower_file is not None and self.frozen_tower is None:
             # It was frozen there and trains here: its weights are not in that checkpoint's tensors.
             state = {m: {n: t for n, t in chunk.items() if not n.startswith("tower.")} for m, chunk in state.items()}
-        self._put(dist_checkpointing.load(state, str(folder)), tower_file and _read_tower(folder, tower_file))
+        self._put(dist_checkpointing.load(state, str(folder)), tower_file and read_tower(folder, tower_file))
         if self.frozen_tower is not None:
             self._load_tower(folder, tower_file)
         if self.optimizer is not None:
@@ -271,36 +271,68 @@ class Checkpoints:
         if self.frozen_tower is None:
             return None
         if self._tower_name is None:
-            data = save_tensors({name: tensor.contiguous().cpu() for name, tensor in self.frozen_tower.state_dict().items()})
-            self._tower_name = f"{hashlib.sha256(data).hexdigest()}.safetensors"
-            path = self.run_dir / "towers" / self._tower_name
-            if not path.is_file():
-                path.parent.mkdir(exist_ok=True)
-                beside = path.with_suffix(".writing")
-                beside.write_bytes(data)
-                beside.rename(path)
+            self._tower_name = store_tower(self.run_dir, self.frozen_tower.state_dict())
         return self._tower_name
 
     def _load_tower(self, folder: Path, file: str | None) -> None:
         if self.frozen_tower is None:
             return
         if file is not None:
-            self.frozen_tower.load_state_dict(_read_tower(folder, file), strict=True)
+            self.frozen_tower.load_state_dict(read_tower(folder, file), strict=True)
             return
         loaded = dist_checkpointing.load({"tower": _tower_state(self.frozen_tower)}, str(folder))["tower"]
         self.frozen_tower.load_state_dict({n.removeprefix("tower."): t for n, t in loaded.items()}, strict=True)
 
+    def best_validation_loss(self) -> float | None:
+        """The lowest one among the run's checkpoints."""
+        losses = (_validation_loss(folder) for folder in complete_checkpoints(self.run_dir))
+        return min((loss for loss in losses if loss is not None), default=None)
+
     def _prune(self) -> None:
         """Keep the newest `keep_last`, and the one with the best validation loss."""
         found = complete_checkpoints(self.run_dir)
-        losses = {f: json.loads((f / "himix.json").read_text())["validation_loss"] for f in found}
-        measured = [f for f in found if losses[f] is not None]
-        keep = found[-self.config.checkpoint.keep_last :] + sorted(measured, key=losses.__getitem__)[:1]
+        measured = [(loss, folder) for folder in found if (loss := _validation_loss(folder)) is not None]
+        keep = found[-self.config.checkpoint.keep_last :] + [folder for _, folder in sorted(measured)[:1]]
         for folder in set(found) - set(keep):
             shutil.rmtree(folder)
 
 
-def _read_tower(folder: Path, file: str) -> dict[str, Tensor]:
+def _validation_loss(folder: Path) -> float | None:
+    loss: float | None = json.loads((folder / "himix.json").read_text())["validation_loss"]
+    return loss
+
+
+def publish(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all, also after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.writing")
+    with beside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Bring renames in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def store_tower(run_dir: Path, weights: Mapping[str, Tensor]) -> str:
+    """Put a frozen tower into a run folder, under its hash. Returns: its file name."""
+    data = save_tensors({name: tensor.contiguous().cpu() for name, tensor in weights.items()})
+    path = run_dir / "towers" / f"{hashlib.sha256(data).hexdigest()}.safetensors"
+    if not path.is_file():
+        publish(path, data)
+    return path.name
+
+
+def read_tower(folder: Path, file: str) -> dict[str, Tensor]:
     """A frozen tower's weights. Raises: ValueError if they are gone or are not what their name says."""
     path = folder.parent.parent / "towers" / file
     if not path.is_file():

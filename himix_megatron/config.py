@@ -183,7 +183,8 @@ class DataConfig:
     num_workers: int = 2
     """Decoding processes per rank; 0 decodes in the training process."""
     max_bad_fraction: float = 0.01
-    """Samples that fail to read or decode in training keep their slot with zero loss; above this share the run stops."""
+    """Samples that cannot be read in training keep their slot with zero loss; above this share of them (of those since the
+    start, counted as at least 1,000) the run stops with exit code 3, and says why in RUN/STOP."""
 
     def __post_init__(self) -> None:
         _positive(data__max_text_tokens=self.max_text_tokens)
@@ -282,9 +283,9 @@ class LogConfig:
     interval_steps: int = 10
     """Steps between log lines and TensorBoard points."""
     validation_interval_steps: int = 500
-    """Steps between validation losses, when data.validation_path is given."""
+    """Steps between validation losses, when data.validation_path is given; a new lowest one is saved, and kept."""
     validation_samples: int = 512
-    """Samples per validation; a smaller set is used whole."""
+    """Samples per validation, rounded down to whole batches (at least one; a smaller set is gone through again)."""
     ledger: bool = False
     """Write RUN/ledger/rank-000.jsonl: every sample of every step."""
 

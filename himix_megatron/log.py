@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _FORMAT = "%(asctime)s [%(rank)d/%(world_size)d] %(levelname)s %(name)s: %(message)s"
@@ -70,3 +72,18 @@ def stop() -> None:
 
 def _one_line(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
     return f"{filename}:{lineno}: {category.__name__}: {' '.join(str(message).split())}"
+
+
+@contextmanager
+def failures() -> Iterator[None]:
+    """Within it every error is written to this rank's log with its traceback before it goes on.
+
+    A ValueError becomes a RuntimeError: once a run is under way, an error is nobody's misspelt flag.
+    """
+    try:
+        yield
+    except Exception as error:
+        logging.getLogger(__name__).exception("this rank failed")
+        if isinstance(error, ValueError | OSError):
+            raise RuntimeError(f"failed while training: {error}") from error
+        raise

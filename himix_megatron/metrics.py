@@ -35,6 +35,8 @@ class StepCounts:
     images: int
     bad_samples: int
     """Samples that could not be read: their slot was kept with zero loss."""
+    cut_samples: int
+    """Samples whose text was cut to data.max_text_tokens."""
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -49,7 +51,8 @@ class Metrics:
 
     def __init__(self, run_dir: Path, topology: Topology, first_step: int, total_steps: int, interval_steps: int):
         """`first_step`: steps done so far; points of later ones, which a killed run left behind, are taken back."""
-        self.topology, self.total_steps, self.interval_steps = topology, total_steps, interval_steps
+        self.topology, self.interval_steps = topology, interval_steps
+        self.first_step, self.total_steps = first_step, total_steps
         self.writer: SummaryWriter | None = None
         if topology.rank == 0:
             from torch.utils.tensorboard import SummaryWriter
@@ -80,7 +83,7 @@ class Metrics:
         self._last = now
         self._steps += 1
         self._counts.append(counts)
-        if step % self.interval_steps == 0 or step == self.total_steps or step == 1:
+        if step % self.interval_steps == 0 or step in (self.first_step + 1, self.total_steps):
             self._report(step, learning_rate, grad_norm)
             self._begin()
 
@@ -111,6 +114,7 @@ class Metrics:
             "throughput/images_per_second": sum(c.images for c in self._counts) / self._seconds,
             "memory/peak_gib": memory_gib,
             "data/bad_samples": sum(c.bad_samples for c in self._counts),
+            "data/cut_samples": sum(c.cut_samples for c in self._counts),
         }
         for tag, value in points.items():
             self.writer.add_scalar(tag, value, step)

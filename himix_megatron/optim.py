@@ -20,6 +20,14 @@ def build_optimizer(config: Config, stages: list[DistributedDataParallel]) -> An
     return get_megatron_optimizer(optimizer_config(config), stages, use_gloo_process_groups=False)
 
 
+def apply_settings(config: Config, optimizer: Any) -> None:
+    """Make the configuration's values hold in every parameter group: a restored optimizer brings its old ones along."""
+    settings = config.optimizer
+    for group in optimizer.param_groups:
+        group["max_lr"], group["min_lr"] = settings.learning_rate, settings.min_learning_rate
+        group["betas"], group["eps"] = (settings.beta1, settings.beta2), settings.eps
+
+
 class Schedule:
     """The learning rate as a pure function of the samples seen, so that a checkpoint needs to store no schedule."""
 

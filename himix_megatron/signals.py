@@ -12,6 +12,9 @@ from types import FrameType
 REQUEUE = 85
 """Exit code: saved, please start this command again."""
 
+STOPPED = 3
+"""Exit code: gave up on purpose, for the reason in RUN/STOP; starting again would not help by itself."""
+
 _ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 

@@ -6,111 +6,149 @@ the replica's features, run megatron-core's schedule over the micro-batches, cli
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from . import log, parallel
-from .adapter import attention_backend, params_dtype
-from .checkpoint import Checkpoints, Position, check_architecture, complete_checkpoints, find_checkpoint
-from .config import Config, differences, from_json, to_json
+from .adapter import params_dtype
+from .checkpoint import Checkpoints, Position, publish
+from .config import Config
 from .data.batch import StepBatch, without_loss
-from .data.conversation import check_tokenizer
 from .data.loader import StepDataset, step_loader
 from .data.shards import ShardDataset
-from .data.tokenizer import load_tokenizer
-from .kernels import Kernels, detect
 from .ledger import Ledger
 from .metrics import Metrics, StepCounts
-from .model.himix import build_stage
+from .model.himix import build_stage, finalize_gradients
 from .model.vision import ReplicaEncoder, build_tower
-from .optim import Schedule, build_optimizer
+from .optim import Schedule, apply_settings, build_optimizer
 from .parallel import Topology
-from .signals import REQUEUE, StopRequest
+from .signals import REQUEUE, STOPPED, StopRequest
+from .start import Start, begin, prepare, stop_file
 from .step import run_losses, stage_inputs
 
 logger = logging.getLogger(__name__)
 
 
 def pretrain(config: Config) -> int:
-    """Train one run to its last step, or continue it. Returns: 0, or 85 (`signals.REQUEUE`) if it was asked to stop and saved.
+    """Train one run to its last step, or continue it.
 
-    Raises: ValueError for a user's mistake, before the first collective wherever it can be known.
+    Returns: 0 at the last step; 85 (`signals.REQUEUE`) if it was asked to stop and saved; 3 (`signals.STOPPED`) if it gave up
+    on purpose, with the reason in RUN/STOP. Raises: ValueError for a user's mistake, before ranks meet.
     """
     launch = parallel.check_launch(config)
     request = StopRequest()
-    dataset, held_out = open_dataset(config, config.data.path), open_held_out(config)
-    total_steps = steps_of(config, len(dataset))
-    kernels = detect()
-    attention_backend(config.model, kernels)
-    check_text(config)
-    check_start(config)
+    start = prepare(config)
     topology = parallel.start(config.parallel, seed=config.train.seed, launch=launch)
     log.start(config.run_dir, topology.rank, topology.world_size)
-    previous = prepare_run_folder(config, topology)
+    with log.failures():
+        run = build_run(config, start, topology)
+        describe(config, start, run)
+        position = begin(config, start, run.checkpoints)
+        apply_settings(config, run.optimizer)
+        code = run_steps(config, start, run, position, request)
+    request.leave_in_peace()
+    return code
 
-    run = build_run(config, kernels, topology)
-    schedule = Schedule(config, run.optimizer, total_steps * config.train.global_batch_samples)
-    position = starting_point(config, run, data_fingerprint(config, dataset), previous, total_steps)
-    describe(config, kernels, run, total_steps)
 
-    plan = step_dataset(config, dataset, topology)
-    metrics = Metrics(config.run_dir, topology, position.step, total_steps, config.log.interval_steps)
-    ledger = Ledger(config, plan, topology)
-    for batch in step_loader(plan, position.step, total_steps, config.data.num_workers):
-        batch = agree_on_bad(batch, topology)
+def run_steps(config: Config, start: Start, run: Run, position: Position, request: StopRequest) -> int:
+    """From a position to the last step. Returns: the exit code."""
+    plan = step_dataset(config, start.dataset, run.topology)
+    schedule = Schedule(config, run.optimizer, start.total_steps * config.train.global_batch_samples)
+    metrics = Metrics(config.run_dir, run.topology, position.step, start.total_steps, config.log.interval_steps)
+    ledger = Ledger(config, plan, run.topology)
+    validation = Validation(config, start, run)
+    tolerance = Tolerance(config)
+    code = 0
+    for batch in step_loader(plan, position.step, start.total_steps, config.data.num_workers):
+        batch = agree_on_bad(batch, run.topology)
         metrics.data_ready()
         learning_rate = schedule.set(position.samples)
         counts, grad_norm, stop = train_step(config, run, batch, request)
         position = advance(position, config)
         metrics.step_done(position.step, counts, learning_rate, grad_norm)
         ledger.note(position.step, batch)
-        finish_step(config, run, held_out, metrics, position, total_steps, stop=stop)
-        if stop and position.step < total_steps:
+        if tolerance.exceeded(counts):
+            code = give_up(config, tolerance.reason, run.topology)
+            break
+        last = position.step == start.total_steps
+        loss = None if stop else validation.measure(position.step, last=last)
+        if loss is not None:
+            metrics.validation(position.step, loss)
+        if last or stop or position.step % config.checkpoint.interval_steps == 0 or validation.is_best(loss):
+            run.checkpoints.save(position, validation_loss=loss)
+        metrics.resume_clock()
+        if stop and not last:
+            code = REQUEUE
             break
     metrics.close()
     ledger.close()
-    request.leave_in_peace()
-    return 0 if position.step >= total_steps else REQUEUE
+    return code
 
 
-def finish_step(
-    config: Config,
-    run: Run,
-    held_out: ShardDataset | None,
-    metrics: Metrics,
-    position: Position,
-    total_steps: int,
-    *,
-    stop: bool,
-) -> None:
-    """Validate and save where the intervals say so, and at the end; when asked to stop, save at once."""
-    last, validation_loss = position.step == total_steps, None
-    if held_out is not None and not stop and (last or position.step % config.log.validation_interval_steps == 0):
-        validation_loss = validate(config, run, held_out)
-        metrics.validation(position.step, validation_loss)
-    if last or stop or position.step % config.checkpoint.interval_steps == 0:
-        run.checkpoints.save(position, validation_loss=validation_loss)
-    metrics.resume_clock()
+class Validation:
+    """The loss on the held-out set, at the intervals that `log` says."""
+
+    def __init__(self, config: Config, start: Start, run: Run):
+        self.config, self.run, self.best = config, run, run.checkpoints.best_validation_loss()
+        self.plan = None if start.held_out is None else step_dataset(config, start.held_out, run.topology)
+
+    @torch.no_grad()
+    def measure(self, step: int, *, last: bool) -> float | None:
+        """Mean loss over the answer tokens of the set's first samples, in its own fixed order; None: not now, or no answers."""
+        if self.plan is None or not (last or step % self.config.log.validation_interval_steps == 0):
+            return None
+        available = min(self.config.log.validation_samples, len(self.plan.dataset))
+        num_steps = max(1, available // self.config.train.global_batch_samples)
+        total = tokens = 0.0
+        for batch in step_loader(self.plan, 0, num_steps, self.config.data.num_workers):
+            batch = agree_on_bad(batch, self.run.topology)
+            reported = run_schedule(self.run, batch, forward_only=True)
+            counts, _ = count(self.config, self.run.topology, batch, reported, asked=False)
+            if counts.answer_tokens:
+                total, tokens = total + counts.loss * counts.answer_tokens, tokens + counts.answer_tokens
+        return total / tokens if tokens else None
+
+    def is_best(self, loss: float | None) -> bool:
+        """Whether this is the lowest loss of the run so far; remembers it."""
+        better = loss is not None and (self.best is None or loss < self.best)
+        if better:
+            self.best = loss
+        return better
 
 
-def validate(config: Config, run: Run, held_out: ShardDataset) -> float:
-    """Mean loss over the answer tokens of the held-out set's first steps, in its own fixed order."""
-    plan = step_dataset(config, held_out, run.topology)
-    num_steps = max(1, min(config.log.validation_samples, len(held_out)) // config.train.global_batch_samples)
-    total = tokens = 0.0
-    for batch in step_loader(plan, 0, num_steps, config.data.num_workers):
-        batch = agree_on_bad(batch, run.topology)
-        counts, _ = count(config, run.topology, batch, run_schedule(config, run, batch, forward_only=True))
-        total, tokens = total + counts.loss * counts.answer_tokens, tokens + counts.answer_tokens
-    return total / tokens if tokens else math.nan
+class Tolerance:
+    """How many samples may fail to read: `data.max_bad_fraction` of those since this start, counted as at least 1,000."""
+
+    def __init__(self, config: Config):
+        self.fraction, self.batch = config.data.max_bad_fraction, config.train.global_batch_samples
+        self.bad = self.seen = 0
+
+    def exceeded(self, counts: StepCounts) -> bool:
+        """Note a step; the same answer on every rank."""
+        self.bad, self.seen = self.bad + counts.bad_samples, self.seen + self.batch
+        return self.bad > self.fraction * max(self.seen, 1000)
+
+    @property
+    def reason(self) -> str:
+        """One line for RUN/STOP."""
+        return (
+            f"{self.bad} of {self.seen} samples could not be read, more than data.max_bad_fraction {self.fraction}: "
+            "RUN/log names them"
+        )
+
+
+def give_up(config: Config, reason: str, topology: Topology) -> int:
+    """Stop on purpose: say why in RUN/STOP. Nothing is saved, so going on starts from the last good checkpoint."""
+    logger.error("stopped: %s", reason)
+    if topology.rank == 0:
+        publish(stop_file(config), f"{reason}\n".encode())
+    return STOPPED
 
 
 # ---- before the first step -----------------------------------------------------------------------------------------
@@ -128,15 +166,15 @@ class Run:
     checkpoints: Checkpoints
 
 
-def build_run(config: Config, kernels: Kernels, topology: Topology) -> Run:
+def build_run(config: Config, start: Start, topology: Topology) -> Run:
     """Tower, model chunks, optimizer and checkpoints of this rank."""
     trainable = "tower" in config.train.parts
     tower = build_tower(config.vision, seed=config.train.seed, dtype=params_dtype(config)).to(topology.device)
-    stages = build_stage(config, kernels, topology, tower)
+    stages = build_stage(config, start.kernels, topology, tower)
     optimizer = build_optimizer(config, stages)
     mcore_config = stages[0].config
     mcore_config.grad_scale_func = optimizer.scale_loss
-    mcore_config.finalize_model_grads_func = finalize_model_grads
+    mcore_config.finalize_model_grads_func = finalize_gradients
     return Run(
         topology=topology,
         stages=stages,
@@ -144,41 +182,6 @@ def build_run(config: Config, kernels: Kernels, topology: Topology) -> Run:
         optimizer=optimizer,
         checkpoints=Checkpoints(config, stages, optimizer, None if trainable else tower),
     )
-
-
-def open_dataset(config: Config, path: str | None) -> ShardDataset:
-    """The shards to train on. Raises: ValueError if none are named or the folder holds none."""
-    if path is None:
-        raise ValueError(
-            f"recipe {config.recipe} has no data of its own: give --data.path, a folder that pipelines.preprocess wrote"
-        )
-    return ShardDataset(path)
-
-
-def check_text(config: Config) -> None:
-    """Raises: ValueError if the tokenizer lacks what the template needs, or gives ids that the embedding has no row for."""
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    check_tokenizer(tokenizer, config.data.template)
-    tokens = tokenizer.vocab_size
-    if tokens > config.model.vocab_size:
-        raise ValueError(
-            f"the tokenizer {config.data.tokenizer} has {tokens} tokens, but model.vocab_size is {config.model.vocab_size}: "
-            "it is another model's tokenizer"
-        )
-
-
-def check_start(config: Config) -> None:
-    """Raises: ValueError, before any rank waits for another, if the run cannot start from where it is told to."""
-    own = complete_checkpoints(config.run_dir)
-    if own:
-        check_architecture(own[-1], config)
-    elif config.checkpoint.initial is not None:
-        check_architecture(find_checkpoint(config.checkpoint.initial), config)
-
-
-def open_held_out(config: Config) -> ShardDataset | None:
-    """The validation set, if there is one. Raises: ValueError if the folder holds none."""
-    return None if config.data.validation_path is None else ShardDataset(config.data.validation_path)
 
 
 def step_dataset(config: Config, dataset: ShardDataset, topology: Topology) -> StepDataset:
@@ -198,65 +201,18 @@ def step_dataset(config: Config, dataset: ShardDataset, topology: Topology) -> S
     )
 
 
-def steps_of(config: Config, num_samples: int) -> int:
-    """Optimizer steps of the whole run."""
-    if config.train.steps is not None:
-        return config.train.steps
-    return max(1, math.ceil(config.train.epochs * num_samples / config.train.global_batch_samples))
-
-
-def data_fingerprint(config: Config, dataset: ShardDataset) -> str:
-    """Of everything that fixes which sample is in which step."""
-    fixed = [dataset.fingerprint, config.train.seed, config.train.global_batch_samples]
-    return hashlib.sha256(json.dumps(fixed).encode()).hexdigest()[:16]
-
-
-def prepare_run_folder(config: Config, topology: Topology) -> Config | None:
-    """Write RUN/config.json. Returns: the configuration of the run that was there, if any."""
-    path = config.run_dir / "config.json"
-    previous = from_json(path.read_text()) if path.is_file() else None
-    torch.distributed.barrier()  # everyone has read before rank 0 writes
-    if topology.rank == 0:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        path.write_text(to_json(config))
-    return previous
-
-
-def starting_point(config: Config, run: Run, data: str, previous: Config | None, total_steps: int) -> Position:
-    """Continue the run if its folder has a checkpoint, else start from --checkpoint.initial, else from fresh weights.
-
-    Raises: ValueError if the data changed since the checkpoint: its position would mean other samples.
-    """
-    own = complete_checkpoints(config.run_dir)
-    if own:
-        position = run.checkpoints.restore(own[-1])
-        if position.data != data:
-            raise ValueError(
-                f"{config.run_dir} stands at step {position.step} of another data order: --data.path, --train.seed and "
-                "--train.global-batch-samples must be as they were, or give a new --run.dir"
-            )
-        if position.step >= total_steps:
-            logger.info("nothing to do: %s is at step %d of %d", config.run_dir, position.step, total_steps)
-        for name, old, new in differences(previous, config) if previous else []:
-            logger.warning("continuing with another %s: %s, it was %s", name, new, old)
-        return position
-    if config.checkpoint.initial is not None:
-        run.checkpoints.load_weights(find_checkpoint(config.checkpoint.initial))
-    return Position(step=0, samples=0, data=data)
-
-
-def describe(config: Config, kernels: Kernels, run: Run, total_steps: int) -> None:
+def describe(config: Config, start: Start, run: Run) -> None:
     """Say what runs: layout, what trains, which kernels."""
     parallel_config, topology = config.parallel, run.topology
     trained = sum(p.numel() for stage in run.stages for p in stage.parameters() if p.requires_grad)
     logger.info(
         "%s: %d ranks (tensor %d%s, pipeline %d x %d, data %d), %s, %d steps of %d samples",
         config.recipe, topology.world_size, parallel_config.tensor, " + sequence" if parallel_config.sequence else "",
-        parallel_config.pipeline, parallel_config.virtual_pipeline, topology.data_size, config.train.precision, total_steps,
-        config.train.global_batch_samples,
+        parallel_config.pipeline, parallel_config.virtual_pipeline, topology.data_size, config.train.precision,
+        start.total_steps, config.train.global_batch_samples,
     )  # fmt: skip
     logger.info("training %s: %d parameters on this rank", ", ".join(config.train.parts), trained)
-    for line in kernels.reasons():
+    for line in start.kernels.reasons():
         logger.info("%s", line)
 
 
@@ -272,13 +228,13 @@ def train_step(config: Config, run: Run, batch: StepBatch, request: StopRequest)
     for stage in run.stages:
         stage.zero_grad_buffer()
     run.optimizer.zero_grad()
-    reported = run_schedule(config, run, batch, forward_only=False)
+    reported = run_schedule(run, batch, forward_only=False)
     _, grad_norm, _ = run.optimizer.step()
-    counts, stop = count(config, run.topology, batch, reported, request)
+    counts, stop = count(config, run.topology, batch, reported, asked=request.received is not None)
     return counts, float(grad_norm or 0.0), stop
 
 
-def run_schedule(config: Config, run: Run, batch: StepBatch, *, forward_only: bool) -> list[Tensor]:
+def run_schedule(run: Run, batch: StepBatch, *, forward_only: bool) -> list[Tensor]:
     """Forward (and backward) over a step's micro-batches.
 
     Returns: on the last stage float64[2] per micro-batch: summed loss, answer tokens; elsewhere nothing.
@@ -310,22 +266,25 @@ def agree_on_bad(batch: StepBatch, topology: Topology) -> StepBatch:
 
 
 def count(
-    config: Config, topology: Topology, batch: StepBatch, reported: list[Tensor], request: StopRequest | None = None
+    config: Config, topology: Topology, batch: StepBatch, reported: list[Tensor], *, asked: bool
 ) -> tuple[StepCounts, bool]:
     """Add the step up over all ranks: the loss from the last stages, the counts once from each replica.
 
-    Returns: the counts, and whether any rank was asked to stop; one collective for both.
+    Returns: the counts, and whether any rank was `asked` to stop; one collective for both.
     """
-    totals = torch.zeros(6, dtype=torch.float64, device=topology.device)
+    if batch.bad_keys:
+        logger.warning("could not read %s: no loss from them", ", ".join(batch.bad_keys))
+    totals = torch.zeros(7, dtype=torch.float64, device=topology.device)
     if topology.is_last_stage and topology.tensor_rank == 0:
         totals[:2] = torch.stack(reported).sum(0)
     if topology.replica_rank == 0:
         totals[2] = sum(int(m.text_lengths.sum()) for m in batch.micro_batches)
         totals[3] = images_seen(batch)
         totals[4] = len(batch.bad_keys)
-    totals[5] = request is not None and request.received is not None
+        totals[5] = batch.num_cut
+    totals[6] = asked
     torch.distributed.all_reduce(totals)
-    loss, answer_tokens, text_tokens, images, bad, num_asked = totals.tolist()
+    loss, answer_tokens, text_tokens, images, bad, cut, num_asked = totals.tolist()
     counts = StepCounts(
         loss=loss / answer_tokens if answer_tokens else math.nan,
         answer_tokens=int(answer_tokens),
@@ -333,6 +292,7 @@ def count(
         vision_tokens=int(images) * config.vision.tokens_per_image,
         images=int(images),
         bad_samples=int(bad),
+        cut_samples=int(cut),
     )
     return counts, num_asked > 0
 

@@ -102,10 +102,10 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
 
 def _leave(message: str) -> NoReturn:
     log.debug("stopped by a user's mistake", exc_info=True)
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-    who = "" if rank == "0" else f"rank {rank}: "
-    sys.stdout.flush()
-    print(f"error: {who}{' '.join(message.split())}", file=sys.stderr, flush=True)
+    # Mistakes are found before ranks meet, by each of them alike: one line is enough.
+    if (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") == "0":
+        sys.stdout.flush()
+        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     raise SystemExit(USER_MISTAKE)
 
 

@@ -1,1 +1,1 @@
-"""Running on a cluster: the batch scripts, and what submits and watches them."""
+"""Running on a cluster."""

@@ -30,6 +30,7 @@ def small_config(
     initial: Path | None = None,
     precision: Any = "fp32",
     steps: int = 10,
+    recompute: Any = "none",
     **layout: Any,
 ) -> Config:
     """4 decoder layers of width 64, a tower of 2; 10 steps of 8 samples, every step logged."""
@@ -53,11 +54,13 @@ def small_config(
             hidden_size=32,
             num_layers=2,
             num_attention_heads=2,
-            ffn_hidden_size=64,
+            ffn_hidden_size=512,  # larger than a decoder layer: replicas of the tower are cut by a distributed optimizer
             feature_layer=-1,
         ),
         data=DataConfig(path=str(data), template="tiny", max_text_tokens=96, num_workers=0),
-        train=TrainConfig(parts=parts, steps=steps, global_batch_samples=8, micro_batch_samples=2, precision=precision),
+        train=TrainConfig(
+            parts=parts, steps=steps, global_batch_samples=8, micro_batch_samples=2, precision=precision, recompute=recompute
+        ),
         optimizer=OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_fraction=0.0),
         parallel=ParallelConfig(timeout_seconds=60, **layout),
         checkpoint=CheckpointConfig(initial=None if initial is None else str(initial)),

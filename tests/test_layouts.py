@@ -26,6 +26,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "data 2, distributed optimizer": (2, {"distributed_optimizer": True}),
     "tensor 2, pipeline 2, data 2, distributed optimizer": (8, {"tensor": 2, "pipeline": 2, "distributed_optimizer": True}),
 }
+RECOMPUTE = {
+    "full recompute": (1, {"recompute": "full"}),
+    "full recompute, tensor 2, sequence": (2, {"recompute": "full", "tensor": 2, "sequence": True}),
+    "selective recompute, pipeline 2": (2, {"recompute": "selective", "pipeline": 2}),
+}
 STAGES = {"align": ("vision_kv",), "instruct": ("language", "vision_kv")}
 # The two ways of a sample without an image, one in each stage.
 TEXT_ONLY = {"align": "none", "instruct": "zero_image"}
@@ -52,11 +57,11 @@ def one_rank(start: Path, mixed_dataset: Path, tmp_path_factory: pytest.TempPath
     return {stage: history(folder / stage) for stage in STAGES}
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", LAYOUTS | RECOMPUTE)
 def test_layout_trains_as_one_rank(
     name: str, start: Path, one_rank: dict[str, Any], mixed_dataset: Path, tmp_path: Path
 ) -> None:
-    world_size, layout = LAYOUTS[name]
+    world_size, layout = (LAYOUTS | RECOMPUTE)[name]
     run_ranks(both_stages, world_size, start, mixed_dataset, tmp_path, layout, start_gloo=False)
     for stage in STAGES:
         assert_same(history(tmp_path / stage), one_rank[stage])
@@ -81,6 +86,11 @@ TOWER_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pipeline 2 interleaved": (2, {"pipeline": 2, "virtual_pipeline": 2}),
     "data 2, distributed optimizer": (2, {"distributed_optimizer": True}),
     "tensor 2, pipeline 2": (4, {"tensor": 2, "pipeline": 2}),
+    # Stages and chunks of unequal size: a distributed optimizer cuts the tower's replicas at other places on each.
+    "pipeline 2 interleaved, data 2, distributed optimizer": (
+        4,
+        {"pipeline": 2, "virtual_pipeline": 2, "distributed_optimizer": True},
+    ),
 }
 ALL_PARTS = ("vision_kv", "language", "tower")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
 import signal
@@ -19,6 +21,7 @@ import torch
 
 from himix_megatron.checkpoint import Checkpoints, complete_checkpoints, find_checkpoint
 from himix_megatron.config import Config
+from tests.datasets import make_mixed_dataset
 from tests.distributed import free_port, run_ranks
 from tests.runs import history, small_config, train
 
@@ -89,6 +92,45 @@ def ten_steps(mixed_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.mark.parametrize(
+    ("first", "then", "options"),
+    [
+        ((4, {"tensor": 2, "pipeline": 2}), (1, {}), {"precision": "bf16"}),
+        ((2, {"pipeline": 2}), (2, {"tensor": 2}), {"parts": ("vision_kv", "language", "tower")}),
+        ((2, {"distributed_optimizer": True}), (1, {"distributed_optimizer": True}), {"precision": "bf16"}),
+    ],
+    ids=["bf16, to fewer ranks", "trainable tower, pipeline to tensor", "bf16, distributed optimizer"],
+)
+def test_what_was_saved_comes_back(mixed_dataset: Path, tmp_path: Path, first: Any, then: Any, options: dict[str, Any]) -> None:
+    """Saved at one layout and continued at another, a run goes on as one that was never stopped."""
+    options = {"parts": LANGUAGE} | options
+    for name, second in (("unbroken", first), ("moved", then)):
+        for steps, (ranks, layout) in ((3, first), (6, second)):
+            config = with_steps(small_config(mixed_dataset, tmp_path / name, **options, **layout), steps)
+            run_ranks(train, ranks, config, start_gloo=False)
+    close = 1e-5 if options.get("precision", "fp32") == "fp32" else 2e-2
+    losses = [history(tmp_path / name)["train/loss"] for name in ("moved", "unbroken")]
+    assert losses[0] == pytest.approx(losses[1], abs=close)
+
+
+def test_settings_changed_between_starts_hold(mixed_dataset: Path, tmp_path: Path) -> None:
+    config = with_steps(small_config(mixed_dataset, tmp_path, parts=LANGUAGE), 2)
+    run_ranks(train, 1, config, start_gloo=False)
+    slower = replace(with_steps(config, 4), optimizer=replace(config.optimizer, learning_rate=1e-5))
+    run_ranks(train, 1, slower, start_gloo=False)
+    assert history(tmp_path)["train/learning_rate"] == pytest.approx([1e-3, 1e-3, 1e-5, 1e-5])
+
+
+def test_learning_rate_warms_up_and_falls_as_a_cosine(mixed_dataset: Path, tmp_path: Path) -> None:
+    config = small_config(mixed_dataset, tmp_path, parts=("vision_kv",))
+    config = replace(
+        config, optimizer=replace(config.optimizer, schedule="cosine", warmup_fraction=0.2, min_learning_rate=1e-4)
+    )
+    run_ranks(train, 1, config, start_gloo=False)
+    cosine = [1e-4 + 9e-4 * (1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)]
+    assert history(tmp_path)["train/learning_rate"] == pytest.approx([0.0, 5e-4, *cosine], rel=1e-5)
+
+
+@pytest.mark.parametrize(
     ("ranks", "layout", "distributed", "tolerance"),
     [
         (1, {}, False, 0.0),
@@ -146,9 +188,104 @@ def test_old_checkpoints_go_and_the_best_stays(mixed_dataset: Path, tmp_path: Pa
 def test_data_order_of_a_run_cannot_change(mixed_dataset: Path, tmp_path: Path) -> None:
     config = with_steps(small_config(mixed_dataset, tmp_path, parts=LANGUAGE), 2)
     run_ranks(train, 1, config, start_gloo=False)
+    kept = (tmp_path / "config.json").read_text()
     other = replace(config, train=replace(config.train, steps=4, seed=99))
     with pytest.raises(RuntimeError, match=r"ValueError: .* at step 2 of another data order: .*--train.seed"):
         run_ranks(train, 1, other, start_gloo=False)
+    assert (tmp_path / "config.json").read_text() == kept
+
+
+def test_a_step_tells_what_it_did(mixed_dataset: Path, tmp_path: Path) -> None:
+    """TensorBoard's counts are those of the ledger, which every data rank writes for itself."""
+    config = small_config(mixed_dataset, tmp_path, parts=LANGUAGE, steps=4)
+    config = replace(config, log=replace(config.log, ledger=True))
+    run_ranks(train, 2, config, start_gloo=False)
+    lines = [json.loads(line) for file in (tmp_path / "ledger").iterdir() for line in file.read_text().splitlines()]
+    points = history(tmp_path)
+    assert len(lines) == 4 * 8
+    assert len({(line["shard"], line["key"]) for line in lines}) == 32  # less than an epoch: nobody comes twice
+    for step in range(4):
+        own = [line for line in lines if line["step"] == step + 1]
+        seconds = points["time/step_seconds"][step]
+        for tag, counted in (
+            ("throughput/text_tokens_per_second", sum(line["text_tokens"] for line in own)),
+            ("throughput/vision_tokens_per_second", sum(line["vision_tokens"] for line in own)),
+            ("throughput/images_per_second", sum(line["vision_tokens"] for line in own) / 4),
+        ):
+            assert points[tag][step] == pytest.approx(counted / seconds, rel=1e-3), tag
+    wanted = {"train/loss", "train/learning_rate", "train/grad_norm", "time/step_seconds", "time/data_wait_seconds"}
+    assert wanted | {"memory/peak_gib", "data/bad_samples", "data/cut_samples"} <= points.keys()
+
+
+def test_too_many_unreadable_samples_stop_the_run(tmp_path: Path) -> None:
+    data = make_mixed_dataset(tmp_path / "data")
+    for tar in (data / "shards").glob("*.tar"):
+        content = bytearray(tar.read_bytes())
+        content[600:] = bytes(len(content) - 600)  # as a disk might: the size stays, the content is gone
+        tar.write_bytes(content)
+    config = small_config(data, tmp_path / "run", parts=LANGUAGE, steps=40)
+    assert run_ranks(code_of, 1, config, start_gloo=False) == [3]
+    reason = (tmp_path / "run" / "STOP").read_text()
+    assert "samples could not be read, more than data.max_bad_fraction 0.01" in reason
+    assert not complete_checkpoints(tmp_path / "run")
+    with pytest.raises(RuntimeError, match=r"STOP says: .* --run.resume-after-stop"):
+        run_ranks(code_of, 1, config, start_gloo=False)
+
+
+def code_of(config: Config) -> int:
+    from himix_megatron.train import pretrain
+
+    return pretrain(config)
+
+
+def test_validation_without_answers_is_no_loss(mixed_dataset: Path, tmp_path: Path) -> None:
+    config = small_config(mixed_dataset, tmp_path, parts=LANGUAGE, steps=1)
+    config = replace(
+        config, data=replace(config.data, validation_path=str(mixed_dataset), max_text_tokens=3), log=replace(config.log)
+    )
+    run_ranks(train, 1, config, start_gloo=False)
+    assert "validation/loss" not in history(tmp_path)
+    assert json.loads((complete_checkpoints(tmp_path)[-1] / "himix.json").read_text())["validation_loss"] is None
+
+
+def test_a_mistake_under_torchrun_is_told_once(mixed_dataset: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "pipelines.pretrain",
+    ]
+    done = subprocess.run([*command, "tiny_align", "--train.step", "3"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1  # torchrun's own
+    assert done.stderr.count("error: ") == 1
+    assert "exitcode  : 2" in done.stderr
+
+
+def test_a_failure_in_training_is_in_the_log_of_its_rank(mixed_dataset: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(mixed_dataset, data)
+    config = small_config(data, tmp_path / "run", parts=LANGUAGE, steps=3)
+    with pytest.raises(RuntimeError, match="failed while training"):
+        run_ranks(lose_the_data, 1, config, start_gloo=False)
+    assert "FileNotFoundError" in (tmp_path / "run" / "log" / "rank-000.log").read_text()
+
+
+def lose_the_data(config: Config) -> None:
+    """Train on shards that vanish once the run has begun."""
+    from himix_megatron import train as training
+
+    run_steps = training.run_steps
+
+    def after_they_are_gone(*arguments: Any) -> int:
+        shutil.rmtree(Path(str(config.data.path)) / "shards")
+        return run_steps(*arguments)
+
+    training.run_steps = after_they_are_gone
+    training.pretrain(config)
 
 
 def test_bf16_ends_where_fp32_does(mixed_dataset: Path, tmp_path: Path) -> None:

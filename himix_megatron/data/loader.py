@@ -112,7 +112,7 @@ class StepDataset(Dataset[StepBatch]):
         return without_loss(batch, bad) if self.replica_size == 1 else batch
 
     def _text(self, i: int, key: str) -> EncodedText | None:
-        """A sample's text; None where its bytes are damaged."""
+        """A sample's text; None where its bytes are damaged, or the template has no place for its turns."""
         config = self.data_config
         try:
             sample = self.dataset.text(i)
@@ -122,7 +122,8 @@ class StepDataset(Dataset[StepBatch]):
         try:
             return conversation.encode(sample, self.tokenizer, config.template, config.max_text_tokens)
         except ValueError as error:
-            raise ValueError(f"{key}: {error}") from None
+            log.warning("%s is left out of the loss: %s", key, error)
+            return None
 
     def _pixels(self, images: list[tuple[int, int]], blank: Tensor) -> tuple[Tensor, list[int]]:
         """Decode images (sample, image) that are not blank. Returns: uint8[len, 3, H, W], and which of them are damaged."""

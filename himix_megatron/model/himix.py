@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
@@ -55,6 +55,10 @@ def arrange_features(features_KnV: Tensor, images_per_sample: Sequence[int]) -> 
     return vision_NBV, (slots_BI == num_images).repeat_interleave(tokens, dim=1)
 
 
+def _keep_graph(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+    return output.requires_grad_() if torch.is_grad_enabled() and not output.requires_grad else output
+
+
 class HiMixModel(GPTModel):  # type: ignore[misc]
     """A stage's layers; with a trainable tower also its replica of the tower (`tower`), run with gradient on every stage."""
 
@@ -70,12 +74,14 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
             vp_stage=chunk,
             **gpt_arguments(config),
         )
+        if self.pre_process and config.train.recompute == "full":
+            # Recomputed layers run without a graph; a frozen embedding's output would tell torch that none is needed.
+            self.embedding.register_forward_hook(_keep_graph)
         self.real_vocab_size = config.model.vocab_size
         self.mixture_mask = (TransformerEngineMixtureAttention if backend == "te" else TorchMixtureAttention).mixture_mask
         if tower is not None:
             self.tower = tower
             for parameter in tower.parameters():
-                parameter.pipeline_parallel = True  # type: ignore[attr-defined]  # summed over the stages by mcore
                 # Counted once in the gradient's norm.
                 parameter.shared = not (topology.is_first_stage and first)  # type: ignore[attr-defined]
 
@@ -161,6 +167,24 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
             if name.startswith(f"{prefix}tower."):
                 tensor.replica_id = (replica, *tensor.replica_id[1:])
         return state
+
+
+def finalize_gradients(stages: list[Any], num_tokens: Tensor | None = None, *args: Any, **kwargs: Any) -> None:
+    """mcore's last step on gradients; before it, those of the tower's replicas are summed over chunks and pipeline stages.
+
+    mcore would do that sum after its reduction over data ranks, which a distributed optimizer cuts at other places on each
+    stage: it would add reduced parts to unreduced ones.
+    """
+    replicas = [list(bare(stage).tower.parameters()) for stage in stages if hasattr(bare(stage), "tower")]
+    if replicas and replicas[0][0].requires_grad:
+        sums = [torch.stack([p.main_grad for p in same]).sum(0) for same in zip(*replicas, strict=True)]
+        flat = torch.cat([tensor.flatten() for tensor in sums])
+        torch.distributed.all_reduce(flat, group=bare(stages[0]).pg_collection.pp)
+        totals = torch.split(flat, [tensor.numel() for tensor in sums])
+        for same, total in zip(zip(*replicas, strict=True), totals, strict=True):
+            for parameter in same:
+                parameter.main_grad.copy_(total.view_as(parameter.main_grad))
+    finalize_model_grads(stages, num_tokens, *args, **kwargs)
 
 
 def part_of(name: str) -> Part:

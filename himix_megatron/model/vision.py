@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from himix_megatron.config import VisionConfig
+from himix_megatron.data.batch import share_of
 
 _SIZES = {
     "image_size": "image_size",
@@ -163,6 +164,19 @@ def _transformers_classes(config: VisionConfig) -> tuple[Any, Any]:
     return {"siglip": (SiglipVisionConfig, SiglipVisionModel), "clip": (CLIPVisionConfig, CLIPVisionModel)}[config.tower]
 
 
+def tower_settings(config: VisionConfig) -> dict[str, Any]:
+    """All settings of a tower under transformers' names: the sizes, and for SigLIP and CLIP what else their folder says.
+
+    Raises: ValueError, as `build_tower`.
+    """
+    sizes = {theirs: getattr(config, ours) for ours, theirs in _SIZES.items()}
+    if config.tower == "tiny":
+        return sizes
+    made = _transformers_classes(config)[0](**sizes) if config.path is None else _read_settings(config, Path(config.path))
+    settings: dict[str, Any] = made.to_dict()
+    return settings
+
+
 def _random(config: VisionConfig) -> Tower:
     """A tower of the configuration's sizes with fresh weights."""
     if config.tower == "tiny":
@@ -277,13 +291,12 @@ class ReplicaEncoder:
         Returns: frozen: features [K, N, V]; trainable: pixels uint8 [K, 3, H, W], for a tower that runs inside the model.
         """
         device = next(self.tower.parameters()).device
-        per_rank = -(-num_images // self.size)
-        first = min(per_rank * (dist.get_rank(self.group) if self.size > 1 else 0), num_images)
-        blank_share = blank_K[first : min(first + per_rank, num_images)].to(device)
+        own = share_of(num_images, dist.get_rank(self.group) if self.size > 1 else 0, self.size)
+        blank_share = blank_K[own.start : own.stop].to(device)
         assert len(pixels_share) == len(blank_share), (len(pixels_share), len(blank_share), num_images)
         pixels_share = pixels_share.to(device, non_blocking=True)
         share = pixels_share if self.trainable else self._features(pixels_share, blank_share)
-        return share if self.size == 1 else self._gather(share, per_rank)[:num_images]
+        return share if self.size == 1 else self._gather(share, -(-num_images // self.size))[:num_images]
 
     @torch.no_grad()
     def _features(self, pixels: Tensor, blank: Tensor) -> Tensor:

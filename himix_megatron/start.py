@@ -1,0 +1,152 @@
+"""How a run starts: what can be known before ranks meet, and where it stands once they have met.
+
+Flows in: Config; out: a Start, or one line that says what is wrong; then a Position. Nothing of the run folder changes until
+the run is known to be able to start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .adapter import attention_backend
+from .checkpoint import Checkpoints, Position, check_architecture, complete_checkpoints, find_checkpoint, publish
+from .config import Config, differences, from_json, to_json
+from .data.conversation import check_tokenizer
+from .data.shards import ShardDataset
+from .data.tokenizer import load_tokenizer
+from .kernels import Kernels, detect
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Start:
+    """What every rank finds out by itself, and alike."""
+
+    dataset: ShardDataset
+    held_out: ShardDataset | None
+    total_steps: int
+    data: str
+    """Fingerprint of everything that fixes which sample is in which step."""
+    checkpoint: Path | None
+    """Where the weights come from; None: they are fresh."""
+    continues: bool
+    """The checkpoint is the run's own: position and optimizer come from it too."""
+    previous: Config | None
+    """The settings that the run folder holds."""
+    kernels: Kernels
+
+
+def prepare(config: Config) -> Start:
+    """Find the data and the checkpoint, and check that they fit. Raises: ValueError for a user's mistake."""
+    if config.data.path is None:
+        raise ValueError(
+            f"recipe {config.recipe} has no data of its own: give --data.path, a folder that pipelines.preprocess wrote"
+        )
+    stop = stop_file(config)
+    if stop.is_file() and not config.run.resume_after_stop:
+        raise ValueError(f"{stop} says: {stop.read_text().strip()} (to go on all the same: --run.resume-after-stop)")
+    kernels = detect()
+    attention_backend(config.model, kernels)
+    check_text(config)
+    dataset = ShardDataset(config.data.path)
+    own, initial = complete_checkpoints(config.run_dir), config.checkpoint.initial
+    settings = config.run_dir / "config.json"
+    start = Start(
+        dataset=dataset,
+        held_out=None if config.data.validation_path is None else ShardDataset(config.data.validation_path),
+        total_steps=steps_of(config, len(dataset)),
+        data=data_fingerprint(config, dataset),
+        checkpoint=own[-1] if own else find_checkpoint(initial) if initial is not None else None,
+        continues=bool(own),
+        previous=from_json(settings.read_text()) if settings.is_file() else None,
+        kernels=kernels,
+    )
+    if start.checkpoint is not None:
+        check_checkpoint(config, start, start.checkpoint)
+    return start
+
+
+def check_checkpoint(config: Config, start: Start, folder: Path) -> None:
+    """Raises: ValueError for another architecture; for a run's own checkpoint also if other parts train, the optimizer is of
+    the other kind, or the data would come in another order."""
+    description = check_architecture(folder, config)
+    if not start.continues:
+        return
+    if set(description["parts"]) != set(config.train.parts):
+        raise ValueError(
+            f"checkpoint {folder} trained {' '.join(description['parts'])}, but train.parts is "
+            f"{' '.join(config.train.parts)}: continue with the same parts, or start a new --run.dir from it "
+            "with --checkpoint.initial"
+        )
+    if description["distributed_optimizer"] != config.parallel.distributed_optimizer:
+        raise ValueError(
+            f"checkpoint {folder} holds the state of "
+            f"{'a distributed' if description['distributed_optimizer'] else 'an undivided'} optimizer, which is stored in "
+            "another form: continue with --parallel.distributed-optimizer as it was"
+        )
+    position = Position(**description["position"])
+    if position.data != start.data:
+        raise ValueError(
+            f"{config.run_dir} stands at step {position.step} of another data order: --data.path, --train.seed and "
+            "--train.global-batch-samples must be as they were, or give a new --run.dir"
+        )
+
+
+def check_text(config: Config) -> None:
+    """Raises: ValueError if the tokenizer lacks what the template needs, or gives ids that the embedding has no row for."""
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    check_tokenizer(tokenizer, config.data.template)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} tokens, but model.vocab_size is "
+            f"{config.model.vocab_size}: it is another model's tokenizer"
+        )
+
+
+def steps_of(config: Config, num_samples: int) -> int:
+    """Optimizer steps of the whole run."""
+    if config.train.steps is not None:
+        return config.train.steps
+    return max(1, math.ceil(config.train.epochs * num_samples / config.train.global_batch_samples))
+
+
+def data_fingerprint(config: Config, dataset: ShardDataset) -> str:
+    """Of everything that fixes which sample is in which step."""
+    fixed = [dataset.fingerprint, config.train.seed, config.train.global_batch_samples]
+    return hashlib.sha256(json.dumps(fixed).encode()).hexdigest()[:16]
+
+
+def stop_file(config: Config) -> Path:
+    """Says why a run stopped on purpose; while it is there the run does not start again by itself."""
+    return config.run_dir / "STOP"
+
+
+def begin(config: Config, start: Start, checkpoints: Checkpoints) -> Position:
+    """Continue the run, or load the weights it starts from; then write RUN/config.json. All ranks call it.
+
+    Returns: where the run stands.
+    """
+    position = Position(step=0, samples=0, data=start.data)
+    if start.continues:
+        assert start.checkpoint is not None
+        position = checkpoints.restore(start.checkpoint)
+        for name, old, new in differences(start.previous, config) if start.previous else []:
+            logger.warning("continuing with another %s: %s, it was %s", name, new, old)
+        if position.step >= start.total_steps:
+            logger.info("nothing to do: %s is at step %d of %d", config.run_dir, position.step, start.total_steps)
+    elif start.checkpoint is not None:
+        checkpoints.load_weights(start.checkpoint)
+    elif "language" not in config.train.parts:
+        logger.warning("the language model is fresh and frozen: give pretrained weights with --checkpoint.initial")
+    if torch.distributed.get_rank() == 0:
+        publish(config.run_dir / "config.json", to_json(config).encode())
+        stop_file(config).unlink(missing_ok=True)
+    return position
