@@ -206,11 +206,14 @@ def evaluate(arguments: Arguments) -> dict[str, Any]:
     def accuracy(answers: list[str]) -> float:
         return sum(a == q.expected for a, q in zip(answers, items, strict=True)) / max(len(items), 1)
 
+    accuracies = {
+        "answer_accuracy": accuracy(given["own"]),
+        "answer_accuracy_shuffled_images": accuracy(given["shuffled"]),
+    }
     result = {
         "checkpoint": checkpoint.name,
         "questions": len(items),
-        "answer_accuracy": accuracy(given["own"]),
-        "answer_accuracy_shuffled_images": accuracy(given["shuffled"]),
+        **accuracies,
         "seconds": round(time.perf_counter() - started, 1),
     }
     if topology.rank == 0:
@@ -221,8 +224,7 @@ def evaluate(arguments: Arguments) -> dict[str, Any]:
             for question, own, shuffled in zip(items, given["own"], given["shuffled"], strict=True):
                 line = {"key": dataset.key(question.sample), "question": question.asked, "expected": question.expected}
                 file.write(json.dumps(line | {"answer": own, "answer_shuffled_images": shuffled}) + "\n")
-        figures = {name: value for name, value in result.items() if name.startswith("answer_accuracy")}
-        benchmark.to_tensorboard(arguments.run, arguments.data.name, step, figures)
+        benchmark.to_tensorboard(arguments.run, arguments.data.name, step, accuracies)
         print(json.dumps(result, indent=2))
     return result
 

@@ -9,6 +9,7 @@ M4C (facebookresearch/mmf), which LLaVA-1.5 uses.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 
@@ -45,6 +46,7 @@ _MOST_PERIODS = int(re.UNICODE)
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 
 
+@functools.lru_cache(maxsize=100_000)  # the same few answers make up most of two million
 def without_punctuation(text: str) -> str:
     """Punctuation out.
 

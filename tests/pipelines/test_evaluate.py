@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -18,9 +19,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from pipelines import evaluate
 from pipelines.evaluate import Arguments
 from tests.datasets import COLOURS
 from tests.distributed import run_ranks
+from tests.pipelines.test_mistakes import message
 from tests.runs import history, small_config, train
 
 NUM_IMAGES = 10
@@ -29,18 +32,30 @@ NUM_IMAGES = 10
 def evaluated(*steps: Arguments | Callable[[], Any]) -> list[dict[str, Any]]:
     """Evaluate on this rank, once for each Arguments, and call what is between; for `run_ranks(..., start_gloo=False)`."""
     from himix_megatron import log
-    from pipelines.evaluate import evaluate, evaluate_benchmark
 
     found = []
     for step in steps:
         if not isinstance(step, Arguments):
             step()
             continue
-        found.append(evaluate(step) if step.benchmark is None else evaluate_benchmark(step))
+        found.append(evaluate.evaluate(step) if step.benchmark is None else evaluate.evaluate_benchmark(step))
         log.stop()
         # The next one meets elsewhere: at the same port a quick rank would find the store of the last.
         os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
     return found
+
+
+def warned(*steps: Arguments | Callable[[], Any]) -> list[str]:
+    """The warnings that `evaluated` would show."""
+    said: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    logging.getLogger("pipelines").addHandler(Listener(logging.WARNING))
+    evaluated(*steps)
+    return said
 
 
 def on_ranks(*steps: Arguments | Callable[[], Any], ranks: int = 1) -> list[dict[str, Any]]:
@@ -170,13 +185,13 @@ def test_more_questions_of_the_same_set_keep_the_answers(run: Path, release: Pat
     assert len(lines(run)) == 2 * NUM_IMAGES
 
 
-def test_other_settings_or_another_checkpoint_start_anew(run: Path, release: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_other_settings_or_another_checkpoint_start_anew(run: Path, release: Path) -> None:
     written_again = partial(os.utime, run / "checkpoints" / "step-00000010" / "himix.json", (1, 1))
     shorter = asking(run, release, max_new_tokens=3)
-    on_ranks(asking(run, release), shorter, written_again, shorter)
-    shown = capfd.readouterr().err
-    assert "starting anew, the answers there are of another max_new_tokens (was 16, is 3)" in shown
-    assert "starting anew, the answers there are of another checkpoint written" in shown
+    steps = (asking(run, release), shorter, shorter, written_again, shorter)
+    first, second = run_ranks(warned, 1, *steps, start_gloo=False)[0]
+    assert first.endswith("starting anew, the answers there are of another max_new_tokens (was 16, is 3)")
+    assert "starting anew, the answers there are of another checkpoint written (was " in second
     assert len(lines(run)) == 2 * NUM_IMAGES
     assert all(len(line["answer"]) <= 3 for line in lines(run))
 
@@ -235,25 +250,18 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistake_is_one_line(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from pipelines import evaluate
-    from pipelines.cli import run_main
-
     words, wanted = MISTAKES[name]
-    monkeypatch.setattr(sys, "argv", ["program", "RUN", *words])
-    with pytest.raises(SystemExit) as stopped:
-        run_main(evaluate.main)
-    shown = capsys.readouterr().err
-    assert stopped.value.code == 2, shown
-    assert shown.startswith("error: ")
-    assert wanted in shown
-    assert shown.count("\n") == 1
+    assert wanted in message(evaluate.main, ["RUN", *words], monkeypatch, capsys)
+
+
+def test_half_of_an_images_questions_are_refused_before_they_are_asked(run: Path, release: Path) -> None:
+    with pytest.raises(ValueError, match=r"two questions an image, but code_reasoning has 1 about code_reasoning/5\.png"):
+        evaluate.evaluate_benchmark(asking(run, release, max_samples=5))
 
 
 def test_missing_images_are_found_before_any_rank_starts(run: Path, tmp_path: Path) -> None:
-    from pipelines.evaluate import evaluate_benchmark
-
     row = {"question": "Is it red?", "imageId": "n1", "answer": "yes"}
     (tmp_path / "gqa.json").write_text(json.dumps({"1": row}))
     arguments = Arguments(run=run, benchmark="gqa", questions=tmp_path / "gqa.json", images=tmp_path)
     with pytest.raises(ValueError, match=r"1 of 1 questions have an image .*: 1: n1\.jpg is missing"):
-        evaluate_benchmark(arguments)
+        evaluate.evaluate_benchmark(arguments)
