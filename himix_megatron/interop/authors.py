@@ -8,7 +8,7 @@ Flows in and out: whole (unsharded) tensors by name. Both directions only move n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -43,54 +43,99 @@ def _fused(model: ModelConfig) -> dict[str, tuple[tuple[str, int], ...]]:
     return fused
 
 
-def from_authors(weights: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
-    """Our names and layout from the authors'. Raises: ValueError naming what is missing or left over."""
-    left = dict(weights)
-    found: dict[str, Tensor] = {}
-
-    def take(name: str) -> Tensor:
-        if name not in left:
-            raise ValueError(f"the weights hold no {name}")
-        return left.pop(name)
-
-    for ours, theirs in _outer(model).items():
-        found[ours] = take(theirs)
+def layout(model: ModelConfig) -> dict[str, tuple[tuple[str, int], ...]]:
+    """Every tensor of ours by its name: the authors' tensors that lie in it, and how many heads of each go to one
+    key/value head (0: it is no tensor of heads, and the parts follow each other)."""
+    found: dict[str, tuple[tuple[str, int], ...]] = {ours: ((theirs, 0),) for ours, theirs in _outer(model).items()}
     for layer in range(model.num_layers):
         for ours, theirs in _PLAIN.items():
-            found[f"decoder.layers.{layer}.{ours}"] = take(f"model.layers.{layer}.{theirs}")
+            found[f"decoder.layers.{layer}.{ours}"] = ((f"model.layers.{layer}.{theirs}", 0),)
         for ours, parts in _fused(model).items():
-            tensors = [take(f"model.layers.{layer}.{name}") for name, _ in parts]
-            found[f"decoder.layers.{layer}.{ours}"] = _join(tensors, [heads for _, heads in parts], model)
+            found[f"decoder.layers.{layer}.{ours}"] = tuple((f"model.layers.{layer}.{name}", heads) for name, heads in parts)
+    return found
+
+
+def shapes(model: ModelConfig, vision_width: int) -> dict[str, tuple[int, ...]]:
+    """The authors' tensors of a model, and the shape of each."""
+    hidden, inner = model.hidden_size, model.ffn_hidden_size
+    queries, keys = (n * model.channels_per_head for n in (model.num_attention_heads, model.num_query_groups))
+    widths = {
+        **{"embed_tokens.weight": (model.vocab_size, hidden), "lm_head.weight": (model.vocab_size, hidden)},
+        **{"norm.weight": (hidden,), "input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)},
+        **{"input_layernorm_img.weight": (vision_width,), "o_proj.weight": (hidden, queries)},
+        **{"q_proj.weight": (queries, hidden), "k_proj.weight": (keys, hidden), "v_proj.weight": (keys, hidden)},
+        **{"k_proj_img.weight": (keys, vision_width), "v_proj_img.weight": (keys, vision_width)},
+        **{"gate_proj.weight": (inner, hidden), "up_proj.weight": (inner, hidden), "down_proj.weight": (hidden, inner)},
+        **{"q_proj.bias": (queries,), "k_proj.bias": (keys,), "v_proj.bias": (keys,)},
+        **{"k_proj_img.bias": (keys,), "v_proj_img.bias": (keys,)},
+    }
+    return {name: widths[".".join(name.split(".")[-2:])] for parts in layout(model).values() for name, _ in parts}
+
+
+def is_new(name: str) -> bool:
+    """Whether a tensor, by its name in the authors' layout, is one that HiMix adds to the language model."""
+    return "_img." in name
+
+
+def from_authors(weights: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+    """Our names and layout from the authors'. Raises: ValueError naming what is missing or left over."""
+    found, used = {}, set()
+    for ours, parts in layout(model).items():
+        for name, _ in parts:
+            if name not in weights:
+                raise ValueError(f"the weights hold no {name}")
+            used.add(name)
+        found[ours] = join([weights[name] for name, _ in parts], [heads for _, heads in parts], model)
+    left = sorted(weights.keys() - used)
     if left:
-        raise ValueError(f"the weights hold {', '.join(sorted(left)[:4])}, which the model has no place for")
+        raise ValueError(f"the weights hold {', '.join(left[:4])}, which the model has no place for")
     return found
 
 
 def to_authors(weights: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
     """The authors' names and layout from ours."""
-    found = {theirs: weights[ours] for ours, theirs in _outer(model).items()}
-    for layer in range(model.num_layers):
-        for ours, theirs in _PLAIN.items():
-            found[f"model.layers.{layer}.{theirs}"] = weights[f"decoder.layers.{layer}.{ours}"]
-        for ours, parts in _fused(model).items():
-            tensors = _split(weights[f"decoder.layers.{layer}.{ours}"], [heads for _, heads in parts], model)
-            found.update({f"model.layers.{layer}.{name}": part for (name, _), part in zip(parts, tensors, strict=True)})
-    return found
+    return dict(AsAuthors(weights, model))
+
+
+class AsAuthors(Mapping[str, Tensor]):
+    """Our whole tensors seen by the authors' names; each is cut out when it is asked for."""
+
+    def __init__(self, weights: Mapping[str, Tensor], model: ModelConfig):
+        self._weights, self._model = weights, model
+        self._places = {name: (ours, parts) for ours, parts in layout(model).items() for name, _ in parts}
+
+    def __getitem__(self, name: str) -> Tensor:
+        ours, parts = self._places[name]
+        tensors = split(self._weights[ours], [heads for _, heads in parts], self._model)
+        return tensors[[theirs for theirs, _ in parts].index(name)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def _outer(model: ModelConfig) -> dict[str, str]:
     return {ours: theirs for ours, theirs in _OUTER.items() if not (model.tie_embeddings and ours == "output_layer.weight")}
 
 
-def _join(parts: list[Tensor], heads: list[int], model: ModelConfig) -> Tensor:
+def join(parts: Sequence[Tensor], heads: Sequence[int], model: ModelConfig, out: Tensor | None = None) -> Tensor:
+    """The authors' parts as one tensor of ours, written to `out` if given."""
+    if len(parts) == 1:
+        return parts[0]
     if not any(heads):
-        return torch.cat(parts)
+        return torch.cat(list(parts), out=out)
     width, num_groups = model.channels_per_head, model.num_query_groups
     groups = [p.reshape(num_groups, h * width, *p.shape[1:]) for p, h in zip(parts, heads, strict=True)]
-    return torch.cat(groups, dim=1).flatten(0, 1)
+    if out is None:
+        return torch.cat(groups, dim=1).flatten(0, 1)
+    torch.cat(groups, dim=1, out=out.view(num_groups, -1, *out.shape[1:]))
+    return out
 
 
-def _split(fused: Tensor, heads: list[int], model: ModelConfig) -> list[Tensor]:
+def split(fused: Tensor, heads: Sequence[int], model: ModelConfig) -> list[Tensor]:
+    """The authors' parts of one tensor of ours."""
     if not any(heads):
         return list(fused.chunk(len(heads)))
     groups = fused.reshape(model.num_query_groups, sum(heads) * model.channels_per_head, *fused.shape[1:])

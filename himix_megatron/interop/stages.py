@@ -18,7 +18,8 @@ from ..model.himix import bare
 from ..parallel import Topology
 
 _LAYER = re.compile(r"(.*decoder\.layers\.)(\d+)(\..*)")
-_TE_NAMES = {"self_attention.linear_qkv.layer_norm_": "input_layernorm.", "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm."}
+TE_NAMES = {"self_attention.linear_qkv.layer_norm_": "input_layernorm.", "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm."}
+"""Transformer Engine's names of the norms inside its linear layers, which are the names on disk, and the plain ones."""
 
 
 def global_parameters(stages: list[Any]) -> Iterator[tuple[str, nn.Parameter]]:
@@ -30,7 +31,7 @@ def global_parameters(stages: list[Any]) -> Iterator[tuple[str, nn.Parameter]]:
             if layer:
                 number = model.decoder.layers[int(layer[2])].layer_number - 1
                 name = f"{layer[1]}{number}{layer[3]}"
-            for te_name, plain in _TE_NAMES.items():
+            for te_name, plain in TE_NAMES.items():
                 name = name.replace(te_name, plain)
             yield name, parameter
 

@@ -1,0 +1,232 @@
+"""Safetensors larger than memory: checked, mapped, and written one tensor at a time.
+
+Flows in: folders as Hugging Face lays them out (`model.safetensors`, or shards and their index); out: tensors that live in
+the page cache, whose pages the kernel may drop again. Everything that can be wrong with a folder is found in the headers,
+before a single weight is read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_SIZES |= {"U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""The dtypes that are read and written, by their name in a header."""
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MAX_HEADER_BYTES = 100_000_000
+"""The format's own limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a file."""
+
+    file: Path
+    dtype: str
+    """As the header names it."""
+    shape: tuple[int, ...]
+    start: int
+    """Byte of the file at which it begins."""
+
+
+class MappedTensors(Mapping[str, Tensor]):
+    """Tensors of a checked folder or file. Each look-up maps the file anew; writing to a tensor does not reach the file."""
+
+    def __init__(self, entries: dict[str, Entry], metadata: Mapping[str, str]):
+        self.entries, self.metadata = entries, metadata
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self.entries[name]
+        num_bytes = _SIZES[entry.dtype] * math.prod(entry.shape)
+        if not num_bytes:
+            return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        # A map of its own, exactly as long as the tensor: megatron-core copies tensors that are a part of a larger storage.
+        flat = torch.from_numpy(np.memmap(entry.file, np.uint8, "c", entry.start, (num_bytes,)))
+        return flat.view(DTYPES[entry.dtype]).view(entry.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+def open_file(path: Path) -> MappedTensors:
+    """One safetensors file. Raises: ValueError if it is not whole."""
+    return MappedTensors(*_read_header(path))
+
+
+def open_folder(folder: Path) -> MappedTensors:
+    """All tensors of a folder. Raises: ValueError naming what is missing, damaged, doubled or not safe to read."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder")
+    index, single = folder / INDEX, folder / SINGLE
+    if index.is_file() and single.is_file():
+        raise ValueError(f"{folder} holds both {SINGLE} and {INDEX}: which of the two is the model? Remove one")
+    if index.is_file():
+        return _open_shards(folder, index)
+    if single.is_file():
+        return open_file(single)
+    others = sorted(folder.glob("*.safetensors"))
+    if len(others) == 1:
+        return open_file(others[0])
+    if others:
+        raise ValueError(f"{folder} holds {len(others)} safetensors files, but no {INDEX} that says what belongs together")
+    pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern))
+    if pickled:
+        raise ValueError(
+            f"{folder} holds pickled weights only ({pickled[0]}), and reading a pickle runs what is in it: save them as "
+            "safetensors first (docs/conversion.md says how)"
+        )
+    raise ValueError(f"{folder} holds no {SINGLE} and no {INDEX}")
+
+
+def _open_shards(folder: Path, index: Path) -> MappedTensors:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} has no weight_map")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
+            raise ValueError(f"{index} looks for {name} in {file!r}: wanted the name of a safetensors file in the same folder")
+    entries: dict[str, Entry] = {}
+    for file in sorted(set(weight_map.values())):
+        if not (folder / file).is_file():
+            raise ValueError(f"{folder} lacks the shard {file}, which {INDEX} names")
+        for name, entry in _read_header(folder / file)[0].items():
+            if name in entries:
+                raise ValueError(f"{name} is in two shards of {folder}: {entries[name].file.name} and {file}")
+            if name not in weight_map:
+                raise ValueError(f"{folder / file} holds {name}, which {INDEX} does not list")
+            entries[name] = entry
+    for name, file in weight_map.items():
+        if name not in entries or entries[name].file.name != file:
+            raise ValueError(f"{folder / file} lacks {name}, which {INDEX} says is in it")
+    return MappedTensors(entries, {})
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object. Raises: ValueError naming the file."""
+    if not file.is_file():
+        raise ValueError(f"{file.parent} has no {file.name}")
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error})") from None
+    if not isinstance(stored, dict):
+        raise ValueError(f"{file} holds a {type(stored).__name__}, wanted an object")
+    return stored
+
+
+def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Entries and metadata of one file, checked against its size. Source: the safetensors format's description."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little") if size >= 8 else 0
+        if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
+            raise ValueError(f"{path} is no safetensors file, or cut short: its header does not fit into its {size} bytes")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        metadata = header.pop("__metadata__", None) or {}
+        entries = {name: _entry(path, 8 + length, told) for name, told in header.items()}
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: its header is not one of safetensors ({error})") from None
+    end = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
+        told_end = 8 + length + header[name]["data_offsets"][1]
+        if entry.start != end or told_end - entry.start != _SIZES[entry.dtype] * math.prod(entry.shape):
+            raise ValueError(f"{path} is damaged: {name} does not fill the bytes that its header gives it")
+        end = told_end
+    if end != size:
+        raise ValueError(f"{path} is {'cut short' if size < end else 'damaged'}: {size} bytes, its header wants {end}")
+    return entries, metadata
+
+
+def _entry(path: Path, first: int, told: dict[str, Any]) -> Entry:
+    shape = tuple(told["shape"])
+    if told["dtype"] not in _SIZES or not all(isinstance(n, int) and n >= 0 for n in shape):
+        raise ValueError(f"dtype {told['dtype']}, shape {list(shape)}")
+    return Entry(path, told["dtype"], shape, first + int(told["data_offsets"][0]))
+
+
+class Scratch:
+    """Working space on the output's disk: tensors in files without a name, which are gone when nobody holds them."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor whose memory is a file's."""
+        num_bytes = dtype.itemsize * math.prod(shape)
+        with tempfile.TemporaryFile(dir=self.folder) as file:
+            file.truncate(num_bytes)
+            flat = torch.from_numpy(np.memmap(file, np.uint8, "r+", 0, (num_bytes,)))
+        return flat.view(dtype).view(shape)
+
+
+def write_folder(folder: Path, tensors: Mapping[str, Tensor], *, max_shard_bytes: int = 5_000_000_000) -> None:
+    """Write safetensors as Hugging Face lays them out, one tensor in memory at a time.
+
+    One file, or shards of at most `max_shard_bytes` (a larger tensor has one of its own) and their index.
+    """
+    shards: list[tuple[Path, list[str]]] = []
+    total, names = 0, list(tensors)
+    while names:
+        path = folder / f"shard-{len(shards)}.writing"
+        written, num_bytes = _write_shard(path, names, tensors, max_shard_bytes)
+        shards.append((path, written))
+        total, names = total + num_bytes, names[len(written) :]
+    if len(shards) == 1:
+        shards[0][0].rename(folder / SINGLE)
+        return
+    weight_map: dict[str, str] = {}
+    for number, (path, written) in enumerate(shards, 1):
+        file = path.rename(folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors")
+        weight_map |= dict.fromkeys(written, file.name)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_shard(path: Path, names: list[str], tensors: Mapping[str, Tensor], max_bytes: int) -> tuple[list[str], int]:
+    """Returns: the names that went into this file, and their bytes."""
+    # Sizes are known only as the tensors come by, so the header's room is kept free before them; the format lets it end in
+    # spaces. 160 bytes hold the dtype, eight dimensions and two offsets of one tensor.
+    room = sum(len(json.dumps(name)) + 160 for name in names) + 64
+    room += -room % 8
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    with path.open("wb") as file:
+        file.seek(8 + room)
+        end = 0
+        for name in names:
+            tensor = tensors[name]
+            if end and end + tensor.nbytes > max_bytes:
+                break
+            header[name] = {
+                "dtype": _NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [end, end + tensor.nbytes],
+            }
+            _write_tensor(file, tensor)
+            end += tensor.nbytes
+        text = json.dumps(header).encode()
+        file.seek(0)
+        file.write(room.to_bytes(8, "little") + text + b" " * (room - len(text)))
+    return [name for name in header if name != "__metadata__"], end
+
+
+def _write_tensor(file: BinaryIO, tensor: Tensor) -> None:
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    file.write(flat.view(torch.uint8).numpy().data)
