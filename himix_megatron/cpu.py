@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.utils._device
 
 _CPU = torch.device("cpu")
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like", "ones_like", "as_tensor")
@@ -36,6 +37,8 @@ def activate_if_needed() -> bool:
 
 def _redirect_devices() -> None:
     """`device="cuda"`, `.cuda()` and type names: schedules, optimizer and checkpoint exchange create tensors this way."""
+    # `with torch.device("meta")` knows the factories by identity and lists them at first use: list the true ones now.
+    torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     stay: Callable[..., Any] = lambda self, *_, **__: self  # noqa: E731
