@@ -144,7 +144,7 @@ def exchanges(conversation: Conversation) -> list[tuple[str, str]]:
 
 def check_tokenizer(tokenizer: Tokenizer, template: str) -> None:
     """Raises: ValueError when the tokenizer lacks a token that the template needs."""
-    missing = [name for name in _template(template, tokenizer).needs if tokenizer.special_id(name) is None]
+    missing = [name for name in template_of(template, tokenizer).needs if tokenizer.special_id(name) is None]
     if missing:
         raise ValueError(
             f"data.template {template} needs {' and '.join(missing)}, which this tokenizer does not have: "
@@ -157,7 +157,7 @@ def encode(conversation: Conversation, tokenizer: Tokenizer, template: str, max_
 
     Raises: ValueError for a conversation of several turns under `plain`, which has no questions.
     """
-    form = _template(template, tokenizer)
+    form = template_of(template, tokenizer)
     turns = exchanges(conversation)
     if len(turns) > 1 and not form.has_questions:
         raise ValueError(f"data.template {template} is for captions (one answer), not for {len(turns)} turns: choose another")
@@ -171,7 +171,7 @@ def prompt(conversation: Conversation, tokenizer: Tokenizer, template: str, answ
     Earlier answers are the conversation's own; the asked one and all after it are not looked at.
     Returns: int64[T], a prefix of `encode`'s ids.
     """
-    form = _template(template, tokenizer)
+    form = template_of(template, tokenizer)
     turns = exchanges(conversation)
     pieces = _spell(form, turns[:answer]) + (list(form.between) if answer else []) + _ask(form, turns[answer][0])
     return np.array(tokenizer.encode(pieces)[0], np.int64)
@@ -180,11 +180,11 @@ def prompt(conversation: Conversation, tokenizer: Tokenizer, template: str, answ
 def end_of_turn(tokenizer: Tokenizer, template: str) -> tuple[int, ...]:
     """The ids that end an answer; one id in every template but `plain`, where it is the newline's."""
     # Behind some text: alone, a newline gets a space prefix from tokenizers that add one to every text.
-    ids, is_end = tokenizer.encode([_text("a"), _template(template, tokenizer).end])
+    ids, is_end = tokenizer.encode([_text("a"), template_of(template, tokenizer).end])
     return tuple(token for token, counts in zip(ids, is_end, strict=True) if counts)
 
 
-def _template(name: str, tokenizer: Tokenizer) -> Template:
+def template_of(name: str, tokenizer: Tokenizer) -> Template:
     """The named template, with `start` settled for this tokenizer."""
     form = TEMPLATES[name]
     if form.opening != (_special("start"),):
