@@ -1,0 +1,664 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HiMix for transformers: configuration, model, image processor and processor, in one file that stands alone.
+
+Mixture Attention (HiMix, arXiv 2501.10318): in every decoder layer the text attends to `[vision keys; text keys]`. Vision keys
+and values come from the tower's features through the layer's own norm and projections, carry no position, and are computed once
+per image: they lie in the cache beside the text's. No image token is in the text; `<image>` marks are removed.
+
+    model = AutoModelForImageTextToText.from_pretrained(DIR, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(DIR, trust_remote_code=True)
+    inputs = processor(conversation=[{"role": "user", "content": "What is this?"}], images=[image])
+    print(processor.answers(model.generate(**inputs), inputs))
+
+Shape letters: B samples, S text tokens given, T text tokens so far, I images of a sample (padded), n tokens of an image,
+N = I * n, V width of the features, Q query heads, G key/value heads, D width of a head.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    BatchFeature,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.generation import GenerationMixin
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.utils import can_return_tuple
+
+
+class HiMixConfig(LlamaConfig):  # type: ignore[misc]
+    """Llama's settings for the decoder, and the tower's. `attention_bias` is of q, k and v, not of the output."""
+
+    model_type = "himix"
+    base_model_tp_plan = None
+    base_model_pp_plan = None
+
+    def __init__(self, vision_config: Mapping[str, Any] | None = None, text_only: str = "none", **kwargs: Any):
+        """Args: vision_config: kind (`tower`: siglip, clip or tiny), sizes and `feature_layer`; text_only: what a sample
+        without an image attends to, `zero_image` (the features of an all-zero image) or `none`."""
+        self.vision_config = dict(vision_config or {})
+        self.text_only = text_only
+        super().__init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Llama wants hidden_size to divide by the heads; with a head_dim of its own it need not."""
+
+
+# ---- towers ---------------------------------------------------------------------------------------------------------
+
+
+def _num_layers_run(vision: Mapping[str, Any]) -> int:
+    """Layers whose output `feature_layer` needs: all for -1, one less for -2."""
+    return int(vision["num_hidden_layers"]) + 1 + int(vision["feature_layer"])
+
+
+class HiMixTransformersTower(nn.Module):
+    """SigLIP or CLIP up to the chosen hidden state, patch tokens only: float[K, 3, H, W] to float[K, n, V]."""
+
+    def __init__(self, config: HiMixConfig):
+        super().__init__()
+        vision = {name: value for name, value in config.vision_config.items() if name not in ("tower", "feature_layer")}
+        is_clip = config.vision_config["tower"] == "clip"
+        settings = (CLIPVisionConfig if is_clip else SiglipVisionConfig)(**vision)
+        settings._attn_implementation = config._attn_implementation
+        model = (CLIPVisionModel if is_clip else SiglipVisionModel)(settings)
+        model = getattr(model, "vision_model", model)
+        self.embeddings = model.embeddings
+        self.pre_norm = getattr(model, "pre_layrnorm", nn.Identity())
+        self.layers = nn.ModuleList(list(model.encoder.layers)[: _num_layers_run(config.vision_config)])
+        self.num_class_tokens = int(is_clip)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.pre_norm(self.embeddings(images.to(self.embeddings.patch_embedding.weight.dtype)))
+        for layer in self.layers:
+            hidden = layer(hidden, attention_mask=None)
+        features: Tensor = hidden[:, self.num_class_tokens :]
+        return features
+
+
+class HiMixTinyTower(nn.Module):
+    """A small pre-norm ViT without class token: float[K, 3, H, W] to float[K, n, V]."""
+
+    def __init__(self, config: HiMixConfig):
+        super().__init__()
+        vision = config.vision_config
+        width, side = vision["hidden_size"], vision["image_size"] // vision["patch_size"]
+        self.patch = nn.Conv2d(3, width, kernel_size=vision["patch_size"], stride=vision["patch_size"])
+        self.position = nn.Parameter(torch.zeros(1, side * side, width))
+        self.layers = nn.ModuleList(HiMixTinyTowerLayer(vision) for _ in range(_num_layers_run(vision)))
+        self.final_norm = nn.LayerNorm(width) if vision["feature_layer"] == -1 else nn.Identity()
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.patch(images.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2) + self.position
+        for layer in self.layers:
+            hidden = layer(hidden)
+        features: Tensor = self.final_norm(hidden)
+        return features
+
+
+class HiMixTinyTowerLayer(nn.Module):
+    def __init__(self, vision: Mapping[str, Any]):
+        super().__init__()
+        width = vision["hidden_size"]
+        self.num_heads = vision["num_attention_heads"]
+        self.attention_norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, vision["intermediate_size"])
+        self.down = nn.Linear(vision["intermediate_size"], width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        qkv = self.qkv(self.attention_norm(hidden)).unflatten(-1, (3, self.num_heads, -1))
+        mixed = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2).flatten(2)
+        hidden = hidden + self.out(mixed)
+        hidden = hidden + self.down(F.gelu(self.up(self.mlp_norm(hidden))))
+        return hidden
+
+
+# ---- cache ----------------------------------------------------------------------------------------------------------
+
+
+class VisionLayer(DynamicLayer):  # type: ignore[misc]
+    """One decoder layer's vision keys and values in a cache: written once, the same for all steps."""
+
+    present: Tensor | None = None
+    """bool[B, N], False where a sample has fewer images than others."""
+
+    def hold(self, keys: Tensor, values: Tensor, present: Tensor) -> None:
+        self.lazy_initialization(keys, values)
+        self.keys, self.values, self.present = keys, values, present
+
+    def crop(self, *_: Any) -> None:
+        """Forgetting text, as assisted generation does, forgets no image."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._pick(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._pick(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.present is not None:
+            self.present = self.present.repeat_interleave(repeats, dim=0)
+
+    def _pick(self, rows: Tensor) -> None:
+        if self.present is not None:
+            self.present = self.present[rows.to(self.present.device)]
+
+
+def vision_layers(cache: Cache, num_layers: int) -> list[VisionLayer]:
+    """A cache's layers behind the text's, added at first use. Raises: ValueError for a cache of fixed size."""
+    if len(cache.layers) < 2 * num_layers:
+        if getattr(cache, "is_compileable", False):
+            raise ValueError("HiMix needs a cache that grows: leave cache_implementation out, or use 'dynamic' or 'offloaded'")
+        while len(cache.layers) < num_layers:  # a DynamicCache made without a config adds its layers as they come
+            cache.layers.append(cache.layer_class_to_replicate())
+        cache.layers.extend(VisionLayer() for _ in range(num_layers))
+    return list(cache.layers[num_layers:])
+
+
+# ---- decoder --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Vision:
+    """What the text of a batch sees."""
+
+    features: Tensor
+    """float[B, N, V]."""
+    present: Tensor
+    """bool[B, N]."""
+
+
+class HiMixAttention(nn.Module):
+    """Text queries over vision and text keys."""
+
+    is_causal = False  # the mask says it
+
+    def __init__(self, config: HiMixConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        width, vision_width, bias = config.hidden_size, config.vision_config["hidden_size"], config.attention_bias
+        query_width, key_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(width, query_width, bias=bias)
+        self.k_proj = nn.Linear(width, key_width, bias=bias)
+        self.v_proj = nn.Linear(width, key_width, bias=bias)
+        self.k_proj_img = nn.Linear(vision_width, key_width, bias=bias)
+        self.v_proj_img = nn.Linear(vision_width, key_width, bias=bias)
+        self.o_proj = nn.Linear(query_width, width, bias=False)
+
+    def project_vision(self, normed_BNV: Tensor) -> tuple[Tensor, Tensor]:
+        """Vision keys and values, each float[B, G, N, D]."""
+        return self._heads(self.k_proj_img(normed_BNV)), self._heads(self.v_proj_img(normed_BNV))
+
+    def forward(
+        self,
+        normed_BSH: Tensor,
+        vision_key_value: tuple[Tensor, Tensor],
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor,
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The attention's update of the text, and the weights float[B, Q, S, N + T] where the implementation gives them."""
+        query, key, value = (self._heads(proj(normed_BSH)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        vision_key, vision_value = vision_key_value
+        kind = self.config._attn_implementation
+        attend = eager_attention_forward if kind == "eager" else ALL_ATTENTION_FUNCTIONS[kind]
+        mixed, weights = attend(
+            self,
+            query,
+            torch.cat((vision_key, key), dim=2),
+            torch.cat((vision_value, value), dim=2),
+            attention_mask,
+            dropout=0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(mixed.flatten(2)), weights
+
+    def _heads(self, states: Tensor) -> Tensor:
+        return states.view(*states.shape[:2], states.shape[2] // self.head_dim, self.head_dim).transpose(1, 2)
+
+
+class HiMixDecoderLayer(GradientCheckpointingLayer):  # type: ignore[misc]
+    """norm, Mixture Attention, add; norm, MLP, add."""
+
+    def __init__(self, config: HiMixConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = HiMixAttention(config, layer_idx)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm_img = LlamaRMSNorm(config.vision_config["hidden_size"], eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def project_vision(self, features_BNV: Tensor) -> tuple[Tensor, Tensor]:
+        """This layer's vision keys and values, each float[B, G, N, D]."""
+        return self.self_attn.project_vision(self.input_layernorm_img(features_BNV))
+
+    def forward(
+        self,
+        hidden_BSH: Tensor,
+        features_BNV: Tensor | None,
+        vision_key_value: tuple[Tensor, Tensor] | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Text states and attention weights; the features are given, or what `project_vision` made of them."""
+        if vision_key_value is None:
+            assert features_BNV is not None
+            vision_key_value = self.project_vision(features_BNV)
+        update, weights = self.self_attn(self.input_layernorm(hidden_BSH), vision_key_value, **kwargs)
+        hidden_BSH = hidden_BSH + update
+        return hidden_BSH + self.mlp(self.post_attention_layernorm(hidden_BSH)), weights
+
+
+class HiMixModel(nn.Module):
+    """Embedding, layers, final norm."""
+
+    def __init__(self, config: HiMixConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(HiMixDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+
+    def forward(
+        self,
+        hidden_BSH: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor,
+        vision: Vision | None,
+        cached: list[VisionLayer] | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+        """Normed text states, the states before each layer and after the norm, and each layer's attention weights."""
+        position_embeddings = self.rotary_emb(hidden_BSH, position_ids=position_ids)
+        states, weights = [], []
+        layer: Any
+        for number, layer in enumerate(self.layers):
+            states.append(hidden_BSH)
+            seen = None
+            if cached is not None:
+                held = cached[number]
+                if vision is not None:
+                    keys, values = layer.project_vision(vision.features)
+                    held.hold(keys, values, vision.present)
+                seen = (held.keys, held.values)
+            hidden_BSH, layer_weights = layer(
+                hidden_BSH,
+                None if vision is None else vision.features,
+                seen,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                **kwargs,
+            )
+            weights.append(layer_weights)
+        hidden_BSH = self.norm(hidden_BSH)
+        return hidden_BSH, [*states, hidden_BSH], weights
+
+
+def mixture_mask(present_BN: Tensor, text_mask_BT: Tensor | None, num_new: int, num_text: int, dtype: torch.dtype) -> Tensor:
+    """What the last `num_new` of `num_text` text tokens see, to be added to the scores: float[B, 1, S, N + T].
+
+    The sample's images, and its text up to the token itself. A padding token's row, which may see nothing, is finite.
+    """
+    positions = torch.arange(num_text, device=present_BN.device)
+    text_BST = (positions <= positions[num_text - num_new :, None]).expand(present_BN.shape[0], -1, -1)
+    if text_mask_BT is not None:
+        text_BST = text_BST & text_mask_BT[:, None, :].bool()
+    seen = torch.cat((present_BN[:, None, :].expand(-1, num_new, -1), text_BST), dim=-1)
+    hidden = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+    return hidden[:, None]
+
+
+class HiMixForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """Tower, decoder and head."""
+
+    config: HiMixConfig
+    config_class = HiMixConfig
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HiMixDecoderLayer", "HiMixTinyTower", "HiMixTransformersTower"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: HiMixConfig):
+        super().__init__(config)
+        tower = HiMixTinyTower if config.vision_config["tower"] == "tiny" else HiMixTransformersTower
+        self.vision_tower = tower(config)
+        self.model = HiMixModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, HiMixTinyTower):
+            init.normal_(module.position, std=0.5)
+        elif isinstance(getattr(module, "position_ids", None), Tensor):  # of the tower's embeddings; no file holds them
+            numbers: Tensor = module.position_ids  # type: ignore[assignment]
+            init.copy_(numbers, torch.arange(numbers.shape[-1]).expand(1, -1))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.model.embed_tokens = value
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """float[K, 3, H, W], normalised, to float[K, n, V]; at most 64 images at once bound the memory."""
+        return torch.cat([self.vision_tower(part) for part in torch.split(pixel_values, 64)])
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        num_images: Tensor | None = None,
+        image_features: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits float[B, S, vocab].
+
+        Args:
+            input_ids: int64[B, S], the new tokens.
+            attention_mask: [B, T], 0 for padding on either side, T counting the tokens in the cache.
+            pixel_values: float[B, I, 3, H, W] as the processor gives them; not looked at once a cache holds the images.
+            num_images: int64[B], how many of the I are a sample's own; None: all.
+            image_features: float[B, I, n, V], the tower's output, in the place of pixel_values.
+            labels: int64[B, S] as input_ids, -100 for no loss.
+        Raises: ValueError where a cache holds another number of images than are given.
+        """
+        hidden = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        cached = None if past_key_values is None else vision_layers(past_key_values, self.config.num_hidden_layers)
+        if cached is not None and cached[0].present is not None:
+            self._check_same_images(cached[0].present, pixel_values, num_images, image_features)
+            vision, present = None, cached[0].present
+        else:
+            vision = self._see(hidden.shape[0], pixel_values, num_images, image_features)
+            present = vision.present
+        num_new = hidden.shape[1]
+        num_text = num_new + (0 if past_key_values is None else past_key_values.get_seq_length())
+        if position_ids is None:
+            everything = torch.ones(1, num_text, device=hidden.device) if attention_mask is None else attention_mask
+            position_ids = (everything.long().cumsum(-1) - 1).clamp(min=0)[:, num_text - num_new :]
+        mask = mixture_mask(present, attention_mask, num_new, num_text, hidden.dtype)
+        hidden, states, weights = self.model(
+            hidden, position_ids, mask, vision, cached, past_key_values=past_key_values, **kwargs
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, kept, :])
+        return CausalLMOutputWithPast(
+            loss=None if labels is None else self.loss_function(logits, labels, vocab_size=self.config.vocab_size),
+            logits=logits,
+            past_key_values=past_key_values,
+            hidden_states=tuple(states) if output_hidden_states else None,
+            attentions=tuple(weights) if output_attentions else None,
+        )
+
+    def _counts(self, num_samples: int, images: Tensor | None, num_images: Tensor | None) -> list[int]:
+        """Images of each sample, the blank one of `zero_image` counted."""
+        given = 0 if images is None else images.shape[1]
+        counts = [given] * num_samples if num_images is None or images is None else [int(count) for count in num_images]
+        return [max(count, int(self.config.text_only == "zero_image")) for count in counts]
+
+    def _tokens_per_image(self, image_features: Tensor | None) -> int:
+        sizes = self.config.vision_config
+        grid = sizes["image_size"] // sizes["patch_size"]
+        return int(grid * grid) if image_features is None else image_features.shape[2]
+
+    def _see(
+        self, num_samples: int, pixel_values: Tensor | None, num_images: Tensor | None, image_features: Tensor | None
+    ) -> Vision:
+        """Encode each image once, and lay the features out by sample."""
+        images = pixel_values if image_features is None else image_features
+        counts, num_tokens = self._counts(num_samples, images, num_images), self._tokens_per_image(image_features)
+        weight, most = next(self.vision_tower.parameters()), max(counts)
+        real = torch.arange(most)[None, :] < torch.tensor(counts)[:, None]
+        real = real.to(weight.device)
+        if image_features is not None:
+            features = image_features.to(weight.device, weight.dtype)
+            features = F.pad(features, (0, 0, 0, 0, 0, most - features.shape[1]))
+        else:
+            features = weight.new_zeros(num_samples, most, num_tokens, self.config.vision_config["hidden_size"])
+            if most:
+                side = self.config.vision_config["image_size"]
+                pixels = weight.new_zeros(num_samples, 0, 3, side, side) if pixel_values is None else pixel_values
+                # A blank image is all zeros, as the slots of samples with fewer images are.
+                pixels = F.pad(pixels.to(weight.device), (0, 0, 0, 0, 0, 0, 0, most - pixels.shape[1]))
+                features = features.index_put((real,), self.get_image_features(pixels[real]))
+        return Vision(features.flatten(1, 2), real.repeat_interleave(num_tokens, dim=1))
+
+    def _check_same_images(
+        self, present_BN: Tensor, pixel_values: Tensor | None, num_images: Tensor | None, image_features: Tensor | None
+    ) -> None:
+        images = pixel_values if image_features is None else image_features
+        if images is None:
+            return
+        held = (present_BN.sum(1) // self._tokens_per_image(image_features)).tolist()
+        counts = self._counts(present_BN.shape[0], images, num_images)
+        if held != counts:
+            raise ValueError(f"past_key_values hold {held} images, and {counts} are given: new images need a new cache")
+
+
+# ---- processing -----------------------------------------------------------------------------------------------------
+
+_MARK = re.compile(r"<image>\n|\n<image>|<image>")
+_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_BAD_EXIF = (OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError, struct.error)
+
+
+class HiMixImageProcessor(BaseImageProcessor):  # type: ignore[misc]
+    """Pictures to the tower's input, exactly as in training: upright, on white, Pillow's resize, (x / 255 - mean) / std."""
+
+    model_input_names = ["pixel_values", "num_images"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        image_size: int = 224,
+        resize: str = "square",
+        interpolation: str = "bicubic",
+        image_mean: Sequence[float] = (0.5, 0.5, 0.5),
+        image_std: Sequence[float] = (0.5, 0.5, 0.5),
+        **kwargs: Any,
+    ):
+        """Args: resize: `square` scales both sides to image_size; `crop` scales the shorter one and cuts the centre."""
+        super().__init__(**kwargs)
+        self.image_size, self.resize, self.interpolation = image_size, resize, interpolation
+        self.image_mean, self.image_std = list(image_mean), list(image_std)
+
+    def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:
+        return self.preprocess(images, **kwargs)
+
+    def preprocess(self, images: Any, return_tensors: str = "pt", **_: Any) -> BatchFeature:
+        """pixel_values float32[B, I, 3, H, W], zeros where a sample has fewer than I images, and num_images int64[B].
+
+        Args: images: per sample a list; or one list, an image for each sample. Each a PIL image, a path, a URL, encoded bytes,
+        or an array uint8[height, width, 3].
+        """
+        if not isinstance(images, list | tuple):
+            images = [images]
+        rows = [list(row) if isinstance(row, list | tuple) else [row] for row in images]
+        side, most = self.image_size, max(map(len, rows), default=0)
+        pixels = torch.zeros(len(rows), most, 3, side, side)
+        for sample, row in enumerate(rows):
+            for slot, image in enumerate(row):
+                pixels[sample, slot] = self._normalise(self.pixels(image))
+        counts = torch.tensor([len(row) for row in rows])
+        return BatchFeature({"pixel_values": pixels, "num_images": counts}, tensor_type=return_tensors)
+
+    def pixels(self, image: Any) -> np.ndarray:
+        """One picture as uint8[3, H, W]."""
+        rgb = _to_rgb(_open(image))
+        size, resample = self.image_size, _FILTERS[self.interpolation]
+        if self.resize == "square":
+            scaled = rgb.resize((size, size), resample)
+        else:
+            short, long = sorted(rgb.size)
+            scaled_long = int(size * long / short)
+            width, height = (size, scaled_long) if rgb.width <= rgb.height else (scaled_long, size)
+            left, top = (width - size) // 2, (height - size) // 2
+            scaled = rgb.resize((width, height), resample).crop((left, top, left + size, top + size))
+        return np.ascontiguousarray(np.asarray(scaled).transpose(2, 0, 1))
+
+    def _normalise(self, pixels_3HW: np.ndarray) -> Tensor:
+        mean, std = torch.tensor([self.image_mean, self.image_std], dtype=torch.float32).view(2, 3, 1, 1)
+        normed: Tensor = (torch.from_numpy(pixels_3HW).float() / 255 - mean) / std
+        return normed
+
+
+def _open(image: Any) -> Image.Image:
+    """Raises: ValueError for what is no picture."""
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, str) and image.startswith(("http://", "https://")):
+        with urllib.request.urlopen(image) as answer:
+            image = answer.read()
+    if isinstance(image, bytes):
+        return Image.open(io.BytesIO(image))
+    if isinstance(image, str | Path):
+        return Image.open(image)
+    array = np.asarray(image)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise ValueError(
+            f"an image is {array.dtype}{list(array.shape)}: wanted a PIL image, a path, bytes, or uint8[height, width, 3]"
+        )
+    return Image.fromarray(array)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Upright RGB: transparency on white, 16-bit greys scaled instead of clipped."""
+    try:
+        upright = ImageOps.exif_transpose(image)
+    except _BAD_EXIF:
+        upright = image
+    if upright.mode.startswith("I;16"):
+        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+    if upright.has_transparency_data:
+        seen = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
+    return upright.convert("RGB")
+
+
+class HiMixProcessor(ProcessorMixin):  # type: ignore[misc]
+    """Conversations and pictures to the model's input, and generated ids to answers."""
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **_: Any):
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def __call__(
+        self, images: Any = None, text: Any = None, conversation: Any = None, return_tensors: str = "pt", **_: Any
+    ) -> BatchFeature:
+        """input_ids and attention_mask int64[B, T], padded on the left, pixel_values and num_images where there are images.
+
+        Args:
+            images: an image, a list with all images of the one sample or with one image for each sample, or a list per sample.
+            text: a prompt or a list of them, spelled by the chat template; `<image>` marks are removed.
+            conversation: in the place of `text`: messages {"role": ..., "content": ...}, or a list of such conversations.
+                Images may be in the messages.
+        Raises: ValueError where images cannot be told apart between samples.
+        """
+        if (text is None) == (conversation is None):
+            raise ValueError("give either text (a prompt that the chat template spelled) or conversation (messages)")
+        if conversation is not None:
+            text = self.apply_chat_template(conversation, add_generation_prompt=True)
+            conversations = [conversation] if isinstance(text, str) else conversation
+            inside = [_images_of(messages) for messages in conversations]
+            images = images if images is not None else inside if any(inside) else None
+        prompts = [text] if isinstance(text, str) else list(text)
+        rows = {"input_ids": [self.encode(prompt) for prompt in prompts]}
+        padded = self.tokenizer.pad(rows, padding=True, padding_side="left", return_tensors=return_tensors)
+        found = {"input_ids": padded["input_ids"], "attention_mask": padded["attention_mask"]}
+        if images is not None:
+            found |= self.image_processor(_by_sample(images, prompts), return_tensors=return_tensors)
+        return BatchFeature(found)
+
+    def encode(self, prompt: str) -> list[int]:
+        """The ids of a prompt, exactly as in training: special tokens at its start by their names, then the rest as one string
+        (a tokenizer may join a space to the first word of a string)."""
+        rest, ids = _MARK.sub("", prompt), []
+        special = sorted(self.tokenizer.get_added_vocab().items(), key=lambda item: -len(item[0]))
+        while found := next(((name, token) for name, token in special if rest.startswith(name)), None):
+            ids.append(found[1])
+            rest = rest[len(found[0]) :]
+        return ids + list(self.tokenizer(rest, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def answers(self, generated: Tensor, inputs: Mapping[str, Any]) -> list[str]:
+        """What `generate` added to each prompt, as text."""
+        new = generated[:, inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def _images_of(messages: Any) -> list[Any]:
+    """The pictures in a conversation's messages, in order."""
+    parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
+    pictures = [part for part in parts if part["type"] == "image"]
+    return [picture[key] for picture in pictures for key in ("image", "url", "path") if key in picture]
+
+
+def _by_sample(images: Any, prompts: Sequence[str]) -> list[list[Any]]:
+    """Each sample's list of pictures."""
+    images = list(images) if isinstance(images, list | tuple) else [images]
+    if images and all(isinstance(row, list | tuple) for row in images):
+        rows = [list(row) for row in images]
+    elif len(prompts) == 1:
+        rows = [images]
+    else:
+        rows = [[image] for image in images]
+    if len(rows) != len(prompts):
+        raise ValueError(f"{len(rows)} images for {len(prompts)} prompts: give images as a list per prompt")
+    return rows
