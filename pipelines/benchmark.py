@@ -35,6 +35,10 @@ from pipelines import benchmark_files as read
 logger = logging.getLogger(__name__)
 
 
+BATCHES_APART = 20
+"""Replicas wait for each other after so many batches: at the end, hours apart, the wait could outlast the ranks' timeout."""
+
+
 @dataclass(frozen=True, slots=True)
 class Benchmark:
     """One of the paper's seven."""
@@ -115,7 +119,8 @@ def image_folder(kind: str, questions: Path, images: Path | None) -> Path:
 def check_images(job: Job) -> None:
     """Raises: ValueError where more images are missing than may be."""
     missing = {file for file in {file for q in job.questions for file in q.images} if not (job.images / file).is_file()}
-    check_bad(job, [(q.id, f"{file} is missing") for q in job.questions for file in q.images if file in missing])
+    first_missing = ((q.id, next((file for file in q.images if file in missing), None)) for q in job.questions)
+    check_bad(job, [(identifier, f"{file} is missing") for identifier, file in first_missing if file is not None])
 
 
 def check_bad(job: Job, bad: Sequence[Bad]) -> None:
@@ -225,7 +230,8 @@ def ask(
     answers: dict[str, str] = {}
     bad: list[Bad] = []
     started = time.perf_counter()
-    for first in range(0, len(mine), job.batch_questions):
+    longest = -(-len(questions) // topology.data_size)  # every replica makes the same rounds
+    for turn, first in enumerate(range(0, longest, job.batch_questions), 1):
         batch, prompts = [], []
         for question in mine[first : first + job.batch_questions]:
             try:
@@ -242,9 +248,11 @@ def ask(
         if topology.replica_rank == 0:
             store.append(topology.data_rank, new)
         answers |= {asked(question): answer for question, answer in new}
-        done = min(first + job.batch_questions, len(mine))
-        remaining = (time.perf_counter() - started) * (len(mine) - done) / done
-        logger.info("%s: %d/%d questions of each replica, remaining %s", job.name, done, len(mine), clock(remaining))
+        done = min(first + job.batch_questions, longest)
+        remaining = (time.perf_counter() - started) * (longest - done) / done
+        logger.info("%s: %d/%d questions of each replica, remaining %s", job.name, done, longest, clock(remaining))
+        if turn % BATCHES_APART == 0:
+            torch.distributed.barrier()
     return answers, bad
 
 

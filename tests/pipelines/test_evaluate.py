@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from himix_megatron.config import ParallelConfig
 from pipelines import evaluate
 from pipelines.evaluate import Arguments
 from tests.datasets import COLOURS
@@ -142,11 +143,14 @@ def test_a_benchmark_ends_in_json_tensorboard_and_official_files(done: Done) -> 
     assert rows[0][:3] == ["0.png", "Is it black? Please answer yes or no.", "Yes"]
 
 
-def test_two_data_parallel_ranks_share_the_questions_and_find_the_same(done: Done, run: Path) -> None:
-    (together,) = on_ranks(asking(run, done.release), ranks=2)
+@pytest.mark.parametrize(("layout", "shares"), [({}, [10, 10]), ({"tensor": 2}, [20])], ids=["data 2", "tensor 2"])
+def test_two_ranks_share_the_questions_or_the_model_and_find_the_same(
+    layout: dict[str, int], shares: list[int], done: Done, run: Path
+) -> None:
+    (together,) = on_ranks(asking(run, done.release, parallel=ParallelConfig(**layout)), ranks=2)
     assert together["figures"] == done.mme["figures"]
-    counts = [len(file.read_text().splitlines()) for file in sorted((run / "evaluation" / "mme").glob("answers-*.jsonl"))]
-    assert counts == [NUM_IMAGES, NUM_IMAGES]
+    files = sorted((run / "evaluation" / "mme").glob("answers-*.jsonl"))
+    assert [len(file.read_text().splitlines()) for file in files] == shares
     assert {line["id"]: line["answer"] for line in lines(run)} == {line["id"]: line["answer"] for line in lines(done.run)}
 
 
