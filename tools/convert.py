@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import shutil
 import sys
 from collections import ChainMap
@@ -131,7 +132,7 @@ def hf_to_himix(arguments: HfToHimix) -> None:
     new = NewVisionWeights(text, model, vision.hidden_size, arguments.vision_kv_init, arguments.seed)
     config = _config(model, vision, recipe, arguments.language, text["model.norm.weight"].dtype)
     weights: Mapping[str, Tensor] = ChainMap(new, text)  # type: ignore[arg-type]
-    with _output(arguments.out) as beside, _one_rank() as topology:
+    with _output(arguments.out) as beside, one_rank() as topology:
         _say(f"language: {model.family}, {model.num_layers} layers of width {model.hidden_size}, {len(text)} tensors")
         _say(f"tower: {vision.tower}, {vision.num_layers} layers of width {vision.hidden_size}, {len(tower)} tensors used")
         _say(f"new, {arguments.vision_kv_init}: {len(new)} tensors, in each of {model.num_layers} layers")
@@ -162,7 +163,7 @@ def authors_to_himix(arguments: AuthorsToHimix) -> None:
         )
     folder = arguments.weights if arguments.weights.is_dir() else arguments.weights.parent
     config = _config(source.model, vision, recipe, folder, source.weights["model.norm.weight"].dtype)
-    with _output(arguments.out) as beside, _one_rank() as topology:
+    with _output(arguments.out) as beside, one_rank() as topology:
         checkpoint = write_run(beside, config, source.weights, tower, _say)
         _say("comparing")
         for line in check_authors(checkpoint, source.weights, vision.hidden_size, topology):
@@ -177,7 +178,7 @@ def authors_to_himix(arguments: AuthorsToHimix) -> None:
 def himix_to_authors(arguments: HimixToAuthors) -> None:
     """Raises: ValueError if there is no checkpoint, DiffersError if the outcome is not what was read."""
     checkpoint, config = _read_checkpoint(arguments.checkpoint)
-    with _output(arguments.out) as beside, _one_rank() as topology:
+    with _output(arguments.out) as beside, one_rank() as topology:
         stored = StoredWeights(checkpoint, config.model)
         tower = stored_tower(checkpoint, config, stored)
         beside.mkdir()
@@ -195,7 +196,7 @@ def himix_to_hf(arguments: HimixToHf) -> None:
     from himix_megatron.interop.export.folder import export
 
     checkpoint, config = _read_checkpoint(arguments.checkpoint)
-    with _output(arguments.out) as beside, _one_rank() as topology:
+    with _output(arguments.out) as beside, one_rank() as topology:
         stored = StoredWeights(checkpoint, config.model)
         tower = {f"vision_tower.{name}": tensor for name, tensor in stored_tower(checkpoint, config, stored).items()}
         weights = ChainMap(tower, AsAuthors(stored, config.model))  # type: ignore[arg-type]
@@ -274,7 +275,7 @@ def _read_checkpoint(path: Path) -> tuple[Path, Config]:
 
 
 @contextlib.contextmanager
-def _one_rank() -> Iterator[Topology]:
+def one_rank() -> Iterator[Topology]:
     """This process as a world of one, which megatron-core's checkpoints want."""
     launch = parallel.Launch(kind="alone", rank=0, world_size=1, local_rank=0, host="127.0.0.1", port=0)
     try:
@@ -312,6 +313,7 @@ def _quiet() -> None:
     from transformers.utils import logging as transformers_logging
 
     log.start()
+    logging.getLogger("himix_megatron").setLevel(logging.WARNING)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 

@@ -40,11 +40,7 @@ def language_config(stored: Mapping[str, Any], where: Path) -> ModelConfig:
     from transformers import LlamaConfig, Qwen2Config
 
     kind: Any = stored["model_type"]
-    try:
-        # Through transformers, which knows the defaults of what a config.json leaves out.
-        settings = {"llama": LlamaConfig, "qwen2": Qwen2Config}[kind].from_dict(dict(stored))
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise ValueError(f"{where}: transformers cannot read it ({' '.join(str(error).split())[:200]})") from None
+    settings = _settings({"llama": LlamaConfig, "qwen2": Qwen2Config}[kind], stored, where)
     _refuse_other_mathematics(settings, where)
     head_dim = getattr(settings, "head_dim", None)
     even = settings.hidden_size // settings.num_attention_heads
@@ -63,6 +59,16 @@ def language_config(stored: Mapping[str, Any], where: Path) -> ModelConfig:
         tie_embeddings=bool(settings.tie_word_embeddings),
         init_std=settings.initializer_range,
     )
+
+
+def _settings(config_class: Any, stored: Mapping[str, Any], where: Path) -> Any:
+    """Stored settings through transformers, which knows the defaults of what a config.json leaves out."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        return config_class.from_dict(dict(stored))
+    except (StrictDataclassError, ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{where}: transformers cannot read it ({' '.join(str(error).split())[:200]})") from None
 
 
 def _refuse_other_mathematics(settings: Any, where: Path) -> None:
@@ -240,12 +246,16 @@ def read_tower_config(folder: Path, feature_layer: int) -> VisionConfig:
 
     kind: Any = stored["model_type"].split("_")[0]
     config_class = {"siglip": SiglipVisionConfig, "clip": CLIPVisionConfig}[kind]
-    settings, usual = config_class.from_pretrained(str(folder), local_files_only=True), config_class()
+    settings, usual = _settings(config_class, stored.get("vision_config", stored), folder / "config.json"), config_class()
     # A checkpoint of ours stores the tower's sizes and weights; the rest must be what the kind always has.
     for name in ("hidden_act", "layer_norm_eps", "num_channels"):
         got, wanted = getattr(settings, name), getattr(usual, name)
         if got != wanted:
             raise ValueError(f"{folder / 'config.json'}: {name} is {got}, but a {kind} tower here has {wanted}")
+    for name in ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+        size = getattr(settings, name)
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{folder / 'config.json'}: {name} is {size}, wanted a number above 0")
     mean, std = (_CLIP_MEAN, _CLIP_STD) if kind == "clip" else ((0.5,) * 3, (0.5,) * 3)
     if (folder / "preprocessor_config.json").is_file():
         processor = read_json(folder / "preprocessor_config.json")

@@ -100,6 +100,8 @@ SINGLE_FILE: dict[str, tuple[Callable[[Path], object], str]] = {
         "rope low_freq_factor is 2.0: megatron-core's Llama 3 scaling has 1 fixed",
     ),
     "quantised": (lambda d: settings(d, quantization_config={"quant_method": "gptq"}), "quantization_config is"),
+    "a size that is no number": (lambda d: settings(d, hidden_size="wide"), "Field 'hidden_size' expected int, got str"),
+    "no heads": (lambda d: settings(d, num_attention_heads=0, head_dim=None), "transformers cannot read it"),
     "no settings": (lambda d: (d / "config.json").unlink(), "has no config.json"),
     "settings that are no JSON": (lambda d: (d / "config.json").write_text("["), "is not JSON"),
     "no weights": (lambda d: (d / SINGLE).unlink(), f"holds no {SINGLE} and no {INDEX}"),
@@ -113,6 +115,11 @@ TOWER: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: settings(d, hidden_act="relu"),
         "hidden_act is relu, but a siglip tower here has",
     ),
+    "a tower without heads": (
+        lambda d: settings(d, num_attention_heads=0),
+        "num_attention_heads is 0, wanted a number above 0",
+    ),
+    "oblong pixels": (lambda d: settings(d, image_size=[28, 14]), "image_size is [28, 14], wanted a number"),
     "missing tower tensor": (
         lambda d: weights(d, lambda t: t.pop(next(n for n in t if "patch_embedding.bias" in n))),
         "lacks 1 of the tower's",

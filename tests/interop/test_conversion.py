@@ -98,7 +98,7 @@ def test_logits_equal_transformers_at_every_layout(pairs: dict[str, tuple[Path, 
 
 
 def test_language_weights_go_back_bit_for_bit(pairs: dict[str, tuple[Path, Path]]) -> None:
-    with convert._one_rank():
+    with convert.one_rank():
         for name, (language, run) in pairs.items():
             found, wanted = TextWeights(stored(run)), open_folder(language)
             assert set(found) == set(wanted), name
@@ -202,7 +202,7 @@ def test_from_text_copies_where_widths_are_equal(tmp_path: Path, capsys: pytest.
     vision = make_tower(tmp_path / "vision", "clip", width=48)
     out = tmp_path / "run"
     convert.hf_to_himix(convert.HfToHimix(language=language, vision=vision, out=out, vision_kv_init="from-text"))
-    with convert._one_rank():
+    with convert.one_rank():
         weights = stored(out)
     assert all(same_bits(t, weights[n.replace("_img.", ".")]) for n, t in weights.items() if is_new(n))
     said = capsys.readouterr().out
@@ -214,7 +214,7 @@ def test_from_text_takes_the_first_columns_for_a_narrower_tower(tmp_path: Path, 
     language = make_language(tmp_path / "language", **LANGUAGE["llama, grouped heads"])
     out = tmp_path / "run"
     convert.hf_to_himix(convert.HfToHimix(language=language, vision=tower, out=out, vision_kv_init="from-text"))
-    with convert._one_rank():
+    with convert.one_rank():
         weights = stored(out)
     text, vision = (weights[f"model.layers.2.self_attn.k_proj{x}.weight"] for x in ("", "_img"))
     torch.testing.assert_close(vision, text[:, :40] * (48 / 40) ** 0.5)
