@@ -64,6 +64,7 @@ def run_ranks(
 
 def _collect(ranks: list[tuple[Any, Connection]], timeout_seconds: float) -> list[Any]:
     results: dict[int, Any] = {}
+    failures: list[tuple[float, str]] = []  # when, and what
     waiting = {ours: rank for rank, (_, ours) in enumerate(ranks)}
     deadline = time.monotonic() + timeout_seconds
     while waiting:
@@ -74,13 +75,21 @@ def _collect(ranks: list[tuple[Any, Connection]], timeout_seconds: float) -> lis
             assert isinstance(ours, Connection)
             rank = waiting.pop(ours)
             try:
-                failure, result = pickle.loads(ours.recv_bytes())
+                failed_at, outcome = pickle.loads(ours.recv_bytes())
             except EOFError:
                 ranks[rank][0].join(5)
                 raise RuntimeError(f"rank {rank} died with exit code {ranks[rank][0].exitcode}") from None
-            if failure:
-                raise RuntimeError(f"rank {rank} failed:\n{failure}")
-            results[rank] = result
+            if failed_at is None:
+                results[rank] = outcome
+            else:
+                failures.append((failed_at, f"rank {rank} failed:\n{outcome}"))
+        if failures:
+            # Its peers fail after it, for want of it, and may be heard first: wait a moment, and name the one to blame.
+            deadline = min(deadline, time.monotonic() + 1)
+            if not wait(list(waiting), timeout=max(0.0, deadline - time.monotonic())):
+                break
+    if failures:
+        raise RuntimeError(min(failures)[1])
     return [results[rank] for rank in range(len(ranks))]
 
 
@@ -110,7 +119,7 @@ def _child(
         # Plain pickle, not torch's: a tensor travels as bytes instead of shared memory that ends with this process.
         pipe.send_bytes(pickle.dumps((None, result)))
     except BaseException:
-        pipe.send_bytes(pickle.dumps((traceback.format_exc(), None)))
+        pipe.send_bytes(pickle.dumps((time.time(), traceback.format_exc())))
     finally:
         pipe.close()
         # Peers may still be inside a collective with this rank: leave together when all went well, at once otherwise.
