@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 
 # Before torch starts: several ranks share few cores, and sums must not depend on the number of threads.
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+
+
+def pytest_sessionstart() -> None:
+    """Start the fork server that ranks come from, with what they need (there is one server a process, and the data room's
+    tests would start it with less)."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.preload"])
+    forkserver.ensure_running()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

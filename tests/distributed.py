@@ -39,8 +39,7 @@ def run_ranks(
     Raises: RuntimeError with the traceback of the first rank that failed, TimeoutError naming the ranks still running.
     """
     # Forked from a server that has torch and megatron-core loaded: they take 3 seconds of a core to import, for each rank.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.preload"])
+    context = multiprocessing.get_context("forkserver")  # started by conftest.py
     port = free_port()
     ranks: list[tuple[Any, Connection]] = []
     try:
