@@ -179,7 +179,7 @@ def _condense(box: str, program: str) -> str:
         del body[0]  # where the terminal's encoding has no box characters, the title is underlined
     end = next((i for i, line in enumerate(body) if re.fullmatch(r"[─-]{5,}.*", line)), len(body))
     if "Required options" in lines[0] or "Required option" in lines[0]:
-        missing = re.findall(r"^(--[\w.-]+)", "\n".join(body), re.MULTILINE)
+        missing = re.findall(r"^(--[\w.-]+|[A-Z]{2,}$)", "\n".join(body), re.MULTILINE)  # PATH: a word without a flag
         return f"{' and '.join(dict.fromkeys(missing))} must be given ({program} --help tells more)"
     text = " ".join(body[:end] or body)
     if found := re.match(r"invalid choice (.+?) for argument '(\S+)'\. Expected one of \((.*)\)", text):
