@@ -28,11 +28,12 @@ import tyro
 
 from himix_megatron import log, parallel
 from himix_megatron.checkpoint import check_architecture, find_checkpoint
-from himix_megatron.config import Config, ParallelConfig, from_json
+from himix_megatron.config import Config, ParallelConfig, VisionConfig, from_json
 from himix_megatron.data import conversation, image
 from himix_megatron.data.order import permutation
+from himix_megatron.data.schema import BadSampleError
 from himix_megatron.data.shards import ShardDataset
-from himix_megatron.data.tokenizer import load_tokenizer
+from himix_megatron.data.tokenizer import Piece, load_tokenizer
 from himix_megatron.generate import Answerer, Prompt
 from himix_megatron.kernels import detect
 from himix_megatron.metrics import clock
@@ -40,6 +41,11 @@ from pipelines import benchmark
 from pipelines.cli import parse_settings, run_main
 
 logger = logging.getLogger(__name__)
+
+MAX_NEW_TOKENS = 32
+"""Of an answer to a shard dataset's question, unless --max-new-tokens says otherwise."""
+UNREADABLE = "(an image could not be read)"
+"""Stands where there is no answer."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,11 @@ class Arguments:
             raise ValueError(f"--questions must be given: the question file of {self.benchmark} (docs/evaluation.md)")
         if self.data is not None and (self.questions or self.images or self.annotations or self.name):
             raise ValueError("--questions, --images, --annotations and --name belong to --benchmark, not to --data")
-        for flag, number in (("--batch-questions", self.batch_questions), ("--max-new-tokens", self.max_new_tokens)):
+        for flag, number in (
+            ("--batch-questions", self.batch_questions),
+            ("--max-new-tokens", self.max_new_tokens),
+            ("--max-samples", self.max_samples),
+        ):
             if number is not None and number < 1:
                 raise ValueError(f"{flag} is {number}: wanted 1 or more")
 
@@ -96,11 +106,13 @@ class Question:
 
 
 def questions(dataset: ShardDataset, max_samples: int | None) -> list[Question]:
-    """Every turn with an answer, in the dataset's order."""
+    """Every turn, in the dataset's order. Raises: ValueError if there is none."""
     found = []
     for sample in range(min(len(dataset), max_samples or len(dataset))):
         for turn, (asked, expected) in enumerate(conversation.exchanges(dataset.text(sample))):
             found.append(Question(sample, turn, asked, expected))
+    if not found:
+        raise ValueError(f"{dataset.path} holds no questions: every row was quarantined")
     return found
 
 
@@ -145,6 +157,15 @@ def batches(items: Sequence[Question], topology: parallel.Topology, size: int) -
         yield own[first : first + size]
 
 
+def pictures_of(dataset: ShardDataset, sample: int, vision: VisionConfig) -> tuple[image.Pixels, ...] | None:
+    """A sample's images as the tower wants them; None, and a line that names it, if one is damaged."""
+    try:
+        return tuple(image.decode(dataset.image_bytes(sample, k), vision) for k in range(dataset.num_images(sample)))
+    except BadSampleError as error:
+        logger.warning("%s counts as wrong: %s", dataset.key(sample), error.detail)
+        return None
+
+
 def ask(
     config: Config,
     answerer: Answerer,
@@ -160,18 +181,12 @@ def ask(
     answers: list[str] = []
     started = time.perf_counter()
     for batch in batches(items, answerer.topology, arguments.batch_questions):
-        prompts = []
-        for question in batch:
-            shown = source.get(question.sample, question.sample)
-            pictures = tuple(
-                image.decode(dataset.image_bytes(shown, k), config.vision) for k in range(dataset.num_images(shown))
-            )
-            ids = conversation.prompt(dataset.text(question.sample), tokenizer, template, question.turn)
-            prompts.append(Prompt(ids, pictures))
-        if prompts:
-            answers += [
-                tokenizer.decode(ids).strip() for ids in answerer.answer(prompts, stops, arguments.max_new_tokens or 32)
-            ]
+        pictures = [pictures_of(dataset, source.get(q.sample, q.sample), config.vision) for q in batch]
+        texts = [conversation.prompt(dataset.text(q.sample), tokenizer, template, q.turn) for q in batch]
+        prompts = [Prompt(ids, seen) for ids, seen in zip(texts, pictures, strict=True) if seen is not None]
+        found = answerer.answer(prompts, stops, arguments.max_new_tokens or MAX_NEW_TOKENS) if prompts else []
+        given = iter(tokenizer.decode(ids).strip() for ids in found)
+        answers += [UNREADABLE if seen is None else next(given) for seen in pictures]
         done = min(len(answers) * answerer.topology.data_size, len(items))
         remaining = (time.perf_counter() - started) * (len(items) - done) / max(done, 1)
         logger.info("%d/%d questions, remaining %s", done, len(items), clock(remaining))
@@ -194,8 +209,12 @@ def evaluate(arguments: Arguments) -> dict[str, Any]:
     dataset = ShardDataset(arguments.data)
     config, checkpoint, step = trained(arguments)
     items = questions(dataset, arguments.max_samples)
+    tokenizer, limit = load_tokenizer(config.data.tokenizer), arguments.max_new_tokens or MAX_NEW_TOKENS
+    too_long = sum(len(tokenizer.encode([Piece(q.expected)])[0]) > limit for q in items)
     answerer = start(config, checkpoint)
     topology = answerer.topology
+    if too_long:
+        logger.warning("%d expected answers are longer than %d tokens and cannot be given: --max-new-tokens", too_long, limit)
     started = time.perf_counter()
     given = {}
     for name, source in (("own", {}), ("shuffled", partners(dataset, config.train.seed))):
@@ -204,7 +223,7 @@ def evaluate(arguments: Arguments) -> dict[str, Any]:
     parallel.shutdown()
 
     def accuracy(answers: list[str]) -> float:
-        return sum(a == q.expected for a, q in zip(answers, items, strict=True)) / max(len(items), 1)
+        return sum(a == q.expected for a, q in zip(answers, items, strict=True)) / len(items)
 
     accuracies = {
         "answer_accuracy": accuracy(given["own"]),
@@ -258,6 +277,10 @@ def evaluate_benchmark(arguments: Arguments) -> dict[str, Any]:
 def main() -> None:
     arguments = parse_settings(Arguments, sys.argv[1:], "python -m pipelines.evaluate")
     layout = arguments.parallel
+    if arguments.data is not None:
+        # Mistakes are told here, once, and not by each of the ranks that are started next.
+        ShardDataset(arguments.data)
+    trained(arguments)
     parallel.ensure_ranks(layout.tensor * layout.pipeline, "pipelines.evaluate", sys.argv[1:])
     if arguments.benchmark is None:
         evaluate(arguments)

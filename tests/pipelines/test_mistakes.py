@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -101,3 +102,20 @@ def test_reference_file_that_is_none(
 ) -> None:
     (tmp_path / "x.safetensors").write_bytes(b"nonsense")
     assert "is no reference file" in message(compare_reference.main, [str(tmp_path / "x.safetensors")], monkeypatch, capsys)
+
+
+def test_a_mistake_is_told_once_before_ranks_are_started(mixed_dataset: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pipelines.evaluate",
+        str(tmp_path),
+        "--data",
+        str(mixed_dataset),
+        "--parallel.tensor",
+        "2",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert "is no run folder" in done.stderr
