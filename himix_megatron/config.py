@@ -18,6 +18,10 @@ Part = Literal["vision_kv", "language", "tower"]
 """What can train: the vision norms and vision K/V projections; the language model; the vision tower."""
 
 
+class RankError(ValueError):
+    """A mistake that one rank may be alone to see, in its own environment or node: each rank that has one says so."""
+
+
 def _positive(**values: float) -> None:
     for name, value in values.items():
         if value <= 0:

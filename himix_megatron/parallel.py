@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from himix_megatron import cpu, kernels
-from himix_megatron.config import Config, ParallelConfig, check_layout, check_ranks
+from himix_megatron.config import Config, ParallelConfig, RankError, check_layout, check_ranks
 
 _LOOPBACK = "127.0.0.1"
 
@@ -201,7 +201,7 @@ def _device(launch: Launch) -> torch.device:
     if launch.kind == "srun" and count == 1:
         index = 0  # srun --gpus-per-task=1 shows each task its own GPU only
     if index >= count:
-        raise ValueError(f"local rank {index} has no GPU: this node shows {count}; start at most {count} processes per node")
+        raise RankError(f"local rank {index} has no GPU: this node shows {count}; start at most {count} processes per node")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
@@ -217,7 +217,7 @@ def _join(launch: Launch, device: torch.device, timeout: timedelta) -> None:
         dist.init_process_group(backend, init_method=where, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         reason = " ".join(str(error).split("\n")[0].split())
-        raise ValueError(
+        raise RankError(
             f"rank {launch.rank} of {launch.world_size} could not meet the others at {launch.host}:{launch.port} ({reason}): "
             "is that port free on the node of rank 0 (MASTER_PORT chooses another), and were all ranks started?"
         ) from error
@@ -247,7 +247,7 @@ def _srun_launch(env: Mapping[str, str]) -> Launch:
         names = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
         nodes = next((env[name] for name in names if env.get(name)), None)
         if nodes is None:
-            raise ValueError(f"SLURM_STEP_NODELIST is missing (and so are SLURM_JOB_NODELIST and MASTER_ADDR): {wanted_by}")
+            raise RankError(f"SLURM_STEP_NODELIST is missing (and so are SLURM_JOB_NODELIST and MASTER_ADDR): {wanted_by}")
         # One node needs no name service and no network.
         host = first_node(nodes) if re.search(r"[\[,]", nodes) else _LOOPBACK
     if "MASTER_PORT" in env:
@@ -264,7 +264,7 @@ def first_node(node_list: str) -> str:
     """First name of a Slurm node list, which is the node of rank 0: `a[03-07,9]b[1-2],c` gives `a03b1`."""
     first = re.match(r"(?:[^\[\],]|\[[^\]]*\])+", node_list)
     if first is None:
-        raise ValueError(f"SLURM_STEP_NODELIST is {node_list!r}: wanted a Slurm node list such as node[01-04]")
+        raise RankError(f"SLURM_STEP_NODELIST is {node_list!r}: wanted a Slurm node list such as node[01-04]")
     return re.sub(r"\[([^\]\-,]*)[^\]]*\]", r"\1", first.group())
 
 
@@ -285,7 +285,7 @@ def address_of(host: str) -> str:
         found = re.search(r"\bNodeAddr=(\S+)", reply)
         if found:
             return found.group(1)
-    raise ValueError(
+    raise RankError(
         f"the node of rank 0, {host!r}, does not resolve and Slurm does not know it: set MASTER_ADDR to its address"
     )
 
@@ -296,33 +296,33 @@ def address_of(host: str) -> str:
 def _text(env: Mapping[str, str], name: str, wanted_by: str) -> str:
     value = env.get(name, "").strip()
     if not value:
-        raise ValueError(f"{name} is missing or empty: {wanted_by}")
+        raise RankError(f"{name} is missing or empty: {wanted_by}")
     return value
 
 
 def _number(env: Mapping[str, str], name: str, wanted_by: str) -> int:
     value = _text(env, name, wanted_by)
     if not re.fullmatch(r"[0-9]{1,10}", value):
-        raise ValueError(f"{name} is {value!r}: wanted a whole number, 0 or above")
+        raise RankError(f"{name} is {value!r}: wanted a whole number, 0 or above")
     return int(value)
 
 
 def _port(env: Mapping[str, str], wanted_by: str) -> int:
     port = _number(env, "MASTER_PORT", wanted_by)
     if not 1 <= port <= 65535:
-        raise ValueError(f"MASTER_PORT is {port}: wanted 1 to 65535")
+        raise RankError(f"MASTER_PORT is {port}: wanted 1 to 65535")
     return port
 
 
 def _place(env: Mapping[str, str], rank_name: str, size_name: str, wanted_by: str) -> tuple[int, int]:
     rank, world_size = _number(env, rank_name, wanted_by), _number(env, size_name, wanted_by)
     if rank >= world_size:
-        raise ValueError(f"{rank_name} is {rank} but {size_name} is {world_size}: wanted a rank from 0 to {size_name} - 1")
+        raise RankError(f"{rank_name} is {rank} but {size_name} is {world_size}: wanted a rank from 0 to {size_name} - 1")
     return rank, world_size
 
 
 def _local_rank(env: Mapping[str, str], name: str, rank: int, wanted_by: str) -> int:
     local_rank = _number(env, name, wanted_by)
     if local_rank > rank:
-        raise ValueError(f"{name} is {local_rank} but the rank is {rank}: a node's processes cannot outnumber all")
+        raise RankError(f"{name} is {local_rank} but the rank is {rank}: a node's processes cannot outnumber all")
     return local_rank

@@ -22,7 +22,7 @@ from typing import Any, NoReturn, TypeVar
 
 import tyro
 
-from himix_megatron.config import Config, field_names
+from himix_megatron.config import Config, RankError, field_names
 from pipelines.recipes import RECIPES
 
 log = logging.getLogger(__name__)
@@ -83,12 +83,12 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     """Run an entry point and leave with its exit code (None is 0).
 
     A user's mistake (ValueError, or a file or folder that is missing or barred) becomes one line on stderr and exit code 2;
-    other ranks than the first put their number before it. Everything else keeps its traceback.
+    rank 0 says it for all, and a `RankError` each rank that has it. Everything else keeps its traceback.
     """
     try:
         code = main() or 0
     except ValueError as error:
-        _leave(str(error))
+        _leave(str(error), alone=isinstance(error, RankError))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError) as error:
         if error.filename is None:
             raise
@@ -100,12 +100,14 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     raise SystemExit(code)
 
 
-def _leave(message: str) -> NoReturn:
+def _leave(message: str, *, alone: bool = False) -> NoReturn:
     log.debug("stopped by a user's mistake", exc_info=True)
-    # Mistakes are found before ranks meet, by each of them alike: one line is enough.
-    if (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") == "0":
+    # Mistakes are found before ranks meet, by each of them alike: one line is enough, unless a rank is `alone` with its own.
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    if rank == "0" or alone:
+        who = "" if rank == "0" else f"rank {rank}: "
         sys.stdout.flush()
-        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        print(f"error: {who}{' '.join(message.split())}", file=sys.stderr, flush=True)
     raise SystemExit(USER_MISTAKE)
 
 

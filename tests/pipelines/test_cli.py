@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from himix_megatron.config import differences
+from himix_megatron.config import RankError, differences
 from pipelines.cli import parse, parse_settings, run_main
 from pipelines.recipes import RECIPES
 
@@ -128,7 +128,7 @@ def test_run_main_turns_mistakes_into_one_line_and_exit_code_2(body: str, code: 
     assert (done.returncode, done.stderr) == (code, stderr)
 
 
-def test_run_main_leaves_a_bug_its_traceback_and_names_other_ranks(
+def test_run_main_leaves_a_bug_its_traceback_and_tells_a_mistake_once(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def bug() -> None:
@@ -137,13 +137,20 @@ def test_run_main_leaves_a_bug_its_traceback_and_names_other_ranks(
     def mistake() -> None:
         raise ValueError("no")
 
+    def own_mistake() -> None:
+        raise RankError("no GPU here")
+
     with pytest.raises(KeyError):
         run_main(bug)
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(SystemExit) as caught:
         run_main(mistake)
     assert caught.value.code == 2
-    assert capsys.readouterr().err == "error: rank 3: no\n"
+    assert capsys.readouterr().err == ""  # rank 0 says it for all
+    with pytest.raises(SystemExit) as caught:
+        run_main(own_mistake)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: rank 3: no GPU here\n"
 
 
 def test_help_into_a_closed_pipe_is_no_error() -> None:
