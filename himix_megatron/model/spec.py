@@ -1,7 +1,8 @@
 """The layer specs: which class stands for each part of a HiMix layer, by backend.
 
 `torch` runs anywhere; `te` is Transformer Engine: norms fused into the linear layers, fused attention. Parameters carry the
-same names in a checkpoint under both, so a run may change backend between two starts.
+same names in a checkpoint under both; megatron-core's extra state of Transformer Engine's modules does not exist under torch, so
+continuing a run on the other backend has still to be tried on a GPU.
 """
 
 from __future__ import annotations
