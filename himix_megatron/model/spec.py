@@ -1,8 +1,8 @@
 """The layer specs: which class stands for each part of a HiMix layer, by backend.
 
 `torch` runs anywhere; `te` is Transformer Engine: norms fused into the linear layers, fused attention. Parameters carry the
-same names in a checkpoint under both. Continuing a run on the other backend has still to be tried on a GPU: Transformer Engine's
-modules keep an extra state beside their parameters, which a checkpoint written under torch does not hold.
+same names in a checkpoint under both. Continuing a run on the other backend has still to be tried on a GPU: the modules of
+Transformer Engine keep an extra state beside their parameters, which a checkpoint written under torch does not hold.
 """
 
 from __future__ import annotations
