@@ -174,8 +174,10 @@ class ParallelConfig:
 class DataConfig:
     """Which shards are read, and how a sample becomes tokens."""
 
-    path: str | None = None
-    """Shard dataset (a folder with manifest.json). The tiny recipes make their own when this is None."""
+    path: tuple[str, ...] = ()
+    """Shard datasets (folders with manifest.json). The tiny recipes make their own when there is none."""
+    weights: tuple[float, ...] = ()
+    """Share of each dataset in the samples read, in any unit; none: each dataset is read once an epoch."""
     validation_path: str | None = None
     """Held-out shard dataset for the validation loss; None: no validation."""
     tokenizer: str = "bytes"
@@ -183,7 +185,27 @@ class DataConfig:
     template: Literal["plain", "vicuna", "llama3", "chatml", "tiny"]
     """How a conversation becomes one string: plain (captions only), Vicuna v1, Llama 3, ChatML (Qwen2), or our tiny one."""
     max_text_tokens: int
-    """A sample's text is cut to this many tokens; cut samples are counted."""
+    """Most text tokens of one sample."""
+    too_long: Literal["cut", "drop"] = "cut"
+    """What becomes of a longer sample: its text is cut to max_text_tokens, or it is left out; both are counted."""
+    pack_text_tokens: int | None = None
+    """Text tokens of a pack: several samples share one sequence, each seeing only itself and its own images.
+    None: no packing."""
+    pack_images: int | None = None
+    """Images of a pack."""
+    shuffle: Literal["auto", "samples", "shards"] = "auto"
+    """What is shuffled: all samples; or the shards, and the samples within each group of shuffle_shards of them, so that
+    remote data is read a few shards at a time. auto: samples, or shards where a dataset is remote (s3://)."""
+    shuffle_shards: int = 16
+    """Shards read at the same time when shards are shuffled."""
+    cache_dir: str | None = None
+    """Where shards of remote datasets are kept while they are read; None: a folder of the user's cache."""
+    cache_gib: float = 50.0
+    """Most that the cache may hold, per machine; the shards used longest ago go first."""
+    decode: Literal["fast", "exact"] = "fast"
+    """Resizing by torch on bytes (faster, within 2 of 255 levels), or by Pillow, equal to transformers' to the bit."""
+    stream: tuple[str, ...] = ()
+    """Instead of `path`: tar files of any WebDataset, read as a stream. Not exact: see docs/data.md."""
     num_workers: int = 2
     """Decoding processes per rank; 0 decodes in the training process."""
     max_bad_fraction: float = 0.01
@@ -191,9 +213,41 @@ class DataConfig:
     start, counted as at least 1,000) the run stops with exit code 3, and says why in RUN/STOP."""
 
     def __post_init__(self) -> None:
-        _positive(data__max_text_tokens=self.max_text_tokens)
+        if isinstance(self.path, str) or isinstance(self.stream, str):
+            raise ValueError(f"data.path is {self.path!r}: wanted a list of folders")
+        _positive(
+            data__max_text_tokens=self.max_text_tokens,
+            data__shuffle_shards=self.shuffle_shards,
+            data__cache_gib=self.cache_gib,
+        )
         if self.num_workers < 0:
             raise ValueError(f"data.num_workers is {self.num_workers}: wanted 0 or more")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"data.max_bad_fraction is {self.max_bad_fraction}: wanted 0 to 1")
+        if self.weights and len(self.weights) != len(self.path):
+            raise ValueError(
+                f"data.weights has {len(self.weights)} numbers for {len(self.path)} datasets: give one for each --data.path"
+            )
+        if any(not 0 < weight < float("inf") for weight in self.weights):
+            raise ValueError(f"data.weights is {list(self.weights)}: wanted numbers above 0")
+        if self.path and self.stream:
+            raise ValueError("data.path and data.stream are both given: choose one")
+        if (self.pack_text_tokens is None) != (self.pack_images is None):
+            raise ValueError("packing has two budgets: give both --data.pack-text-tokens and --data.pack-images, or neither")
+        if self.pack_text_tokens is not None and self.pack_images is not None:
+            _positive(data__pack_text_tokens=self.pack_text_tokens, data__pack_images=self.pack_images)
+            if self.max_text_tokens > self.pack_text_tokens:
+                raise ValueError(
+                    f"data.max_text_tokens ({self.max_text_tokens}) is above data.pack_text_tokens "
+                    f"({self.pack_text_tokens}): a sample must fit into a pack"
+                )
+            if self.stream:
+                raise ValueError("data.stream cannot be packed: packs are planned from an index, which only --data.path has")
+
+    @property
+    def packs(self) -> bool:
+        """Whether samples are packed."""
+        return self.pack_text_tokens is not None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -206,10 +260,12 @@ class TrainConfig:
     """Optimizer steps; None: as many as `epochs` takes."""
     epochs: float = 1.0
     """Passes over the data when `steps` is None."""
-    global_batch_samples: int
-    """Samples per optimizer step, over all ranks."""
-    micro_batch_samples: int
-    """Samples per forward pass on one replica."""
+    global_batch_samples: int | None = None
+    """Samples per optimizer step, over all ranks. Unused with packing."""
+    global_batch_packs: int | None = None
+    """Packs per optimizer step, over all ranks, with packing (data.pack_text_tokens); each pack is a micro-batch."""
+    micro_batch_samples: int = 1
+    """Samples per forward pass on one replica. Unused with packing."""
     precision: Literal["bf16", "fp32"]
     """bf16 keeps fp32 main weights and fp32 gradient sums."""
     recompute: Literal["none", "selective", "full"] = "none"
@@ -224,9 +280,11 @@ class TrainConfig:
             _positive(train__steps=self.steps)
         _positive(
             train__epochs=self.epochs,
-            train__global_batch_samples=self.global_batch_samples,
             train__micro_batch_samples=self.micro_batch_samples,
         )
+        for name, size in (("samples", self.global_batch_samples), ("packs", self.global_batch_packs)):
+            if size is not None and size <= 0:
+                raise ValueError(f"train.global_batch_{name} is {size}: it must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -340,12 +398,41 @@ class Config:
             raise ValueError(
                 f"model.ffn_hidden_size ({model.ffn_hidden_size}) does not divide over parallel.tensor ({parallel.tensor})"
             )
+        if self.data.packs and self.train.global_batch_packs is None:
+            raise ValueError("data.pack_text_tokens packs samples: give the batch in packs, --train.global-batch-packs")
+        if not self.data.packs and self.train.global_batch_samples is None:
+            raise ValueError(
+                "train.global_batch_samples is missing"
+                if self.train.global_batch_packs is None
+                else "train.global_batch_packs needs --data.pack-text-tokens and --data.pack-images"
+            )
         chunks = parallel.pipeline * parallel.virtual_pipeline
         if model.num_layers % chunks:
             raise ValueError(
                 f"model.num_layers ({model.num_layers}) does not divide over parallel.pipeline ({parallel.pipeline}) x "
                 f"parallel.virtual_pipeline ({parallel.virtual_pipeline})"
             )
+
+    @property
+    def global_batch(self) -> int:
+        """Samples per optimizer step over all ranks; with packing packs."""
+        size = self.train.global_batch_packs if self.data.packs else self.train.global_batch_samples
+        assert size is not None
+        return size
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples of one forward pass on one replica; with packing one pack."""
+        return 1 if self.data.packs else self.train.micro_batch_samples
+
+    @property
+    def batch_flags(self) -> tuple[str, str]:
+        """The fields that say `global_batch` and `micro_batch`, for errors."""
+        return (
+            ("train.global_batch_packs", "1 pack")
+            if self.data.packs
+            else ("train.global_batch_samples", f"train.micro_batch_samples ({self.micro_batch})")
+        )
 
     @property
     def run_dir(self) -> Path:
@@ -373,19 +460,20 @@ def check_ranks(config: Config, world_size: int) -> int:
 
     Returns: the data-parallel size. Raises: ValueError naming what does not fit and what would.
     """
-    parallel, train = config.parallel, config.train
+    parallel = config.parallel
     data_size = check_layout(parallel, world_size)
-    per_forward = data_size * train.micro_batch_samples
-    if train.global_batch_samples % per_forward:
+    per_forward = data_size * config.micro_batch
+    size_field, micro_batch = config.batch_flags
+    if config.global_batch % per_forward:
         raise ValueError(
-            f"train.global_batch_samples ({train.global_batch_samples}) is not a multiple of {data_size} data-parallel ranks x "
-            f"train.micro_batch_samples ({train.micro_batch_samples}): use a multiple of {per_forward}"
+            f"{size_field} ({config.global_batch}) is not a multiple of {data_size} data-parallel ranks x {micro_batch}: "
+            f"use a multiple of {per_forward}"
         )
-    num_micro_batches = train.global_batch_samples // per_forward
+    num_micro_batches = config.global_batch // per_forward
     if parallel.virtual_pipeline > 1 and num_micro_batches % parallel.pipeline:
         raise ValueError(
             f"{num_micro_batches} micro-batches per step do not divide over parallel.pipeline ({parallel.pipeline}), which the "
-            "interleaved schedule needs: change train.global_batch_samples or train.micro_batch_samples"
+            f"interleaved schedule needs: change {size_field}{'' if config.data.packs else ' or train.micro_batch_samples'}"
         )
     return data_size
 

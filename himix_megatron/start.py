@@ -46,7 +46,7 @@ class Start:
 
 def prepare(config: Config) -> Start:
     """Find the data and the checkpoint, and check that they fit. Raises: ValueError for a user's mistake."""
-    if config.data.path is None:
+    if not config.data.path:
         raise ValueError(
             f"recipe {config.recipe} has no data of its own: give --data.path, a folder that pipelines.preprocess wrote"
         )
@@ -56,7 +56,7 @@ def prepare(config: Config) -> Start:
     kernels = detect()
     attention_backend(config.model, kernels)
     check_text(config)
-    dataset = ShardDataset(config.data.path)
+    dataset = ShardDataset(config.data.path[0])
     own, initial = complete_checkpoints(config.run_dir), config.checkpoint.initial
     settings = config.run_dir / "config.json"
     start = Start(
@@ -115,12 +115,12 @@ def steps_of(config: Config, num_samples: int) -> int:
     """Optimizer steps of the whole run."""
     if config.train.steps is not None:
         return config.train.steps
-    return max(1, math.ceil(config.train.epochs * num_samples / config.train.global_batch_samples))
+    return max(1, math.ceil(config.train.epochs * num_samples / config.global_batch))
 
 
 def data_fingerprint(config: Config, dataset: ShardDataset) -> str:
     """Of everything that fixes which sample is in which step."""
-    fixed = [dataset.fingerprint, config.train.seed, config.train.global_batch_samples]
+    fixed = [dataset.fingerprint, config.train.seed, config.global_batch]
     return hashlib.sha256(json.dumps(fixed).encode()).hexdigest()[:16]
 
 

@@ -59,7 +59,7 @@ def pretrain(config: Config) -> int:
 def run_steps(config: Config, start: Start, run: Run, position: Position, request: StopRequest) -> int:
     """From a position to the last step. Returns: the exit code."""
     plan = step_dataset(config, start.dataset, run.topology)
-    schedule = Schedule(config, run.optimizer, start.total_steps * config.train.global_batch_samples)
+    schedule = Schedule(config, run.optimizer, start.total_steps * config.global_batch)
     metrics = Metrics(config.run_dir, run.topology, position.step, start.total_steps, config.log.interval_steps)
     ledger = Ledger(config, plan, run.topology)
     validation = Validation(config, start, run)
@@ -104,7 +104,7 @@ class Validation:
         if self.plan is None or not (last or step % self.config.log.validation_interval_steps == 0):
             return None
         available = min(self.config.log.validation_samples, len(self.plan.dataset))
-        num_steps = max(1, available // self.config.train.global_batch_samples)
+        num_steps = max(1, available // self.config.global_batch)
         total = tokens = 0.0
         for batch in step_loader(self.plan, 0, num_steps, self.config.data.num_workers):
             batch = agree_on_bad(batch, self.run.topology)
@@ -126,7 +126,7 @@ class Tolerance:
     """How many samples may fail to read: `data.max_bad_fraction` of those since this start, counted as at least 1,000."""
 
     def __init__(self, config: Config):
-        self.fraction, self.batch = config.data.max_bad_fraction, config.train.global_batch_samples
+        self.fraction, self.batch = config.data.max_bad_fraction, config.global_batch
         self.bad = self.seen = 0
 
     def exceeded(self, counts: StepCounts) -> bool:
@@ -209,7 +209,7 @@ def describe(config: Config, start: Start, run: Run) -> None:
         "%s: %d ranks (tensor %d%s, pipeline %d x %d, data %d), %s, %d steps of %d samples",
         config.recipe, topology.world_size, parallel_config.tensor, " + sequence" if parallel_config.sequence else "",
         parallel_config.pipeline, parallel_config.virtual_pipeline, topology.data_size, config.train.precision,
-        start.total_steps, config.train.global_batch_samples,
+        start.total_steps, config.global_batch,
     )  # fmt: skip
     logger.info("training %s: %d parameters on this rank", ", ".join(config.train.parts), trained)
     for line in start.kernels.reasons():
@@ -304,5 +304,5 @@ def images_seen(batch: StepBatch) -> int:
 
 def advance(position: Position, config: Config) -> Position:
     """The position after one more step."""
-    samples = position.samples + config.train.global_batch_samples
+    samples = position.samples + config.global_batch
     return Position(step=position.step + 1, samples=samples, data=position.data)

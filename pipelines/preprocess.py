@@ -31,9 +31,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from himix_megatron.data import image, schema, shards, sources
+from himix_megatron.data import image, schema, shards, sources, writing
 from himix_megatron.data.schema import Manifest, Receipt
-from himix_megatron.data.shards import ReadRow, ShardJob
+from himix_megatron.data.writing import ReadRow, ShardJob
 from pipelines.cli import parse_settings, run_main
 
 Made = tuple[Receipt, bool]
@@ -114,7 +114,7 @@ def preprocess(settings: Settings) -> Manifest:
             quarantined=dict(sorted(_quarantined(receipts).items())),
             shards=tuple(receipts),
         )
-        shards.write_manifest(job.folder, manifest)
+        writing.write_manifest(job.folder, manifest)
     return manifest
 
 
@@ -182,7 +182,7 @@ def _with_ray(tasks: Iterator[Task], read: ReadRow, num_workers: int | None) -> 
     with ray_started(num_workers) as workers:
         import ray
 
-        make = ray.remote(shards.make_shard).options(num_cpus=1, max_retries=3)  # again when its worker died
+        make = ray.remote(writing.make_shard).options(num_cpus=1, max_retries=3)  # again when its worker died
 
         def finish(running: list[Any]) -> tuple[list[Made], list[Any]]:
             done, rest = ray.wait(running)
@@ -195,7 +195,7 @@ def _with_processes(tasks: Iterator[Task], read: ReadRow, num_workers: int | Non
     """The same in processes of this machine; with one worker, in this process."""
     workers = num_workers or os.cpu_count() or 1
     if workers == 1:
-        yield from (shards.make_shard(*task, read) for task in tasks)
+        yield from (writing.make_shard(*task, read) for task in tasks)
         return
 
     def finish(running: list[Future[Made]]) -> tuple[list[Made], list[Future[Made]]]:
@@ -203,7 +203,7 @@ def _with_processes(tasks: Iterator[Task], read: ReadRow, num_workers: int | Non
         return [future.result() for future in done], list(rest)
 
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from _bounded(tasks, lambda task: pool.submit(shards.make_shard, *task, read), finish, 2 * workers)
+        yield from _bounded(tasks, lambda task: pool.submit(writing.make_shard, *task, read), finish, 2 * workers)
 
 
 def _bounded(

@@ -21,11 +21,11 @@ from pipelines.scenes import ensure_scene_data
 
 def with_data(config: Config) -> Config:
     """A tiny recipe without --data.path trains on scenes that it renders and preprocesses itself."""
-    if config.data.path is not None or not config.recipe.startswith("tiny_"):
+    if config.data.path or not config.recipe.startswith("tiny_"):
         return config
     paths = ensure_scene_data()
     path = paths.align if config.recipe == "tiny_align" else paths.instruct
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(path)))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, path=(str(path),)))
 
 
 def main() -> int:

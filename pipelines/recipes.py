@@ -164,7 +164,7 @@ def _align(
         model=model,
         vision=siglip_so400m_384(),
         data=DataConfig(
-            path="data/llava-558k", tokenizer=f"models/{tokenizer}", template="plain", max_text_tokens=2048, num_workers=8
+            path=("data/llava-558k",), tokenizer=f"models/{tokenizer}", template="plain", max_text_tokens=2048, num_workers=8
         ),
         train=TrainConfig(
             parts=("vision_kv",), epochs=epochs, global_batch_samples=256, micro_batch_samples=micro_batch, precision="bf16"
@@ -190,7 +190,7 @@ def _instruct(
         model=model,
         vision=siglip_so400m_384(),
         data=DataConfig(
-            path="data/mix-665k",
+            path=("data/mix-665k",),
             tokenizer=f"models/{tokenizer}",
             template=template,
             max_text_tokens=2048,

@@ -57,7 +57,7 @@ def small_config(
             ffn_hidden_size=512,  # larger than a decoder layer: replicas of the tower are cut by a distributed optimizer
             feature_layer=-1,
         ),
-        data=DataConfig(path=str(data), template="tiny", max_text_tokens=96, num_workers=0),
+        data=DataConfig(path=(str(data),), template="tiny", max_text_tokens=96, num_workers=0),
         train=TrainConfig(
             parts=parts, steps=steps, global_batch_samples=8, micro_batch_samples=2, precision=precision, recompute=recompute
         ),

@@ -297,7 +297,7 @@ def test_bf16_ends_where_fp32_does(mixed_dataset: Path, tmp_path: Path) -> None:
         config = RECIPES["tiny_align"]()
         config = replace(
             config,
-            data=replace(config.data, path=str(mixed_dataset), num_workers=0),
+            data=replace(config.data, path=(str(mixed_dataset),), num_workers=0),
             train=replace(config.train, steps=50, precision=precision, global_batch_samples=16, micro_batch_samples=16),
             parallel=replace(config.parallel, tensor=2),
             run=replace(config.run, dir=str(tmp_path / precision)),

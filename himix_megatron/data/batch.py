@@ -17,18 +17,23 @@ NO_LOSS = -100
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """B samples' texts, right-padded to S tokens."""
+    """The texts of n samples: n rows, each right-padded to S tokens; or packed, one after the other in a single row of S.
+
+    Packed sample i lies at [sum(text_lengths[:i]), sum(text_lengths[:i + 1])) of the row, its positions start at 0 again,
+    and it sees nothing of the other samples; what is left of the row is padding.
+    """
 
     text_ids: Tensor
-    """int64[B, S], padded with 0."""
+    """int64[n, S], packed int64[1, S]; padded with 0."""
     labels: Tensor
-    """int64[B, S]: the token to predict at each position, i.e. the next one; -100: no loss."""
+    """As text_ids: the token to predict at each position, i.e. the sample's next one; -100: no loss."""
     text_lengths: Tensor
-    """int64[B]: tokens before the padding."""
+    """int64[n]: tokens of each sample."""
     images_per_sample: tuple[int, ...]
-    """B numbers; with text_only "zero_image" a sample without an image counts one blank image."""
+    """n numbers; with text_only "zero_image" a sample without an image counts one blank image."""
     keys: tuple[str, ...]
     """SHARD/KEY of each sample."""
+    packed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

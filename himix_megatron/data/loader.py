@@ -57,6 +57,7 @@ class StepDataset(Dataset[StepBatch]):
         replica_size: int = 1,
         pad_multiple: int = 1,
     ) -> None:
+        assert train_config.global_batch_samples is not None
         if train_config.global_batch_samples % (data_size * train_config.micro_batch_samples):
             raise ValueError(
                 f"train.global_batch_samples ({train_config.global_batch_samples}) is not a multiple of {data_size} "
@@ -75,6 +76,7 @@ class StepDataset(Dataset[StepBatch]):
     def samples_of(self, step: int) -> list[int]:
         """The sample numbers of this rank's micro-batches, one after the other."""
         size, each = self.train_config.global_batch_samples, self.train_config.micro_batch_samples
+        assert size is not None
         starts = range(step * size + self.data_rank * each, (step + 1) * size, self.data_size * each)
         return [self.order[position] for start in starts for position in range(start, start + each)]
 

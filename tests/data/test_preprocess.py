@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from himix_megatron.data import shards, sources
-from himix_megatron.data.shards import ShardDataset, ShardJob
+from himix_megatron.data import sources, writing
+from himix_megatron.data.shards import ShardDataset
+from himix_megatron.data.writing import ShardJob
 from pipelines import preprocess
 from pipelines.preprocess import Settings
 
@@ -196,7 +197,7 @@ def test_a_straggler_of_a_killed_run_cannot_publish(source, tmp_path):
         return sources.read_llava(rows[0], number, source[1])  # other content than the shard has
 
     with pytest.raises(FileNotFoundError):
-        shards.write_shard(ShardJob(folder, attempt, "rows-000000", 0, "c", "s"), rows, swept)
+        writing.write_shard(ShardJob(folder, attempt, "rows-000000", 0, "c", "s"), rows, swept)
     assert contents(folder) == wanted
 
 

@@ -21,7 +21,9 @@ def test_a_recipe_alone_is_the_recipes_own_config() -> None:
 
 def test_flags_change_the_fields_they_name_and_nothing_else() -> None:
     flags = "--train.steps 7 --train.parts tower language --parallel.tensor=2 --parallel.sequence --vision.feature-layer -2"
-    config = parse(["tiny-align", *flags.split(), "--run.dir", "some where", "--log.no-ledger", "--data.path", "None"])
+    config = parse(
+        ["tiny-align", *flags.split(), "--run.dir", "some where", "--log.no-ledger", "--data.validation-path", "None"]
+    )
     assert differences(RECIPES["tiny_align"](), config) == [
         ("vision.feature_layer", -1, -2),
         ("train.parts", ("vision_kv",), ("tower", "language")),
