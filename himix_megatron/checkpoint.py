@@ -30,6 +30,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from .config import Config, Part
+from .data.plan import Place
 from .model.himix import bare
 
 logger = logging.getLogger(__name__)
@@ -70,10 +71,16 @@ class Position:
 
     step: int
     """Optimizer steps done."""
-    samples: int
-    """Samples consumed."""
-    data: str
-    """Fingerprint of what fixes the order: dataset, seed, batch."""
+    place: Place
+    """What of the data comes next."""
+    data: dict[str, Any]
+    """What fixes which sample is in which step, by the field that says it (`Plan.fixed`)."""
+
+
+def position_of(description: dict[str, Any]) -> Position:
+    """Where the run stood, from a checkpoint's `himix.json`."""
+    stored = description["position"]
+    return Position(step=stored["step"], place=Place(**stored["place"]), data=stored["data"])
 
 
 def architecture(config: Config) -> dict[str, Any]:
@@ -243,7 +250,7 @@ class Checkpoints:
         _load_optimizer(self.optimizer, loaded["optimizer"])
         self._load_tower(folder, description["tower"])
         logger.info("restored %s", folder)
-        return Position(**description["position"])
+        return position_of(description)
 
     def load_weights(self, folder: Path) -> None:
         """Weights only, as a fresh run's start; the tower's too. Raises: ValueError for another architecture."""

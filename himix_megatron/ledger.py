@@ -11,16 +11,16 @@ from typing import TextIO
 
 from .config import Config
 from .data.batch import StepBatch
-from .data.loader import StepDataset
+from .data.plan import Datasets
 from .parallel import Topology
 
 
 class Ledger:
     """Appends; a continued run goes on in the same file, so a repeated step is there twice."""
 
-    def __init__(self, config: Config, plan: StepDataset, topology: Topology):
+    def __init__(self, config: Config, datasets: Datasets, topology: Topology):
         self._tokens_per_image = config.vision.tokens_per_image
-        self._dataset = plan.dataset.fingerprint[:16]
+        self._datasets = datasets
         self._file: TextIO | None = None
         if config.log.ledger and topology.replica_rank == 0:
             folder = config.run_dir / "ledger"
@@ -33,7 +33,7 @@ class Ledger:
             return
         bad, image = set(batch.bad_keys), 0
         for micro_batch in batch.micro_batches:
-            answers = (micro_batch.labels >= 0).sum(1).tolist()
+            answers = micro_batch.answer_tokens()
             for sample, key in enumerate(micro_batch.keys):
                 count = micro_batch.images_per_sample[sample]
                 seen = int((~batch.blank[image : image + count]).sum())
@@ -41,7 +41,7 @@ class Ledger:
                 shard, name = key.split("/", 1)
                 line = {
                     "step": step,
-                    "dataset": self._dataset,
+                    "dataset": self._datasets.parts[micro_batch.sources[sample]].fingerprint[:16],
                     "shard": shard,
                     "key": name,
                     "text_tokens": int(micro_batch.text_lengths[sample]),

@@ -50,7 +50,8 @@ class Metrics:
     """Adds up the steps of an interval and reports it; call `data_ready` and `step_done` once a step."""
 
     def __init__(self, run_dir: Path, topology: Topology, first_step: int, total_steps: int, interval_steps: int):
-        """`first_step`: steps done so far; points of later ones, which a killed run left behind, are taken back."""
+        """`total_steps`: about how many the run has; `first_step`: steps done so far; points of later ones, which a killed run
+        left behind, are taken back."""
         self.topology, self.interval_steps = topology, interval_steps
         self.first_step, self.total_steps = first_step, total_steps
         self.writer: SummaryWriter | None = None
@@ -76,14 +77,14 @@ class Metrics:
         """The step's batch has arrived: what has passed since the last step was waiting for data."""
         self._data_seconds += time.perf_counter() - self._last
 
-    def step_done(self, step: int, counts: StepCounts, learning_rate: float, grad_norm: float) -> None:
+    def step_done(self, step: int, counts: StepCounts, learning_rate: float, grad_norm: float, *, last: bool) -> None:
         """Note one step; at the end of an interval write it out."""
         now = time.perf_counter()
         self._seconds += now - self._last
         self._last = now
         self._steps += 1
         self._counts.append(counts)
-        if step % self.interval_steps == 0 or step in (self.first_step + 1, self.total_steps):
+        if last or step % self.interval_steps == 0 or step == self.first_step + 1:
             self._report(step, learning_rate, grad_norm)
             self._begin()
 
@@ -102,7 +103,7 @@ class Metrics:
         answer_tokens = sum(c.answer_tokens for c in self._counts)
         loss = sum(c.loss * c.answer_tokens for c in self._counts if c.answer_tokens) / max(answer_tokens, 1)
         self._recent_seconds = [*self._recent_seconds[-9:], step_seconds]
-        remaining = (self.total_steps - step) * sum(self._recent_seconds) / len(self._recent_seconds)
+        remaining = max(0, self.total_steps - step) * sum(self._recent_seconds) / len(self._recent_seconds)
         points = {
             "train/loss": loss,
             "train/learning_rate": learning_rate,

@@ -28,10 +28,14 @@ def apply_settings(config: Config, optimizer: Any) -> None:
         group["betas"], group["eps"] = (settings.beta1, settings.beta2), settings.eps
 
 
-class Schedule:
-    """The learning rate as a pure function of the samples seen, so that a checkpoint needs to store no schedule."""
+RESOLUTION = 1 << 30
+"""Parts into which a run's length is divided for the schedule."""
 
-    def __init__(self, config: Config, optimizer: Any, total_samples: int):
+
+class Schedule:
+    """The learning rate as a pure function of the part of the run that is done: a checkpoint needs to store no schedule."""
+
+    def __init__(self, config: Config, optimizer: Any):
         settings = config.optimizer
         self._optimizer = optimizer
         self._mcore = OptimizerParamScheduler(
@@ -39,17 +43,17 @@ class Schedule:
             init_lr=0.0 if settings.warmup_fraction else settings.learning_rate,
             max_lr=settings.learning_rate,
             min_lr=settings.min_learning_rate,
-            lr_warmup_steps=int(settings.warmup_fraction * total_samples),
-            lr_decay_steps=total_samples,
+            lr_warmup_steps=int(settings.warmup_fraction * RESOLUTION),
+            lr_decay_steps=RESOLUTION,
             lr_decay_style=settings.schedule,
             start_wd=settings.weight_decay,
             end_wd=settings.weight_decay,
-            wd_incr_steps=total_samples,
+            wd_incr_steps=RESOLUTION,
             wd_incr_style="constant",
         )
 
-    def set(self, samples_seen: int) -> float:
-        """Put the optimizer at the rate that holds after `samples_seen` samples (the warm-up starts from 0); returns it."""
-        self._mcore.num_steps = samples_seen
+    def set(self, progress: float) -> float:
+        """Put the optimizer at the rate that holds at this part of the run, 0 to 1 (the warm-up starts from 0); returns it."""
+        self._mcore.num_steps = min(RESOLUTION, int(progress * RESOLUTION))
         self._mcore.step(0)
         return max(float(group["lr"]) for group in self._optimizer.param_groups)

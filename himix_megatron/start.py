@@ -6,19 +6,26 @@ the run is known to be able to start.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from .adapter import attention_backend
-from .checkpoint import Checkpoints, Position, check_architecture, complete_checkpoints, find_checkpoint, publish
-from .config import Config, differences, from_json, to_json
+from .checkpoint import (
+    Checkpoints,
+    Position,
+    check_architecture,
+    complete_checkpoints,
+    find_checkpoint,
+    position_of,
+    publish,
+)
+from .config import Config, DataConfig, differences, from_json, to_json
 from .data.conversation import check_tokenizer
+from .data.plan import START, Datasets, End, Plan
 from .data.shards import ShardDataset
 from .data.tokenizer import load_tokenizer
 from .kernels import Kernels, detect
@@ -30,11 +37,9 @@ logger = logging.getLogger(__name__)
 class Start:
     """What every rank finds out by itself, and alike."""
 
-    dataset: ShardDataset
-    held_out: ShardDataset | None
-    total_steps: int
-    data: str
-    """Fingerprint of everything that fixes which sample is in which step."""
+    plan: Plan
+    held_out: Plan | None
+    end: End
     checkpoint: Path | None
     """Where the weights come from; None: they are fresh."""
     continues: bool
@@ -46,7 +51,7 @@ class Start:
 
 def prepare(config: Config) -> Start:
     """Find the data and the checkpoint, and check that they fit. Raises: ValueError for a user's mistake."""
-    if not config.data.path:
+    if not config.data.path and not config.data.stream:
         raise ValueError(
             f"recipe {config.recipe} has no data of its own: give --data.path, a folder that pipelines.preprocess wrote"
         )
@@ -56,14 +61,16 @@ def prepare(config: Config) -> Start:
     kernels = detect()
     attention_backend(config.model, kernels)
     check_text(config)
-    dataset = ShardDataset(config.data.path[0])
+    plan = make_plan(config, config.data)
+    held_out = None
+    if config.data.validation_path is not None:
+        held_out = make_plan(config, replace(config.data, path=(config.data.validation_path,), weights=()))
     own, initial = complete_checkpoints(config.run_dir), config.checkpoint.initial
     settings = config.run_dir / "config.json"
     start = Start(
-        dataset=dataset,
-        held_out=None if config.data.validation_path is None else ShardDataset(config.data.validation_path),
-        total_steps=steps_of(config, len(dataset)),
-        data=data_fingerprint(config, dataset),
+        plan=plan,
+        held_out=held_out,
+        end=end_of(config, plan.epoch_samples),
         checkpoint=own[-1] if own else find_checkpoint(initial) if initial is not None else None,
         continues=bool(own),
         previous=from_json(settings.read_text()) if settings.is_file() else None,
@@ -92,12 +99,14 @@ def check_checkpoint(config: Config, start: Start, folder: Path) -> None:
             f"{'a distributed' if description['distributed_optimizer'] else 'an undivided'} optimizer, which is stored in "
             "another form: continue with --parallel.distributed-optimizer as it was"
         )
-    position = Position(**description["position"])
-    if position.data != start.data:
-        raise ValueError(
-            f"{config.run_dir} stands at step {position.step} of another data order: --data.path, --train.seed and "
-            "--train.global-batch-samples must be as they were, or give a new --run.dir"
-        )
+    position, fixed = position_of(description), start.plan.fixed()
+    for field in fixed.keys() | position.data.keys():
+        old, new = position.data.get(field), fixed.get(field)
+        if old != new:
+            raise ValueError(
+                f"{config.run_dir} stands at step {position.step} of another data order: {field} is {new}, it was {old}: "
+                "leave it as it was, or give a new --run.dir"
+            )
 
 
 def check_text(config: Config) -> None:
@@ -111,17 +120,23 @@ def check_text(config: Config) -> None:
         )
 
 
-def steps_of(config: Config, num_samples: int) -> int:
-    """Optimizer steps of the whole run."""
+def make_plan(config: Config, data: DataConfig) -> Plan:
+    """The plan over the datasets of a data section, for this run's seed and batch. Raises: ValueError, as `ShardDataset`."""
+    cache_dir = None if data.cache_dir is None else Path(data.cache_dir)
+    cache_bytes = int(data.cache_gib * 2**30)
+    datasets = Datasets([ShardDataset(path, cache_dir, cache_bytes) for path in data.path], data)
+    without = 1 if config.model.text_only == "zero_image" else 0
+    plan = Plan(datasets, data, seed=config.train.seed, global_batch=config.global_batch, images_without=without)
+    if plan.left_out:
+        logger.warning("%s: samples left out: %s", " ".join(data.path), plan.describe_left_out(plan.left_out))
+    return plan
+
+
+def end_of(config: Config, epoch_samples: int) -> End:
+    """How long the run is."""
     if config.train.steps is not None:
-        return config.train.steps
-    return max(1, math.ceil(config.train.epochs * num_samples / config.global_batch))
-
-
-def data_fingerprint(config: Config, dataset: ShardDataset) -> str:
-    """Of everything that fixes which sample is in which step."""
-    fixed = [dataset.fingerprint, config.train.seed, config.global_batch]
-    return hashlib.sha256(json.dumps(fixed).encode()).hexdigest()[:16]
+        return End(config.train.steps, None)
+    return End(None, max(1, math.ceil(config.train.epochs * epoch_samples)))
 
 
 def stop_file(config: Config) -> Path:
@@ -134,14 +149,14 @@ def begin(config: Config, start: Start, checkpoints: Checkpoints) -> Position:
 
     Returns: where the run stands.
     """
-    position = Position(step=0, samples=0, data=start.data)
+    position = Position(step=0, place=START, data=start.plan.fixed())
     if start.continues:
         assert start.checkpoint is not None
         position = checkpoints.restore(start.checkpoint)
         for name, old, new in differences(start.previous, config) if start.previous else []:
             logger.warning("continuing with another %s: %s, it was %s", name, new, old)
-        if position.step >= start.total_steps:
-            logger.info("nothing to do: %s is at step %d of %d", config.run_dir, position.step, start.total_steps)
+        if start.end.reached(position.step, position.place):
+            logger.info("nothing to do: %s has ended with step %d", config.run_dir, position.step)
     elif start.checkpoint is not None:
         checkpoints.load_weights(start.checkpoint)
     elif "language" not in config.train.parts:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,8 +21,8 @@ from .adapter import params_dtype
 from .checkpoint import Checkpoints, Position, publish
 from .config import Config
 from .data.batch import StepBatch, without_loss
-from .data.loader import StepDataset, step_loader
-from .data.shards import ShardDataset
+from .data.loader import Reads, StepReader, step_loader
+from .data.plan import End, Plan, StepPlan
 from .ledger import Ledger
 from .metrics import Metrics, StepCounts
 from .model.himix import build_stage, finalize_gradients
@@ -58,32 +59,33 @@ def pretrain(config: Config) -> int:
 
 def run_steps(config: Config, start: Start, run: Run, position: Position, request: StopRequest) -> int:
     """From a position to the last step. Returns: the exit code."""
-    plan = step_dataset(config, start.dataset, run.topology)
-    schedule = Schedule(config, run.optimizer, start.total_steps * config.global_batch)
-    metrics = Metrics(config.run_dir, run.topology, position.step, start.total_steps, config.log.interval_steps)
-    ledger = Ledger(config, plan, run.topology)
+    reader = step_reader(config, start.plan, run.topology)
+    schedule = Schedule(config, run.optimizer)
+    total_steps = start.plan.expected_steps(start.end)
+    metrics = Metrics(config.run_dir, run.topology, position.step, total_steps, config.log.interval_steps)
+    ledger = Ledger(config, start.plan.datasets, run.topology)
     validation = Validation(config, start, run)
     tolerance = Tolerance(config)
     code = 0
-    for batch in step_loader(plan, position.step, start.total_steps, config.data.num_workers):
+    steps = start.plan.steps(start.end, position.place, position.step)
+    for batch in step_loader(reader, steps, config.data.num_workers):
         batch = agree_on_bad(batch, run.topology)
         metrics.data_ready()
-        learning_rate = schedule.set(position.samples)
+        learning_rate = schedule.set(start.end.progress(position.step, position.place))
         counts, grad_norm, stop = train_step(config, run, batch, request)
-        position = advance(position, config)
-        metrics.step_done(position.step, counts, learning_rate, grad_norm)
+        position = replace(position, step=position.step + 1, place=batch.after)
+        metrics.step_done(position.step, counts, learning_rate, grad_norm, last=batch.is_last)
         ledger.note(position.step, batch)
-        if tolerance.exceeded(counts):
+        if tolerance.exceeded(counts, batch.num_samples):
             code = give_up(config, tolerance.reason, run.topology)
             break
-        last = position.step == start.total_steps
-        loss = None if stop else validation.measure(position.step, last=last)
+        loss = None if stop else validation.measure(position.step, last=batch.is_last)
         if loss is not None:
             metrics.validation(position.step, loss)
-        if last or stop or position.step % config.checkpoint.interval_steps == 0 or validation.is_best(loss):
+        if batch.is_last or stop or position.step % config.checkpoint.interval_steps == 0 or validation.is_best(loss):
             run.checkpoints.save(position, validation_loss=loss)
         metrics.resume_clock()
-        if stop and not last:
+        if stop and not batch.is_last:
             code = REQUEUE
             break
     metrics.close()
@@ -96,23 +98,32 @@ class Validation:
 
     def __init__(self, config: Config, start: Start, run: Run):
         self.config, self.run, self.best = config, run, run.checkpoints.best_validation_loss()
-        self.plan = None if start.held_out is None else step_dataset(config, start.held_out, run.topology)
+        self.plan = start.held_out
+        self.reader = None if start.held_out is None else step_reader(config, start.held_out, run.topology)
 
     @torch.no_grad()
     def measure(self, step: int, *, last: bool) -> float | None:
         """Mean loss over the answer tokens of the set's first samples, in its own fixed order; None: not now, or no answers."""
-        if self.plan is None or not (last or step % self.config.log.validation_interval_steps == 0):
+        if self.plan is None or self.reader is None:
             return None
-        available = min(self.config.log.validation_samples, len(self.plan.dataset))
-        num_steps = max(1, available // self.config.global_batch)
+        if not (last or step % self.config.log.validation_interval_steps == 0):
+            return None
         total = tokens = 0.0
-        for batch in step_loader(self.plan, 0, num_steps, self.config.data.num_workers):
+        for batch in step_loader(self.reader, self._steps(self.plan), self.config.data.num_workers):
             batch = agree_on_bad(batch, self.run.topology)
             reported = run_schedule(self.run, batch, forward_only=True)
             counts, _ = count(self.config, self.run.topology, batch, reported, asked=False)
             if counts.answer_tokens:
                 total, tokens = total + counts.loss * counts.answer_tokens, tokens + counts.answer_tokens
         return total / tokens if tokens else None
+
+    def _steps(self, plan: Plan) -> Iterator[StepPlan]:
+        """Whole batches, as many as the samples to look at fill, but at least one."""
+        available = min(self.config.log.validation_samples, plan.epoch_samples)
+        for step in plan.steps(End(None, available)):
+            if step.step and step.after.samples > available:
+                return
+            yield step
 
     def is_best(self, loss: float | None) -> bool:
         """Whether this is the lowest loss of the run so far; remembers it."""
@@ -126,12 +137,12 @@ class Tolerance:
     """How many samples may fail to read: `data.max_bad_fraction` of those since this start, counted as at least 1,000."""
 
     def __init__(self, config: Config):
-        self.fraction, self.batch = config.data.max_bad_fraction, config.global_batch
+        self.fraction = config.data.max_bad_fraction
         self.bad = self.seen = 0
 
-    def exceeded(self, counts: StepCounts) -> bool:
+    def exceeded(self, counts: StepCounts, num_samples: int) -> bool:
         """Note a step; the same answer on every rank."""
-        self.bad, self.seen = self.bad + counts.bad_samples, self.seen + self.batch
+        self.bad, self.seen = self.bad + counts.bad_samples, self.seen + num_samples
         return self.bad > self.fraction * max(self.seen, 1000)
 
     @property
@@ -184,18 +195,19 @@ def build_run(config: Config, start: Start, topology: Topology) -> Run:
     )
 
 
-def step_dataset(config: Config, dataset: ShardDataset, topology: Topology) -> StepDataset:
-    """The plan over a dataset as this rank sees it."""
-    return StepDataset(
-        dataset,
-        data_config=config.data,
+def step_reader(config: Config, plan: Plan, topology: Topology) -> StepReader:
+    """What this rank reads of a plan."""
+    return StepReader(
+        plan,
         vision_config=config.vision,
-        train_config=config.train,
-        text_only=config.model.text_only,
-        data_rank=topology.data_rank,
-        data_size=topology.data_size,
-        replica_rank=topology.replica_rank,
-        replica_size=topology.replica_size,
+        micro_batch=config.micro_batch,
+        reads=Reads(
+            data_rank=topology.data_rank,
+            data_size=topology.data_size,
+            texts=topology.is_first_stage or topology.is_last_stage,
+            image_rank=topology.replica_rank,
+            image_size=topology.replica_size,
+        ),
         # Sequence parallelism splits the text evenly over the tensor ranks.
         pad_multiple=config.parallel.tensor if config.parallel.sequence else 1,
     )
@@ -206,10 +218,10 @@ def describe(config: Config, start: Start, run: Run) -> None:
     parallel_config, topology = config.parallel, run.topology
     trained = sum(p.numel() for stage in run.stages for p in stage.parameters() if p.requires_grad)
     logger.info(
-        "%s: %d ranks (tensor %d%s, pipeline %d x %d, data %d), %s, %d steps of %d samples",
+        "%s: %d ranks (tensor %d%s, pipeline %d x %d, data %d), %s, %d steps of %d %s",
         config.recipe, topology.world_size, parallel_config.tensor, " + sequence" if parallel_config.sequence else "",
         parallel_config.pipeline, parallel_config.virtual_pipeline, topology.data_size, config.train.precision,
-        start.total_steps, config.global_batch,
+        start.plan.expected_steps(start.end), config.global_batch, "packs" if config.data.packs else "samples",
     )  # fmt: skip
     logger.info("training %s: %d parameters on this rank", ", ".join(config.train.parts), trained)
     for line in start.kernels.reasons():
@@ -300,9 +312,3 @@ def count(
 def images_seen(batch: StepBatch) -> int:
     """Real images of a step on this replica; those that stand for "no image" are not counted."""
     return int((~batch.blank).sum())
-
-
-def advance(position: Position, config: Config) -> Position:
-    """The position after one more step."""
-    samples = position.samples + config.global_batch
-    return Position(step=position.step + 1, samples=samples, data=position.data)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from himix_megatron.data.conversation import EncodedText
+from himix_megatron.data.plan import Place
 
 NO_LOSS = -100
 """Label of a position whose prediction does not count (torch's `ignore_index`)."""
@@ -33,7 +34,17 @@ class MicroBatch:
     """n numbers; with text_only "zero_image" a sample without an image counts one blank image."""
     keys: tuple[str, ...]
     """SHARD/KEY of each sample."""
+    sources: tuple[int, ...] = ()
+    """Which dataset of `data.path` each sample is from."""
     packed: bool = False
+
+    def answer_tokens(self) -> list[int]:
+        """Tokens with loss of each sample."""
+        counted = self.labels != NO_LOSS
+        if not self.packed:
+            return [int(number) for number in counted.sum(1)]
+        lengths = self.text_lengths.tolist()
+        return [int(own.sum()) for own in torch.split(counted[0, : sum(lengths)], lengths)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +60,16 @@ class StepBatch:
     """uint8[K_share, 3, H, W]: the images `share_of(K, replica_rank, replica_size)`; zeros where blank."""
     bad_keys: tuple[str, ...]
     """Samples that this rank could not read or decode."""
+    after: Place
+    """Where in the data the run stands after this step."""
+    is_last: bool
+    """The run ends with this step."""
+    num_samples: int
+    """Samples of the step over all data ranks."""
     bad_samples: tuple[int, ...] = ()
-    """Their places, counted over micro-batches and samples. A damaged image is seen only by the rank that decodes it: where a
-    replica has several ranks, they agree on the union and apply `without_loss`. (Damaged texts are seen by every rank, and
-    in a replica of one rank there is nobody to agree with: those samples have no loss already.)"""
+    """Their places, counted over micro-batches and samples; they have no loss. A damaged image is seen only by the rank that
+    decodes it, a damaged text by those that read texts: where a replica has several ranks, they agree on the union and
+    apply `without_loss`."""
     num_cut: int = 0
     """Samples whose text was cut to data.max_text_tokens."""
 
@@ -64,17 +81,30 @@ def share_of(num_images: int, replica_rank: int, replica_size: int) -> range:
 
 
 def collate(
-    texts: Sequence[EncodedText], images_per_sample: Sequence[int], keys: Sequence[str], padded_length: int
+    texts: Sequence[EncodedText | None],
+    lengths: Sequence[int],
+    images_per_sample: Sequence[int],
+    keys: Sequence[str],
+    sources: Sequence[int],
+    width: int,
+    *,
+    packed: bool,
 ) -> MicroBatch:
-    """Put B texts, none longer than `padded_length`, into one micro-batch."""
-    text_ids = torch.zeros(len(texts), padded_length, dtype=torch.int64)
+    """Put the texts of n samples into one micro-batch of rows of `width` tokens: a row each, or packed into one.
+
+    `lengths`: n numbers, of each text. None stands for a text that was not read: zeros in its place, and no loss.
+    """
+    text_ids = torch.zeros(1 if packed else len(texts), width, dtype=torch.int64)
     labels = torch.full_like(text_ids, NO_LOSS)
-    for b, text in enumerate(texts):
-        ids, counts = torch.from_numpy(text.ids), torch.from_numpy(text.loss_mask)
-        text_ids[b, : len(ids)] = ids
-        labels[b, : len(ids) - 1] = ids[1:].masked_fill(~counts[1:], NO_LOSS)
-    lengths = torch.tensor([len(text.ids) for text in texts])
-    return MicroBatch(text_ids, labels, lengths, tuple(images_per_sample), tuple(keys))
+    start = 0
+    for row, (text, length) in enumerate(zip(texts, lengths, strict=True)):
+        if text is not None:
+            ids, counts = torch.from_numpy(text.ids), torch.from_numpy(text.loss_mask)
+            into = (0, slice(start, start + length)) if packed else (row, slice(length))
+            text_ids[into] = ids
+            labels[into][:-1] = ids[1:].masked_fill(~counts[1:], NO_LOSS)
+        start += length
+    return MicroBatch(text_ids, labels, torch.tensor(lengths), tuple(images_per_sample), tuple(keys), tuple(sources), packed)
 
 
 def without_loss(batch: StepBatch, samples: Collection[int]) -> StepBatch:
@@ -85,7 +115,12 @@ def without_loss(batch: StepBatch, samples: Collection[int]) -> StepBatch:
     for micro_batch in batch.micro_batches:
         end = first + len(micro_batch.keys)
         labels = micro_batch.labels.clone()
-        labels[[i - first for i in samples if first <= i < end]] = NO_LOSS
+        starts = [0, *micro_batch.text_lengths.cumsum(0).tolist()]
+        for i in (sample - first for sample in samples if first <= sample < end):
+            if micro_batch.packed:
+                labels[0, starts[i] : starts[i + 1]] = NO_LOSS
+            else:
+                labels[i] = NO_LOSS
         micro_batches.append(dataclasses.replace(micro_batch, labels=labels))
         first = end
     return dataclasses.replace(batch, micro_batches=tuple(micro_batches))

@@ -1,18 +1,19 @@
-"""Step number in, `StepBatch` out: the plan made real by reading, tokenizing and decoding, in worker processes or here.
+"""Steps planned in, `StepBatch` out: the plan made real by reading, tokenizing and decoding, in worker processes or here.
 
-Every rank computes the same plan from (manifest, seed, step): samples [s*G, (s+1)*G) of the order are global batch s, and
-micro-batch j of data rank r takes the (j*D + r)-th run of m samples in it. So resuming is asking for a later step, and any
-number of data ranks that divides the batch reads the same global batches.
+The training process plans (plan.py) and hands each step to a worker, which reads what this rank needs of it: the texts where
+its pipeline stage reads any, and its share of the images. A step is a pure function of its plan, so workers have no state.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -20,78 +21,75 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from himix_megatron.config import DataConfig, TrainConfig, VisionConfig
+from himix_megatron.config import DataConfig, VisionConfig
 from himix_megatron.data import conversation, image
 from himix_megatron.data.batch import StepBatch, collate, share_of, without_loss
 from himix_megatron.data.conversation import EncodedText
-from himix_megatron.data.order import Order
+from himix_megatron.data.order import Numbers
+from himix_megatron.data.plan import Plan, StepPlan
 from himix_megatron.data.schema import BadSampleError
-from himix_megatron.data.shards import ShardDataset
 from himix_megatron.data.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 
-# A text that cannot be read leaves one token in its slot, with no loss.
-UNREADABLE = EncodedText(np.zeros(1, np.int64), np.zeros(1, np.bool_), was_cut=False)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reads:
+    """What of each step one rank reads."""
+
+    data_rank: int = 0
+    data_size: int = 1
+    """Which micro-batches."""
+    texts: bool = True
+    """Middle pipeline stages need the shape of the texts only, which the plan knows."""
+    image_rank: int = 0
+    image_size: int = 1
+    """Which of their images: part `image_rank` of `image_size` (the ranks of a replica that share the work)."""
 
 
-class StepDataset(Dataset[StepBatch]):
-    """The steps of a run, as one rank sees them. `dataset[step]` is a pure function of the step and the arguments here.
+class StepReader(Dataset[StepBatch]):
+    """Reads planned steps as one rank sees them: `reader[step_plan]`.
 
-    `data_rank` of `data_size` says which samples, `replica_rank` of `replica_size` (the TP x PP ranks that share a model)
-    which of their images this rank decodes. Texts are padded to a multiple of `pad_multiple` tokens.
+    Texts are padded to a multiple of `pad_multiple` tokens, the same length for all micro-batches of a step.
     Raises: ValueError when the global batch does not divide, or the tokenizer does not fit the template.
     """
 
     def __init__(
         self,
-        dataset: ShardDataset,
+        plan: Plan,
         *,
-        data_config: DataConfig,
         vision_config: VisionConfig,
-        train_config: TrainConfig,
-        text_only: Literal["zero_image", "none"],
-        data_rank: int = 0,
-        data_size: int = 1,
-        replica_rank: int = 0,
-        replica_size: int = 1,
+        micro_batch: int,
+        reads: Reads,
         pad_multiple: int = 1,
     ) -> None:
-        assert train_config.global_batch_samples is not None
-        if train_config.global_batch_samples % (data_size * train_config.micro_batch_samples):
+        if plan.global_batch % (reads.data_size * micro_batch):
             raise ValueError(
-                f"train.global_batch_samples ({train_config.global_batch_samples}) is not a multiple of {data_size} "
-                f"data-parallel ranks x train.micro_batch_samples ({train_config.micro_batch_samples})"
+                f"the global batch ({plan.global_batch}) is not a multiple of {reads.data_size} data-parallel ranks x "
+                f"{micro_batch} in a micro-batch"
             )
-        self.dataset, self.order = dataset, Order(len(dataset), train_config.seed, dataset.fingerprint)
-        self.data_config, self.vision_config, self.train_config = data_config, vision_config, train_config
-        self.tokenizer = load_tokenizer(data_config.tokenizer)
-        conversation.check_tokenizer(self.tokenizer, data_config.template)
-        self.images_without = 1 if text_only == "zero_image" else 0
-        self.data_rank, self.data_size = data_rank, data_size
-        self.replica_rank, self.replica_size = replica_rank, replica_size
-        self.pad_multiple = pad_multiple
-        self._text(0, dataset.key(0))  # a template that does not suit the data is known now, not inside a worker
+        # What workers get: they need no order, no packs.
+        self.datasets, self.config, self.vision_config = plan.datasets, plan.config, vision_config
+        self.text_tokens, self.images = plan.text_tokens, plan.images
+        self.micro_batch, self.reads, self.pad_multiple = micro_batch, reads, pad_multiple
+        self.tokenizer = load_tokenizer(self.config.tokenizer)
+        conversation.check_tokenizer(self.tokenizer, self.config.template)
 
-    def samples_of(self, step: int) -> list[int]:
-        """The sample numbers of this rank's micro-batches, one after the other."""
-        size, each = self.train_config.global_batch_samples, self.train_config.micro_batch_samples
-        assert size is not None
-        starts = range(step * size + self.data_rank * each, (step + 1) * size, self.data_size * each)
-        return [self.order[position] for start in starts for position in range(start, start + each)]
-
-    def __getitem__(self, step: int) -> StepBatch:
-        """Read one step. Raises: OSError when the machine fails; ValueError for a text the template refuses."""
-        samples = self.samples_of(step)
-        keys = [self.dataset.key(i) for i in samples]
-        num_images = [self.dataset.num_images(i) or self.images_without for i in samples]
-        texts = [self._text(i, key) for i, key in zip(samples, keys, strict=True)]
-        bad_texts = {slot for slot, text in enumerate(texts) if text is None}
-        read = [text or UNREADABLE for text in texts]
+    def __getitem__(self, step: StepPlan) -> StepBatch:
+        """Read one step. Raises: OSError when the machine fails, naming the sample."""
+        reads = self.reads
+        parts = step.share(reads.data_rank, reads.data_size, self.micro_batch)
+        samples = np.concatenate([pack for part in parts for pack in part]).tolist()
+        keys = [self.datasets.key(i) for i in samples]
+        sources = [self.datasets.source(i) for i in samples]
+        num_images = self.images[samples].tolist()
+        texts = [self._text(i, key) if reads.texts else None for i, key in zip(samples, keys, strict=True)]
+        bad_texts = {slot for slot, text in enumerate(texts) if text is None} if reads.texts else set()
 
         places = [(slot, k) for slot, count in enumerate(num_images) for k in range(count)]
-        blank = torch.tensor([slot in bad_texts or not self.dataset.num_images(samples[slot]) for slot, _ in places]).bool()
-        share = share_of(len(places), self.replica_rank, self.replica_size)
+        has_none = (self.datasets.images[samples] == 0).tolist()
+        blank = torch.tensor([slot in bad_texts or has_none[slot] for slot, _ in places], dtype=torch.bool)
+        share = share_of(len(places), reads.image_rank, reads.image_size)
         pixels, bad_images = self._pixels(
             [(samples[places[n][0]], places[n][1]) for n in share], blank[share.start : share.stop]
         )
@@ -99,33 +97,50 @@ class StepDataset(Dataset[StepBatch]):
             blank[share.start + n] = True
         bad = sorted(bad_texts | {places[share.start + n][0] for n in bad_images})
 
-        longest = max(len(text.ids) for text in read)
-        padded, each = -(-longest // self.pad_multiple) * self.pad_multiple, self.train_config.micro_batch_samples
-        parts = [slice(start, start + each) for start in range(0, len(samples), each)]
+        lengths = self.text_tokens[samples]
+        longest = max(self._width(part) for part in parts)
+        padded = -(-longest // self.pad_multiple) * self.pad_multiple
+        micro_batches, first = [], 0
+        for part in parts:
+            own = slice(first, first + sum(map(len, part)))
+            first = own.stop
+            facts = (lengths[own].tolist(), num_images[own], keys[own], sources[own])
+            micro_batches.append(collate(texts[own], *facts, padded, packed=self.config.packs))
         batch = StepBatch(
-            step=step,
-            micro_batches=tuple(collate(read[part], num_images[part], keys[part], padded) for part in parts),
+            step=step.step,
+            micro_batches=tuple(micro_batches),
             blank=blank,
             pixels=pixels,
             bad_keys=tuple(keys[slot] for slot in bad),
+            after=step.after,
+            is_last=step.is_last,
+            num_samples=step.num_samples,
             bad_samples=tuple(bad),
-            num_cut=sum(text.was_cut for text in read),
+            num_cut=int((self.datasets.text_tokens[samples] > lengths).sum()),
         )
-        return without_loss(batch, bad) if self.replica_size == 1 else batch
+        return without_loss(batch, bad)
+
+    def _width(self, part: tuple[Numbers, ...]) -> int:
+        """Tokens that a micro-batch needs in its longest row."""
+        rows = [self.text_tokens[pack] for pack in part]
+        return max(int(row.sum()) for row in rows)
 
     def _text(self, i: int, key: str) -> EncodedText | None:
-        """A sample's text; None where its bytes are damaged, or the template has no place for its turns."""
-        config = self.data_config
-        try:
-            sample = self.dataset.text(i)
-        except BadSampleError as error:
-            log.warning("%s is left out of the loss: %s", key, error.detail)
-            return None
-        try:
-            return conversation.encode(sample, self.tokenizer, config.template, config.max_text_tokens)
-        except ValueError as error:
-            log.warning("%s is left out of the loss: %s", key, error)
-            return None
+        """A sample's text; None where its bytes are damaged."""
+        dataset, number = self.datasets.locate(i)
+        with _naming(key):
+            try:
+                sample = dataset.text(number)
+            except BadSampleError as error:
+                log.warning("%s is left out of the loss: %s", key, error.detail)
+                return None
+            text = conversation.encode(sample, self.tokenizer, self.config.template, self.config.max_text_tokens)
+            if len(text.ids) != self.text_tokens[i]:
+                raise RuntimeError(
+                    f"its text has {len(text.ids)} tokens, and {self.text_tokens[i]} were counted before: the tokenizer gives "
+                    f"other ids than it did, delete {dataset.path}/lengths"
+                )
+            return text
 
     def _pixels(self, images: list[tuple[int, int]], blank: Tensor) -> tuple[Tensor, list[int]]:
         """Decode images (sample, image) that are not blank. Returns: uint8[len, 3, H, W], and which of them are damaged."""
@@ -134,21 +149,33 @@ class StepDataset(Dataset[StepBatch]):
         for n, (i, k) in enumerate(images):
             if blank[n]:
                 continue
-            try:
-                pixels[n] = torch.from_numpy(image.decode(self.dataset.image_bytes(i, k), self.vision_config))
-            except BadSampleError as error:
-                log.warning("%s is left out of the loss: image %d, %s", self.dataset.key(i), k, error.detail)
-                damaged.append(n)
+            dataset, number = self.datasets.locate(i)
+            with _naming(self.datasets.key(i)):
+                try:
+                    pixels[n] = torch.from_numpy(image.decode(dataset.image_bytes(number, k), self.vision_config))
+                except BadSampleError as error:
+                    log.warning("%s is left out of the loss: image %d, %s", self.datasets.key(i), k, error.detail)
+                    damaged.append(n)
         return pixels, damaged
 
 
-def step_loader(dataset: StepDataset, first_step: int, last_step: int, num_workers: int) -> Iterator[StepBatch]:
-    """Steps first_step <= step < last_step in order, read ahead by worker processes (0: read here, when asked for)."""
+@contextlib.contextmanager
+def _naming(key: str) -> Iterator[None]:
+    """Whatever goes wrong says at which sample."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"while reading {key}")
+        raise
+
+
+def step_loader(reader: StepReader, steps: Iterable[StepPlan], num_workers: int) -> Iterator[StepBatch]:
+    """The planned steps, read in order; read ahead by worker processes (0: read here, when asked for)."""
     return iter(
         DataLoader(
-            dataset,
+            reader,
             batch_size=None,
-            sampler=range(first_step, last_step),
+            sampler=steps,
             num_workers=num_workers,
             collate_fn=_as_it_is,
             generator=torch.Generator(),  # else each loader would draw a number from the training's random state

@@ -4,6 +4,7 @@
     OUT/shards/NAME-000000.idx          header, sample table, image table (little-endian; dtypes below)
     OUT/receipts/NAME-000000.json       a `Receipt`: the shard exists when this does
     OUT/quarantine/NAME-000000.jsonl    the rows left out, each with its reason; only where there are any
+    OUT/lengths/COLUMN/NAME-000000.len  each sample's text in tokens, for one tokenizer and template; can be added at any time
     OUT/manifest.json                   a `Manifest`, written last: the dataset exists when this does
 
 KEY is the row's number in the source, so keys are unique whatever the ids are. KEY.json holds `id` and `conversations` in
@@ -36,6 +37,10 @@ SAMPLE_RECORD = np.dtype(
 """32 bytes: where KEY.json's content lies in the tar, the source row, and which image records are its own."""
 IMAGE_RECORD = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4"), ("width", "<u4"), ("height", "<u4")])
 """24 bytes: where the image's content lies in the tar, and its pixels as seen (after EXIF rotation)."""
+
+LENGTHS_MAGIC = b"HIMIXLEN"
+LENGTHS_HEADER = np.dtype([("magic", "S8"), ("version", "<u4"), ("num_samples", "<u4"), ("crc32", "<u4"), ("shard", "V16")])
+"""36 bytes, before a uint32 for each sample; `crc32` is of those, `shard` the start of the tar's SHA-256."""
 
 BLOCK = 512
 """Bytes of a tar block: headers take one, contents are padded to a multiple."""
@@ -198,6 +203,31 @@ def decode_index(data: bytes | memoryview) -> tuple[Records, Records]:
         np.frombuffer(data, SAMPLE_RECORD, count=num_samples, offset=start),
         np.frombuffer(data, IMAGE_RECORD, count=num_images, offset=middle),
     )
+
+
+def lengths_path(folder: Path, column: str, name: str) -> Path:
+    """Where the text lengths of one shard are. `column`: see lengths.py."""
+    return folder / "lengths" / column / f"{name}.len"
+
+
+def encode_lengths(lengths: npt.NDArray[np.uint32], tar: FileDigest) -> bytes:
+    """The length file's bytes for the shard with this tar."""
+    table = lengths.astype("<u4").tobytes()
+    shard = np.void(bytes.fromhex(tar.sha256)[:16])
+    return np.array((LENGTHS_MAGIC, SCHEMA_VERSION, len(lengths), zlib.crc32(table), shard), LENGTHS_HEADER).tobytes() + table
+
+
+def decode_lengths(data: bytes, tar: FileDigest, num_samples: int) -> npt.NDArray[np.uint32]:
+    """uint32[num_samples]. Raises: ValueError when the bytes are damaged, or belong to another shard."""
+    header = np.frombuffer(data, LENGTHS_HEADER, count=1)[0] if len(data) >= LENGTHS_HEADER.itemsize else None
+    if header is None or header["magic"] != LENGTHS_MAGIC or header["version"] != SCHEMA_VERSION:
+        raise ValueError(f"not a length column of schema version {SCHEMA_VERSION}")
+    if bytes(header["shard"]) != bytes.fromhex(tar.sha256)[:16] or header["num_samples"] != num_samples:
+        raise ValueError("it was made from another shard")
+    table = memoryview(data)[LENGTHS_HEADER.itemsize :]
+    if len(table) != 4 * num_samples or zlib.crc32(table) != header["crc32"]:
+        raise ValueError("its checksum does not match its content")
+    return np.frombuffer(table, "<u4")
 
 
 def to_json(record: Receipt | Manifest) -> str:

@@ -138,6 +138,7 @@ class HuggingFaceTokenizer:
         return str(getattr(self._tokenizer, f"{name}_token")) if name in ("bos", "eos") else name
 
 
+@functools.lru_cache(maxsize=4)  # a large vocabulary takes seconds
 def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer that `data.tokenizer` names: `bytes`, or a folder.
 

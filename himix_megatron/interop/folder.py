@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..checkpoint import Position, check_architecture, read_tower, store_tower, write_description
 from ..config import Config, ModelConfig, from_json, to_json
+from ..data.plan import START
 from .authors import join, layout
 from .mapped import Scratch
 from .stages import TE_NAMES
@@ -79,7 +80,7 @@ def write_run(
     progress("writing the checkpoint")
     dist_checkpointing.save({"model0": state}, str(checkpoint))
     # Nothing trained: a run that would continue in this folder is told to start a new one from it.
-    write_description(checkpoint, config, Position(step=0, samples=0, data=""), (), store_tower(out, tower), None)
+    write_description(checkpoint, config, Position(step=0, place=START, data={}), (), store_tower(out, tower), None)
     return checkpoint
 
 

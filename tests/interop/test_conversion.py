@@ -13,6 +13,7 @@ from torch import Tensor
 
 from himix_megatron.checkpoint import find_checkpoint
 from himix_megatron.config import ParallelConfig
+from himix_megatron.data.plan import START
 from himix_megatron.generate import Answerer
 from himix_megatron.interop.authors import AsAuthors, is_new
 from himix_megatron.interop.folder import StoredWeights, read_config
@@ -137,7 +138,7 @@ def save_again(checkpoint: Path, run: Path) -> Path:
     checkpoints = Checkpoints(config, stages, build_optimizer(config, stages), tower)
     checkpoints.load_weights(checkpoint)
     run.mkdir()
-    checkpoints.save(Position(step=1, samples=1, data=""))
+    checkpoints.save(Position(step=1, place=START, data={}))
     parallel.shutdown()
     return run / "checkpoints" / "step-00000001"
 

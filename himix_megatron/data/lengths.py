@@ -1,0 +1,157 @@
+"""How many tokens each sample's text has, for one tokenizer and template: a column beside the index, four bytes a sample.
+
+Packs are planned from it, and pipeline stages that read no text know its shape. Flows in: a dataset folder; out: a file a
+shard under OUT/lengths/COLUMN/, and all of them as one array. Preprocessing writes it while it has the texts at hand;
+otherwise the first run that needs it does. Lengths are of whole texts: what a run cuts is its own business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import functools
+import json
+import logging
+import multiprocessing
+import os
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from himix_megatron.data import conversation, schema
+from himix_megatron.data.schema import Receipt
+from himix_megatron.data.shards import DamagedShardError, ShardDataset
+from himix_megatron.data.tokenizer import Tokenizer, load_tokenizer
+
+log = logging.getLogger(__name__)
+
+Lengths = npt.NDArray[np.uint32]
+
+UNUSABLE = 0
+"""Length of a text that the template has no place for."""
+
+FEW_SAMPLES = 20_000
+"""So many are counted in this process: starting others takes longer."""
+
+
+def column_of(tokenizer: Tokenizer, template: str) -> str:
+    """The column's name: the same for the same ids."""
+    form = dataclasses.asdict(conversation.template_of(template, tokenizer))
+    return schema.hash_of([tokenizer.fingerprint, form])[:16]
+
+
+def make_column(folder: Path, receipt: Receipt, tokenizer: str, template: str) -> bool:
+    """Count the tokens of one shard's texts, unless that is done.
+
+    Args: `tokenizer`, `template`: as in DataConfig.
+    Returns: whether the column was written. Raises: DamagedShardError for a text that is not what was written.
+    """
+    spelled = load_tokenizer(tokenizer)
+    column = column_of(spelled, template)
+    if read_column(folder, receipt, column) is not None:
+        return False
+    lengths = np.array([_count(text, spelled, template) for text in _texts(folder, receipt)], np.uint32)
+    path = schema.lengths_path(folder, column, receipt.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with partial.open("wb") as file:
+        file.write(schema.encode_lengths(lengths, receipt.tar))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    return True
+
+
+def read_column(folder: Path, receipt: Receipt, column: str) -> Lengths | None:
+    """uint32[num_samples] of one shard; None where there is none, or one that cannot be trusted (it is then made again)."""
+    try:
+        data = schema.lengths_path(folder, column, receipt.name).read_bytes()
+        return schema.decode_lengths(data, receipt.tar, receipt.num_samples)
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def text_lengths(dataset: ShardDataset, tokenizer: str, template: str) -> Lengths:
+    """uint32[len(dataset)], in the order of the samples; counted now where nobody has yet.
+
+    Of many processes that ask at once for the same folder, one counts and the others wait.
+    Raises: ValueError when the folder cannot be written, or its texts are damaged.
+    """
+    column = column_of(load_tokenizer(tokenizer), template)
+
+    def read() -> list[Lengths | None]:
+        return [read_column(dataset.path, receipt, column) for receipt in dataset.manifest.shards]
+
+    found = read()
+    if any(lengths is None for lengths in found):
+        try:
+            with _one_at_a_time(dataset.path, column):
+                missing = [shard for shard, lengths in zip(dataset.manifest.shards, read(), strict=True) if lengths is None]
+                _make_all(dataset.path, missing, tokenizer, template)
+        except DamagedShardError as error:
+            raise ValueError(f"{error}: run the preprocessing again, it makes only what is missing or damaged") from None
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            raise ValueError(
+                f"{dataset.path} has no text lengths for --data.tokenizer {tokenizer} --data.template {template}, and they "
+                f"cannot be written there ({os.strerror(error.errno)}): preprocess with --tokenizer {tokenizer} --template "
+                f"{template}, or make the folder writable"
+            ) from None
+        found = read()
+    return np.concatenate([np.zeros(0, np.uint32), *(lengths for lengths in found if lengths is not None)])
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path, column: str) -> Iterator[None]:
+    """Hold the column's lock. Where a file system has no locks two may count: the files come out the same."""
+    place = folder / "lengths" / column
+    place.mkdir(parents=True, exist_ok=True)
+    with (place / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _make_all(folder: Path, receipts: Sequence[Receipt], tokenizer: str, template: str) -> None:
+    num_samples = sum(receipt.num_samples for receipt in receipts)
+    make = functools.partial(make_column, folder, tokenizer=tokenizer, template=template)
+    if num_samples <= FEW_SAMPLES or len(receipts) == 1:
+        for receipt in receipts:
+            make(receipt)
+        return
+    log.info("counting the text tokens of %d samples in %s, once for this tokenizer and template", num_samples, folder)
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+        for number, _ in enumerate(pool.map(make, receipts), 1):
+            if number % 100 == 0:
+                log.info("text tokens: %d of %d shards counted", number, len(receipts))
+
+
+def _texts(folder: Path, receipt: Receipt) -> Iterator[dict[str, Any]]:
+    """The texts of one shard, in order; it needs no manifest."""
+    paths = schema.shard_paths(folder, receipt.name)
+    try:
+        samples, _ = schema.decode_index(paths.index.read_bytes())
+    except ValueError as error:
+        raise DamagedShardError(f"{paths.index}: {error} ({receipt.num_samples} samples at stake)") from None
+    with paths.tar.open("rb") as file:
+        for record in samples:
+            data = os.pread(file.fileno(), int(record["size"]), int(record["offset"]))
+            if len(data) != record["size"] or zlib.crc32(data) != record["crc32"]:
+                key = schema.sample_key(int(record["row"]))
+                raise DamagedShardError(f"the text of {receipt.name}/{key} does not match its checksum")
+            yield json.loads(data)
+
+
+def _count(text: dict[str, Any], tokenizer: Tokenizer, template: str) -> int:
+    try:
+        return len(conversation.encode(text, tokenizer, template, sys.maxsize).ids)
+    except ValueError:
+        return UNUSABLE
