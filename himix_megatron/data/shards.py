@@ -1,25 +1,59 @@
 """A dataset folder in, samples out. The layout is schema.py's, the writer writing.py's.
 
-Reading goes by index and `pread`, one call per member, each checked against its CRC-32.
+Reading goes by index and `pread`, one call per member, each checked against its CRC-32. A dataset on S3 is read from whole
+shards that cache.py keeps on this machine.
 """
 
 from __future__ import annotations
 
 import json
-import mmap
 import os
+import struct
 import zlib
+from bisect import bisect_right
 from collections import OrderedDict
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from himix_megatron.data import schema
-from himix_megatron.data.schema import BadSampleError, Receipt, Records
+from himix_megatron.data import cache, schema
+from himix_megatron.data.cache import DamagedFileError, Remote, ShardCache
+from himix_megatron.data.schema import BadSampleError, Manifest, Receipt
 
-MAX_OPEN_TARS = 128
-"""Per process; the one used longest ago is closed. The usual limit of open files is 1,024."""
+MAX_OPEN_SHARDS = 64
+"""Per dataset and process; the one opened first is closed. A run may mix several datasets, and the usual limit of open files
+is 1,024. As many indexes are held, some 64 KB each: neither grows with the dataset."""
+
+
+class SampleRecord(NamedTuple):
+    """schema.SAMPLE_RECORD as numbers."""
+
+    offset: int
+    row: int
+    size: int
+    crc32: int
+    first_image: int
+    num_images: int
+
+
+class ImageRecord(NamedTuple):
+    """schema.IMAGE_RECORD as numbers."""
+
+    offset: int
+    size: int
+    crc32: int
+    width: int
+    height: int
+
+
+# One record at a time, these are five times faster than numpy's.
+SAMPLE_FIELDS = struct.Struct("<QQIIII")
+IMAGE_FIELDS = struct.Struct("<QIIII")
+assert (SampleRecord._fields, SAMPLE_FIELDS.size) == (schema.SAMPLE_RECORD.names, schema.SAMPLE_RECORD.itemsize)
+assert (ImageRecord._fields, IMAGE_FIELDS.size) == (schema.IMAGE_RECORD.names, schema.IMAGE_RECORD.itemsize)
 
 
 class DamagedShardError(RuntimeError):
@@ -52,50 +86,69 @@ def verify_shard(folder: Path, receipt: Receipt) -> list[str]:
 class ShardDataset:
     """A finished dataset, by sample number 0 .. len - 1 in source order. Reading is by position: it keeps no state.
 
+    `location` is a folder, file:// or s3://; what is remote goes through a cache in `cache_dir` (None: the user's) of at most
+    `cache_bytes`, for all processes of the machine together. With `checksums` False members are handed out as they are read.
     It can be sent to worker processes; each opens the files it needs.
-    Raises: ValueError where there is no finished dataset, or where a shard is missing or has another size than the manifest
-    says. (Contents are checked as they are read; `verify_shard` checks them all.)
+    Raises: ValueError where there is no finished dataset, where a shard is missing or has another size than the manifest says
+    (contents are checked as they are read; `verify_shard` checks them all), or where a shard does not fit into the cache.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        file = schema.manifest_path(self.path)
-        if not file.is_file():
-            raise ValueError(
-                f"{self.path} is not a shard dataset (no {file.name}): make one with python -m pipelines.preprocess "
-                f"--source llava --annotations FILE.json --images DIR --out {self.path}"
-            )
-        try:
-            self.manifest = schema.manifest_from_json(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
-        for shard in self.manifest.shards:
-            paths = schema.shard_paths(self.path, shard.name)
-            for part, wanted in ((paths.tar, shard.tar), (paths.index, shard.index)):
-                if not part.is_file() or part.stat().st_size != wanted.bytes:
-                    state = f"has {part.stat().st_size} bytes, not {wanted.bytes}" if part.is_file() else "is missing"
-                    raise ValueError(f"{part} {state}: run the preprocessing again, it makes only what is missing or damaged")
+    def __init__(
+        self,
+        location: str | Path,
+        *,
+        cache_dir: Path | None = None,
+        cache_bytes: int = cache.DEFAULT_BYTES,
+        checksums: bool = True,
+    ) -> None:
+        folder = cache.local_folder(location)
+        self.location, self.checksums = str(location), checksums
+        self._remote = Remote(self.location) if folder is None else None
+        self._cache = ShardCache(cache_dir, cache_bytes) if folder is None else None
+        self.manifest = self._read_manifest(folder)
         self.fingerprint = self.manifest.fingerprint
-        self._ends = np.cumsum([shard.num_samples for shard in self.manifest.shards])
-        self._indexes: dict[int, tuple[Records, Records]] = {}
+        if self._cache is None or self._remote is None:
+            assert folder is not None
+            self.path = folder
+            self._check_files()
+        else:
+            self.path = self._cache.folder / self.fingerprint[:32]
+            self._keep_indexes(self._cache, self._remote)
+        self._ends = list(accumulate(self.shard_sizes()))
+        self._indexes: OrderedDict[int, _Index] = OrderedDict()
         self._tars: OrderedDict[int, int] = OrderedDict()
+        self._last_shard = -1
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether shards are fetched before they are read. `path` is then the dataset's part of the cache."""
+        return self._remote is not None
 
     def __len__(self) -> int:
         return self.manifest.num_samples
 
+    def shard_sizes(self) -> list[int]:
+        """Samples of each shard, in order."""
+        return [shard.num_samples for shard in self.manifest.shards]
+
+    def image_counts(self) -> npt.NDArray[np.uint32]:
+        """uint32[len]: images of every sample."""
+        counts = [self._index(shard).samples["num_images"] for shard in range(len(self._ends))]
+        return np.concatenate([np.zeros(0, np.uint32), *counts]).astype(np.uint32, copy=False)
+
     def num_images(self, i: int) -> int:
         """Images of sample i."""
-        return int(self._sample(i)[1]["num_images"])
+        return self._sample(i)[1].num_images
 
     def image_size(self, i: int, k: int) -> tuple[int, int]:
         """(width, height) of image k of sample i as seen."""
         record = self._image(i, k)[1]
-        return int(record["width"]), int(record["height"])
+        return record.width, record.height
 
     def key(self, i: int) -> str:
         """SHARD/KEY of sample i, for logs and errors."""
         shard, record = self._sample(i)
-        return f"{self.manifest.shards[shard].name}/{schema.sample_key(int(record['row']))}"
+        return f"{self.manifest.shards[shard].name}/{schema.sample_key(record.row)}"
 
     def text(self, i: int) -> dict[str, Any]:
         """Sample i without its images: `id` and `conversations`.
@@ -103,64 +156,172 @@ class ShardDataset:
         Raises: BadSampleError when its bytes are not those that were written; OSError when the machine fails.
         """
         shard, record = self._sample(i)
-        sample = json.loads(self._read(shard, record, i, "its text"))
-        assert isinstance(sample, dict)
-        return sample
+        return _as_text(self._read(self._tar(shard), record, i, None))
 
     def image_bytes(self, i: int, k: int) -> bytes:
         """The file of image k of sample i. Raises: as `text`."""
         shard, record = self._image(i, k)
-        return self._read(shard, record, i, f"image {k}")
+        return self._read(self._tar(shard), record, i, k)
 
-    def _sample(self, i: int) -> tuple[int, np.void]:
-        """Its shard's number, and its record."""
-        if not 0 <= i < len(self):
+    def members(self, i: int) -> list[bytes]:
+        """All of sample i as it is stored: its JSON text, then its images. Raises: as `text`."""
+        shard, record = self._sample(i)
+        index, tar = self._index(shard), self._tar(shard)
+        members = [self._read(tar, record, i, None)]
+        for k in range(record.num_images):
+            members.append(self._read(tar, index.image(record.first_image + k), i, k))
+        return members
+
+    def sample(self, i: int) -> tuple[dict[str, Any], list[bytes]]:
+        """`text` and every `image_bytes` of sample i, looked up once. Raises: as `text`."""
+        text, *images = self.members(i)
+        return _as_text(text), images
+
+    # ---- opening ---------------------------------------------------------------------------------------------------
+
+    def _read_manifest(self, folder: Path | None) -> Manifest:
+        name = schema.manifest_path(Path()).name
+        try:
+            if self._remote is None:
+                assert folder is not None
+                text = schema.manifest_path(folder).read_text(encoding="utf-8")
+            else:
+                text = self._remote.read(name).decode()
+        except (FileNotFoundError, NotADirectoryError):
+            raise ValueError(
+                f"{self.location} is not a shard dataset (no {name}): make one with python -m pipelines.preprocess "
+                f"--source llava --annotations FILE.json --images DIR --out {self.location}"
+            ) from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.location}/{name}: {error}") from None
+        try:
+            return schema.manifest_from_json(text)
+        except ValueError as error:
+            raise ValueError(f"{self.location}/{name}: {error}") from None
+
+    def _check_files(self) -> None:
+        """See that a local dataset's files are there, and as long as they should be."""
+        for shard in self.manifest.shards:
+            paths = schema.shard_paths(self.path, shard.name)
+            for part, wanted in ((paths.tar, shard.tar), (paths.index, shard.index)):
+                if not part.is_file() or part.stat().st_size != wanted.bytes:
+                    state = f"has {part.stat().st_size} bytes, not {wanted.bytes}" if part.is_file() else "is missing"
+                    raise ValueError(f"{part} {state}: run the preprocessing again, it makes only what is missing or damaged")
+
+    def _keep_indexes(self, kept: ShardCache, remote: Remote) -> None:
+        """See that a remote dataset's indexes are here, and that its shards can be."""
+        relative = [schema.shard_paths(Path(), shard.name) for shard in self.manifest.shards]
+        for shard, paths in zip(self.manifest.shards, relative, strict=True):
+            kept.check_fits(f"{self.location}/{paths.tar}", shard.tar.bytes)
+        wanted = {str(paths.index): shard.index for shard, paths in zip(self.manifest.shards, relative, strict=True)}
+        try:
+            kept.keep_small(remote, self.path, wanted)
+        except (DamagedFileError, FileNotFoundError) as error:
+            raise ValueError(f"{error}: run the preprocessing again, it makes only what is missing or damaged") from None
+
+    # ---- reading ---------------------------------------------------------------------------------------------------
+
+    def _place(self, i: int) -> tuple[int, int]:
+        """The shard of sample i, and its number there."""
+        if not 0 <= i < self.manifest.num_samples:
             raise IndexError(f"sample {i} of {len(self)}")
-        shard = int(np.searchsorted(self._ends, i, side="right"))
-        return shard, self._index(shard)[0][i - int(self._ends[shard]) + self.manifest.shards[shard].num_samples]
+        shard = bisect_right(self._ends, i)
+        return shard, i - self._ends[shard] + self.manifest.shards[shard].num_samples
 
-    def _image(self, i: int, k: int) -> tuple[int, np.void]:
+    def _sample(self, i: int) -> tuple[int, SampleRecord]:
+        """The shard of sample i, and its record."""
+        shard, place = self._place(i)
+        return shard, self._index(shard).sample(place)
+
+    def _image(self, i: int, k: int) -> tuple[int, ImageRecord]:
+        """The shard of sample i, and the record of its image k."""
         shard, sample = self._sample(i)
-        if not 0 <= k < sample["num_images"]:
-            raise IndexError(f"image {k} of {sample['num_images']} of {self.key(i)}")
-        return shard, self._index(shard)[1][int(sample["first_image"]) + k]
+        if not 0 <= k < sample.num_images:
+            raise IndexError(f"image {k} of {sample.num_images} of {self.key(i)}")
+        return shard, self._index(shard).image(sample.first_image + k)
 
-    def _index(self, shard: int) -> tuple[Records, Records]:
-        """The tables of one shard, mapped into memory: processes of one machine share the pages."""
-        if shard not in self._indexes:
+    def _read(self, tar: int, record: SampleRecord | ImageRecord, i: int, k: int | None) -> bytes:
+        """One member of sample i: its text, or image k."""
+        try:
+            data = os.pread(tar, record.size, record.offset)
+        except OSError as error:
+            error.add_note(f"while reading {_member(k)} of {self.key(i)}")
+            raise
+        if len(data) != record.size or (self.checksums and zlib.crc32(data) != record.crc32):
+            raise BadSampleError("damaged_shard", f"{_member(k)} of {self.key(i)} does not match its checksum")
+        return data
+
+    def _index(self, shard: int) -> _Index:
+        """The tables of one shard."""
+        index = self._indexes.get(shard)
+        if index is None:
             receipt = self.manifest.shards[shard]
             path = schema.shard_paths(self.path, receipt.name).index
-            with path.open("rb") as file:
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             try:
-                self._indexes[shard] = schema.decode_index(memoryview(data))
+                index = _Index(path.read_bytes())
             except ValueError as error:
                 raise DamagedShardError(f"{path}: {error} ({receipt.num_samples} samples at stake)") from None
-        return self._indexes[shard]
-
-    def _read(self, shard: int, record: np.void, i: int, what: str) -> bytes:
-        size = int(record["size"])
-        try:
-            data = os.pread(self._tar(shard), size, int(record["offset"]))
-        except OSError as error:
-            error.add_note(f"while reading {what} of {self.key(i)}")
-            raise
-        if len(data) != size or zlib.crc32(data) != record["crc32"]:
-            raise BadSampleError("damaged_shard", f"{what} of {self.key(i)} does not match its checksum")
-        return data
+            if len(self._indexes) >= MAX_OPEN_SHARDS:
+                self._indexes.popitem(last=False)
+            self._indexes[shard] = index
+        return index
 
     def _tar(self, shard: int) -> int:
         """An open file descriptor."""
-        if shard not in self._tars:
-            if len(self._tars) >= MAX_OPEN_TARS:
+        tar = self._tars.get(shard)
+        if tar is None:
+            for other, descriptor in list(self._tars.items()) if self.is_remote else ():
+                if os.fstat(descriptor).st_nlink == 0:  # deleted to make room: closing it gives its bytes back
+                    os.close(self._tars.pop(other))
+            if len(self._tars) >= MAX_OPEN_SHARDS:
                 os.close(self._tars.popitem(last=False)[1])
-            self._tars[shard] = os.open(schema.shard_paths(self.path, self.manifest.shards[shard].name).tar, os.O_RDONLY)
-        self._tars.move_to_end(shard)
-        return self._tars[shard]
+            tar = self._tars[shard] = self._open_tar(self.manifest.shards[shard])
+        elif self.is_remote and shard != self._last_shard:
+            os.utime(tar)  # used just now
+        self._last_shard = shard
+        return tar
+
+    def _open_tar(self, receipt: Receipt) -> int:
+        if self._cache is None or self._remote is None:
+            return os.open(schema.shard_paths(self.path, receipt.name).tar, os.O_RDONLY)
+        name = str(schema.shard_paths(Path(), receipt.name).tar)
+        try:
+            return self._cache.open(self._remote, self.path, name, receipt.tar)
+        except DamagedFileError as error:
+            raise DamagedShardError(f"{error} ({receipt.num_samples} samples at stake)") from None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_indexes": {}, "_tars": OrderedDict()}
+        return {**self.__dict__, "_indexes": OrderedDict(), "_tars": OrderedDict()}
 
     def __del__(self) -> None:
         for descriptor in getattr(self, "_tars", {}).values():
             os.close(descriptor)
+
+
+class _Index:
+    """The tables of one shard. Raises: ValueError saying what is wrong with the bytes."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self.samples, _ = schema.decode_index(data)
+        self._first_image = schema.INDEX_HEADER.itemsize + self.samples.nbytes
+
+    def sample(self, place: int) -> SampleRecord:
+        """Of the sample at this place of the shard."""
+        return SampleRecord._make(
+            SAMPLE_FIELDS.unpack_from(self._data, schema.INDEX_HEADER.itemsize + SAMPLE_FIELDS.size * place)
+        )
+
+    def image(self, place: int) -> ImageRecord:
+        """Of the image at this place of the shard."""
+        return ImageRecord._make(IMAGE_FIELDS.unpack_from(self._data, self._first_image + IMAGE_FIELDS.size * place))
+
+
+def _member(k: int | None) -> str:
+    return "its text" if k is None else f"image {k}"
+
+
+def _as_text(data: bytes) -> dict[str, Any]:
+    sample = json.loads(data)
+    assert isinstance(sample, dict)
+    return sample

@@ -146,7 +146,7 @@ def damaged(tmp_path):
     data = bytearray(tar.read_bytes())
     image, text = dataset._image(2, 0)[1], dataset._sample(5)[1]
     for record in (image, text):
-        data[int(record["offset"]) + 20] ^= 1
+        data[record.offset + 20] ^= 1
     tar.write_bytes(data)
     return dataset.path
 

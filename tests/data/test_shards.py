@@ -170,7 +170,7 @@ def test_an_open_dataset_can_be_sent_to_another_process(dataset):
 
 
 def test_few_files_are_kept_open(dataset, monkeypatch):
-    monkeypatch.setattr("himix_megatron.data.shards.MAX_OPEN_TARS", 1)
+    monkeypatch.setattr("himix_megatron.data.shards.MAX_OPEN_SHARDS", 1)
     for i in (0, 10, 20, 0, 10):
         assert dataset.text(i)["id"] == f"row-{i}"
         assert len(dataset._tars) == 1
