@@ -124,7 +124,7 @@ def make_plan(config: Config, data: DataConfig) -> Plan:
     """The plan over the datasets of a data section, for this run's seed and batch. Raises: ValueError, as `ShardDataset`."""
     cache_dir = None if data.cache_dir is None else Path(data.cache_dir)
     cache_bytes = int(data.cache_gib * 2**30)
-    datasets = Datasets([ShardDataset(path, cache_dir, cache_bytes) for path in data.path], data)
+    datasets = Datasets([ShardDataset(path, cache_dir=cache_dir, cache_bytes=cache_bytes) for path in data.path], data)
     without = 1 if config.model.text_only == "zero_image" else 0
     plan = Plan(datasets, data, seed=config.train.seed, global_batch=config.global_batch, images_without=without)
     if plan.left_out:

@@ -58,7 +58,11 @@ def make_column(folder: Path, receipt: Receipt, tokenizer: str, template: str) -
     column = column_of(spelled, template)
     if read_column(folder, receipt, column) is not None:
         return False
-    lengths = np.array([_count(text, spelled, template) for text in _texts(folder, receipt)], np.uint32)
+    _write(folder, receipt, column, np.array([_count(text, spelled, template) for text in _texts(folder, receipt)], np.uint32))
+    return True
+
+
+def _write(folder: Path, receipt: Receipt, column: str, lengths: Lengths) -> None:
     path = schema.lengths_path(folder, column, receipt.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -67,7 +71,6 @@ def make_column(folder: Path, receipt: Receipt, tokenizer: str, template: str) -
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
-    return True
 
 
 def read_column(folder: Path, receipt: Receipt, column: str) -> Lengths | None:
@@ -83,13 +86,16 @@ def text_lengths(dataset: ShardDataset, tokenizer: str, template: str) -> Length
     """uint32[len(dataset)], in the order of the samples; counted now where nobody has yet.
 
     Of many processes that ask at once for the same folder, one counts and the others wait.
-    Raises: ValueError when the folder cannot be written, or its texts are damaged.
+    Raises: ValueError when the tokenizer does not fit the template, the folder cannot be written, or its texts are damaged.
     """
+    conversation.check_tokenizer(load_tokenizer(tokenizer), template)
     column = column_of(load_tokenizer(tokenizer), template)
 
     def read() -> list[Lengths | None]:
         return [read_column(dataset.path, receipt, column) for receipt in dataset.manifest.shards]
 
+    if dataset.is_remote:
+        _fetch_columns(dataset, column, tokenizer, template)
     found = read()
     if any(lengths is None for lengths in found):
         try:
@@ -108,6 +114,23 @@ def text_lengths(dataset: ShardDataset, tokenizer: str, template: str) -> Length
             ) from None
         found = read()
     return np.concatenate([np.zeros(0, np.uint32), *(lengths for lengths in found if lengths is not None)])
+
+
+def _fetch_columns(dataset: ShardDataset, column: str, tokenizer: str, template: str) -> None:
+    """Bring a remote dataset's columns here. Raises: ValueError for a missing one: counting it would fetch all shards."""
+    for receipt in dataset.manifest.shards:
+        if read_column(dataset.path, receipt, column) is not None:
+            continue
+        data = dataset.fetch(str(schema.lengths_path(Path(), column, receipt.name)))
+        if data is None:
+            raise ValueError(
+                f"{dataset.location} has no text lengths for --data.tokenizer {tokenizer} --data.template {template}: "
+                f"preprocess with --tokenizer {tokenizer} --template {template}"
+            )
+        try:
+            _write(dataset.path, receipt, column, schema.decode_lengths(data, receipt.tar, receipt.num_samples))
+        except ValueError as error:
+            raise ValueError(f"{dataset.location}: text lengths of {receipt.name}: {error}: preprocess again") from None
 
 
 @contextlib.contextmanager

@@ -14,14 +14,14 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from himix_megatron.config import DataConfig, VisionConfig
+from himix_megatron.config import VisionConfig
 from himix_megatron.data import conversation, image
 from himix_megatron.data.batch import StepBatch, collate, share_of, without_loss
 from himix_megatron.data.conversation import EncodedText
@@ -51,7 +51,7 @@ class StepReader(Dataset[StepBatch]):
     """Reads planned steps as one rank sees them: `reader[step_plan]`.
 
     Texts are padded to a multiple of `pad_multiple` tokens, the same length for all micro-batches of a step.
-    Raises: ValueError when the global batch does not divide, or the tokenizer does not fit the template.
+    Raises: ValueError when the global batch does not divide.
     """
 
     def __init__(
@@ -73,7 +73,6 @@ class StepReader(Dataset[StepBatch]):
         self.text_tokens, self.images = plan.text_tokens, plan.images
         self.micro_batch, self.reads, self.pad_multiple = micro_batch, reads, pad_multiple
         self.tokenizer = load_tokenizer(self.config.tokenizer)
-        conversation.check_tokenizer(self.tokenizer, self.config.template)
 
     def __getitem__(self, step: StepPlan) -> StepBatch:
         """Read one step. Raises: OSError when the machine fails, naming the sample."""

@@ -27,7 +27,7 @@ from himix_megatron.data.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 
-WINDOW = 4096
+WINDOW = 8192
 """Samples among which packs are planned. Part of what fixes the order."""
 
 

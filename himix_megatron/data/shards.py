@@ -177,6 +177,14 @@ class ShardDataset:
         text, *images = self.members(i)
         return _as_text(text), images
 
+    def fetch(self, name: str) -> bytes | None:
+        """A small file of a remote dataset as it is there now; None where there is none."""
+        assert self._remote is not None
+        try:
+            return self._remote.read(name)
+        except FileNotFoundError:
+            return None
+
     # ---- opening ---------------------------------------------------------------------------------------------------
 
     def _read_manifest(self, folder: Path | None) -> Manifest:

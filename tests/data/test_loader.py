@@ -13,10 +13,12 @@ import torch
 
 from himix_megatron.data.batch import share_of, without_loss
 from himix_megatron.data.image import decode
-from himix_megatron.data.loader import StepDataset, step_loader
+from himix_megatron.data.lengths import text_lengths
+from himix_megatron.data.loader import Reads, StepReader, step_loader
+from himix_megatron.data.plan import Datasets, End, Plan
 from himix_megatron.data.shards import ShardDataset
 
-from .sets import VISION, data_config, mixed, train_config
+from .sets import VISION, data_config, mixed
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,15 +28,22 @@ def folder(tmp_path_factory):
     return mixed(tmp_path_factory.mktemp("mixed"), 26).path
 
 
-def plan(folder, *, text_only="zero_image", train=None, data=None, **place) -> StepDataset:
-    return StepDataset(
-        ShardDataset(folder),
-        data_config=data or data_config(),
-        vision_config=VISION,
-        train_config=train or train_config(),
-        text_only=text_only,
-        **place,
-    )
+class Steps:
+    """The steps of a run as one rank reads them, by number."""
+
+    def __init__(self, folders, *, text_only="zero_image", batch=8, micro=2, data=None, seed=1234, pad_multiple=1, **reads):
+        folders = folders if isinstance(folders, list) else [folders]
+        config = data or data_config()
+        datasets = Datasets([ShardDataset(folder) for folder in folders], config)
+        self.plan = Plan(datasets, config, seed=seed, global_batch=batch, images_without=1 if text_only == "zero_image" else 0)
+        reads = Reads(**reads)
+        self.reader = StepReader(self.plan, vision_config=VISION, micro_batch=micro, reads=reads, pad_multiple=pad_multiple)
+
+    def plans(self, first=0, last=1000):
+        return itertools.islice(self.plan.steps(End(last, None)), first, None)
+
+    def __getitem__(self, step):
+        return self.reader[next(self.plans(step))]
 
 
 def keys(batch) -> list[str]:
@@ -54,7 +63,7 @@ def assert_equal(a, b):
 
 def test_epochs_are_complete_over_steps(folder):
     """13 steps of 8 are 4 epochs of 26, batches across their borders included."""
-    seen = [key for step in range(13) for key in keys(plan(folder)[step])]
+    seen = [key for step in range(13) for key in keys(Steps(folder)[step])]
     for epoch in range(4):
         assert len(set(seen[epoch * 26 : (epoch + 1) * 26])) == 26
 
@@ -63,22 +72,22 @@ def test_epochs_are_complete_over_steps(folder):
 def test_data_ranks_share_out_the_same_global_batch(folder, data_size):
     """Micro-batch j of rank r is the (j * D + r)-th run of it."""
     for step in (0, 3, 40):
-        whole = plan(folder)[step].micro_batches
+        whole = Steps(folder)[step].micro_batches
         for rank in range(data_size):
-            mine = plan(folder, data_rank=rank, data_size=data_size)[step].micro_batches
+            mine = Steps(folder, data_rank=rank, data_size=data_size)[step].micro_batches
             assert [m.keys for m in mine] == [m.keys for m in whole[rank::data_size]]
 
 
 def test_a_batch_that_does_not_divide_is_refused(folder):
     with pytest.raises(ValueError, match=r"8\) is not a multiple of 3 data-parallel ranks"):
-        plan(folder, data_size=3)
+        Steps(folder, data_size=3)
 
 
 @pytest.mark.parametrize("replica_size", [2, 3, 8])
 @pytest.mark.parametrize("text_only", ["zero_image", "none"])
 def test_a_replicas_ranks_decode_each_image_once(folder, replica_size, text_only):
-    whole = plan(folder, text_only=text_only)[1]
-    parts = [plan(folder, text_only=text_only, replica_rank=r, replica_size=replica_size)[1] for r in range(replica_size)]
+    whole = Steps(folder, text_only=text_only)[1]
+    parts = [Steps(folder, text_only=text_only, image_rank=r, image_size=replica_size)[1] for r in range(replica_size)]
     assert torch.equal(torch.cat([part.pixels for part in parts]), whole.pixels)
     for part in parts:
         assert torch.equal(part.blank, whole.blank)
@@ -89,7 +98,7 @@ def test_images_stand_in_the_order_of_their_samples(folder):
     dataset = ShardDataset(folder)
     number = {dataset.key(i): i for i in range(len(dataset))}
     for text_only, without in (("zero_image", 1), ("none", 0)):
-        batch = plan(folder, text_only=text_only)[0]
+        batch = Steps(folder, text_only=text_only)[0]
         images = iter(zip(batch.pixels, batch.blank, strict=True))
         for micro_batch in batch.micro_batches:
             for key, count in zip(micro_batch.keys, micro_batch.images_per_sample, strict=True):
@@ -106,7 +115,7 @@ def test_images_stand_in_the_order_of_their_samples(folder):
 
 
 def test_labels_are_the_next_tokens_of_answers_only(folder):
-    batch = plan(folder, pad_multiple=8)[0]
+    batch = Steps(folder, pad_multiple=8)[0]
     lengths = {m.text_ids.shape[1] for m in batch.micro_batches}
     assert len(lengths) == 1  # one S for the step
     assert lengths.pop() % 8 == 0
@@ -125,8 +134,8 @@ def test_labels_are_the_next_tokens_of_answers_only(folder):
 
 
 def test_cut_texts_are_counted(folder):
-    assert plan(folder)[0].num_cut == 0
-    batch = plan(folder, data=data_config(max_text_tokens=20))[0]
+    assert Steps(folder)[0].num_cut == 0
+    batch = Steps(folder, data=data_config(max_text_tokens=20))[0]
     assert batch.num_cut == 8
     assert batch.micro_batches[0].text_ids.shape == (2, 20)
 
@@ -142,6 +151,7 @@ def test_shares_cover_the_images_in_order(num_images, ranks):
 def damaged(tmp_path):
     """A dataset whose first image of sample 2 and whose text of sample 5 have a flipped bit."""
     dataset = mixed(tmp_path, 16)
+    text_lengths(dataset, "bytes", "tiny")  # counted when it was whole
     tar = dataset.path / "shards" / "rows-000000.tar"
     data = bytearray(tar.read_bytes())
     image, text = dataset._image(2, 0)[1], dataset._sample(5)[1]
@@ -152,8 +162,7 @@ def damaged(tmp_path):
 
 
 def test_a_bad_sample_keeps_its_slot_without_loss(damaged, caplog):
-    train = train_config(global_batch_samples=16, micro_batch_samples=4)
-    batch, whole_keys = plan(damaged, train=train)[0], None
+    batch, whole_keys = Steps(damaged, batch=16, micro=4)[0], None
     bad_image, bad_text = "rows-000000/000000002", "rows-000000/000000005"
     assert sorted(batch.bad_keys) == [bad_image, bad_text]
     assert all(f"{key} is left out of the loss" in caplog.text for key in (bad_image, bad_text))
@@ -171,9 +180,8 @@ def test_a_bad_sample_keeps_its_slot_without_loss(damaged, caplog):
 
 def test_ranks_of_a_replica_can_agree_on_bad_images(damaged):
     """A damaged image is seen by one rank; the union, applied on each, gives what one rank alone would have."""
-    train = train_config(global_batch_samples=16, micro_batch_samples=4)
-    alone = plan(damaged, train=train)[0]
-    parts = [plan(damaged, train=train, replica_rank=r, replica_size=2)[0] for r in range(2)]
+    alone = Steps(damaged, batch=16, micro=4)[0]
+    parts = [Steps(damaged, batch=16, micro=4, image_rank=r, image_size=2)[0] for r in range(2)]
     assert sorted(len(part.bad_samples) for part in parts) == [1, 2]
     union = {slot for part in parts for slot in part.bad_samples}
     assert union == set(alone.bad_samples)
@@ -184,23 +192,23 @@ def test_ranks_of_a_replica_can_agree_on_bad_images(damaged):
 
 
 def test_a_missing_disk_is_not_a_bad_sample(tmp_path):
-    opened = plan(mixed(tmp_path, 16).path)
+    opened = Steps(mixed(tmp_path, 16).path)
     (tmp_path / "shards" / "shards" / "rows-000000.tar").unlink()
     (tmp_path / "shards" / "shards" / "rows-000001.tar").unlink()
-    opened.dataset._tars.clear()
+    opened.plan.datasets.parts[0]._tars.clear()
     with pytest.raises(FileNotFoundError, match="rows-00000"):
         opened[0]
 
 
 def test_a_template_that_does_not_suit_is_refused_before_training(folder):
     with pytest.raises(ValueError, match=r"chatml needs <\|im_start\|>"):
-        plan(folder, data=data_config(template="chatml"))
+        Steps(folder, data=data_config(template="chatml"))
 
 
 def test_workers_and_resuming_change_nothing(folder):
-    wanted = [plan(folder)[step] for step in range(6)]
+    wanted = [Steps(folder)[step] for step in range(6)]
     for first, workers in ((0, 0), (0, 2), (4, 2)):
-        read = list(step_loader(plan(folder), first, 6, workers))
+        read = list(step_loader(Steps(folder).reader, Steps(folder).plans(first, 6), workers))
         assert [batch.step for batch in read] == list(range(first, 6))
         for mine, other in zip(read, wanted[first:], strict=True):
             assert_equal(mine, other)
@@ -210,7 +218,7 @@ def test_reading_leaves_the_random_state_alone(folder):
     torch.manual_seed(3)
     wanted = torch.get_rng_state()
     for workers in (0, 1):
-        next(step_loader(plan(folder), 0, 2, workers))
+        next(step_loader(Steps(folder).reader, Steps(folder).plans(0, 2), workers))
         assert torch.equal(torch.get_rng_state(), wanted)
 
 
@@ -219,13 +227,13 @@ TRAINING = """
 import os, sys, time
 import torch
 from himix_megatron.data.loader import step_loader
-from tests.data.test_loader import plan
+from tests.data.test_loader import Steps
 
 if __name__ == "__main__":
     torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=0, world_size=1)
     torch.distributed.all_reduce(torch.ones(1000))
     torch.randn(300, 300) @ torch.randn(300, 300)
-    batches = step_loader(plan(sys.argv[1]), 0, 1000, 2)
+    batches = step_loader(Steps(sys.argv[1]).reader, Steps(sys.argv[1]).plans(), 2)
     for _ in range(3):
         next(batches)
     print("READY", *[worker.pid for worker in batches._workers], flush=True)
