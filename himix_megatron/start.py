@@ -100,7 +100,7 @@ def check_checkpoint(config: Config, start: Start, folder: Path) -> None:
             "another form: continue with --parallel.distributed-optimizer as it was"
         )
     position, fixed = position_of(description), start.plan.fixed()
-    for field in fixed.keys() | position.data.keys():
+    for field in position.data | fixed:
         old, new = position.data.get(field), fixed.get(field)
         if old != new:
             raise ValueError(

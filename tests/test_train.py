@@ -21,6 +21,8 @@ import torch
 
 from himix_megatron.checkpoint import Checkpoints, complete_checkpoints, find_checkpoint
 from himix_megatron.config import Config
+from himix_megatron.data.lengths import text_lengths
+from himix_megatron.data.shards import ShardDataset
 from tests.datasets import make_mixed_dataset
 from tests.distributed import free_port, run_ranks
 from tests.runs import history, small_config, train
@@ -189,9 +191,17 @@ def test_data_order_of_a_run_cannot_change(mixed_dataset: Path, tmp_path: Path) 
     config = with_steps(small_config(mixed_dataset, tmp_path, parts=LANGUAGE), 2)
     run_ranks(train, 1, config, start_gloo=False)
     kept = (tmp_path / "config.json").read_text()
-    other = replace(config, train=replace(config.train, steps=4, seed=99))
-    with pytest.raises(RuntimeError, match=r"ValueError: .* at step 2 of another data order: .*--train.seed"):
-        run_ranks(train, 1, other, start_gloo=False)
+    changed = {
+        "train.seed is 99, it was 1234": replace(config, train=replace(config.train, seed=99)),
+        "train.global_batch_samples is 16, it was 8": replace(config, train=replace(config.train, global_batch_samples=16)),
+        "data.max_text_tokens is 95, it was 96": replace(config, data=replace(config.data, max_text_tokens=95)),
+        "data.template is plain, it was tiny": replace(config, data=replace(config.data, template="plain")),
+        r"data.weights is \[1.0\], it was \[\]": replace(config, data=replace(config.data, weights=(1.0,))),
+        "data.shuffle is shards, it was samples": replace(config, data=replace(config.data, shuffle="shards")),
+    }
+    for said, other in changed.items():
+        with pytest.raises(RuntimeError, match=f"ValueError: .* at step 2 of another data order: {said}"):
+            run_ranks(train, 1, with_steps(other, 4), start_gloo=False)
     assert (tmp_path / "config.json").read_text() == kept
 
 
@@ -219,6 +229,7 @@ def test_a_step_tells_what_it_did(mixed_dataset: Path, tmp_path: Path) -> None:
 
 def test_too_many_unreadable_samples_stop_the_run(tmp_path: Path) -> None:
     data = make_mixed_dataset(tmp_path / "data")
+    text_lengths(ShardDataset(data), "bytes", "tiny")  # counted when it was whole
     for tar in (data / "shards").glob("*.tar"):
         content = bytearray(tar.read_bytes())
         content[600:] = bytes(len(content) - 600)  # as a disk might: the size stays, the content is gone
@@ -281,7 +292,7 @@ def lose_the_data(config: Config) -> None:
     run_steps = training.run_steps
 
     def after_they_are_gone(*arguments: Any) -> int:
-        shutil.rmtree(Path(str(config.data.path)) / "shards")
+        shutil.rmtree(Path(config.data.path[0]) / "shards")
         return run_steps(*arguments)
 
     training.run_steps = after_they_are_gone

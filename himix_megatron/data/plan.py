@@ -28,7 +28,7 @@ from himix_megatron.data.tokenizer import load_tokenizer
 log = logging.getLogger(__name__)
 
 WINDOW = 8192
-"""Samples among which packs are planned. Part of what fixes the order."""
+"""Samples among which packs are planned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,8 +227,7 @@ class Plan:
             "data.pack_images": config.pack_images,
             "model.text_only": int(self.images.min()),
             "train.seed": self.seed,
-            "train.global_batch": self.global_batch,
-            "window": WINDOW,
+            f"train.global_batch_{'packs' if config.packs else 'samples'}": self.global_batch,
         }
 
 

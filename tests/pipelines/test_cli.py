@@ -91,7 +91,8 @@ def test_help_with_a_recipe_teaches_its_facts_and_fields(capsys: pytest.CaptureF
     assert caught.value.code == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "meta-llama/Llama-3.2-1B" in shown
-    assert "--train.global-batch-samples INT Samples per optimizer step, over all ranks. (default: 128)" in shown
+    assert "--train.global-batch-samples {None}|INT Samples per optimizer step, over all ranks." in shown
+    assert "(default: 128)" in shown
 
 
 @dataclass(frozen=True, kw_only=True)
