@@ -14,14 +14,14 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from himix_megatron.config import DataConfig, VisionConfig
+from himix_megatron.config import VisionConfig
 from himix_megatron.data import conversation, image
 from himix_megatron.data.batch import StepBatch, collate, share_of, without_loss
 from himix_megatron.data.conversation import EncodedText

@@ -1,7 +1,7 @@
 """A part of a source in, a shard's files out. The layout is schema.py's.
 
-A shard is written beside its place, synced and renamed, and its receipt last, so what has a receipt is whole. On an object store
-it is written on this machine and uploaded in the same order.
+A shard is written beside its place, synced and renamed, and its receipt last, so what has a receipt is whole. On an object
+store it is written on this machine and uploaded in the same order.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from himix_megatron.data import image, schema
+from himix_megatron.data import image, lengths, schema
 from himix_megatron.data.schema import BadSampleError, FileDigest, Manifest, Receipt
-from himix_megatron.data.sources import BadRow, Part, Sample
-from himix_megatron.data.storage import Folder
+from himix_megatron.data.sources.sample import BadRow, Part, Sample
+from himix_megatron.data.storage import Folder, LocalFolder
 
 Check = Literal["decode", "header"]
 
@@ -43,6 +43,8 @@ class ShardJob:
     source_hash: str
     check: Check = "decode"
     """How images are checked."""
+    column: tuple[str, str] | None = None
+    """Tokenizer and template whose text lengths are counted on the way; the dataset is then a local folder."""
 
 
 def make_shard(job: ShardJob, part: Part) -> tuple[Receipt, bool]:
@@ -51,9 +53,14 @@ def make_shard(job: ShardJob, part: Part) -> tuple[Receipt, bool]:
     Returns: the receipt, and whether the shard was written. The bytes depend on rows, images and config only.
     """
     receipt = load_receipt(job.folder, job.name)
-    if receipt and _is_whole(job.folder, receipt):
-        return receipt, False
-    return write_shard(job, part), True
+    is_ours = receipt is not None and (receipt.config_hash, receipt.source_hash) == (job.config_hash, job.source_hash)
+    is_kept = receipt is not None and is_ours and _is_whole(job.folder, receipt)
+    if receipt is None or not is_kept:
+        receipt = write_shard(job, part)
+    if job.column:
+        assert isinstance(job.folder, LocalFolder)
+        lengths.make_column(job.folder.path, receipt, *job.column)
+    return receipt, not is_kept
 
 
 def load_receipt(folder: Folder, name: str) -> Receipt | None:
@@ -78,7 +85,9 @@ def write_shard(job: ShardJob, part: Part) -> Receipt:
                 try:
                     members, facts = _members(outcome, number, job.check)
                 except BadSampleError as error:
-                    rejected.append({"row": number, "id": str(outcome.id)[:200], "reason": error.reason, "detail": error.detail})
+                    rejected.append(
+                        {"row": number, "id": str(outcome.id)[:200], "reason": error.reason, "detail": error.detail}
+                    )
                     continue
                 text, *pictures = [(tar.append(name, data), len(data), zlib.crc32(data)) for name, data in members]
                 samples.append((text[0], number, *text[1:], len(images), len(pictures)))

@@ -48,8 +48,9 @@ class FileScan:
 class FileReader(Protocol):
     """One layout of files."""
 
-    suffixes: tuple[str, ...]
-    """How the names of its files end; empty: each is a folder."""
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """How the names of its files end; empty: each is a folder."""
 
     def scan(self, place: str) -> FileScan:
         """Go through a file once. Raises: SourceError where it is damaged or of another layout."""

@@ -1,7 +1,7 @@
 """What img2dataset leaves: tars, parquet files with the images in them, or folders of plain files.
 
-Rows that it could not download are bad rows here (`download_failed`); a set that was crawled years after it was listed has many:
-raise --max-bad-fraction knowingly.
+Rows that it could not download are bad rows here (`download_failed`). A set that was crawled years after it was listed has
+many: raise --max-bad-fraction knowingly.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ def open_img2dataset(inputs: Sequence[str]) -> tuple[FileReader, list[str]]:
         return TarReader(needs_success=True), find_files(inputs, (".tar",))
     folders = [storage.join(place, name) for place, name, is_folder in entries if is_folder and name.isdigit()]
     if folders:
-        return FolderReader(), [place if storage.is_remote(place) else str(storage.local_path(place).absolute()) for place in folders]
+        return FolderReader(), [
+            place if storage.is_remote(place) else str(storage.local_path(place).absolute()) for place in folders
+        ]
     return ParquetReader(needs_success=True), find_files(inputs, (".parquet",))
 
 

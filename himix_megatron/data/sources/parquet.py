@@ -127,9 +127,13 @@ class ParquetReader:
             raise SourceError(f"--input {place}: name its text with --text-column; it has the columns {', '.join(names)}"[:500])
         image = choose(self.image_column, IMAGE_COLUMNS, "--image-column")
         if image is None and (self.needs_success or not _is_turns(arrow.field(text).type, text)):
-            raise SourceError(f"--input {place}: name its images with --image-column; it has the columns {', '.join(names)}"[:500])
+            raise SourceError(
+                f"--input {place}: name its images with --image-column; it has the columns {', '.join(names)}"[:500]
+            )
         if image is not None and not _is_image(arrow.field(image).type):
-            raise SourceError(f"--image-column {image}: in {place} it is {arrow.field(image).type}, which holds no image bytes"[:500])
+            raise SourceError(
+                f"--image-column {image}: in {place} it is {arrow.field(image).type}, which holds no image bytes"[:500]
+            )
         if not _is_string(arrow.field(text).type) and not _is_turns(arrow.field(text).type, text):
             raise SourceError(f"--text-column {text}: in {place} it is {arrow.field(text).type}, neither text nor turns"[:500])
         has_status = self.needs_success and "status" in names
@@ -235,9 +239,10 @@ def _refuse_bombs(file: pq.ParquetFile, columns: Columns, place: str) -> None:
 def _opened(place: str) -> Iterator[pq.ParquetFile]:
     """The file, with what pyarrow finds wrong in it, now or while it is read, as a SourceError."""
     try:
-        with storage.open_file(place) as stream, pq.ParquetFile(
-            stream, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True
-        ) as file:
+        with (
+            storage.open_file(place) as stream,
+            pq.ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True) as file,
+        ):
             yield file
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:

@@ -15,6 +15,7 @@ BLOCK = tarfile.BLOCKSIZE
 MAX_NAME_BYTES = 64 << 10
 """A longer name, or longer PAX records, are refused unread."""
 _CHUNK = 1 << 20
+_ZEROS = bytes(BLOCK)
 
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstandard", b"PK": "zip"}
 
@@ -105,10 +106,10 @@ class TarStream:
         """One header block; None: the end mark."""
         block = self._read(BLOCK)
         self.position += len(block)
+        if block == _ZEROS:
+            return None
         try:
             return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-        except tarfile.EOFHeaderError:
-            return None
         except (tarfile.HeaderError, ValueError, OverflowError):
             kind = next((what for magic, what in _MAGIC.items() if block.startswith(magic)), None)
             if kind and self.position <= BLOCK:
