@@ -109,10 +109,19 @@ class Settings:
         for flag in ("image_column", "text_column", "id_column"):
             if getattr(self, flag) is not None and self.source != "parquet":
                 raise ValueError(f"--{flag.replace('_', '-')} belongs to --source parquet, not {self.source}")
-        for flag, place in (*given.items(), ("--out", self.out)):
-            for part in place if isinstance(place, tuple) else (place,):
-                if part is not None:
-                    storage.check_scheme(str(part), flag)
+        for flag, place in self._places():
+            storage.check_scheme(place, flag)
+
+    def _places(self) -> list[tuple[str, str]]:
+        """(flag, place) of everything that is read or written."""
+        given = [("--annotations", self.annotations), ("--images", self.images), ("--out", self.out)]
+        given += [("--input", place) for place in self.input]
+        return [(flag, str(place)) for flag, place in given if place is not None]
+
+    def check_reachable(self) -> None:
+        """Raises: ValueError for an object store that does not answer."""
+        for flag, place in self._places():
+            storage.check_reachable(place, flag)
 
     @property
     def shard_prefix(self) -> str:
@@ -130,6 +139,7 @@ def preprocess(settings: Settings) -> Manifest:
     if settings.tokenizer is not None and settings.template is not None:
         column = (_absolute(settings.tokenizer), settings.template)
         lengths.column_of(tokenizer.load_tokenizer(column[0]), column[1])
+    settings.check_reachable()
     files = _files(settings)
     ready = None if files else LlavaSource(str(settings.annotations), str(settings.images))
     config = _config(settings, files[0] if files else None)

@@ -34,6 +34,18 @@ def check_scheme(place: str, flag: str) -> None:
         _s3()
 
 
+def check_reachable(place: str, flag: str) -> None:
+    """Raises: ValueError where an object store does not answer, or does not know us."""
+    if not is_remote(place):
+        return
+    from botocore.exceptions import BotoCoreError
+
+    try:
+        _listing(place)
+    except (BotoCoreError, PermissionError) as error:
+        raise ValueError(f"{flag} {place}: {error}") from None
+
+
 def is_remote(place: str) -> bool:
     """Whether the place is on an object store."""
     return place.startswith("s3://")
