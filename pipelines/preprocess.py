@@ -1,43 +1,43 @@
 """Raw image-text files -> a verified shard dataset, one Ray task per shard.
 
     python -m pipelines.preprocess --source llava --annotations FILE.json --images DIR --out DIR
+    python -m pipelines.preprocess --source parquet|img2dataset|webdataset --input DIR --out DIR
 
-Every image is decoded once; rows with a missing or damaged one go to OUT/quarantine with the reason, and their neighbours
-lose nothing. The same input gives the same bytes on every run, with Ray or `--engine local`, on one worker or many. Run the
-same command again after a crash: shards whose receipts verify are kept, the rest is made.
+Places are paths, file:// or s3://. Every image is decoded once; rows with a missing or damaged one go to OUT/quarantine with
+the reason, and their neighbours lose nothing. The same input gives the same bytes on every run, with Ray or `--engine local`,
+on one worker or many. Run the same command again after a crash: shards whose receipts verify are kept, the rest is made.
 
-Image bytes never pass through Ray: a task gets its rows' text and reads, checks and writes by itself. Ray starts on this
-machine without a dashboard and stops at the end; with RAY_ADDRESS set a running cluster is used instead (OUT, the images and
-this package must then be the same on its machines). Ray trusts its network, and its processes listen on every interface.
+Image bytes never pass through Ray: a task gets its rows' text, or which rows of which files, and reads, checks and writes by
+itself. Ray starts on this machine without a dashboard and stops at the end; with RAY_ADDRESS set a running cluster is used
+instead (OUT, the source and this package must then be the same on its machines). Ray trusts its network, and its processes
+listen on every interface.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
-import functools
-import logging
-import multiprocessing
-import os
 import re
 import shutil
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from himix_megatron.data import image, schema, shards, sources, writing
+from himix_megatron.data import conversation, image, lengths, schema, storage, tokenizer, writing
 from himix_megatron.data.schema import Manifest, Receipt
-from himix_megatron.data.writing import ReadRow, ShardJob
+from himix_megatron.data.sources.files import FileReader, FileScan, FilesSource, find_files
+from himix_megatron.data.sources.llava import LlavaSource
+from himix_megatron.data.sources.sample import MAX_SAMPLE_BYTES, Part, Source
+from himix_megatron.data.writing import Check, ShardJob
 from pipelines.cli import parse_settings, run_main
+from pipelines.engine import Engine, engine_started
 
-Made = tuple[Receipt, bool]
-Task = tuple[ShardJob, Sequence[Any]]
 PROGRESS_SECONDS = 5.0
 
 
@@ -45,18 +45,33 @@ PROGRESS_SECONDS = 5.0
 class Settings:
     """What to read, what to write, and with how many hands."""
 
-    source: Literal["llava"] = "llava"
-    """Layout of the source: LLaVA's JSON list of {id, image, conversations} beside a folder of images."""
-    annotations: Path
-    """The JSON file (or .jsonl: one object a line)."""
-    images: Path
-    """The folder that image names start from."""
-    out: Path
+    source: Literal["llava", "parquet", "img2dataset", "webdataset"] = "llava"
+    """Layout of the source: LLaVA's JSON list of {id, image, conversations} beside a folder of images; parquet files with the
+    images in them; what img2dataset wrote; tars of any WebDataset."""
+    annotations: str | Path | None = None
+    """llava: the JSON file (or .jsonl: one object a line)."""
+    images: str | Path | None = None
+    """llava: the folder that image names start from."""
+    input: tuple[str | Path, ...] = ()
+    """The other sources: files, or folders of them (their files in the order of their names)."""
+    image_column: str | None = None
+    """parquet: bytes, {bytes, path}, or lists of them; None: images, image, jpg, png or webp."""
+    text_column: str | None = None
+    """parquet: LLaVA's turns, or captions; None: conversations, text or caption."""
+    id_column: str | None = None
+    """parquet: None: id or key, where there is one."""
+    out: str | Path
     """The dataset folder to write."""
     name: str | None = None
-    """Shards are called NAME-000000.tar; None: the annotation file's name."""
+    """Shards are called NAME-000000.tar; None: the annotation file's name, or the first input's."""
     samples_per_shard: int = 1000
     """Rows per shard, and per task."""
+    check: Check = "decode"
+    """`decode` decodes every image; `header` only looks what it is, and leaves damaged ones for training to find."""
+    tokenizer: str | None = None
+    """A model folder, or `bytes`: count each text's tokens on the way (training does it where this is left out)."""
+    template: str | None = None
+    """The template that goes with `tokenizer`, as in --data.template."""
     engine: Literal["ray", "local"] = "ray"
     """`local` uses processes of this machine without Ray; the bytes are the same."""
     num_workers: int | None = None
@@ -71,187 +86,222 @@ class Settings:
             raise ValueError(f"--num-workers is {self.num_workers}: wanted 1 or more")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"--max-bad-fraction is {self.max_bad_fraction}: wanted 0 to 1")
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", self.shard_prefix):
+        self._check_source()
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{,99}", self.shard_prefix):
             raise ValueError(f"shards cannot be called {self.shard_prefix!r}: give --name of letters, digits, dots, - and _")
+        if (self.tokenizer is None) != (self.template is None):
+            raise ValueError("text lengths need both --tokenizer and --template")
+        if self.template is not None and self.template not in conversation.TEMPLATES:
+            raise ValueError(f"--template is {self.template}: wanted one of {', '.join(conversation.TEMPLATES)}")
+        if self.tokenizer is not None and storage.is_remote(str(self.out)):
+            raise ValueError("--tokenizer needs a local --out: training counts the tokens of a remote dataset itself")
+
+    def _check_source(self) -> None:
+        """Raises: ValueError for a place that is missing, that another source would need, or of another scheme."""
+        is_llava = self.source == "llava"
+        given = {"--annotations": self.annotations, "--images": self.images, "--input": self.input}
+        for flag, value in given.items():
+            if bool(value) != (is_llava == (flag != "--input")):
+                what = "must be given" if not value else "belongs to another source"
+                raise ValueError(
+                    f"{flag} {what}: --source {self.source} reads {'--annotations and --images' if is_llava else '--input'}"
+                )
+        for flag in ("image_column", "text_column", "id_column"):
+            if getattr(self, flag) is not None and self.source != "parquet":
+                raise ValueError(f"--{flag.replace('_', '-')} belongs to --source parquet, not {self.source}")
+        for flag, place in self._places():
+            storage.check_scheme(place, flag)
+
+    def _places(self) -> list[tuple[str, str]]:
+        """(flag, place) of everything that is read or written."""
+        given = [("--annotations", self.annotations), ("--images", self.images), ("--out", self.out)]
+        given += [("--input", place) for place in self.input]
+        return [(flag, str(place)) for flag, place in given if place is not None]
+
+    def check_reachable(self) -> None:
+        """Raises: ValueError for an object store that does not answer."""
+        for flag, place in self._places():
+            storage.check_reachable(place, flag)
 
     @property
     def shard_prefix(self) -> str:
         """NAME of NAME-000000."""
-        return self.annotations.stem if self.name is None else self.name
+        return Path(storage.name_of(str(self.annotations or self.input[0]))).stem if self.name is None else self.name
 
 
 def preprocess(settings: Settings) -> Manifest:
     """Make the dataset, or finish it, and return its manifest (written last).
 
-    Raises: ValueError for a missing source, an output folder that holds another dataset or is being written, or too many bad
-    rows.
+    Raises: ValueError for a missing or damaged source, an output folder that holds another dataset or is being written, or too
+    many bad rows.
     """
-    if not settings.images.is_dir():
-        raise ValueError(f"--images {settings.images}: no such folder")
-    rows = sources.llava_rows(settings.annotations)
-    config = {
-        "source": settings.source,
-        "name": settings.shard_prefix,
-        "samples_per_shard": settings.samples_per_shard,
-        "max_image_pixels": image.MAX_PIXELS,
-        "max_image_bytes": sources.MAX_IMAGE_BYTES,
-    }
-    source_hash = schema.file_digest(settings.annotations).sha256
-    read = functools.partial(sources.read_llava, images=settings.images.absolute())
-    with _attempt(settings.out.absolute()) as attempt:
-        job = ShardJob(settings.out.absolute(), attempt, settings.shard_prefix, 0, schema.hash_of(config), source_hash)
-        _refuse_other_dataset(job)
-        receipts = _make_all(settings, job, rows, read)
-        manifest = Manifest(
-            schema_version=schema.SCHEMA_VERSION,
-            name=settings.shard_prefix,
-            config=config,
-            config_hash=job.config_hash,
-            source_hash=source_hash,
-            num_rows=len(rows),
-            num_samples=sum(receipt.num_samples for receipt in receipts),
-            num_images=sum(receipt.num_images for receipt in receipts),
-            quarantined=dict(sorted(_quarantined(receipts).items())),
-            shards=tuple(receipts),
-        )
-        writing.write_manifest(job.folder, manifest)
+    column = None
+    if settings.tokenizer is not None and settings.template is not None:
+        column = (_absolute(settings.tokenizer), settings.template)
+        lengths.column_of(tokenizer.load_tokenizer(column[0]), column[1])
+    settings.check_reachable()
+    files = _files(settings)
+    ready = None if files else LlavaSource(str(settings.annotations), str(settings.images))
+    config = _config(settings, files[0] if files else None)
+    with engine_started(settings.engine, settings.num_workers) as engine:
+        source = ready or _scan(engine, *files)  # type: ignore[misc]
+        with _attempt(str(settings.out)) as (folder, attempt):
+            in_task = None if isinstance(folder, storage.RemoteFolder) else attempt
+            job = ShardJob(
+                folder, in_task, settings.shard_prefix, schema.hash_of(config), source.source_hash, settings.check, column
+            )
+            _refuse_other_dataset(job, config)
+            receipts = _make_all(settings, engine, job, source)
+            manifest = Manifest(
+                schema_version=schema.SCHEMA_VERSION,
+                name=settings.shard_prefix,
+                config=config,
+                config_hash=job.config_hash,
+                source_hash=job.source_hash,
+                num_rows=source.num_rows,
+                num_samples=sum(receipt.num_samples for receipt in receipts),
+                num_images=sum(receipt.num_images for receipt in receipts),
+                quarantined=dict(sorted(_quarantined(receipts).items())),
+                shards=tuple(receipts),
+            )
+            writing.write_manifest(folder, manifest, attempt)
     return manifest
 
 
-def _make_all(settings: Settings, job: ShardJob, rows: list[Any], read: ReadRow) -> list[Receipt]:
+def _config(settings: Settings, reader: FileReader | None) -> dict[str, Any]:
+    """The settings that decide the bytes."""
+    columns = {"image_column", "text_column", "id_column"} if settings.source == "parquet" else set()
+    return {
+        "source": settings.source,
+        "name": settings.shard_prefix,
+        "samples_per_shard": settings.samples_per_shard,
+        "check": settings.check,
+        **{name: getattr(settings, name) for name in sorted(columns)},
+        **({"layout": type(reader).__name__} if settings.source == "img2dataset" else {}),
+        "max_image_pixels": image.MAX_PIXELS,
+        "max_sample_bytes": MAX_SAMPLE_BYTES,
+    }
+
+
+def _files(settings: Settings) -> tuple[FileReader, list[str]] | None:
+    """How the source's files are read, and which they are; None for LLaVA's."""
+    inputs = [str(place) for place in settings.input]
+    if settings.source == "parquet":
+        from himix_megatron.data.sources.parquet import ParquetReader
+
+        reader: FileReader = ParquetReader(settings.image_column, settings.text_column, settings.id_column)
+        return reader, find_files(inputs, reader.suffixes)
+    if settings.source == "webdataset":
+        from himix_megatron.data.sources.webdataset import TarReader
+
+        reader = TarReader()
+        return reader, find_files(inputs, reader.suffixes)
+    if settings.source == "img2dataset":
+        from himix_megatron.data.sources.img2dataset import open_img2dataset
+
+        return open_img2dataset(inputs)
+    return None
+
+
+def _scan_file(reader: FileReader, number: int, place: str) -> tuple[int, FileScan]:
+    return number, reader.scan(place)
+
+
+def _scan(engine: Engine, reader: FileReader, places: list[str]) -> FilesSource:
+    """The first pass over the files: hash them and count their rows."""
+    progress = _Progress("scan", "files", len(places), 0)
+    scans: dict[int, FileScan] = {}
+    with contextlib.closing(engine.run(_scan_file, ((reader, *item) for item in enumerate(places)))) as results:
+        for number, scan in results:
+            scans[number] = scan
+            progress.show(scan.num_rows)
+    return FilesSource(reader, places, [scans[number] for number in range(len(places))])
+
+
+def _make_all(settings: Settings, engine: Engine, job: ShardJob, source: Source) -> list[Receipt]:
     """Make every shard. Returns: receipts in order. Raises: ValueError as soon as too many rows are bad."""
-    size = settings.samples_per_shard
-    progress = _Progress(len(rows), -(-len(rows) // size))
+    size, num_rows = settings.samples_per_shard, source.num_rows
+    progress = _Progress("preprocess", "shards", -(-num_rows // size), num_rows)
 
-    def tasks() -> Iterator[Task]:
+    def tasks() -> Iterator[tuple[ShardJob, Part]]:
         progress.start()  # the engine asks for the first task when it is up: its start is not in the rate
-        for number, first in enumerate(range(0, len(rows), size)):
-            yield _part(job, number, first), rows[first : first + size]
+        for number, first in enumerate(range(0, num_rows, size)):
+            name = schema.shard_name(job.name, number)
+            yield dataclasses.replace(job, name=name), source.part(first, min(first + size, num_rows))
 
-    engine = _with_ray if settings.engine == "ray" else _with_processes
     receipts: list[Receipt] = []
-    with contextlib.closing(engine(tasks(), read, settings.num_workers)) as results:
+    bad: Counter[str] = Counter()
+    with contextlib.closing(engine.run(writing.make_shard, tasks())) as results:
         for receipt, was_written in results:
             receipts.append(receipt)
-            bad = _quarantined(receipts)
-            progress.show(receipt, was_written, bad.total())
-            if bad.total() > settings.max_bad_fraction * len(rows):
+            bad.update(receipt.quarantined)
+            progress.show(receipt.end_row - receipt.first_row, not was_written, bad.total())
+            if bad.total() > settings.max_bad_fraction * num_rows:
                 raise ValueError(
-                    f"{bad.total()} of {len(rows)} rows are bad ({_counts(bad)}), more than --max-bad-fraction "
-                    f"{settings.max_bad_fraction} allows; {job.folder / 'quarantine'} lists them"
+                    f"{bad.total()} of {num_rows} rows are bad ({_counts(bad)}), more than --max-bad-fraction "
+                    f"{settings.max_bad_fraction} allows; {storage.join(str(job.folder), 'quarantine')} lists them"
                 )
     return sorted(receipts, key=lambda receipt: receipt.first_row)
 
 
-def _part(job: ShardJob, number: int, first_row: int) -> ShardJob:
-    name = schema.shard_name(job.name, number)
-    return ShardJob(job.folder, job.attempt, name, first_row, job.config_hash, job.source_hash)
-
-
 @contextlib.contextmanager
-def ray_started(num_workers: int | None = None) -> Iterator[int]:
-    """Ray for as long as the block lasts; one that already runs in this process is used and left alone.
+def _attempt(out: str) -> Iterator[tuple[storage.LocalFolder | storage.RemoteFolder, Path]]:
+    """The output folder made ready, locked, and cleared of what killed attempts left; and this attempt's own folder.
 
-    Yields: the number of tasks that fit at the same time. Several datasets made within one block start Ray once.
+    An object store has no lock: two runs of one command there write the same objects twice, and one of another dataset is
+    refused by the receipts.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing about this run is sent anywhere
-    import ray  # only this engine needs it
-
-    was_running = ray.is_initialized()
-    if not was_running:
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if not os.environ.get("RAY_ADDRESS"):
-            options |= {
-                "address": "local",
-                "num_cpus": num_workers or os.cpu_count(),
-                "include_dashboard": False,
-                "_node_ip_address": "127.0.0.1",
-                "object_store_memory": 256 << 20,  # it holds the texts of the tasks under way, nothing else
-            }
-        ray.init(**options)
-    try:
-        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        yield num_workers or int(resources.get("CPU", 1))
-    finally:
-        if not was_running:
-            ray.shutdown()
-
-
-def _with_ray(tasks: Iterator[Task], read: ReadRow, num_workers: int | None) -> Generator[Made, None, None]:
-    """One Ray task per shard, at most two per worker under way."""
-    with ray_started(num_workers) as workers:
-        import ray
-
-        make = ray.remote(writing.make_shard).options(num_cpus=1, max_retries=3)  # again when its worker died
-
-        def finish(running: list[Any]) -> tuple[list[Made], list[Any]]:
-            done, rest = ray.wait(running)
-            return ray.get(done), rest
-
-        yield from _bounded(tasks, lambda task: make.remote(*task, read), finish, 2 * workers)
-
-
-def _with_processes(tasks: Iterator[Task], read: ReadRow, num_workers: int | None) -> Generator[Made, None, None]:
-    """The same in processes of this machine; with one worker, in this process."""
-    workers = num_workers or os.cpu_count() or 1
-    if workers == 1:
-        yield from (writing.make_shard(*task, read) for task in tasks)
+    folder = storage.folder_at(out)
+    if isinstance(folder, storage.RemoteFolder):
+        with tempfile.TemporaryDirectory(prefix="himix-preprocess-") as temporary:
+            yield folder, Path(temporary)
         return
-
-    def finish(running: list[Future[Made]]) -> tuple[list[Made], list[Future[Made]]]:
-        done, rest = wait(running, return_when=FIRST_COMPLETED)
-        return [future.result() for future in done], list(rest)
-
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from _bounded(tasks, lambda task: pool.submit(writing.make_shard, *task, read), finish, 2 * workers)
-
-
-def _bounded(
-    tasks: Iterator[Task],
-    start: Callable[[Task], Any],
-    finish: Callable[[list[Any]], tuple[list[Made], list[Any]]],
-    limit: int,
-) -> Iterator[Made]:
-    """Keep `limit` tasks under way; results come as they are done."""
-    running: list[Any] = []
-    for task in tasks:
-        running.append(start(task))
-        if len(running) == limit:
-            done, running = finish(running)
-            yield from done
-    while running:
-        done, running = finish(running)
-        yield from done
-
-
-@contextlib.contextmanager
-def _attempt(folder: Path) -> Iterator[Path]:
-    """The output folder made ready, locked, and cleared of what killed attempts left; yields this attempt's own folder."""
     for part in ("shards", "receipts", "quarantine"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+        (folder.path / part).mkdir(parents=True, exist_ok=True)
+    with (folder.path / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"--out {folder}: another run is writing it") from None
-        for left in folder.glob(".partial-*"):
+        for left in folder.path.glob(".partial-*"):
             shutil.rmtree(left)
-        attempt = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
+        for left in folder.path.glob("lengths/*/.*.len.*"):
+            left.unlink(missing_ok=True)
+        attempt = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.path))
         try:
-            yield attempt
+            yield folder, attempt
         finally:
             shutil.rmtree(attempt, ignore_errors=True)
 
 
-def _refuse_other_dataset(job: ShardJob) -> None:
+def _refuse_other_dataset(job: ShardJob, config: dict[str, Any]) -> None:
     """Raises: ValueError when the folder has shards of another source or other settings: they would be overwritten."""
-    for path in sorted((job.folder / "receipts").glob("*.json")):
-        receipt = shards.load_receipt(job.folder, path.stem)
-        if receipt and (receipt.config_hash, receipt.source_hash) != (job.config_hash, job.source_hash):
-            what = (
-                "another annotation file" if receipt.source_hash != job.source_hash else "another --name or --samples-per-shard"
-            )
-            raise ValueError(f"--out {job.folder} holds shards made with {what}: choose another folder, or delete this one")
+    for name in job.folder.receipts():
+        receipt = writing.load_receipt(job.folder, name)
+        if receipt is None:
+            continue
+        if receipt.source_hash != job.source_hash:
+            what = "another annotation file" if config["source"] == "llava" else "other --input files"
+        elif receipt.config_hash != job.config_hash:
+            what = _other_settings(job, config)
+        else:
+            return  # whoever wrote the others looked at this one
+        raise ValueError(f"--out {job.folder} holds shards made with {what}: choose another folder, or delete this one")
+
+
+def _other_settings(job: ShardJob, config: dict[str, Any]) -> str:
+    """Which settings differ from those of the folder's manifest, if there is one."""
+    try:
+        old = schema.manifest_from_json((job.folder.read("manifest.json") or b"").decode("utf-8")).config
+    except ValueError:
+        old = config
+    names = [key for key in {**old, **config} if old.get(key) != config.get(key)] or ["name", "samples_per_shard", "check"]
+    return "another " + " or ".join(f"--{name.replace('_', '-')}" for name in names)
+
+
+def _absolute(tokenizer_name: str) -> str:
+    """A tokenizer folder wherever a task runs; `bytes` as it is."""
+    return str(Path(tokenizer_name).absolute()) if Path(tokenizer_name).is_dir() else tokenizer_name
 
 
 def _quarantined(receipts: Sequence[Receipt]) -> Counter[str]:
@@ -266,32 +316,35 @@ def _counts(quarantined: dict[str, int]) -> str:
 
 
 class _Progress:
-    """One line on stderr: on a terminal redrawn with every shard, elsewhere every few seconds."""
+    """One line on stderr: on a terminal redrawn with every task, elsewhere every few seconds."""
 
-    def __init__(self, num_rows: int, num_shards: int) -> None:
-        self.num_rows, self.num_shards = num_rows, num_shards
-        self.rows = self.shards = self.kept = 0
+    def __init__(self, what: str, unit: str, num_tasks: int, num_rows: int) -> None:
+        self.what, self.unit, self.num_tasks, self.num_rows = what, unit, num_tasks, num_rows
+        self.rows = self.tasks = self.kept = 0
         self.start()
 
     def start(self) -> None:
         """Set the clock to zero."""
         self.started = self.shown = time.monotonic()
 
-    def show(self, receipt: Receipt, was_written: bool, num_bad: int) -> None:
-        """Count one more shard."""
-        self.rows += receipt.end_row - receipt.first_row
-        self.shards += 1
-        self.kept += not was_written
+    def show(self, rows: int, was_kept: bool = False, num_bad: int = 0) -> None:
+        """Count one more task."""
+        self.rows += rows
+        self.tasks += 1
+        self.kept += was_kept
         now, on_terminal = time.monotonic(), sys.stderr.isatty()
-        is_last = self.shards == self.num_shards
-        if not (on_terminal or is_last or now - self.shown >= PROGRESS_SECONDS):
+        is_last = self.tasks == self.num_tasks
+        if not (on_terminal or (is_last and self.num_rows) or now - self.shown >= PROGRESS_SECONDS):
             return
         self.shown = now
+        line = f"{self.what}: {self.tasks}/{self.num_tasks} {self.unit} "
         rate = self.rows / max(now - self.started, 1e-9)
-        line = (
-            f"preprocess: {self.shards}/{self.num_shards} shards ({self.kept} kept), {self.rows}/{self.num_rows} rows, "
-            f"{rate:.0f} rows/s, {(self.num_rows - self.rows) / rate:.0f} s left, {num_bad} quarantined"
-        )
+        if self.num_rows:
+            left = (self.num_rows - self.rows) / max(rate, 1e-9)
+            line += f"({self.kept} kept), {self.rows}/{self.num_rows} rows, "
+            line += f"{rate:.0f} rows/s, {left:.0f} s left, {num_bad} quarantined"
+        else:
+            line += f"({self.rows} rows), {rate:.0f} rows/s"
         print(("\r\033[K" if on_terminal else "") + line, end="" if on_terminal and not is_last else "\n", file=sys.stderr)
         sys.stderr.flush()
 
@@ -301,7 +354,9 @@ def main() -> None:
     settings = parse_settings(Settings, sys.argv[1:], "python -m pipelines.preprocess", __doc__)
     manifest = preprocess(settings)
     left_out = (
-        f"; left out: {_counts(manifest.quarantined)} (see {settings.out / 'quarantine'})" if manifest.quarantined else ""
+        f"; left out: {_counts(manifest.quarantined)} (see {storage.join(str(settings.out), 'quarantine')})"
+        if manifest.quarantined
+        else ""
     )
     print(
         f"{settings.out}: {manifest.num_samples} samples, {manifest.num_images} images, {len(manifest.shards)} shards{left_out}"

@@ -1,103 +1,174 @@
-"""Rows in, a shard's files out. The layout is schema.py's.
+"""A part of a source in, a shard's files out. The layout is schema.py's.
 
-A shard is written beside its place, synced and renamed, and its receipt last, so what has a receipt is whole.
+A shard is written beside its place, synced and renamed, and its receipt last, so what has a receipt is whole. On an object
+store it is written on this machine and uploaded in the same order.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from himix_megatron.data import image, schema
+from himix_megatron.data import image, lengths, schema
 from himix_megatron.data.schema import BadSampleError, FileDigest, Manifest, Receipt
-from himix_megatron.data.shards import load_receipt, verify_shard
-from himix_megatron.data.sources import Sample
+from himix_megatron.data.sources.sample import BadRow, Part, Sample
+from himix_megatron.data.storage import Folder, LocalFolder
 
-ReadRow = Callable[[Any, int], Sample]
-"""(row, its number) -> the sample. Raises: BadSampleError."""
+Check = Literal["decode", "header"]
 
 
 @dataclass(frozen=True, slots=True)
 class ShardJob:
     """Which shard to make, and where."""
 
-    folder: Path
+    folder: Folder
     """The dataset."""
-    attempt: Path
+    attempt: Path | None
     """Where files are written before they are renamed; this attempt's own, so that a straggler of a killed one finds nothing
-    left to rename."""
+    left to rename. None (object store): a temporary folder of the task's machine."""
     name: str
     """NAME-000000."""
-    first_row: int
     config_hash: str
     source_hash: str
+    check: Check = "decode"
+    """How images are checked."""
+    column: tuple[str, str] | None = None
+    """Tokenizer and template whose text lengths are counted on the way; the dataset is then a local folder."""
 
 
-def make_shard(job: ShardJob, rows: Sequence[Any], read: ReadRow) -> tuple[Receipt, bool]:
+def make_shard(job: ShardJob, part: Part) -> tuple[Receipt, bool]:
     """See that the shard of these source rows exists: verify it by its receipt, or write it.
 
     Returns: the receipt, and whether the shard was written. The bytes depend on rows, images and config only.
     """
     receipt = load_receipt(job.folder, job.name)
-    if receipt and not verify_shard(job.folder, receipt):
-        return receipt, False
-    return write_shard(job, rows, read), True
+    is_ours = receipt is not None and (receipt.config_hash, receipt.source_hash) == (job.config_hash, job.source_hash)
+    is_kept = receipt is not None and is_ours and _is_whole(job.folder, receipt)
+    if receipt is None or not is_kept:
+        receipt = write_shard(job, part)
+    if job.column:
+        assert isinstance(job.folder, LocalFolder)
+        lengths.make_column(job.folder.path, receipt, *job.column)
+    return receipt, not is_kept
 
 
-def write_shard(job: ShardJob, rows: Sequence[Any], read: ReadRow) -> Receipt:
+def load_receipt(folder: Folder, name: str) -> Receipt | None:
+    """A shard's receipt; None where there is none that can be read (the shard is then made again)."""
+    data = folder.read(_names(name).receipt)
+    try:
+        return schema.receipt_from_json(data.decode("utf-8")) if data is not None else None
+    except ValueError:
+        return None
+
+
+def write_shard(job: ShardJob, part: Part) -> Receipt:
     """Write and publish one shard: tar, index, quarantine, then the receipt. Bad rows are left out and listed."""
-    partial = schema.ShardPaths(*(job.attempt / f"{job.name}.{part}" for part in ("tar", "idx", "receipt", "quarantine")))
-    samples: list[tuple[int, ...]] = []
-    images: list[tuple[int, ...]] = []
-    rejected: list[dict[str, Any]] = []
-    with partial.tar.open("wb") as file:
-        tar = _TarWriter(file)
-        for number, row in enumerate(rows, job.first_row):
-            try:
-                members, facts = _members(read(row, number), number)
-            except BadSampleError as error:
-                rejected.append(_rejection(row, number, error))
-                continue
-            text, *pictures = [(tar.append(name, data), len(data), zlib.crc32(data)) for name, data in members]
-            samples.append((text[0], number, *text[1:], len(images), len(pictures)))
-            images += [(*picture, fact.width, fact.height) for picture, fact in zip(pictures, facts, strict=True)]
-        tar.finish()
-    index = schema.encode_index(np.array(samples, schema.SAMPLE_RECORD), np.array(images, schema.IMAGE_RECORD))
-    lines = "".join(json.dumps(line) + "\n" for line in rejected).encode()
-    receipt = Receipt(
-        schema_version=schema.SCHEMA_VERSION,
-        name=job.name,
-        config_hash=job.config_hash,
-        source_hash=job.source_hash,
-        first_row=job.first_row,
-        end_row=job.first_row + len(rows),
-        num_samples=len(samples),
-        num_images=len(images),
-        quarantined=dict(sorted(Counter(line["reason"] for line in rejected).items())),
-        tar=FileDigest(tar.offset, tar.digest.hexdigest()),
-        index=_write(partial.index, index),
-        quarantine=_write(partial.quarantine, lines) if lines else None,
-    )
-    _write(partial.receipt, schema.to_json(receipt).encode())
-    _publish(partial, schema.shard_paths(job.folder, job.name), receipt)
+    with contextlib.nullcontext(job.attempt) if job.attempt else _temporary_folder() as folder:
+        partial = ShardFiles(*(folder / f"{job.name}.{kind}" for kind in ("tar", "idx", "receipt", "quarantine")))
+        samples: list[tuple[int, ...]] = []
+        images: list[tuple[int, ...]] = []
+        rejected: list[dict[str, Any]] = []
+        with partial.tar.open("wb") as file:
+            tar = _TarWriter(file)
+            for number, outcome in part.rows():
+                try:
+                    members, facts = _members(outcome, number, job.check)
+                except BadSampleError as error:
+                    rejected.append(
+                        {"row": number, "id": str(outcome.id)[:200], "reason": error.reason, "detail": error.detail}
+                    )
+                    continue
+                text, *pictures = [(tar.append(name, data), len(data), zlib.crc32(data)) for name, data in members]
+                samples.append((text[0], number, *text[1:], len(images), len(pictures)))
+                images += [(*picture, fact.width, fact.height) for picture, fact in zip(pictures, facts, strict=True)]
+            tar.finish()
+        index = schema.encode_index(np.array(samples, schema.SAMPLE_RECORD), np.array(images, schema.IMAGE_RECORD))
+        lines = "".join(json.dumps(line) + "\n" for line in rejected).encode()
+        receipt = Receipt(
+            schema_version=schema.SCHEMA_VERSION,
+            name=job.name,
+            config_hash=job.config_hash,
+            source_hash=job.source_hash,
+            first_row=part.first_row,
+            end_row=part.first_row + part.num_rows,
+            num_samples=len(samples),
+            num_images=len(images),
+            quarantined=dict(sorted(Counter(line["reason"] for line in rejected).items())),
+            tar=FileDigest(tar.offset, tar.digest.hexdigest()),
+            index=_write(partial.index, index),
+            quarantine=_write(partial.quarantine, lines) if lines else None,
+        )
+        _write(partial.receipt, schema.to_json(receipt).encode())
+        _publish(partial, job.folder, receipt)
     return receipt
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Folder, manifest: Manifest, attempt: Path) -> None:
     """Publish a dataset: from now on it exists."""
-    partial = folder / ".manifest.partial"
+    partial = attempt / "manifest.json"
     _write(partial, schema.to_json(manifest).encode())
-    os.replace(partial, schema.manifest_path(folder))
-    _sync_folder(folder)
+    folder.put({"manifest.json": partial})
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFiles:
+    """The files of one shard before they are published."""
+
+    tar: Path
+    index: Path
+    receipt: Path
+    quarantine: Path
+
+
+@dataclass(frozen=True, slots=True)
+class ShardNames:
+    """Where the files of one shard are in a dataset folder, with slashes."""
+
+    tar: str
+    index: str
+    receipt: str
+    quarantine: str
+
+
+def _names(name: str) -> ShardNames:
+    paths = schema.shard_paths(Path(), name)
+    return ShardNames(*(path.as_posix() for path in (paths.tar, paths.index, paths.receipt, paths.quarantine)))
+
+
+def _is_whole(folder: Folder, receipt: Receipt) -> bool:
+    """Compare a shard's files with its receipt, byte for byte."""
+    names = _names(receipt.name)
+    wanted = ((names.index, receipt.index), (names.quarantine, receipt.quarantine), (names.tar, receipt.tar))
+    return all(folder.digest(name) == digest for name, digest in wanted)
+
+
+def _publish(partial: ShardFiles, folder: Folder, receipt: Receipt) -> None:
+    """Bring the synced files to their places, the receipt after the rest is there for good."""
+    names = _names(receipt.name)
+    files = {names.tar: partial.tar, names.index: partial.index}
+    if receipt.quarantine:
+        files[names.quarantine] = partial.quarantine
+    else:
+        folder.remove(names.quarantine)
+    folder.put(files)
+    folder.put({names.receipt: partial.receipt})
+
+
+@contextlib.contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="himix-preprocess-") as folder:
+        yield Path(folder)
 
 
 class _TarWriter:
@@ -124,36 +195,27 @@ class _TarWriter:
         self.offset += len(data)
 
 
-def _members(sample: Sample, number: int) -> tuple[list[tuple[str, bytes]], list[image.ImageFacts]]:
+def _members(outcome: Sample | BadRow, number: int, check: Check) -> tuple[list[tuple[str, bytes]], list[image.ImageFacts]]:
     """A sample's members (name, content) in order, and the facts of its images. Raises: BadSampleError."""
+    if isinstance(outcome, BadRow):
+        raise outcome.error
     key = schema.sample_key(number)
     try:
-        text = json.dumps({"id": sample.id, "conversations": sample.conversations}, ensure_ascii=False).encode()
+        text = json.dumps({"id": outcome.id, "conversations": outcome.conversations}, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise BadSampleError("bad_text", "half of a surrogate pair: no Unicode text") from None
-    facts = [image.verify(data) for data in sample.images]
-    pictures = [(f"{key}.{k}.{fact.suffix}", data) for k, (fact, data) in enumerate(zip(facts, sample.images, strict=True))]
+    look = image.verify if check == "decode" else header
+    facts = [look(data) for data in outcome.images]
+    pictures = [(f"{key}.{k}.{fact.suffix}", data) for k, (fact, data) in enumerate(zip(facts, outcome.images, strict=True))]
     return [(f"{key}.json", text), *pictures], facts
 
 
-def _rejection(row: Any, number: int, error: BadSampleError) -> dict[str, Any]:
-    """A line of the quarantine."""
-    name = row.get("id") if isinstance(row, dict) else None
-    return {"row": number, "id": None if name is None else str(name)[:200], "reason": error.reason, "detail": error.detail}
-
-
-def _publish(partial: schema.ShardPaths, final: schema.ShardPaths, receipt: Receipt) -> None:
-    """Rename the synced files to their places, the receipt after the rest is on the disk."""
-    os.replace(partial.tar, final.tar)
-    os.replace(partial.index, final.index)
-    if receipt.quarantine:
-        os.replace(partial.quarantine, final.quarantine)
-    else:
-        final.quarantine.unlink(missing_ok=True)
-    _sync_folder(final.tar.parent)
-    _sync_folder(final.quarantine.parent)
-    os.replace(partial.receipt, final.receipt)
-    _sync_folder(final.receipt.parent)
+def header(data: bytes) -> image.ImageFacts:
+    """What an image says it is, without decoding it: some damage passes. Raises: BadSampleError."""
+    found = image._open(data)
+    suffix = image.SUFFIXES["JPEG" if found.format == "MPO" else str(found.format)]
+    width, height = found.size
+    return image.ImageFacts(suffix, *((height, width) if image._orientation(found) >= 5 else (width, height)))
 
 
 def _write(path: Path, data: bytes) -> FileDigest:
@@ -166,12 +228,3 @@ def _write(path: Path, data: bytes) -> FileDigest:
 def _sync(file: Any) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring renames to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

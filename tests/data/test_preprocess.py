@@ -3,16 +3,20 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from himix_megatron.data import sources, writing
+from himix_megatron.data import storage, writing
 from himix_megatron.data.shards import ShardDataset
+from himix_megatron.data.sources import llava
+from himix_megatron.data.sources.sample import Part, number_rows
 from himix_megatron.data.writing import ShardJob
-from pipelines import preprocess
+from pipelines import engine, preprocess
 from pipelines.preprocess import Settings
 
 from .sets import EMOJI, encoded, make, mixed_source, picture, row
@@ -28,7 +32,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def ray():
     """One Ray for this file's tests."""
-    with preprocess.ray_started(num_workers=2):
+    with engine.ray_started(num_workers=2):
         yield
 
 
@@ -53,23 +57,49 @@ def test_the_real_set_through_ray(tmp_path, ray):
     assert (len(dataset), dataset.manifest.num_images, len(dataset.manifest.shards)) == (64, 60, 4)
 
 
-read_llava = sources.read_llava
+read_llava = llava.read_llava
 
 
-def die_once(row, number, images):
-    """Read a LLaVA row; the first process that comes to row 13 dies on the spot."""
-    marker = images.parent / "died"
-    if number == 13 and not marker.exists():
-        marker.touch()
-        os._exit(1)
-    return read_llava(row, number, images)
+@dataclass
+class DyingPart:
+    """A part of a source; the first process that has read three rows of the second shard dies by the hardest signal."""
+
+    part: Part
+    marker: Path
+
+    @property
+    def first_row(self):
+        return self.part.first_row
+
+    @property
+    def num_rows(self):
+        return self.part.num_rows
+
+    def rows(self):
+        for number, outcome in self.part.rows():
+            if number == 13 and not self.marker.exists():
+                self.marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield number, outcome
 
 
-def test_a_ray_worker_that_dies_costs_nothing(source, tmp_path, ray, monkeypatch):
+def test_a_ray_worker_that_is_killed_costs_nothing(source, tmp_path, ray, monkeypatch):
     wanted = contents(make(tmp_path / "wanted", *source).path)
-    monkeypatch.setattr(sources, "read_llava", die_once)
+    real = llava.LlavaSource.part
+    monkeypatch.setattr(llava.LlavaSource, "part", lambda *a: DyingPart(real(*a), tmp_path / "died"))
     make(tmp_path / "out", *source, engine="ray", num_workers=2)
     assert (tmp_path / "died").exists()
+    assert contents(tmp_path / "out") == wanted
+
+
+def test_a_killed_worker_process_ends_a_local_run_which_the_next_finishes(source, tmp_path, monkeypatch):
+    wanted = contents(make(tmp_path / "wanted", *source).path)
+    with monkeypatch.context() as patch:
+        real = llava.LlavaSource.part
+        patch.setattr(llava.LlavaSource, "part", lambda *a: DyingPart(real(*a), tmp_path / "died"))
+        with pytest.raises(RuntimeError, match="the same command continues"):
+            make(tmp_path / "out", *source, num_workers=2)
+    make(tmp_path / "out", *source)
     assert contents(tmp_path / "out") == wanted
 
 
@@ -159,18 +189,18 @@ def test_a_rerun_makes_only_what_is_missing_or_damaged(source, tmp_path):
 def test_an_interrupted_run_is_finished_by_the_next(source, tmp_path, monkeypatch, row_number):
     wanted = contents(make(tmp_path / "wanted", *source).path)
 
-    def interrupted(row, number, images):
-        if number == row_number:
+    def interrupted(row, images):
+        if row["id"] == f"row-{row_number}":
             raise KeyboardInterrupt
-        return read_llava(row, number, images)
+        return read_llava(row, images)
 
-    monkeypatch.setattr(sources, "read_llava", interrupted)
+    monkeypatch.setattr(llava, "read_llava", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "out", *source)
     assert not list((tmp_path / "out").glob(".partial-*"))
     with pytest.raises(ValueError, match="no manifest"):
         ShardDataset(tmp_path / "out")
-    monkeypatch.setattr(sources, "read_llava", read_llava)
+    monkeypatch.setattr(llava, "read_llava", read_llava)
     make(tmp_path / "out", *source)
     assert contents(tmp_path / "out") == wanted
 
@@ -189,20 +219,26 @@ def test_a_straggler_of_a_killed_run_cannot_publish(source, tmp_path):
     wanted = contents(folder)
     attempt = folder / ".partial-old"
     attempt.mkdir()
-    rows = json.loads(source[0].read_text())[:10]
+    row = json.loads(source[0].read_text())[0]
 
-    def swept(row, number):
-        if number == 5:
-            shutil.rmtree(attempt)
-        return sources.read_llava(rows[0], number, source[1])  # other content than the shard has
+    class Swept:
+        first_row, num_rows = 0, 10
 
+        def rows(self):
+            for number in range(self.num_rows):
+                if number == 5:
+                    shutil.rmtree(attempt)
+                # other content than the shard has
+                yield from number_rows([llava.read_llava(row, str(source[1]))], number, {number})
+
+    job = ShardJob(storage.LocalFolder(folder), attempt, "rows-000000", "c", "s")
     with pytest.raises(FileNotFoundError):
-        writing.write_shard(ShardJob(folder, attempt, "rows-000000", 0, "c", "s"), rows, swept)
+        writing.write_shard(job, Swept())
     assert contents(folder) == wanted
 
 
 def test_two_runs_do_not_write_one_folder(source, tmp_path):
-    with preprocess._attempt(tmp_path / "out"), pytest.raises(ValueError, match="another run is writing it"):
+    with preprocess._attempt(str(tmp_path / "out")), pytest.raises(ValueError, match="another run is writing it"):
         make(tmp_path / "out", *source)
 
 
