@@ -44,7 +44,14 @@ def decode(data: bytes, vision: VisionConfig, out: Pixels | None = None) -> Pixe
 
 
 def _resize(scaled: Tensor, into: Tensor, vision: VisionConfig) -> None:
-    RESIZE[vision.interpolation](scaled, into.shape[2:], False, None, None, out=into)
+    """Rows first and then columns, or the other way about where Pillow does so; a clipped overshoot between them is seen."""
+    (height, width), (new_height, new_width) = scaled.shape[2:], into.shape[2:]
+    resize = RESIZE[vision.interpolation]
+    if height - new_height > 2 * max(width - new_width, 0):  # Pillow 13's own rule: it shortens tall pictures first
+        shorter = torch.empty((1, 3, new_height, width), dtype=torch.uint8, memory_format=torch.channels_last)
+        resize(scaled, [new_height, width], False, None, None, out=shorter)
+        scaled = shorter
+    resize(scaled, [new_height, new_width], False, None, None, out=into)
 
 
 def _jpeg(data: bytes) -> Pixels | None:
