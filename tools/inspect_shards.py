@@ -35,7 +35,7 @@ PROGRESS_SECONDS = 0.2
 class Arguments:
     """Look into a shard dataset, or verify it."""
 
-    dir: Annotated[Path, tyro.conf.Positional]
+    dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """The dataset: the folder with manifest.json."""
     verify: bool = False
     """Compare every byte with what was written, and print only that."""
@@ -84,12 +84,12 @@ def verdict(folder: Path, report: Report) -> Iterator[str]:
     if not report.findings:
         yield f"{folder}: {what}: hashes, headers, counts and checksums are all right"
         return
-    damaged = [finding for finding in report.findings if finding.num_samples and not finding.name.endswith(".json")]
-    at_stake = max(sum(finding.num_samples for finding in damaged), *(finding.num_samples for finding in report.findings), 0)
+    damaged = [finding for finding in report.findings if finding.is_shard]
+    others = [finding for finding in report.findings if not finding.is_shard]
+    at_stake = max([sum(finding.num_samples for finding in damaged), *(finding.num_samples for finding in others)])
     yield (
         f"{folder}: {len(damaged)} of {report.num_shards} shards are damaged, {at_stake} of {report.num_samples} samples at "
-        f"stake, {len(report.findings) - len(damaged)} other files are wrong: run the preprocessing again, it makes only what "
-        "is missing or damaged"
+        f"stake, {len(others)} other files are wrong: run the preprocessing again, it makes only what is missing or damaged"
     )
 
 

@@ -37,6 +37,8 @@ class Finding:
     problems: tuple[str, ...]
     num_samples: int
     """At stake: those of the shard, even where most of them can still be read."""
+    is_shard: bool = True
+    """Or another file of the dataset."""
 
     def __str__(self) -> str:
         return f"{self.name}: {self.num_samples} samples at stake: {'; '.join(self.problems)}"
@@ -72,7 +74,7 @@ def verify_dataset(
             findings.append(Finding(receipt.name, tuple(problems), receipt.num_samples))
         progress(seen, sum(sizes))
     extra, foreign = _strays(folder, receipts)
-    findings += [Finding(path, ("the manifest has no such file",), 0) for path in extra]
+    findings += [Finding(path, ("the manifest has no such file",), 0, is_shard=False) for path in extra]
     return Report(
         findings=tuple(findings),
         foreign=tuple(foreign),
@@ -112,7 +114,9 @@ def _expected(folder: Path) -> tuple[list[Receipt], list[Finding]]:
             raise ValueError("missing: the preprocessing has not finished, or the file was lost")
         manifest = schema.manifest_from_json(content.decode())
         problems = _total_problems(manifest) + ([] if schema.to_json(manifest).encode() == content else [_state(path)])
-        return list(manifest.shards), [Finding(path.name, tuple(problems), manifest.num_samples)] if problems else []
+        return list(manifest.shards), [
+            Finding(path.name, tuple(problems), manifest.num_samples, is_shard=False)
+        ] if problems else []
     except ValueError as error:
         problem = f"{path.name}: {error}"
     names = sorted(file.stem for file in (folder / "receipts").glob("*.json"))
@@ -125,7 +129,7 @@ def _expected(folder: Path) -> tuple[list[Receipt], list[Finding]]:
             "there are no hashes to compare it with"
         )
     unreadable = [Finding(name, ("its receipt cannot be read",), 0) for name in names if name not in {r.name for r in receipts}]
-    return receipts, [Finding(path.name, (problem,), sum(r.num_samples for r in receipts)), *unreadable]
+    return receipts, [Finding(path.name, (problem,), sum(r.num_samples for r in receipts), is_shard=False), *unreadable]
 
 
 def _each(folder: Path, receipts: Sequence[Receipt], num_workers: int) -> Iterator[list[str]]:
