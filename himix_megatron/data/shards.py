@@ -6,6 +6,7 @@ shards that cache.py keeps on this machine.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
@@ -266,7 +267,7 @@ class ShardDataset:
             receipt = self.manifest.shards[shard]
             path = schema.shard_paths(self.path, receipt.name).index
             try:
-                index = _Index(path.read_bytes())
+                index = _Index(path.read_bytes(), receipt.index.sha256)
             except ValueError as error:
                 raise DamagedShardError(f"{path}: {error} ({receipt.num_samples} samples at stake)") from None
             if len(self._indexes) >= MAX_OPEN_SHARDS:
@@ -309,9 +310,11 @@ class ShardDataset:
 class _Index:
     """The tables of one shard. Raises: ValueError saying what is wrong with the bytes."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, sha256: str) -> None:
         self._data = data
         self.samples, _ = schema.decode_index(data)
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise ValueError("it is another index than the manifest's")  # another shard's, maybe, of the same size
         self._first_image = schema.INDEX_HEADER.itemsize + self.samples.nbytes
 
     def sample(self, place: int) -> SampleRecord:
