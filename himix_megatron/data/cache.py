@@ -78,7 +78,7 @@ class Remote:
     def _get(self, name: str, **part: int) -> bytes:
         place = f"{self.url}/{name}"
         if self._store is None:
-            self._store = _connect(self.url)
+            self._store = connect(self.url)
         from botocore.exceptions import BotoCoreError  # without credentials or a connection s3fs lets these through
 
         try:
@@ -93,7 +93,8 @@ class Remote:
         return {**self.__dict__, "_store": None}
 
 
-def _connect(url: str) -> Any:
+def connect(url: str) -> Any:
+    """fsspec's S3 file system. Raises: ValueError where s3fs, which it needs, is not installed."""
     import fsspec
 
     try:

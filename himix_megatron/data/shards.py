@@ -96,9 +96,9 @@ class ShardDataset:
     def __init__(
         self,
         location: str | Path,
-        *,
         cache_dir: Path | None = None,
         cache_bytes: int = cache.DEFAULT_BYTES,
+        *,
         checksums: bool = True,
     ) -> None:
         folder = cache.local_folder(location)
