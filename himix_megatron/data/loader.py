@@ -175,13 +175,20 @@ def step_loader(reader: StepReader, steps: Iterable[StepPlan], num_workers: int)
             reader,
             batch_size=None,
             sampler=steps,
-            num_workers=num_workers,
-            collate_fn=_as_it_is,
-            generator=torch.Generator(),  # else each loader would draw a number from the training's random state
-            worker_init_fn=_die_with_parent if num_workers else None,
-            multiprocessing_context=_fork_server() if num_workers else None,
+            **worker_options(num_workers),
         )
     )
+
+
+def worker_options(num_workers: int) -> dict[str, Any]:
+    """What a DataLoader of steps needs, so that its workers start clean, die with this process and leave its state alone."""
+    return {
+        "num_workers": num_workers,
+        "collate_fn": _as_it_is,
+        "generator": torch.Generator(),  # else each loader would draw a number from the training's random state
+        "worker_init_fn": _die_with_parent if num_workers else None,
+        "multiprocessing_context": _fork_server() if num_workers else None,
+    }
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -97,9 +97,9 @@ class ShardDataset:
     def __init__(
         self,
         location: str | Path,
-        *,
         cache_dir: Path | None = None,
         cache_bytes: int = cache.DEFAULT_BYTES,
+        *,
         checksums: bool = True,
     ) -> None:
         folder = cache.local_folder(location)
@@ -279,14 +279,15 @@ class ShardDataset:
         """An open file descriptor."""
         tar = self._tars.get(shard)
         if tar is None:
+            if len(self._tars) >= MAX_OPEN_SHARDS:
+                os.close(self._tars.popitem(last=False)[1])
+            tar = self._open_tar(self.manifest.shards[shard])
             for other, descriptor in list(self._tars.items()) if self.is_remote else ():
                 if os.fstat(descriptor).st_nlink == 0:  # deleted to make room: closing it gives its bytes back
                     os.close(self._tars.pop(other))
-            if len(self._tars) >= MAX_OPEN_SHARDS:
-                os.close(self._tars.popitem(last=False)[1])
-            tar = self._tars[shard] = self._open_tar(self.manifest.shards[shard])
+            self._tars[shard] = tar
         elif self.is_remote and shard != self._last_shard:
-            os.utime(tar)  # used just now
+            cache.mark_used(tar)
         self._last_shard = shard
         return tar
 
