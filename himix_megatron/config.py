@@ -124,6 +124,11 @@ class VisionConfig:
     """Per channel, on the 0..1 scale."""
     pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Per channel, on the 0..1 scale."""
+    placement: Literal["replica_sharded", "replicated", "first_stage"] = "replica_sharded"
+    """Where a frozen tower encodes a step's images: split over all tensor x pipeline ranks of a replica; all of them on each;
+    or split over the ranks of pipeline stage 0. (A tower that trains runs on each rank; who reads the images goes by this.)"""
+    encode_ahead: bool = True
+    """Encode the next step's images while this step trains. Changes no result."""
 
     def __post_init__(self) -> None:
         _positive(vision__image_size=self.image_size, vision__patch_size=self.patch_size, vision__hidden_size=self.hidden_size)
