@@ -17,7 +17,7 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from . import log, parallel
-from .adapter import params_dtype
+from .adapter import overlaps, params_dtype, text_multiple
 from .checkpoint import Checkpoints, Position, publish
 from .config import Config
 from .data.batch import StepBatch, without_loss
@@ -187,6 +187,10 @@ def build_run(config: Config, start: Start, topology: Topology) -> Run:
     mcore_config = stages[0].config
     mcore_config.grad_scale_func = optimizer.scale_loss
     mcore_config.finalize_model_grads_func = finalize_gradients
+    if overlaps(config):
+        # Gradients are summed over data ranks in the last micro-batch's backward pass only.
+        syncs = [stage.no_sync for stage in stages]
+        mcore_config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
     return Run(
         topology=topology,
         stages=stages,
@@ -218,8 +222,7 @@ def step_reader(config: Config, plan: Plan, topology: Topology) -> StepReader:
             image_rank=image_rank,
             image_size=image_size,
         ),
-        # Sequence parallelism splits the text evenly over the tensor ranks.
-        pad_multiple=config.parallel.tensor if config.parallel.sequence else 1,
+        pad_multiple=text_multiple(config),
     )
 
 
