@@ -182,7 +182,8 @@ def _tower_gradients(config: Config) -> tuple[float, dict[str, torch.Tensor]]:
     log.start(config.run_dir, topology.rank, topology.world_size)
     run = training.build_run(config, start, topology)
     begin(config, start, run.checkpoints)
-    batch, images = next(training.encoded(run, [training.step_dataset(config, start.dataset, topology)[0]]))
+    reader = training.step_reader(config, start.plan, topology)
+    batch, images = next(training.encoded(run, [reader[next(start.plan.steps(start.end))]]))
     for stage in run.stages:
         stage.zero_grad_buffer()
     reported = training.run_schedule(run, batch, images, forward_only=False)
