@@ -14,6 +14,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.transformer import TransformerConfig
 
 from .config import Config, ModelConfig
+from .flops import chunk_layers
 from .kernels import Kernels
 
 VOCAB_MULTIPLE = 128
@@ -33,6 +34,40 @@ def attention_backend(model: ModelConfig, kernels: Kernels) -> Literal["te", "to
     if model.attention == "te" and not kernels.transformer_engine:
         raise ValueError(f"model.attention is te, but {kernels.transformer_engine_reason}: use --model.attention torch")
     return "te" if kernels.transformer_engine and (torch.cuda.is_available() or model.attention == "te") else "torch"
+
+
+def check_fp8(config: Config, kernels: Kernels) -> None:
+    """Raises: ValueError if `train.fp8` is asked for and cannot run here."""
+    if config.train.fp8 == "none":
+        return
+    if attention_backend(config.model, kernels) != "te":
+        reason = kernels.transformer_engine_reason or "model.attention is torch, or there is no CUDA device"
+        raise ValueError(f"train.fp8 is {config.train.fp8}, which is Transformer Engine's, but {reason}: use --train.fp8 none")
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
+        raise ValueError(
+            f"train.fp8 is {config.train.fp8}, but there is no GPU with FP8 here (Ada, Hopper or later): use --train.fp8 none"
+        )
+
+
+def text_multiple(config: Config) -> int:
+    """Texts are padded to a multiple of this: sequence parallelism splits them evenly over the tensor ranks, and FP8 products
+    want 16 rows on each."""
+    return (config.parallel.tensor if config.parallel.sequence else 1) * (1 if config.train.fp8 == "none" else 16)
+
+
+def overlaps(config: Config) -> bool:
+    """Whether data-parallel communication runs beside the passes."""
+    if config.parallel.overlap == "auto":
+        return torch.cuda.is_available() and "tower" not in config.train.parts
+    return config.parallel.overlap == "on"
+
+
+def pipeline_layout(config: Config) -> list[list[str]] | None:
+    """mcore's layers of each chunk in the order of the network; None: equally many."""
+    if config.parallel.pipeline == 1 or config.parallel.split == "even":
+        return None
+    chunks = [["decoder"] * number for number in chunk_layers(config)]
+    return [["embedding", *chunks[0]], *chunks[1:-1], [*chunks[-1], "loss"]]
 
 
 def params_dtype(config: Config) -> torch.dtype:
@@ -65,8 +100,10 @@ def transformer_config(config: Config, kernels: Kernels) -> TransformerConfig:
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
+        pipeline_model_parallel_layout=pipeline_layout(config),
         sequence_parallel=parallel.sequence,
         bf16=config.train.precision == "bf16",
+        fp8=None if config.train.fp8 == "none" else config.train.fp8,
         params_dtype=params_dtype(config),
         pipeline_dtype=params_dtype(config),
         calculate_per_token_loss=True,
@@ -90,7 +127,8 @@ def ddp_config(config: Config) -> DistributedDataParallelConfig:
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=overlaps(config),
+        overlap_param_gather=overlaps(config) and config.parallel.distributed_optimizer,
         check_for_nan_in_grad=False,
     )
 
@@ -110,6 +148,7 @@ def optimizer_config(config: Config) -> MegatronOptimizerConfig:
         bf16=config.train.precision == "bf16",
         params_dtype=params_dtype(config),
         use_distributed_optimizer=config.parallel.distributed_optimizer,
+        overlap_param_gather=overlaps(config) and config.parallel.distributed_optimizer,
     )
 
 

@@ -224,6 +224,9 @@ class Checkpoints:
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
         torch.distributed.barrier()
+        for stage in self.stages:
+            if stage.ddp_config.overlap_param_gather:
+                stage.start_param_sync(force_sync=True)  # else they are gathered in the next forward pass
         state = _model_state(self.stages)
         state["optimizer"] = _optimizer_state(self.optimizer, state, loading=False)
         dist_checkpointing.save(state, str(beside))

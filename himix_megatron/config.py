@@ -124,6 +124,11 @@ class VisionConfig:
     """Per channel, on the 0..1 scale."""
     pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Per channel, on the 0..1 scale."""
+    placement: Literal["replica_sharded", "replicated", "first_stage"] = "replica_sharded"
+    """Where a frozen tower encodes a step's images: split over all tensor x pipeline ranks of a replica; all of them on each;
+    or split over the ranks of pipeline stage 0. (A tower that trains runs on each rank; who reads the images goes by this.)"""
+    encode_ahead: bool = True
+    """Encode the next step's images while this step trains. Changes no result."""
 
     def __post_init__(self) -> None:
         _positive(vision__image_size=self.image_size, vision__patch_size=self.patch_size, vision__hidden_size=self.hidden_size)
@@ -154,6 +159,13 @@ class ParallelConfig:
     """Sequence parallelism: activations between the tensor-parallel blocks are split along the text."""
     distributed_optimizer: bool = False
     """Split optimizer state over the data-parallel ranks (ZeRO-1)."""
+    split: Literal["even", "balanced"] = "even"
+    """Layers on each pipeline stage: equally many; or so that stages do equal work, the LM head counted."""
+    split_text_tokens: int = 64
+    """Text tokens of a typical sample: with them, and one image, `balanced` weighs the layers against the head."""
+    overlap: Literal["auto", "on", "off"] = "auto"
+    """Sum gradients over data-parallel ranks, and gather parameters, while the passes run; auto: on GPUs, unless the tower
+    trains."""
     timeout_seconds: float = 600.0
     """A collective that takes longer ends the run."""
 
@@ -162,6 +174,7 @@ class ParallelConfig:
             parallel__tensor=self.tensor,
             parallel__pipeline=self.pipeline,
             parallel__virtual_pipeline=self.virtual_pipeline,
+            parallel__split_text_tokens=self.split_text_tokens,
             parallel__timeout_seconds=self.timeout_seconds,
         )
         if self.sequence and self.tensor == 1:
@@ -268,6 +281,9 @@ class TrainConfig:
     """Samples per forward pass on one replica. Unused with packing."""
     precision: Literal["bf16", "fp32"]
     """bf16 keeps fp32 main weights and fp32 gradient sums."""
+    fp8: Literal["none", "hybrid"] = "none"
+    """Linear layers in FP8 by Transformer Engine (e4m3 forward, e5m2 backward, delayed scaling); needs bf16 and a GPU that
+    has it. Not yet run on one."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: core attention only, or whole layers."""
     seed: int = 1234
@@ -282,6 +298,8 @@ class TrainConfig:
             train__epochs=self.epochs,
             train__micro_batch_samples=self.micro_batch_samples,
         )
+        if self.fp8 != "none" and self.precision != "bf16":
+            raise ValueError(f"train.fp8 is {self.fp8}, which keeps everything else in bf16: use --train.precision bf16")
         for name, size in (("samples", self.global_batch_samples), ("packs", self.global_batch_packs)):
             if size is not None and size <= 0:
                 raise ValueError(f"train.global_batch_{name} is {size}: it must be above 0")
@@ -407,10 +425,16 @@ class Config:
                 else "train.global_batch_packs needs --data.pack-text-tokens and --data.pack-images"
             )
         chunks = parallel.pipeline * parallel.virtual_pipeline
-        if model.num_layers % chunks:
+        if parallel.overlap == "on" and "tower" in self.train.parts:
+            raise ValueError(
+                "parallel.overlap is on, but the tower trains: its gradients are summed over pipeline stages before they are "
+                "over data-parallel ranks, so leave --parallel.overlap auto"
+            )
+        if model.num_layers < chunks or (parallel.split == "even" and model.num_layers % chunks):
             raise ValueError(
                 f"model.num_layers ({model.num_layers}) does not divide over parallel.pipeline ({parallel.pipeline}) x "
                 f"parallel.virtual_pipeline ({parallel.virtual_pipeline})"
+                f"{'' if model.num_layers < chunks else ': use --parallel.split balanced, or other sizes'}"
             )
 
     @property

@@ -22,9 +22,10 @@ from .checkpoint import Checkpoints
 from .config import Config
 from .data.batch import share_of
 from .kernels import Kernels
+from .model.encoder import ReplicaEncoder
 from .model.himix import arrange_features, build_stage
 from .model.kv_cache import KVCache
-from .model.vision import ReplicaEncoder, build_tower
+from .model.vision import build_tower
 from .parallel import Topology
 from .sampling import Sampling, choose
 from .step import StageInput, run_logits

@@ -69,6 +69,8 @@ class Topology:
     """Group of the ranks that hold the same weights."""
     replica: Any
     """Group of all ranks of this model replica."""
+    encoding: Any
+    """The same ranks once more: in it the next step's features are gathered while this step uses the other groups."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -139,7 +141,7 @@ def start(config: ParallelConfig, *, seed: int, launch: Launch | None = None) ->
         virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
         distributed_timeout_minutes=config.timeout_seconds / 60,
     )
-    topology = _topology(launch, device)
+    topology = _topology(config, launch, device)
     # Stages hold different layers: with one seed they would all start as copies of stage 0's.
     stage_seed = seed + 100 * topology.pipeline_rank
     random.seed(stage_seed)
@@ -170,11 +172,21 @@ def shutdown() -> None:
     dist.destroy_process_group()
 
 
-def _topology(launch: Launch, device: torch.device) -> Topology:
+def _replicas(config: ParallelConfig, world_size: int) -> list[list[int]]:
+    """The ranks of each model replica, by replica rank: megatron-core numbers tensor ranks first, then data, then stages."""
+    tensor, data = config.tensor, world_size // (config.tensor * config.pipeline)
+    return [[t + tensor * (d + data * p) for p in range(config.pipeline) for t in range(tensor)] for d in range(data)]
+
+
+def _topology(config: ParallelConfig, launch: Launch, device: torch.device) -> Topology:
     from megatron.core import parallel_state
 
     tensor, pipeline = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_pipeline_model_parallel_group()
     data, replica = parallel_state.get_data_parallel_group(), parallel_state.get_model_parallel_group()
+    encoding, _ = dist.new_subgroups_by_enumeration(
+        _replicas(config, launch.world_size), timeout=timedelta(seconds=config.timeout_seconds)
+    )
+    assert dist.get_process_group_ranks(encoding) == dist.get_process_group_ranks(replica)
     return Topology(
         rank=launch.rank,
         world_size=launch.world_size,
@@ -191,6 +203,7 @@ def _topology(launch: Launch, device: torch.device) -> Topology:
         pipeline=pipeline,
         data=data,
         replica=replica,
+        encoding=encoding,
     )
 
 

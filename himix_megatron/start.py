@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from .adapter import attention_backend
+from .adapter import attention_backend, check_fp8
 from .checkpoint import (
     Checkpoints,
     Position,
@@ -60,6 +60,7 @@ def prepare(config: Config) -> Start:
         raise ValueError(f"{stop} says: {stop.read_text().strip()} (to go on all the same: --run.resume-after-stop)")
     kernels = detect()
     attention_backend(config.model, kernels)
+    check_fp8(config, kernels)
     check_text(config)
     plan = make_plan(config, config.data)
     held_out = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from . import log, parallel
-from .adapter import params_dtype
+from .adapter import overlaps, params_dtype, text_multiple
 from .checkpoint import Checkpoints, Position, publish
 from .config import Config
 from .data.batch import StepBatch, without_loss
@@ -25,8 +25,9 @@ from .data.loader import Reads, StepReader, step_loader
 from .data.plan import End, Plan, StepPlan
 from .ledger import Ledger
 from .metrics import Metrics, StepCounts
+from .model.encoder import Ahead, ReplicaEncoder, encoding_place
 from .model.himix import build_stage, finalize_gradients
-from .model.vision import ReplicaEncoder, build_tower
+from .model.vision import build_tower
 from .optim import Schedule, apply_settings, build_optimizer
 from .parallel import Topology
 from .signals import REQUEUE, STOPPED, StopRequest
@@ -68,11 +69,10 @@ def run_steps(config: Config, start: Start, run: Run, position: Position, reques
     tolerance = Tolerance(config)
     code = 0
     steps = start.plan.steps(start.end, position.place, position.step)
-    for batch in step_loader(reader, steps, config.data.num_workers):
-        batch = agree_on_bad(batch, run.topology)
+    for batch, images in encoded(run, step_loader(reader, steps, config.data.num_workers)):
         metrics.data_ready()
         learning_rate = schedule.set(start.end.progress(position.step, position.place))
-        counts, grad_norm, stop = train_step(config, run, batch, request)
+        counts, grad_norm, stop = train_step(config, run, batch, images, request)
         position = replace(position, step=position.step + 1, place=batch.after)
         metrics.step_done(position.step, counts, learning_rate, grad_norm, last=batch.is_last)
         ledger.note(position.step, batch)
@@ -88,6 +88,7 @@ def run_steps(config: Config, start: Start, run: Run, position: Position, reques
         if stop and not batch.is_last:
             code = REQUEUE
             break
+    run.ahead.settle()
     metrics.close()
     ledger.close()
     return code
@@ -109,9 +110,8 @@ class Validation:
         if not (last or step % self.config.log.validation_interval_steps == 0):
             return None
         total = tokens = 0.0
-        for batch in step_loader(self.reader, self._steps(self.plan), self.config.data.num_workers):
-            batch = agree_on_bad(batch, self.run.topology)
-            reported = run_schedule(self.run, batch, forward_only=True)
+        for batch, images in encoded(self.run, step_loader(self.reader, self._steps(self.plan), self.config.data.num_workers)):
+            reported = run_schedule(self.run, batch, images, forward_only=True)
             counts, _ = count(self.config, self.run.topology, batch, reported, asked=False)
             if counts.answer_tokens:
                 total, tokens = total + counts.loss * counts.answer_tokens, tokens + counts.answer_tokens
@@ -173,6 +173,7 @@ class Run:
     stages: list[DistributedDataParallel]
     """One model chunk, or several with an interleaved pipeline."""
     encoder: ReplicaEncoder
+    ahead: Ahead
     optimizer: Any
     checkpoints: Checkpoints
 
@@ -186,10 +187,22 @@ def build_run(config: Config, start: Start, topology: Topology) -> Run:
     mcore_config = stages[0].config
     mcore_config.grad_scale_func = optimizer.scale_loss
     mcore_config.finalize_model_grads_func = finalize_gradients
+    if overlaps(config):
+        # Gradients are summed over data ranks in the last micro-batch's backward pass only.
+        syncs = [stage.no_sync for stage in stages]
+        mcore_config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
     return Run(
         topology=topology,
         stages=stages,
-        encoder=ReplicaEncoder(tower, topology.replica, trainable=trainable, dtype=params_dtype(config)),
+        encoder=ReplicaEncoder(
+            tower,
+            None if config.vision.placement == "replicated" else topology.encoding,
+            trainable=trainable,
+            dtype=params_dtype(config),
+            device=topology.device,
+            place=encoding_place(config.vision.placement, topology),
+        ),
+        ahead=Ahead(topology.device, enabled=config.vision.encode_ahead),
         optimizer=optimizer,
         checkpoints=Checkpoints(config, stages, optimizer, None if trainable else tower),
     )
@@ -197,6 +210,7 @@ def build_run(config: Config, start: Start, topology: Topology) -> Run:
 
 def step_reader(config: Config, plan: Plan, topology: Topology) -> StepReader:
     """What this rank reads of a plan."""
+    image_rank, image_size = encoding_place(config.vision.placement, topology)
     return StepReader(
         plan,
         vision_config=config.vision,
@@ -205,11 +219,10 @@ def step_reader(config: Config, plan: Plan, topology: Topology) -> StepReader:
             data_rank=topology.data_rank,
             data_size=topology.data_size,
             texts=topology.is_first_stage or topology.is_last_stage,
-            image_rank=topology.replica_rank,
-            image_size=topology.replica_size,
+            image_rank=image_rank,
+            image_size=image_size,
         ),
-        # Sequence parallelism splits the text evenly over the tensor ranks.
-        pad_multiple=config.parallel.tensor if config.parallel.sequence else 1,
+        pad_multiple=text_multiple(config),
     )
 
 
@@ -231,7 +244,19 @@ def describe(config: Config, start: Start, run: Run) -> None:
 # ---- one step ------------------------------------------------------------------------------------------------------
 
 
-def train_step(config: Config, run: Run, batch: StepBatch, request: StopRequest) -> tuple[StepCounts, float, bool]:
+def encoded(run: Run, batches: Iterable[StepBatch]) -> Iterator[tuple[StepBatch, Tensor]]:
+    """Each step with its images, features or pixels, made while the step before it trains."""
+
+    def encode(batch: StepBatch) -> tuple[StepBatch, Tensor]:
+        batch = agree_on_bad(batch, run.topology)
+        return batch, run.encoder.encode(batch.pixels, batch.blank, len(batch.blank))
+
+    return run.ahead.steps(batches, encode)
+
+
+def train_step(
+    config: Config, run: Run, batch: StepBatch, images: Tensor, request: StopRequest
+) -> tuple[StepCounts, float, bool]:
     """One optimizer step.
 
     Returns: what it processed over all ranks, the gradient's global norm before clipping, and whether any rank was asked to
@@ -240,31 +265,29 @@ def train_step(config: Config, run: Run, batch: StepBatch, request: StopRequest)
     for stage in run.stages:
         stage.zero_grad_buffer()
     run.optimizer.zero_grad()
-    reported = run_schedule(run, batch, forward_only=False)
+    reported = run_schedule(run, batch, images, forward_only=False)
     _, grad_norm, _ = run.optimizer.step()
     counts, stop = count(config, run.topology, batch, reported, asked=request.received is not None)
     return counts, float(grad_norm or 0.0), stop
 
 
-def run_schedule(run: Run, batch: StepBatch, *, forward_only: bool) -> list[Tensor]:
-    """Forward (and backward) over a step's micro-batches.
+def run_schedule(run: Run, batch: StepBatch, images: Tensor, *, forward_only: bool) -> list[Tensor]:
+    """Forward (and backward) over a step's micro-batches. `images`: as `encoded` gives them.
 
     Returns: on the last stage float64[2] per micro-batch: summed loss, answer tokens; elsewhere nothing.
     """
-    device = run.topology.device
-    images = run.encoder.encode(batch.pixels.to(device), batch.blank.to(device), len(batch.blank))
-    return run_losses(run.stages, stage_inputs(batch, images, device), forward_only=forward_only)
+    return run_losses(run.stages, stage_inputs(batch, images, run.topology.device), forward_only=forward_only)
 
 
 def agree_on_bad(batch: StepBatch, topology: Topology) -> StepBatch:
-    """The same step on every rank of a replica: an image that one rank could not decode is blank and silent on all."""
+    """The same step on every rank of a replica: an image that one rank could not read is blank and silent on all."""
     if topology.replica_size == 1:
         return batch
     num_samples = sum(len(m.keys) for m in batch.micro_batches)
     marks = torch.zeros(len(batch.blank) + num_samples, dtype=torch.uint8, device=topology.device)
     marks[: len(batch.blank)] = batch.blank
     marks[[len(batch.blank) + sample for sample in batch.bad_samples]] = 1
-    torch.distributed.all_reduce(marks, op=torch.distributed.ReduceOp.MAX, group=topology.replica)
+    torch.distributed.all_reduce(marks, op=torch.distributed.ReduceOp.MAX, group=topology.encoding)
     marks = marks.cpu()
     bad = marks[len(batch.blank) :].nonzero().flatten().tolist()
     keys = [key for m in batch.micro_batches for key in m.keys]

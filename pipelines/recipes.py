@@ -170,7 +170,8 @@ def _align(
             parts=("vision_kv",), epochs=epochs, global_batch_samples=256, micro_batch_samples=micro_batch, precision="bf16"
         ),
         optimizer=OptimizerConfig(learning_rate=learning_rate),
-        parallel=ParallelConfig(distributed_optimizer=True),
+        # LLaVA-558K's captions have 44 tokens on average.
+        parallel=ParallelConfig(distributed_optimizer=True, split="balanced", split_text_tokens=44),
     )
 
 
@@ -204,7 +205,10 @@ def _instruct(
             precision="bf16",
         ),
         optimizer=OptimizerConfig(learning_rate=2e-5),
-        parallel=ParallelConfig(tensor=tensor, sequence=tensor > 1, distributed_optimizer=True),
+        # mix665k's conversations have 314 tokens on average.
+        parallel=ParallelConfig(
+            tensor=tensor, sequence=tensor > 1, distributed_optimizer=True, split="balanced", split_text_tokens=314
+        ),
         checkpoint=CheckpointConfig(initial=f"runs/{recipe.removesuffix('instruct')}align"),
     )
 

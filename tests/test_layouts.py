@@ -24,6 +24,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tensor 2, pipeline 2": (4, {"tensor": 2, "pipeline": 2}),
     "data 2": (2, {}),
     "data 2, distributed optimizer": (2, {"distributed_optimizer": True}),
+    "pipeline 2, balanced": (2, {"pipeline": 2, "split": "balanced"}),
+    "pipeline 2 interleaved, balanced": (2, {"pipeline": 2, "virtual_pipeline": 2, "split": "balanced"}),
+    "data 2, overlap": (2, {"overlap": "on"}),
+    "pipeline 2 interleaved, data 2, distributed optimizer, overlap": (
+        4,
+        {"pipeline": 2, "virtual_pipeline": 2, "distributed_optimizer": True, "overlap": "on"},
+    ),
     "tensor 2, pipeline 2, data 2, distributed optimizer": (8, {"tensor": 2, "pipeline": 2, "distributed_optimizer": True}),
 }
 RECOMPUTE = {

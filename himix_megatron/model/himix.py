@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -225,4 +226,15 @@ def _wrap(config: Config, model: HiMixModel, *, trains: bool, first: bool) -> An
     wrapped = Float16Module(mcore_config, model) if mcore_config.bf16 else model
     if not trains:
         return wrapped
-    return DistributedDataParallel(mcore_config, ddp_config(config), wrapped, disable_bucketing=not first)
+    stage = DistributedDataParallel(mcore_config, ddp_config(config), wrapped, disable_bucketing=not first)
+    if stage.ddp_config.overlap_param_gather:
+        # mcore waits for a parameter when its own module runs; ours also read a module's weight without running it.
+        for layer in model.decoder.layers:
+            layer.register_forward_pre_hook(partial(_wait_for_parameters, stage))
+    return stage
+
+
+def _wait_for_parameters(stage: Any, layer: nn.Module, _: Any) -> None:
+    for parameter in layer.parameters():
+        if parameter in stage.param_to_bucket_group:
+            stage.param_to_bucket_group[parameter].finish_param_sync()

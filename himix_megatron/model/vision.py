@@ -1,4 +1,4 @@
-"""Vision towers, and sharing them over a model replica. Flows in: uint8 pixels; out: features that every decoder layer sees.
+"""Vision towers. Flows in: uint8 pixels; out: features that every decoder layer sees.
 
 A tower is a module with one call, `tower(pixels_K3HW, blank_K) -> features_KNV`; normalisation is inside it, so that the
 rest of the house carries bytes. Layers after the chosen feature layer are not built: they cost nothing, and a tower that
@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from himix_megatron.config import VisionConfig
-from himix_megatron.data.batch import share_of
 
 _SIZES = {
     "image_size": "image_size",
@@ -259,61 +257,3 @@ def _read_weights(folder: Path, wanted: dict[str, tuple[int, ...]], dtype: torch
         if tuple(weights[name].shape) != shape:
             raise ValueError(f"vision.path: {name} in {folder} has shape {tuple(weights[name].shape)}, wanted {shape}")
     return weights
-
-
-class ReplicaEncoder:
-    """The tower shared by the ranks of one model replica (TP x PP): each encodes a part of the step's images, all get all.
-
-    Every rank of the group must call `encode` at the same step with the same number of images.
-    """
-
-    def __init__(
-        self,
-        tower: Tower,
-        group: dist.ProcessGroup | None,
-        trainable: bool,
-        dtype: torch.dtype,
-        max_images_per_forward: int = 64,
-    ) -> None:
-        """Args: group: the replica's ranks, None for one rank alone; dtype: of the features on the wire and returned."""
-        self.tower = tower
-        self.group = group
-        self.size = dist.get_world_size(group) if group is not None else 1
-        self.trainable = trainable
-        self.dtype = dtype
-        self.max_images_per_forward = max_images_per_forward
-        self.feature_shape = tower.feature_shape
-
-    def encode(self, pixels_share: Tensor, blank_K: Tensor, num_images: int) -> Tensor:
-        """The step's images, of which this rank holds `share_of(num_images, rank, size)`, for all ranks of the replica.
-
-        Args: pixels_share: uint8 [K_share, 3, H, W]; blank_K: bool [K] of all images.
-        Returns: frozen: features [K, N, V]; trainable: pixels uint8 [K, 3, H, W], for a tower that runs inside the model.
-        """
-        device = next(self.tower.parameters()).device
-        own = share_of(num_images, dist.get_rank(self.group) if self.size > 1 else 0, self.size)
-        blank_share = blank_K[own.start : own.stop].to(device)
-        assert len(pixels_share) == len(blank_share), (len(pixels_share), len(blank_share), num_images)
-        pixels_share = pixels_share.to(device, non_blocking=True)
-        share = pixels_share if self.trainable else self._features(pixels_share, blank_share)
-        return share if self.size == 1 else self._gather(share, -(-num_images // self.size))[:num_images]
-
-    @torch.no_grad()
-    def _features(self, pixels: Tensor, blank: Tensor) -> Tensor:
-        """[K_share, N, V]; at most `max_images_per_forward` images at once bound the memory."""
-        features = pixels.new_empty((len(pixels), *self.feature_shape), dtype=self.dtype)
-        for first in range(0, len(pixels), self.max_images_per_forward):
-            part = slice(first, first + self.max_images_per_forward)
-            features[part] = self.tower(pixels[part], blank[part])
-        return features
-
-    def _gather(self, share: Tensor, per_rank: int) -> Tensor:
-        """All ranks' shares in rank order, [size * per_rank, ...]: only the last images can be padding."""
-        if per_rank == 0:
-            return share
-        padded = F.pad(share.flatten(1), (0, 0, 0, per_rank - len(share))).contiguous()
-        # As bytes: every backend carries them, whatever the dtype.
-        sent = padded.view(torch.uint8)
-        received = sent.new_empty((self.size * per_rank, sent.shape[1]))
-        dist.all_gather_into_tensor(received, sent, group=self.group)
-        return received.view(share.dtype).view(-1, *share.shape[1:])

@@ -1,4 +1,4 @@
-"""Towers equal transformers', and a replica that shares the tower sees what one rank alone sees."""
+"""Towers equal transformers'."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import torch
 import transformers
 
 from himix_megatron.config import VisionConfig
-from himix_megatron.model.vision import ReplicaEncoder, build_tower
-from tests.distributed import run_ranks
+from himix_megatron.model.vision import build_tower
 
 SIZES: dict[str, Any] = {
     "image_size": 30,  # 2 pixels are left over, as with SigLIP's 384 in patches of 14
@@ -182,46 +181,3 @@ def test_missing_weights_are_named_not_made_up(tmp_path: Path) -> None:
     save_file({name: value for name, value in weights.items() if name != lost}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"lacks 1 of the tower's .* layers\.1\.mlp\.fc1\.weight"):
         build_tower(config, seed=0, dtype=torch.float32)
-
-
-def _encode(num_images: int, trainable: bool, dtype: torch.dtype) -> torch.Tensor:
-    """What one rank of the replica gets; alone when no group exists."""
-    config = _tiny(feature_layer=-1)
-    tower = build_tower(config, seed=3, dtype=torch.float32)
-    world = torch.distributed.is_initialized()
-    rank, size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if world else (0, 1)
-    per_rank = -(-num_images // size)
-    share = _pixels(num_images, config)[per_rank * rank : per_rank * (rank + 1)]
-    blank = torch.arange(num_images) % 3 == 1
-    group = torch.distributed.group.WORLD if world else None
-    encoder = ReplicaEncoder(tower, group, trainable, dtype, max_images_per_forward=2)
-    return encoder.encode(share, blank, num_images)
-
-
-def _encode_all() -> list[torch.Tensor]:
-    frozen = [_encode(num_images, False, torch.float32) for num_images in (7, 4, 1, 0)]
-    return [*frozen, _encode(5, False, torch.bfloat16), _encode(5, True, torch.float32)]
-
-
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_a_shared_tower_gives_every_rank_what_one_rank_alone_computes(world_size: int) -> None:
-    alone = _encode_all()
-    assert [len(features) for features in alone] == [7, 4, 1, 0, 5, 5]
-    assert alone[-2].dtype == torch.bfloat16
-    assert torch.equal(alone[-1], _pixels(5, _tiny()))
-    for rank_features in run_ranks(_encode_all, world_size):
-        for got, wanted in zip(rank_features, alone, strict=True):
-            assert got.dtype == wanted.dtype
-            assert got.shape == wanted.shape
-            assert torch.allclose(got.float(), wanted.float(), atol=1e-2 if got.dtype == torch.bfloat16 else 1e-6)
-
-
-def _fail_on_rank_one() -> None:
-    if torch.distributed.get_rank() == 1:
-        raise KeyError("planted")
-    torch.distributed.barrier()
-
-
-def test_run_ranks_raises_with_the_failing_ranks_traceback() -> None:
-    with pytest.raises(RuntimeError, match=r"rank 1 failed:(.|\n)*KeyError: 'planted'"):
-        run_ranks(_fail_on_rank_one, 2)
