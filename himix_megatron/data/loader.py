@@ -143,19 +143,18 @@ class StepReader(Dataset[StepBatch]):
 
     def _pixels(self, images: list[tuple[int, int]], blank: Tensor) -> tuple[Tensor, list[int]]:
         """Decode images (sample, image) that are not blank. Returns: uint8[len, 3, H, W], and which of them are damaged."""
-        size = self.vision_config.image_size
-        pixels, damaged = torch.zeros(len(images), 3, size, size, dtype=torch.uint8), []
+        pixels, damaged = image.blank_pixels(len(images), self.vision_config), []
         for n, (i, k) in enumerate(images):
             if blank[n]:
                 continue
             dataset, number = self.datasets.locate(i)
             with _naming(self.datasets.key(i)):
                 try:
-                    pixels[n] = torch.from_numpy(image.decode(dataset.image_bytes(number, k), self.vision_config))
+                    image.decode(dataset.image_bytes(number, k), self.vision_config, self.config.decode, out=pixels[n])
                 except BadSampleError as error:
                     log.warning("%s is left out of the loss: image %d, %s", self.datasets.key(i), k, error.detail)
                     damaged.append(n)
-        return pixels, damaged
+        return torch.from_numpy(pixels), damaged
 
 
 @contextlib.contextmanager

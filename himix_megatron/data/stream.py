@@ -174,15 +174,14 @@ class _StreamReader(IterableDataset[StepBatch]):
         num_images = [len(sample.images) or self.stream.images_without for sample in samples]
         places = [(slot, k) for slot, count in enumerate(num_images) for k in range(count)]
         blank = torch.tensor([not samples[slot].images for slot, _ in places], dtype=torch.bool)
-        size = self.vision_config.image_size
         share = share_of(len(places), self.reads.image_rank, self.reads.image_size)
-        pixels, bad = torch.zeros(len(share), 3, size, size, dtype=torch.uint8), []
+        pixels, bad = image.blank_pixels(len(share), self.vision_config), []
         for into, n in enumerate(share):
             slot, k = places[n]
             if blank[n]:
                 continue
             try:
-                pixels[into] = torch.from_numpy(image.decode(samples[slot].images[k], self.vision_config))
+                image.decode(samples[slot].images[k], self.vision_config, self.stream.config.decode, out=pixels[into])
             except BadSampleError as error:
                 log.warning("%s is left out of the loss: image %d, %s", samples[slot].key, k, error.detail)
                 blank[n] = True
@@ -200,7 +199,7 @@ class _StreamReader(IterableDataset[StepBatch]):
                 for part in parts
             ),
             blank=blank,
-            pixels=pixels,
+            pixels=torch.from_numpy(pixels),
             bad_keys=tuple(keys[slot] for slot in bad),
             after=after,
             is_last=self.end.reached(step + 1, after),

@@ -204,18 +204,10 @@ def _members(outcome: Sample | BadRow, number: int, check: Check) -> tuple[list[
         text = json.dumps({"id": outcome.id, "conversations": outcome.conversations}, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise BadSampleError("bad_text", "half of a surrogate pair: no Unicode text") from None
-    look = image.verify if check == "decode" else header
+    look = image.verify if check == "decode" else image.header
     facts = [look(data) for data in outcome.images]
     pictures = [(f"{key}.{k}.{fact.suffix}", data) for k, (fact, data) in enumerate(zip(facts, outcome.images, strict=True))]
     return [(f"{key}.json", text), *pictures], facts
-
-
-def header(data: bytes) -> image.ImageFacts:
-    """What an image says it is, without decoding it: some damage passes. Raises: BadSampleError."""
-    found = image._open(data)
-    suffix = image.SUFFIXES["JPEG" if found.format == "MPO" else str(found.format)]
-    width, height = found.size
-    return image.ImageFacts(suffix, *((height, width) if image._orientation(found) >= 5 else (width, height)))
 
 
 def _write(path: Path, data: bytes) -> FileDigest:

@@ -7,9 +7,7 @@ import pickle
 import random
 from pathlib import Path
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from himix_megatron.data.shards import DamagedShardError, ShardDataset
 
@@ -24,28 +22,13 @@ def local(tmp_path_factory):
     return mixed(tmp_path_factory.mktemp("mixed"), 64)
 
 
-@pytest.fixture(scope="module")
-def server():
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
 @pytest.fixture
-def bucket(server, local, monkeypatch):
-    """The dataset on S3. The credentials are moto's to ignore."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="bucket")
+def bucket(s3_client, local):
+    """The dataset on S3."""
     for path in local.path.rglob("*"):
         if path.is_file():
-            client.upload_file(str(path), "bucket", f"sets/mixed/{path.relative_to(local.path)}")
-    return client
+            s3_client.upload_file(str(path), "bucket", f"sets/mixed/{path.relative_to(local.path)}")
+    return s3_client
 
 
 @pytest.fixture(scope="module")

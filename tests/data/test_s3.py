@@ -13,33 +13,6 @@ from .test_preprocess import command, contents
 from .test_sources import img2dataset_set, make_from, parquet_set, webdataset_set
 
 
-@pytest.fixture(scope="module")
-def s3():
-    """A bucket of an S3 server in this process. Yields: an s3fs file system that knows it."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_MAX_ATTEMPTS": "1",
-        }.items():
-            patch.setenv(name, value)
-        import s3fs
-
-        s3fs.S3FileSystem.clear_instance_cache()
-        store = s3fs.S3FileSystem(use_listings_cache=False)
-        store.mkdir("bucket")
-        yield store
-        s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
-
-
 def upload(store, folder: Path, place: str) -> str:
     store.put(f"{folder}/", place, recursive=True)
     return f"s3://{place}"

@@ -90,7 +90,7 @@ def test_fifty_steps_from_our_shards_hold_the_shards_samples(shards):
             for k in range(dataset.num_images(i)):
                 pixels, blank = next(images)
                 assert not blank
-                assert torch.equal(pixels, torch.from_numpy(decode(dataset.image_bytes(i, k), VISION)))
+                assert torch.equal(pixels, torch.from_numpy(decode(dataset.image_bytes(i, k), VISION, "fast")))
             if not dataset.num_images(i):
                 assert next(images)[1]
         assert next(images, None) is None
@@ -114,7 +114,7 @@ def test_several_images_stand_by_number(foreign):
     batch = batches(opened(foreign / "set-0.tar", global_batch=6), 1, micro_batch=6)[0]
     assert keys([batch]) == [f"set-0/sub/{i}" for i in range(6)]
     for place, wanted in ((3, encoded(picture(3), "GIF")), (4, encoded(picture(103), "JPEG"))):
-        assert torch.equal(batch.pixels[place], torch.from_numpy(decode(wanted, VISION)))
+        assert torch.equal(batch.pixels[place], torch.from_numpy(decode(wanted, VISION, "fast")))
 
 
 def test_a_stream_says_that_it_is_not_exact(foreign, caplog):
