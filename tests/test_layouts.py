@@ -75,11 +75,11 @@ def test_layout_trains_as_one_rank(
 
 
 def test_one_rank_learns(one_rank: dict[str, Any]) -> None:
-    # What the layouts are compared with is no standstill: align moves a little (random features), instruct a lot.
-    for stage, least in {"align": 0.0, "instruct": 0.5}.items():
-        losses = one_rank[stage]["train/loss"]
-        assert len(losses) == 10
-        assert losses[-1] < losses[0] - least, losses
+    # What the layouts are compared with is no standstill: instruct learns, and align (random features) has gradients to follow.
+    losses = one_rank["instruct"]["train/loss"]
+    assert len(losses) == 10
+    assert losses[-1] < losses[0] - 0.5, losses
+    assert min(one_rank["align"]["train/grad_norm"]) > 0.05
 
 
 def assert_same(found: dict[str, list[float]], wanted: dict[str, list[float]]) -> None:
