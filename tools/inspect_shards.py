@@ -101,7 +101,7 @@ def described(dataset: ShardDataset, found: Statistics) -> Iterator[str]:
         f"{dataset.path}: {manifest.num_samples:,} samples, {manifest.num_images:,} images, {len(manifest.shards):,} shards, "
         f"{_size(num_bytes)}"
     )
-    yield f"fingerprint {dataset.fingerprint[:16]}…, made from {manifest.num_rows:,} rows"
+    yield f"fingerprint {dataset.fingerprint}, made from {manifest.num_rows:,} rows"
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in manifest.quarantined.items())
     yield f"left out: {sum(manifest.quarantined.values()):,} rows ({reasons or 'none'})"
     images = sum(found.formats.values())

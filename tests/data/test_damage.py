@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from himix_megatron.data import schema
+from himix_megatron.data.lengths import make_column
 from himix_megatron.data.schema import BadSampleError
 from himix_megatron.data.shards import DamagedShardError, ShardDataset
 from himix_megatron.data.verify import verify_dataset
@@ -41,8 +42,10 @@ def folder(tmp_path_factory):
         rows[-1]["id"] = f"{i:02d}"
     (images / "11.jpg").write_bytes(b"no image")
     (source / "set.json").write_text(json.dumps(rows))
-    make(source / "out", source / "set.json", images, samples_per_shard=4)
-    return source / "out"
+    dataset = make(source / "out", source / "set.json", images, samples_per_shard=4)
+    for shard in dataset.manifest.shards:
+        assert make_column(dataset.path, shard, "bytes", "tiny")
+    return dataset.path
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +75,10 @@ def index_of(shard):
 
 def receipt_of(shard):
     return f"receipts/{shard}.json"
+
+
+def lengths_of(whole, shard):
+    return next(path for path in whole if path.endswith(f"{shard}.len"))
 
 
 def flipped(data, place, bit):
@@ -141,6 +148,17 @@ def flips_in_receipts(folder, whole):
         data = whole[receipt_of(shard)]
         for place in range(0, len(data), 31):
             yield {receipt_of(shard): flipped(data, place, place % 8)}, {shard}, False
+
+
+def damage_to_lengths(folder, whole):
+    """The column of text lengths: a run that finds such a one makes it again."""
+    for shard, other in zip(SHARDS, SHARDS[1:] + SHARDS[:1], strict=True):
+        path = lengths_of(whole, shard)
+        for place in range(0, len(whole[path]), 5):
+            yield {path: flipped(whole[path], place, place % 8)}, {shard}, False
+        for length in range(0, len(whole[path]), 8):
+            yield {path: whole[path][:length]}, {shard}, False
+        yield {path: whole[lengths_of(whole, other)]}, {shard}, False
 
 
 def flips_in_the_manifest(folder, whole):
@@ -226,6 +244,7 @@ def extra_files(folder, whole):
 
 KINDS = [
     *(truncations, flips_in_headers, flips_in_contents, flips_behind_contents, flips_in_indexes, flips_in_receipts),
+    damage_to_lengths,
     *(flips_in_the_manifest, zeroed_blocks, appended_bytes, missing_files, swapped_files, lost_members, swapped_members),
     *(added_members, extra_files),
 ]
@@ -333,7 +352,7 @@ def test_files_of_others_are_named_and_do_no_harm(folder, tmp_path):
     shutil.copytree(folder, copy)
     put(copy, {"README.md": b"ours", f"shards/{SHARDS[0]}.tar.idx": b"energon's"})
     for beside in (".nv-meta", "lengths", ".partial-x"):
-        (copy / beside).mkdir()
+        (copy / beside).mkdir(exist_ok=True)
         (copy / beside / "file").write_bytes(b"")
     report = verify_dataset(copy)
     assert (report.findings, report.foreign) == ((), (".partial-x/file", "README.md"))
