@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from bisect import bisect_right
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
@@ -166,6 +167,11 @@ def _length(text: str, size: int) -> float:
     return _font(text, size).getlength(text)
 
 
+def _start_length(text: str, num_characters: int) -> int:
+    """Of the first so many characters, rounded up to pixels."""
+    return ceil(_length(text[:num_characters], TEXT_SIZE))
+
+
 def _write(draw: ImageDraw.ImageDraw, x: int, y: int, text: str, colour: str, size: int) -> None:
     draw.text((x, y), text, fill=colour, font=_font(text, size))
 
@@ -180,7 +186,7 @@ def _wrapped(text: str, width: int) -> list[str]:
             line = ""
         line = f"{line} {word}" if line else word
         while _length(line, TEXT_SIZE) > width:
-            fits = max(1, bisect_right(range(len(line)), width, key=lambda n, line=line: _length(line[:n], TEXT_SIZE)) - 1)
+            fits = max(1, bisect_right(range(len(line)), width, key=functools.partial(_start_length, line)) - 1)
             lines.append(line[:fits])
             line = line[fits:]
         if len(lines) > MOST_LINES:
