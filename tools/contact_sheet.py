@@ -7,7 +7,9 @@ its characters; what none has appears as a box.
 from __future__ import annotations
 
 import functools
+from bisect import bisect_right
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
@@ -154,7 +156,7 @@ def _has(size: int, number: int, character: str) -> bool:
     return character.isspace() or bytes(font.getmask(character)) != bytes(font.getmask("\U0010fffe"))
 
 
-@functools.cache
+@functools.lru_cache(4096)
 def _font(text: str, size: int) -> Font:
     """The first font that lacks the fewest characters of a text."""
     fonts = _fonts(size)
@@ -165,6 +167,11 @@ def _length(text: str, size: int) -> float:
     return _font(text, size).getlength(text)
 
 
+def _start_length(text: str, num_characters: int) -> int:
+    """Of the first so many characters, rounded up to pixels."""
+    return ceil(_length(text[:num_characters], TEXT_SIZE))
+
+
 def _write(draw: ImageDraw.ImageDraw, x: int, y: int, text: str, colour: str, size: int) -> None:
     draw.text((x, y), text, fill=colour, font=_font(text, size))
 
@@ -172,14 +179,14 @@ def _write(draw: ImageDraw.ImageDraw, x: int, y: int, text: str, colour: str, si
 def _wrapped(text: str, width: int) -> list[str]:
     """Lines no wider than this, broken at spaces, and inside of words that are wider; as many as a card may show, and one."""
     lines, line = [], ""
-    text = "".join(c if c.isprintable() else "�" for c in text)
+    text = "".join(c if c.isprintable() else "�" for c in text[: MOST_LINES * width])  # no character is narrower than a pixel
     for word in text.split(" "):
         if line and _length(f"{line} {word}", TEXT_SIZE) > width:
             lines.append(line)
             line = ""
         line = f"{line} {word}" if line else word
         while _length(line, TEXT_SIZE) > width:
-            fits = next(n for n in range(len(line) - 1, 0, -1) if n == 1 or _length(line[:n], TEXT_SIZE) <= width)
+            fits = max(1, bisect_right(range(len(line)), width, key=functools.partial(_start_length, line)) - 1)
             lines.append(line[:fits])
             line = line[fits:]
         if len(lines) > MOST_LINES:

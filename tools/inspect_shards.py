@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -60,12 +60,12 @@ def main() -> int:
     if not arguments.dir.is_dir():
         raise ValueError(f"{arguments.dir}: no such folder")
     if arguments.verify:
-        report = verify_dataset(arguments.dir, arguments.num_workers or os.cpu_count() or 1, _Progress().show)
+        report = verify_dataset(arguments.dir, arguments.num_workers or os.cpu_count() or 1, _Progress("verify", _size).show)
         for line in verdict(arguments.dir, report):
             print(line)
         return 1 if report.findings else 0
     dataset = ShardDataset(arguments.dir)
-    found = statistics(dataset, arguments.texts, arguments.seed)
+    found = statistics(dataset, arguments.texts, arguments.seed, _Progress("texts", str).show)
     for line in described(dataset, found):
         print(line)
     if arguments.sheet:
@@ -101,7 +101,7 @@ def described(dataset: ShardDataset, found: Statistics) -> Iterator[str]:
         f"{dataset.path}: {manifest.num_samples:,} samples, {manifest.num_images:,} images, {len(manifest.shards):,} shards, "
         f"{_size(num_bytes)}"
     )
-    yield f"fingerprint {dataset.fingerprint[:16]}…, made from {manifest.num_rows:,} rows"
+    yield f"fingerprint {dataset.fingerprint}, made from {manifest.num_rows:,} rows"
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in manifest.quarantined.items())
     yield f"left out: {sum(manifest.quarantined.values()):,} rows ({reasons or 'none'})"
     images = sum(found.formats.values())
@@ -151,21 +151,24 @@ def _size(num_bytes: int) -> str:
 
 
 class _Progress:
-    """One line on stderr, redrawn; nothing where there is no terminal."""
+    """One line on stderr, redrawn and in the end cleared; nothing where there is no terminal."""
 
-    def __init__(self) -> None:
-        self.started = time.monotonic()
-        self.shown = 0.0
+    def __init__(self, what: str, shown_as: Callable[[int], str]) -> None:
+        self.what, self.shown_as = what, shown_as
+        self.started, self.shown = time.monotonic(), 0.0
 
     def show(self, done: int, total: int) -> None:
-        """So many bytes of so many."""
+        """So much of so much."""
         now, is_last = time.monotonic(), done == total
         if not sys.stderr.isatty() or not (is_last or now - self.shown >= PROGRESS_SECONDS):
             return
         self.shown = now
         rate = done / max(now - self.started, 1e-9)
-        line = f"verify: {_size(done)} of {_size(total)}, {_size(int(rate))}/s, {(total - done) / max(rate, 1):.0f} s left"
-        print(f"\r\033[K{line if not is_last else ''}", end="", file=sys.stderr, flush=True)
+        line = (
+            f"{self.what}: {self.shown_as(done)} of {self.shown_as(total)}, {self.shown_as(int(rate))}/s, "
+            f"{(total - done) / max(rate, 1):.0f} s left"
+        )
+        print(f"\r\033[K{'' if is_last else line}", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import random
 import tarfile
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,9 +44,12 @@ class Statistics:
     """Of the samples looked at; they count nowhere else."""
 
 
-def statistics(dataset: ShardDataset, num_texts: int, seed: int = 0) -> Statistics:
+def statistics(
+    dataset: ShardDataset, num_texts: int, seed: int = 0, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Statistics:
     """Look at all indexes, and at `num_texts` samples drawn at random (all, where there are no more).
 
+    `progress` is called with the samples looked at so far, and of all to look at.
     Raises: ValueError for an index that is not what was written.
     """
     drawn = draw(dataset, num_texts, seed)
@@ -55,10 +59,11 @@ def statistics(dataset: ShardDataset, num_texts: int, seed: int = 0) -> Statisti
         tables = _index(dataset, receipt)
         samples.append(tables[0])
         images.append(tables[1])
-        chosen = [i for i in drawn if start <= i < start + receipt.num_samples]
+        chosen = drawn[bisect_left(drawn, start) : bisect_left(drawn, start + receipt.num_samples)]
         texts += [_text(dataset, i) for i in chosen]
         formats.update(_formats(dataset, receipt, tables[0][[i - start for i in chosen]], tables[1]))
         start += receipt.num_samples
+        progress(len(texts), len(drawn))
     all_samples, all_images = np.concatenate(samples), np.concatenate(images)
     read = [turns for turns in texts if turns is not None]
     return Statistics(

@@ -1,28 +1,23 @@
 """Hundreds of ways to damage a dataset: each is named with its shard and samples, and none is read as if it were whole.
 
-A damage is the files it changes, as {path in the folder: content, or None for no file}. The dataset has 3 small shards; two of
-them are of the same size to the byte, so that a swap cannot be told by sizes.
+The dataset has 3 small shards; two of them are of the same size to the byte, so that a swap cannot be told by sizes.
 """
 
 import json
 import shutil
 import subprocess
 import sys
-import tarfile
-from itertools import permutations
 
 import numpy as np
 import pytest
 
-from himix_megatron.data import schema
+from himix_megatron.data.lengths import make_column
 from himix_megatron.data.schema import BadSampleError
 from himix_megatron.data.shards import DamagedShardError, ShardDataset
 from himix_megatron.data.verify import verify_dataset
 
+from .damages import KINDS, MANIFEST, SHARDS, flipped, index_of, members_of, packed, receipt_of, tar_of
 from .sets import encoded, make, picture, row
-
-SHARDS = ["set-000000", "set-000001", "set-000002"]
-MANIFEST = "manifest.json"
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +36,10 @@ def folder(tmp_path_factory):
         rows[-1]["id"] = f"{i:02d}"
     (images / "11.jpg").write_bytes(b"no image")
     (source / "set.json").write_text(json.dumps(rows))
-    make(source / "out", source / "set.json", images, samples_per_shard=4)
-    return source / "out"
+    dataset = make(source / "out", source / "set.json", images, samples_per_shard=4)
+    for shard in dataset.manifest.shards:
+        assert make_column(dataset.path, shard, "bytes", "tiny")
+    return dataset.path
 
 
 @pytest.fixture(scope="module")
@@ -60,175 +57,6 @@ def samples(folder):
 
 def sample_of(dataset, i):
     return dataset.text(i), [dataset.image_bytes(i, k) for k in range(dataset.num_images(i))]
-
-
-def tar_of(shard):
-    return f"shards/{shard}.tar"
-
-
-def index_of(shard):
-    return f"shards/{shard}.idx"
-
-
-def receipt_of(shard):
-    return f"receipts/{shard}.json"
-
-
-def flipped(data, place, bit):
-    changed = bytearray(data)
-    changed[place] ^= 1 << bit
-    return bytes(changed)
-
-
-def members_of(folder, shard):
-    with tarfile.open(folder / tar_of(shard)) as tar:
-        return [(member.name, member.offset, tar.extractfile(member).read()) for member in tar]
-
-
-def packed(members):
-    """A tar of (name, content)."""
-    blocks = [schema.tar_header(name, len(data)) + data + schema.padding(len(data)) for name, data in members]
-    return b"".join(blocks) + schema.TAR_END
-
-
-# Each kind yields (files, names that must be reported, whether reading must notice).
-
-
-def truncations(folder, whole):
-    """At every block, and inside of some."""
-    for shard in SHARDS:
-        data = whole[tar_of(shard)]
-        for length in [*range(0, len(data), 512), *range(100, len(data), 2048)]:
-            yield {tar_of(shard): data[:length]}, {shard}, True
-        for length in range(0, len(whole[index_of(shard)]), 32):
-            yield {index_of(shard): whole[index_of(shard)][:length]}, {shard}, True
-
-
-def flips_in_headers(folder, whole):
-    """Name, mode, size, time, checksum, type, magic, prefix. A reader by index does not look at headers."""
-    for shard in SHARDS:
-        for number, (_, offset, _) in enumerate(members_of(folder, shard)):
-            for place in (0, 9, 101, 133, 146, 150, 156, 258, 346):
-                yield {tar_of(shard): flipped(whole[tar_of(shard)], offset + place, number % 8)}, {shard}, False
-
-
-def flips_in_contents(folder, whole):
-    for shard in SHARDS:
-        for number, (_, offset, data) in enumerate(members_of(folder, shard)):
-            for place in (0, len(data) // 3, len(data) - 1):
-                yield {tar_of(shard): flipped(whole[tar_of(shard)], offset + 512 + place, number % 8)}, {shard}, True
-
-
-def flips_behind_contents(folder, whole):
-    for shard in SHARDS:
-        data = whole[tar_of(shard)]
-        for _, offset, content in members_of(folder, shard):
-            if len(content) % 512:
-                yield {tar_of(shard): flipped(data, offset + 512 + len(content), 3)}, {shard}, False
-        for place in (-1, -512, -1024):
-            yield {tar_of(shard): flipped(data, len(data) + place, 0)}, {shard}, False
-
-
-def flips_in_indexes(folder, whole):
-    for shard in SHARDS:
-        data = whole[index_of(shard)]
-        for place in range(0, len(data), 7):
-            yield {index_of(shard): flipped(data, place, place % 8)}, {shard}, True
-
-
-def flips_in_receipts(folder, whole):
-    for shard in SHARDS:
-        data = whole[receipt_of(shard)]
-        for place in range(0, len(data), 31):
-            yield {receipt_of(shard): flipped(data, place, place % 8)}, {shard}, False
-
-
-def flips_in_the_manifest(folder, whole):
-    data = whole[MANIFEST]
-    for place in range(0, len(data), 61):
-        yield {MANIFEST: flipped(data, place, place % 8)}, {MANIFEST}, True
-
-
-def zeroed_blocks(folder, whole):
-    for shard in SHARDS:
-        data = whole[tar_of(shard)]
-        headers = {offset for _, offset, _ in members_of(folder, shard)}
-        for start in range(0, len(data) - 1024, 512):
-            yield {tar_of(shard): data[:start] + bytes(512) + data[start + 512 :]}, {shard}, start not in headers
-
-
-def appended_bytes(folder, whole):
-    for shard in SHARDS:
-        for part in (tar_of(shard), index_of(shard), receipt_of(shard)):
-            for more in (b"\0", b"\n", bytes(512), whole[part]):
-                yield {part: whole[part] + more}, {shard}, part != receipt_of(shard)
-
-
-def missing_files(folder, whole):
-    for shard in SHARDS:
-        parts = [tar_of(shard), index_of(shard), receipt_of(shard)]
-        for part in parts:
-            yield {part: None}, {shard}, part != receipt_of(shard)
-        yield dict.fromkeys(parts), {shard}, True
-    yield {f"quarantine/{SHARDS[2]}.jsonl": None}, {SHARDS[2]}, False
-    yield {f"quarantine/{SHARDS[2]}.jsonl": b""}, {SHARDS[2]}, False
-    yield {MANIFEST: None}, {MANIFEST}, True
-
-
-def swapped_files(folder, whole):
-    """Each file of a shard, and all of them, for those of each other shard; one way and both ways."""
-    for one, other in permutations(SHARDS, 2):
-        ways = [[tar_of], [index_of], [receipt_of], [tar_of, index_of], [tar_of, index_of, receipt_of]]
-        for parts in ways:
-            there = {part(one): whole[part(other)] for part in parts}
-            back = {part(other): whole[part(one)] for part in parts}
-            yield there, {one}, parts != [receipt_of]
-            if one < other:
-                yield there | back, {one, other}, parts != [receipt_of]
-
-
-def lost_members(folder, whole):
-    for shard in SHARDS:
-        members = [(name, data) for name, _, data in members_of(folder, shard)]
-        for n in range(len(members)):
-            yield {tar_of(shard): packed(members[:n] + members[n + 1 :])}, {shard}, True
-
-
-def swapped_members(folder, whole):
-    """Whole members with their neighbours; contents under each other's headers."""
-    for shard in SHARDS:
-        members = [(name, data) for name, _, data in members_of(folder, shard)]
-        for n in range(len(members) - 1):
-            (first, data), (second, others) = members[n : n + 2]
-            rest = members[n + 2 :]
-            yield {tar_of(shard): packed([*members[:n], (second, others), (first, data), *rest])}, {shard}, data != others
-            if data != others:
-                yield {tar_of(shard): packed([*members[:n], (first, others), (second, data), *rest])}, {shard}, True
-
-
-def added_members(folder, whole):
-    """A second copy, a stranger and a member of another name, at every place."""
-    for shard in SHARDS:
-        members = [(name, data) for name, _, data in members_of(folder, shard)]
-        for n, (name, data) in enumerate(members):
-            yield {tar_of(shard): packed([*members[:n], members[n], *members[n:]])}, {shard}, True
-            yield {tar_of(shard): packed([*members[:n], ("000000099.json", b"{}"), *members[n:]])}, {shard}, True
-            yield {tar_of(shard): packed([*members[:n], ("../" + name, data), *members[n + 1 :]])}, {shard}, False
-
-
-def extra_files(folder, whole):
-    yield {"shards/set-000003.tar": whole[tar_of(SHARDS[0])]}, {"shards/set-000003.tar"}, False
-    yield {"shards/set-000003.idx": whole[index_of(SHARDS[0])]}, {"shards/set-000003.idx"}, False
-    yield {"receipts/set-000003.json": whole[receipt_of(SHARDS[0])]}, {"receipts/set-000003.json"}, False
-    yield {f"quarantine/{SHARDS[0]}.jsonl": b'{"row": 0}\n'}, {SHARDS[0]}, False
-    yield {"shards/notes.txt": b"mine"}, {"shards/notes.txt"}, False
-
-
-KINDS = [
-    *(truncations, flips_in_headers, flips_in_contents, flips_behind_contents, flips_in_indexes, flips_in_receipts),
-    *(flips_in_the_manifest, zeroed_blocks, appended_bytes, missing_files, swapped_files, lost_members, swapped_members),
-    *(added_members, extra_files),
-]
 
 
 def put(folder, files):
@@ -287,7 +115,8 @@ def test_there_are_at_least_400_damages_and_the_whole_set_has_none(folder, whole
     assert len(whole[index_of(SHARDS[0])]) == len(whole[index_of(SHARDS[1])])
 
 
-def test_several_processes_find_the_same_and_say_it_in_order(folder, whole, tmp_path):
+def test_several_processes_find_the_same_and_say_it_in_order(folder, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr("himix_megatron.data.verify.FEW_BYTES", 0)
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     put(copy, {tar_of(SHARDS[2]): flipped(whole[tar_of(SHARDS[2])], 600, 1), index_of(SHARDS[0]): b"", "shards/x.tar": b""})
@@ -333,7 +162,7 @@ def test_files_of_others_are_named_and_do_no_harm(folder, tmp_path):
     shutil.copytree(folder, copy)
     put(copy, {"README.md": b"ours", f"shards/{SHARDS[0]}.tar.idx": b"energon's"})
     for beside in (".nv-meta", "lengths", ".partial-x"):
-        (copy / beside).mkdir()
+        (copy / beside).mkdir(exist_ok=True)
         (copy / beside / "file").write_bytes(b"")
     report = verify_dataset(copy)
     assert (report.findings, report.foreign) == ((), (".partial-x/file", "README.md"))
