@@ -142,10 +142,9 @@ def _read_local(path: Path, name: str, limit: int) -> bytes:
 
 def _load(annotations: str) -> tuple[list[Any], str]:
     """The rows, and the SHA-256 of the file they were parsed from."""
-    try:
-        data = storage.read_bytes(annotations)
-    except (FileNotFoundError, IsADirectoryError):
-        raise SourceError(f"--annotations {annotations}: no such file") from None
+    if not storage.is_file(annotations):  # a named pipe would wait for ever
+        raise SourceError(f"--annotations {annotations}: no such file")
+    data = storage.read_bytes(annotations)
     source_hash = hashlib.sha256(data).hexdigest()
     try:
         text = data.decode("utf-8")
