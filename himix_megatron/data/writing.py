@@ -212,10 +212,12 @@ def _members(outcome: Sample | BadRow, number: int, check: Check) -> tuple[list[
 
 def header(data: bytes) -> image.ImageFacts:
     """What an image says it is, without decoding it: some damage passes. Raises: BadSampleError."""
-    found = image._open(data)
+    found = image.open_image(data)
     suffix = image.SUFFIXES["JPEG" if found.format == "MPO" else str(found.format)]
     width, height = found.size
-    return image.ImageFacts(suffix, *((height, width) if image._orientation(found) >= 5 else (width, height)))
+    has_header = suffix != "png" or "exif" in found.info  # Pillow would decode a PNG in search of it
+    turned = has_header and image.orientation(found) >= 5
+    return image.ImageFacts(suffix, *((height, width) if turned else (width, height)))
 
 
 def _write(path: Path, data: bytes) -> FileDigest:

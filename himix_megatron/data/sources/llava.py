@@ -131,10 +131,11 @@ def _read_local(path: Path, name: str, limit: int) -> bytes:
         if error.errno in _NO_SUCH_FILE:
             raise BadSampleError("missing_image", f"{name!r}: {os.strerror(error.errno or 0)}"[:200]) from None
         raise
+    status = os.fstat(file)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(file)
+        raise BadSampleError("missing_image", f"{name!r} is no regular file"[:200])
     with open(file, "rb") as stream:
-        status = os.fstat(file)
-        if not stat.S_ISREG(status.st_mode):
-            raise BadSampleError("missing_image", f"{name!r} is no regular file"[:200])
         if status.st_size > limit:
             raise BadSampleError("oversized_image", f"{name!r} takes the sample above {MAX_SAMPLE_BYTES} bytes"[:200])
         return stream.read(limit + 1)
