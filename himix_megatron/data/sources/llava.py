@@ -131,10 +131,11 @@ def _read_local(path: Path, name: str, limit: int) -> bytes:
         if error.errno in _NO_SUCH_FILE:
             raise BadSampleError("missing_image", f"{name!r}: {os.strerror(error.errno or 0)}"[:200]) from None
         raise
+    status = os.fstat(file)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(file)
+        raise BadSampleError("missing_image", f"{name!r} is no regular file"[:200])
     with open(file, "rb") as stream:
-        status = os.fstat(file)
-        if not stat.S_ISREG(status.st_mode):
-            raise BadSampleError("missing_image", f"{name!r} is no regular file"[:200])
         if status.st_size > limit:
             raise BadSampleError("oversized_image", f"{name!r} takes the sample above {MAX_SAMPLE_BYTES} bytes"[:200])
         return stream.read(limit + 1)
@@ -142,10 +143,9 @@ def _read_local(path: Path, name: str, limit: int) -> bytes:
 
 def _load(annotations: str) -> tuple[list[Any], str]:
     """The rows, and the SHA-256 of the file they were parsed from."""
-    try:
-        data = storage.read_bytes(annotations)
-    except (FileNotFoundError, IsADirectoryError):
-        raise SourceError(f"--annotations {annotations}: no such file") from None
+    if not storage.is_file(annotations):  # a named pipe would wait for ever
+        raise SourceError(f"--annotations {annotations}: no such file")
+    data = storage.read_bytes(annotations)
     source_hash = hashlib.sha256(data).hexdigest()
     try:
         text = data.decode("utf-8")

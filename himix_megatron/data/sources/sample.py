@@ -20,7 +20,7 @@ import numpy.typing as npt
 from himix_megatron.data.conversation import IMAGE_MARK, check_conversation
 from himix_megatron.data.schema import BadSampleError
 
-MAX_SAMPLE_BYTES = 256 << 20
+MAX_SAMPLE_BYTES = 128 << 20
 """A sample whose images together are larger is refused; one larger image is not even read."""
 MAX_TEXT_BYTES = 4 << 20
 """A larger text is refused unread: parsed JSON takes some twenty times its size in memory."""

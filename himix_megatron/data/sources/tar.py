@@ -91,7 +91,7 @@ class TarStream:
         if header.isreg():
             padded = size + -size % BLOCK
             if size < 0 or padded > self._size - self.position:
-                raise TarError(f"a member announces {size} bytes, and {self._size - self.position} are left")
+                raise TarError(f"it is cut: a member announces {size} bytes, and {self._size - self.position} are left")
             self._content, self._left = size, padded
         elif size and not header.isdir():
             raise TarError("a member that has no content announces some")

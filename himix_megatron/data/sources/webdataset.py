@@ -97,7 +97,7 @@ def _scan_rows(stream: TarStream, place: str) -> tuple[list[IdDigest], list[int]
             ids.append(digest_id(row_id(row)))
             offsets.append(row.offset)
     except TarError as error:
-        raise SourceError(f"--input {place}: {error}, after {len(ids)} samples") from None
+        raise SourceError(f"--input {place}: {error}, after {len(ids)} whole samples") from None
     return ids, offsets
 
 
@@ -122,7 +122,8 @@ def _rows(stream: TarStream, is_used: Callable[[str], bool]) -> Iterator[Row]:
 
 def _add(row: Row, member: Member, suffix: str, stream: TarStream, is_used: Callable[[str], bool]) -> None:
     """Read one member into its row, or note why it cannot be."""
-    limit = MAX_TEXT_BYTES if suffix in ("json", "txt") else MAX_SAMPLE_BYTES - row.num_bytes
+    is_text = suffix in ("json", "txt")
+    limit = MAX_TEXT_BYTES if is_text else MAX_SAMPLE_BYTES - row.num_bytes
     if member.refused:
         reason = "not_a_file" if "plain file" in member.refused or "sparse" in member.refused else "unsafe_name"
         row.error = row.error or BadSampleError(reason, f"member {member.name!r:.150}: {member.refused}")
@@ -130,7 +131,8 @@ def _add(row: Row, member: Member, suffix: str, stream: TarStream, is_used: Call
         row.error = row.error or BadSampleError("duplicate_member", f"two members {member.name!r:.150}")
     elif is_used(suffix):
         if member.size > limit:
-            row.error = row.error or BadSampleError("oversized_image", f"member {member.name!r:.150} has {member.size} bytes")
+            reason = "oversized_text" if is_text else "oversized_image"
+            row.error = row.error or BadSampleError(reason, f"member {member.name!r:.150} has {member.size} bytes")
             return
         row.contents[suffix] = stream.content()
 
