@@ -27,7 +27,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -114,15 +114,18 @@ class Line:
 
 
 Rates = dict[str, list[float]]
+Work = Callable[[], Iterator[int]]
+"""Makes ready, which is not timed, and returns what works while it is run through: it yields numbers of samples done."""
 
 
-def in_turns(candidates: dict[str, Callable[[], int]], repetitions: int) -> Rates:
-    """Samples a second of each candidate's repetitions; each call works once and says on how many samples."""
+def in_turns(candidates: dict[str, Work], repetitions: int) -> Rates:
+    """Samples a second of each candidate's repetitions."""
     rates: Rates = {name: [] for name in candidates}
     for number in range(repetitions + 1):
-        for name, work in candidates.items():
+        for name, ready in candidates.items():
+            work = ready()
             begun = time.perf_counter()
-            num_samples = work()
+            num_samples = sum(work)
             if number:
                 rates[name].append(num_samples / (time.perf_counter() - begun))
     return rates
@@ -151,10 +154,10 @@ def bench_read(shards: Path, arguments: Arguments) -> list[Line]:
 
     with_checks, without = ShardDataset(shards), ShardDataset(shards, checksums=False)
     tars = tars_of(with_checks)
-    candidates = {
-        "ours": lambda: count(map(without.members, range(len(without)))),
-        "ours with checksums": lambda: count(map(with_checks.members, range(len(with_checks)))),
-        "webdataset": lambda: count(webdataset.WebDataset(tars, shardshuffle=False)),
+    candidates: dict[str, Work] = {
+        "ours": lambda: counted(map(without.members, range(len(without)))),
+        "ours with checksums": lambda: counted(map(with_checks.members, range(len(with_checks)))),
+        "webdataset": lambda: counted(webdataset.WebDataset(tars, shardshuffle=False)),
         "megatron-energon": energon_reader(shards),
     }
     rates = in_turns(candidates, arguments.repetitions)
@@ -167,7 +170,7 @@ def bench_read(shards: Path, arguments: Arguments) -> list[Line]:
     return lines
 
 
-def energon_reader(shards: Path) -> Callable[[], int]:
+def energon_reader(shards: Path) -> Work:
     """megatron-energon over the same tars: its own index, no shuffling, no decoding, no workers."""
     from megatron import energon
 
@@ -185,7 +188,7 @@ def energon_reader(shards: Path) -> Callable[[], int]:
         decoder = None
         cookers = (energon.Cooker(unchanged),)
 
-    def read() -> int:
+    def read() -> Iterator[int]:
         dataset = energon.get_train_dataset(
             shards,
             worker_config=energon.WorkerConfig(rank=0, world_size=1, num_workers=0),
@@ -195,7 +198,7 @@ def energon_reader(shards: Path) -> Callable[[], int]:
             repeat=False,
             task_encoder=Raw(),
         )
-        return count(energon.get_loader(dataset, watchdog_timeout_seconds=None))
+        return counted(energon.get_loader(dataset, watchdog_timeout_seconds=None))
 
     return read
 
@@ -205,9 +208,9 @@ def tars_of(dataset: ShardDataset) -> list[str]:
     return [str(dataset.path / "shards" / f"{shard.name}.tar") for shard in dataset.manifest.shards]
 
 
-def count(items: Any) -> int:
-    """Run through all, keeping none."""
-    return sum(1 for _ in items)
+def counted(items: Iterable[Any], each: int = 1) -> Iterator[int]:
+    """`each` for every item, none of which is kept."""
+    return (each for _ in items)
 
 
 # ---- decode --------------------------------------------------------------------------------------------------------
@@ -220,10 +223,10 @@ def bench_decode(shards: Path, arguments: Arguments) -> list[Line]:
     torch.set_num_threads(1)
     dataset = ShardDataset(shards)
     num_samples = min(len(dataset), max(BATCH, int(DECODED * arguments.scale)))
-    candidates = {
-        "ours, uint8": lambda: count(our_pixels(dataset, num_samples)) * BATCH,
-        "ours, normalised to fp32 here too": lambda: count(map(normalised, our_pixels(dataset, num_samples))) * BATCH,
-        "webdataset + Pillow + fp32": lambda: count(their_pixels(tars_of(dataset), num_samples)) * BATCH,
+    candidates: dict[str, Work] = {
+        "ours, uint8": lambda: counted(our_pixels(dataset, num_samples), BATCH),
+        "ours, normalised to fp32 here too": lambda: counted(map(normalised, our_pixels(dataset, num_samples)), BATCH),
+        "webdataset + Pillow + fp32": lambda: counted(their_pixels(tars_of(dataset), num_samples), BATCH),
     }
     rates = in_turns(candidates, arguments.repetitions)
     largest, mean = level_differences(dataset, min(num_samples, 256))
@@ -290,28 +293,25 @@ def bench_preprocess(annotations: Path, images: Path, work: Path, arguments: Arg
     from pipelines.preprocess import Settings, preprocess
     from pipelines.ray_data_baseline import ray_with_room, write_by_ray_data
 
-    def ours(**options: Any) -> Callable[[], int]:
-        def make() -> int:
-            out = fresh(work / "ours")
-            source = {"annotations": annotations, "images": images, "samples_per_shard": SAMPLES_PER_SHARD}
+    def ours(**options: Any) -> Work:
+        source = {"annotations": annotations, "images": images, "samples_per_shard": SAMPLES_PER_SHARD}
+
+        def make(out: Path) -> Iterator[int]:
             with quiet():
-                manifest = preprocess(Settings(out=out, **source, **options))
-            assert manifest.num_samples == arguments.num_samples
-            return manifest.num_samples
+                yield preprocess(Settings(out=out, **source, **options)).num_samples
 
-        return make
+        return lambda: make(fresh(work / "ours"))
 
-    def ray_data(check: Literal["header", "decode"]) -> Callable[[], int]:
-        def make() -> int:
-            out = fresh(work / "ray-data")
+    def ray_data(check: Literal["header", "decode"]) -> Work:
+        def make(out: Path) -> Iterator[int]:
             with quiet():
                 write_by_ray_data(annotations, images, out, check=check, samples_per_shard=SAMPLES_PER_SHARD)
-            return arguments.num_samples
+            yield arguments.num_samples
 
-        return make
+        return lambda: make(fresh(work / "ray-data"))
 
     workers = arguments.workers
-    candidates = {
+    candidates: dict[str, Work] = {
         "ours, header check": ours(engine="ray", num_workers=workers, check="header"),
         "Ray Data, header check": ray_data("header"),
         "ours, full decode": ours(engine="ray", num_workers=workers, check="decode"),
@@ -349,7 +349,7 @@ def fresh(folder: Path) -> Path:
 def bench_pack(arguments: Arguments) -> list[Line]:
     """How full packs are."""
     draw = np.random.default_rng(0)
-    size = max(WINDOW, int(16 * WINDOW * arguments.scale))
+    size = WINDOW * max(1, round(16 * arguments.scale))
     lines, rates = [], {}
     for what, mean, text_only in (("captions", 44, 0.0), ("chats", 314, 40_688 / 665_298)):
         normal = draw.normal(np.log(mean) - SIGMA**2 / 2, SIGMA, size)
@@ -362,7 +362,8 @@ def bench_pack(arguments: Arguments) -> list[Line]:
         fills = {"text": text_tokens.sum() / packs / PACK_TEXT_TOKENS, "images": images.sum() / packs / PACK_IMAGES}
         binds = max(fills, key=lambda name: float(fills[name]))
         padded = text_tokens.reshape(-1, 16).sum() / (16 * text_tokens.reshape(-1, 16).max(1).sum())
-        text = f"fill of {what} (mean {text_tokens.mean():.0f} text tokens, {binds} bind; padding batches of 16 fills {padded:.2f})"
+        means = f"mean {text_tokens.mean():.0f} text tokens, {images.mean():.2f} images"
+        text = f"fill by {binds} of packed {what} ({means}; batches of 16, padded, fill {padded:.2f} of their text)"
         lines.append(Line(text, float(fills[binds]), 0.98))
     show(f"pack: {size} samples in windows of {WINDOW}, log-normal lengths of sigma {SIGMA}", lines, rates)
     return lines
@@ -380,11 +381,9 @@ def run(arguments: Arguments, work: Path) -> list[Line]:
     if set(arguments.only) & {"read", "decode", "preprocess"}:
         print(f"rendering {arguments.num_samples} samples into {work}", flush=True)
         annotations, images = write_source(work / "source", arguments.num_samples)
-        settings = Settings(
-            annotations=annotations, images=images, out=shards, engine="local", samples_per_shard=SAMPLES_PER_SHARD
-        )
+        source: dict[str, Any] = {"annotations": annotations, "images": images, "samples_per_shard": SAMPLES_PER_SHARD}
         with quiet():
-            manifest = preprocess(settings)
+            manifest = preprocess(Settings(out=shards, engine="local", **source))
         total = sum(shard.tar.bytes for shard in manifest.shards)
         print(f"{total / 1e6:.0f} MB in {len(manifest.shards)} shards, {total / manifest.num_samples / 1e3:.0f} KB a sample")
     if "read" in arguments.only:
