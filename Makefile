@@ -3,6 +3,7 @@
 
 VENV := .venv
 VENV_PY312 := .venv-py312
+VENV_BENCH := .venv-bench
 # The first Python that starts and is new enough; another one: make setup PYTHON=/path/to/python
 PYTHON ?= $(call find_python,python3.11 python3.12 python3.13 python3.14 python3,11)
 PYTHON_PY312 ?= $(call find_python,python3.12 python3.13 python3.14 python3 $(PYENV_PYTHONS),12)
@@ -11,6 +12,8 @@ PYENV_PYTHONS = $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.1[2-9]*
 PYTEST_ARGS ?=
 # What `make test-py312` repeats: parity with the reference, the layouts, the layer specs.
 PY312_TESTS ?= $(wildcard tests/model tests/test_reference.py tests/test_layouts.py tests/test_generate.py tests/test_parallel.py tests/test_kernels.py)
+# What `make bench-data` hands to tools/bench_data.py, e.g. BENCH_ARGS="--only read pack --scale 0.1"
+BENCH_ARGS ?=
 # torch is pinned in one place, and installed before anything that would take whichever torch is newest.
 TORCH = $(shell grep '^torch==' constraints.txt)
 
@@ -18,7 +21,7 @@ find_python = $(shell for python in $(1); do \
     "$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, $(2)))' 2>/dev/null && echo "$$python" && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint test-py312 campaign-convert-7b tensorboard clean
+.PHONY: help setup quickstart test lint test-py312 campaign-convert-7b bench-data tensorboard clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,21 +45,28 @@ test-py312: $(VENV_PY312)/complete ## Parity, layouts and specs on Python 3.12 o
 campaign-convert-7b: $(VENV)/complete ## Convert a 7B model's shapes, and measure the memory (5 minutes, 30 GB of disk)
 	$(VENV)/bin/python -m pytest -m campaign -rP tests/interop/test_memory.py $(PYTEST_ARGS)
 
+bench-data: $(VENV_BENCH)/complete ## Reading, decoding, preprocessing and packing beside webdataset, megatron-energon and Ray Data
+	$(VENV_BENCH)/bin/python -m tools.bench_data $(BENCH_ARGS)
+
 tensorboard: $(VENV)/complete ## TensorBoard over all runs, on this machine only
 	$(VENV)/bin/tensorboard --logdir runs --host 127.0.0.1
 
 clean: ## Remove environments and caches; runs and data stay
-	rm -rf .venv .venv-py312 .mypy_cache .ruff_cache .pytest_cache build *.egg-info
+	rm -rf .venv .venv-py312 .venv-bench .mypy_cache .ruff_cache .pytest_cache build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last: an interrupted installation is done again.
 $(VENV)/complete: pyproject.toml constraints.txt
-	@$(call build_venv,$(VENV),$(PYTHON),3.11,PYTHON)
+	@$(call build_venv,$(VENV),$(PYTHON),3.11,PYTHON,dev)
 
 $(VENV_PY312)/complete: pyproject.toml constraints.txt
-	@$(call build_venv,$(VENV_PY312),$(PYTHON_PY312),3.12,PYTHON_PY312)
+	@$(call build_venv,$(VENV_PY312),$(PYTHON_PY312),3.12,PYTHON_PY312,dev)
 
-# $(1) folder, $(2) Python, $(3) least version, $(4) the variable that chooses another
+# Beside the package what it is compared with, none of which it needs.
+$(VENV_BENCH)/complete: pyproject.toml constraints.txt
+	@$(call build_venv,$(VENV_BENCH),$(PYTHON),3.11,PYTHON,bench)
+
+# $(1) folder, $(2) Python, $(3) least version, $(4) the variable that chooses another, $(5) the extra
 define build_venv
 set -e; \
 test -n "$(2)" || { echo "error: no Python $(3) or newer with venv and ensurepip found (Debian: install python3-venv):" \
@@ -65,6 +75,6 @@ test -n "$(2)" || { echo "error: no Python $(3) or newer with venv and ensurepip
 echo "Installing into $(1) (one to three minutes)"; \
 export PIP_DISABLE_PIP_VERSION_CHECK=1; \
 "$(1)/bin/python" -m pip install --quiet "$(TORCH)"; \
-"$(1)/bin/python" -m pip install --quiet --constraint constraints.txt --editable '.[dev]'; \
+"$(1)/bin/python" -m pip install --quiet --constraint constraints.txt --editable '.[$(5)]'; \
 touch "$(1)/complete"
 endef

@@ -7,20 +7,21 @@ lost and repeated samples can be checked against it without trusting anything el
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TextIO
 
 from .config import Config
 from .data.batch import StepBatch
-from .data.plan import Datasets
 from .parallel import Topology
 
 
 class Ledger:
     """Appends; a continued run goes on in the same file, so a repeated step is there twice."""
 
-    def __init__(self, config: Config, datasets: Datasets, topology: Topology):
+    def __init__(self, config: Config, sources: Sequence[str], topology: Topology):
+        """`sources`: what `MicroBatch.sources` counts."""
         self._tokens_per_image = config.vision.tokens_per_image
-        self._datasets = datasets
+        self._sources = sources
         self._file: TextIO | None = None
         if config.log.ledger and topology.replica_rank == 0:
             folder = config.run_dir / "ledger"
@@ -41,7 +42,7 @@ class Ledger:
                 shard, name = key.split("/", 1)
                 line = {
                     "step": step,
-                    "dataset": self._datasets.parts[micro_batch.sources[sample]].fingerprint[:16],
+                    "dataset": self._sources[micro_batch.sources[sample]],
                     "shard": shard,
                     "key": name,
                     "text_tokens": int(micro_batch.text_lengths[sample]),

@@ -27,6 +27,7 @@ from .config import Config, DataConfig, differences, from_json, to_json
 from .data.conversation import check_tokenizer
 from .data.plan import START, Datasets, End, Plan
 from .data.shards import ShardDataset
+from .data.stream import Stream
 from .data.tokenizer import load_tokenizer
 from .kernels import Kernels, detect
 
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 class Start:
     """What every rank finds out by itself, and alike."""
 
-    plan: Plan
+    plan: Plan | Stream
     held_out: Plan | None
     end: End
     checkpoint: Path | None
@@ -49,7 +50,7 @@ class Start:
     kernels: Kernels
 
 
-def prepare(config: Config) -> Start:
+def prepare(config: Config, data_size: int) -> Start:
     """Find the data and the checkpoint, and check that they fit. Raises: ValueError for a user's mistake."""
     if not config.data.path and not config.data.stream:
         raise ValueError(
@@ -62,16 +63,16 @@ def prepare(config: Config) -> Start:
     attention_backend(config.model, kernels)
     check_fp8(config, kernels)
     check_text(config)
-    plan = make_plan(config, config.data)
+    plan = make_stream(config, data_size) if config.data.stream else make_plan(config, config.data)
     held_out = None
     if config.data.validation_path is not None:
-        held_out = make_plan(config, replace(config.data, path=(config.data.validation_path,), weights=()))
+        held_out = make_plan(config, replace(config.data, path=(config.data.validation_path,), weights=(), stream=()))
     own, initial = complete_checkpoints(config.run_dir), config.checkpoint.initial
     settings = config.run_dir / "config.json"
     start = Start(
         plan=plan,
         held_out=held_out,
-        end=end_of(config, plan.epoch_samples),
+        end=end_of(config, plan),
         checkpoint=own[-1] if own else find_checkpoint(initial) if initial is not None else None,
         continues=bool(own),
         previous=from_json(settings.read_text()) if settings.is_file() else None,
@@ -133,11 +134,23 @@ def make_plan(config: Config, data: DataConfig) -> Plan:
     return plan
 
 
-def end_of(config: Config, epoch_samples: int) -> End:
+def make_stream(config: Config, data_size: int) -> Stream:
+    """The tars of `data.stream`. Raises: ValueError, as `Stream`; also for a run without an end, or with more data ranks than
+    tars."""
+    if config.train.steps is None:
+        raise ValueError("data.stream has no end, so epochs cannot be counted: give --train.steps")
+    without = 1 if config.model.text_only == "zero_image" else 0
+    stream = Stream(config.data, seed=config.train.seed, global_batch=config.global_batch, images_without=without)
+    stream.check_ranks(data_size)
+    return stream
+
+
+def end_of(config: Config, plan: Plan | Stream) -> End:
     """How long the run is."""
     if config.train.steps is not None:
         return End(config.train.steps, None)
-    return End(None, max(1, math.ceil(config.train.epochs * epoch_samples)))
+    assert isinstance(plan, Plan)
+    return End(None, max(1, math.ceil(config.train.epochs * plan.epoch_samples)))
 
 
 def stop_file(config: Config) -> Path:

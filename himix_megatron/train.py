@@ -19,10 +19,11 @@ from torch import Tensor
 from . import log, parallel
 from .adapter import overlaps, params_dtype, text_multiple
 from .checkpoint import Checkpoints, Position, publish
-from .config import Config
+from .config import Config, check_ranks
 from .data.batch import StepBatch, without_loss
 from .data.loader import Reads, StepReader, step_loader
 from .data.plan import End, Plan, StepPlan
+from .data.stream import Stream, stream_steps
 from .ledger import Ledger
 from .metrics import Metrics, StepCounts
 from .model.encoder import Ahead, ReplicaEncoder, encoding_place
@@ -45,7 +46,7 @@ def pretrain(config: Config) -> int:
     """
     launch = parallel.check_launch(config)
     request = StopRequest()
-    start = prepare(config)
+    start = prepare(config, check_ranks(config, launch.world_size))
     topology = parallel.start(config.parallel, seed=config.train.seed, launch=launch)
     log.start(config.run_dir, topology.rank, topology.world_size)
     with log.failures():
@@ -60,16 +61,14 @@ def pretrain(config: Config) -> int:
 
 def run_steps(config: Config, start: Start, run: Run, position: Position, request: StopRequest) -> int:
     """From a position to the last step. Returns: the exit code."""
-    reader = step_reader(config, start.plan, run.topology)
     schedule = Schedule(config, run.optimizer)
     total_steps = start.plan.expected_steps(start.end)
     metrics = Metrics(config.run_dir, run.topology, position.step, total_steps, config.log.interval_steps)
-    ledger = Ledger(config, start.plan.datasets, run.topology)
+    ledger = Ledger(config, start.plan.sources, run.topology)
     validation = Validation(config, start, run)
     tolerance = Tolerance(config)
     code = 0
-    steps = start.plan.steps(start.end, position.place, position.step)
-    for batch, images in encoded(run, step_loader(reader, steps, config.data.num_workers)):
+    for batch, images in encoded(run, batches_from(config, start, run.topology, position)):
         metrics.data_ready()
         learning_rate = schedule.set(start.end.progress(position.step, position.place))
         counts, grad_norm, stop = train_step(config, run, batch, images, request)
@@ -210,20 +209,42 @@ def build_run(config: Config, start: Start, topology: Topology) -> Run:
 
 def step_reader(config: Config, plan: Plan, topology: Topology) -> StepReader:
     """What this rank reads of a plan."""
-    image_rank, image_size = encoding_place(config.vision.placement, topology)
     return StepReader(
         plan,
         vision_config=config.vision,
         micro_batch=config.micro_batch,
-        reads=Reads(
-            data_rank=topology.data_rank,
-            data_size=topology.data_size,
-            texts=topology.is_first_stage or topology.is_last_stage,
-            image_rank=image_rank,
-            image_size=image_size,
-        ),
+        reads=reads_of(config, topology),
         pad_multiple=text_multiple(config),
     )
+
+
+def reads_of(config: Config, topology: Topology) -> Reads:
+    """Which samples and images this rank reads."""
+    image_rank, image_size = encoding_place(config.vision.placement, topology)
+    return Reads(
+        data_rank=topology.data_rank,
+        data_size=topology.data_size,
+        texts=topology.is_first_stage or topology.is_last_stage,
+        image_rank=image_rank,
+        image_size=image_size,
+    )
+
+
+def batches_from(config: Config, start: Start, topology: Topology, position: Position) -> Iterator[StepBatch]:
+    """The steps that are left of the run, as this rank sees them."""
+    if isinstance(start.plan, Stream):
+        return stream_steps(
+            start.plan,
+            vision_config=config.vision,
+            micro_batch=config.micro_batch,
+            reads=reads_of(config, topology),
+            end=start.end,
+            place=position.place,
+            step=position.step,
+            pad_multiple=text_multiple(config),
+        )
+    steps = start.plan.steps(start.end, position.place, position.step)
+    return step_loader(step_reader(config, start.plan, topology), steps, config.data.num_workers)
 
 
 def describe(config: Config, start: Start, run: Run) -> None:

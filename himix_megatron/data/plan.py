@@ -210,12 +210,17 @@ class Plan:
         per_pack = min(WINDOW, self.epoch_samples) / max(1, len(packs))
         return max(1, math.ceil(end.samples / (per_pack * self.global_batch)))
 
+    @property
+    def sources(self) -> list[str]:
+        """What `MicroBatch.sources` counts: the datasets' fingerprints."""
+        return [part.fingerprint[:16] for part in self.datasets.parts]
+
     def fixed(self) -> dict[str, Any]:
         """Everything that fixes which sample is in which step and how it is read, by the field that says it."""
         config = self.config
         tokenizer = load_tokenizer(config.tokenizer)
         return {
-            "data.path": [part.fingerprint[:16] for part in self.datasets.parts],
+            "data.path": self.sources,
             "data.weights": list(config.weights),
             "data.shuffle": self.shuffle,
             "data.shuffle_shards": config.shuffle_shards if self.shuffle == "shards" else None,

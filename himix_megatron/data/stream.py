@@ -75,6 +75,25 @@ class Stream:
         self.tokenizer = load_tokenizer(config.tokenizer)
         conversation.check_tokenizer(self.tokenizer, config.template)
 
+    @property
+    def sources(self) -> list[str]:
+        """What `MicroBatch.sources` counts: there is no fingerprint of a stream."""
+        return ["stream"]
+
+    def expected_steps(self, end: End) -> int:
+        """Optimizer steps of the whole run."""
+        assert end.steps is not None, "a stream has no length"
+        return end.steps
+
+    def check_ranks(self, data_size: int) -> None:
+        """Raises: ValueError for fewer tars than data-parallel ranks."""
+        num_tars = len(self.tars)
+        if num_tars < data_size:
+            raise ValueError(
+                f"data.stream names {num_tars} tar{'s' if num_tars > 1 else ''} for {data_size} data-parallel ranks: "
+                "wanted one or more for each rank"
+            )
+
     def fixed(self) -> dict[str, Any]:
         """What must stay as it is for a run to go on, by the field that says it."""
         return {
@@ -104,12 +123,7 @@ def stream_steps(
     Raises: ValueError for fewer tars than data ranks, or a global batch that does not divide; RuntimeError when no tar can be
     read, or more than `data.max_bad_fraction` of the samples cannot be used; OSError when the machine or the store fails.
     """
-    num_tars = len(stream.tars)
-    if num_tars < reads.data_size:
-        raise ValueError(
-            f"data.stream names {num_tars} tar{'s' if num_tars > 1 else ''} for {reads.data_size} data-parallel ranks: wanted "
-            "one or more for each rank"
-        )
+    stream.check_ranks(reads.data_size)
     if stream.global_batch % (reads.data_size * micro_batch):
         raise ValueError(
             f"the global batch ({stream.global_batch}) is not a multiple of {reads.data_size} data-parallel ranks x "
@@ -120,7 +134,7 @@ def stream_steps(
         "another number of ranks another order (pipelines.preprocess --source webdataset makes an exact dataset of it)"
     )
     reader = _StreamReader(stream, vision_config, micro_batch, reads, end, place, step, pad_multiple)
-    num_workers = min(stream.config.num_workers, num_tars // reads.data_size)
+    num_workers = min(stream.config.num_workers, len(stream.tars) // reads.data_size)
     return iter(DataLoader(reader, batch_size=None, **worker_options(num_workers)))
 
 
@@ -287,13 +301,8 @@ class _TarReader:
                 _check_end(opened)
         except DAMAGE as error:
             self.num_damaged += 1
-            log.warning(
-                "%s is damaged after %d members (%s): the rest of it is lost; %d tars so far",
-                tar,
-                number,
-                error,
-                self.num_damaged,
-            )
+            why = " ".join(str(error).split())
+            log.warning("%s is damaged after %d members: %s (damaged so far: %d)", tar, number, why, self.num_damaged)
 
 
 def _open(tar: str) -> IO[bytes]:

@@ -240,7 +240,7 @@ def test_a_damaged_tar_is_named_and_the_others_go_on(foreign, tmp_path, caplog, 
     damaged(foreign / "set-0.tar", tmp_path / "set-8.tar", how)
     steps = batches(opened(foreign / "set-1.tar", tmp_path / "set-8.tar"), 6)
     assert f"{tmp_path / 'set-8.tar'} is damaged after" in caplog.text
-    assert "1 tars so far" in caplog.text
+    assert "(damaged so far: 1)" in caplog.text
     assert {f"set-1/sub/{i}" for i in range(6, 12)} <= set(keys(steps))
     for batch in steps:
         assert answers(batch) == [f"Caption {key.rsplit('/', 1)[1]}." for key in keys([batch])]
