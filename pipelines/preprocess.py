@@ -38,6 +38,7 @@ from pipelines.cli import parse_settings, run_main
 
 Made = tuple[Receipt, bool]
 Task = tuple[ShardJob, Sequence[Any]]
+PARTS = ("shards", "receipts", "quarantine")
 PROGRESS_SECONDS = 5.0
 
 
@@ -98,7 +99,7 @@ def preprocess(settings: Settings) -> Manifest:
     }
     source_hash = schema.file_digest(settings.annotations).sha256
     read = functools.partial(sources.read_llava, images=settings.images.absolute())
-    with _attempt(settings.out.absolute()) as attempt:
+    with attempt_in(settings.out.absolute(), PARTS) as attempt:
         job = ShardJob(settings.out.absolute(), attempt, settings.shard_prefix, 0, schema.hash_of(config), source_hash)
         _refuse_other_dataset(job)
         receipts = _make_all(settings, job, rows, read)
@@ -225,9 +226,12 @@ def _bounded(
 
 
 @contextlib.contextmanager
-def _attempt(folder: Path) -> Iterator[Path]:
-    """The output folder made ready, locked, and cleared of what killed attempts left; yields this attempt's own folder."""
-    for part in ("shards", "receipts", "quarantine"):
+def attempt_in(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
+    """An output folder made ready with its parts, locked, and cleared of what killed attempts left.
+
+    Yields: this attempt's own folder. Raises: ValueError while another run is writing there.
+    """
+    for part in parts:
         (folder / part).mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         try:

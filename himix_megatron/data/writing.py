@@ -84,10 +84,10 @@ def write_shard(job: ShardJob, rows: Sequence[Any], read: ReadRow) -> Receipt:
         num_images=len(images),
         quarantined=dict(sorted(Counter(line["reason"] for line in rejected).items())),
         tar=FileDigest(tar.offset, tar.digest.hexdigest()),
-        index=_write(partial.index, index),
-        quarantine=_write(partial.quarantine, lines) if lines else None,
+        index=write_synced(partial.index, index),
+        quarantine=write_synced(partial.quarantine, lines) if lines else None,
     )
-    _write(partial.receipt, schema.to_json(receipt).encode())
+    write_synced(partial.receipt, schema.to_json(receipt).encode())
     _publish(partial, schema.shard_paths(job.folder, job.name), receipt)
     return receipt
 
@@ -95,9 +95,9 @@ def write_shard(job: ShardJob, rows: Sequence[Any], read: ReadRow) -> Receipt:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Publish a dataset: from now on it exists."""
     partial = folder / ".manifest.partial"
-    _write(partial, schema.to_json(manifest).encode())
+    write_synced(partial, schema.to_json(manifest).encode())
     os.replace(partial, schema.manifest_path(folder))
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 class _TarWriter:
@@ -116,7 +116,7 @@ class _TarWriter:
     def finish(self) -> None:
         """End the tar and bring it to the disk."""
         self._put(schema.TAR_END)
-        _sync(self._file)
+        sync(self._file)
 
     def _put(self, data: bytes) -> None:
         self._file.write(data)
@@ -150,25 +150,27 @@ def _publish(partial: schema.ShardPaths, final: schema.ShardPaths, receipt: Rece
         os.replace(partial.quarantine, final.quarantine)
     else:
         final.quarantine.unlink(missing_ok=True)
-    _sync_folder(final.tar.parent)
-    _sync_folder(final.quarantine.parent)
+    sync_folder(final.tar.parent)
+    sync_folder(final.quarantine.parent)
     os.replace(partial.receipt, final.receipt)
-    _sync_folder(final.receipt.parent)
+    sync_folder(final.receipt.parent)
 
 
-def _write(path: Path, data: bytes) -> FileDigest:
+def write_synced(path: Path, data: bytes) -> FileDigest:
+    """Write a file and bring it to the disk."""
     with path.open("wb") as file:
         file.write(data)
-        _sync(file)
+        sync(file)
     return FileDigest(len(data), hashlib.sha256(data).hexdigest())
 
 
-def _sync(file: Any) -> None:
+def sync(file: Any) -> None:
+    """Bring what was written to the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Bring renames to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
