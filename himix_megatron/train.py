@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,9 +21,11 @@ from .adapter import overlaps, params_dtype, text_multiple
 from .checkpoint import Checkpoints, Position, publish
 from .config import Config, check_ranks
 from .data.batch import StepBatch, without_loss
+from .data.features import FeatureCache
 from .data.loader import Reads, StepReader, step_loader
 from .data.plan import End, Plan, StepPlan
 from .data.stream import Stream, stream_steps
+from .data.vision_reader import FeatureReader
 from .ledger import Ledger
 from .metrics import Metrics, StepCounts
 from .model.encoder import Ahead, ReplicaEncoder, encoding_place
@@ -99,7 +101,9 @@ class Validation:
     def __init__(self, config: Config, start: Start, run: Run):
         self.config, self.run, self.best = config, run, run.checkpoints.best_validation_loss()
         self.plan = start.held_out
-        self.reader = None if start.held_out is None else step_reader(config, start.held_out, run.topology)
+        self.reader = (
+            None if start.held_out is None else step_reader(config, start.held_out, run.topology, start.held_out_features)
+        )
 
     @torch.no_grad()
     def measure(self, step: int, *, last: bool) -> float | None:
@@ -180,7 +184,9 @@ class Run:
 def build_run(config: Config, start: Start, topology: Topology) -> Run:
     """Tower, model chunks, optimizer and checkpoints of this rank."""
     trainable = "tower" in config.train.parts
-    tower = build_tower(config.vision, seed=config.train.seed, dtype=params_dtype(config)).to(topology.device)
+    tower = build_tower(config.vision, seed=config.train.seed, dtype=params_dtype(config))
+    if not start.features or (start.held_out is not None and not start.held_out_features):
+        tower = tower.to(topology.device)  # else it stays where it costs least, for checkpoints to refer to
     stages = build_stage(config, start.kernels, topology, tower)
     optimizer = build_optimizer(config, stages)
     mcore_config = stages[0].config
@@ -207,14 +213,15 @@ def build_run(config: Config, start: Start, topology: Topology) -> Run:
     )
 
 
-def step_reader(config: Config, plan: Plan, topology: Topology) -> StepReader:
-    """What this rank reads of a plan."""
+def step_reader(config: Config, plan: Plan, topology: Topology, features: Sequence[FeatureCache] = ()) -> StepReader:
+    """What this rank reads of a plan; `features` instead of images where there are any."""
     return StepReader(
         plan,
         vision_config=config.vision,
         micro_batch=config.micro_batch,
         reads=reads_of(config, topology),
         pad_multiple=text_multiple(config),
+        features=FeatureReader(features, params_dtype(config)) if features else None,
     )
 
 
@@ -244,7 +251,7 @@ def batches_from(config: Config, start: Start, topology: Topology, position: Pos
             pad_multiple=text_multiple(config),
         )
     steps = start.plan.steps(start.end, position.place, position.step)
-    return step_loader(step_reader(config, start.plan, topology), steps, config.data.num_workers)
+    return step_loader(step_reader(config, start.plan, topology, start.features), steps, config.data.num_workers)
 
 
 def describe(config: Config, start: Start, run: Run) -> None:

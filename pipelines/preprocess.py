@@ -256,20 +256,30 @@ def _attempt(out: str) -> Iterator[tuple[storage.LocalFolder | storage.RemoteFol
         with tempfile.TemporaryDirectory(prefix="himix-preprocess-") as temporary:
             yield folder, Path(temporary)
         return
-    for part in ("shards", "receipts", "quarantine"):
-        (folder.path / part).mkdir(parents=True, exist_ok=True)
-    with (folder.path / ".lock").open("w") as lock:
+    with attempt_in(folder.path, ("shards", "receipts", "quarantine")) as attempt:
+        for left in folder.path.glob("lengths/*/.*.len.*"):
+            left.unlink(missing_ok=True)
+        yield folder, attempt
+
+
+@contextlib.contextmanager
+def attempt_in(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
+    """A local output folder made ready with its parts, locked, and cleared of what killed attempts left.
+
+    Yields: this attempt's own folder. Raises: ValueError while another run is writing there.
+    """
+    for part in parts:
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"--out {folder}: another run is writing it") from None
-        for left in folder.path.glob(".partial-*"):
+        for left in folder.glob(".partial-*"):
             shutil.rmtree(left)
-        for left in folder.path.glob("lengths/*/.*.len.*"):
-            left.unlink(missing_ok=True)
-        attempt = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.path))
+        attempt = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
         try:
-            yield folder, attempt
+            yield attempt
         finally:
             shutil.rmtree(attempt, ignore_errors=True)
 

@@ -179,12 +179,12 @@ class LocalFolder:
         for name, file in files.items():
             os.replace(file, self.path / name)
         for folder in {(self.path / name).parent for name in files}:
-            _sync_folder(folder)
+            sync_folder(folder)
 
     def remove(self, name: str) -> None:
         """As Folder says."""
         (self.path / name).unlink(missing_ok=True)
-        _sync_folder((self.path / name).parent)
+        sync_folder((self.path / name).parent)
 
     def receipts(self) -> list[str]:
         """As Folder says."""
@@ -246,7 +246,7 @@ def folder_at(place: str) -> LocalFolder | RemoteFolder:
     return RemoteFolder(place.rstrip("/")) if is_remote(place) else LocalFolder(local_path(place).absolute())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Bring renames to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
