@@ -1,7 +1,7 @@
 """The core of Mixture Attention, by two backends: softmax(q [k_v ; k_t]^T / sqrt(D) + mask) [v_v ; v_t].
 
 Training: `forward` takes queries, keys and values of the text, float[S, B, heads, D], keys and values of the vision, flat over
-the samples, float[T, G, D], and a Layout that says which belong together. Neither pads vision nor works across samples.
+the samples, float[T, G, 2, D], and a Layout that says which belong together. Neither pads vision nor works across samples.
 
 Generation: `continued` takes float[L, B, G, D] keys and values of all that came before and of the text, the text last, with
 holes where a sample has fewer (model/kv_cache.py). torch wants the mask spelled out, once per pass (`mixture_mask`);
@@ -36,12 +36,11 @@ class TorchMixtureAttention(torch.nn.Module):
         query_SBQD: Tensor,
         key_SBGD: Tensor,
         value_SBGD: Tensor,
-        vision_key_TGD: Tensor,
-        vision_value_TGD: Tensor,
+        vision_kv_TG2D: Tensor,
         layout: Layout,
     ) -> Tensor:
         """float[S, B, Q*D]."""
-        given = (query_SBQD, key_SBGD, value_SBGD, vision_key_TGD, vision_value_TGD, layout, self.scale)
+        given = (query_SBQD, key_SBGD, value_SBGD, vision_kv_TG2D, layout, self.scale)
         if query_SBQD.device.type == "cpu":
             return ragged_attention(*given).flatten(2)
         if query_SBQD.dtype in (torch.bfloat16, torch.float16) and has_variable_length():
@@ -81,15 +80,13 @@ def has_variable_length() -> bool:
     return {"enable_gqa", "window_size", "scale"} <= inspect.signature(varlen_attn).parameters.keys()
 
 
-def _variable_length(
-    query: Tensor, key: Tensor, value: Tensor, vision_key: Tensor, vision_value: Tensor, layout: Layout, scale: float
-) -> Tensor:
+def _variable_length(query: Tensor, key: Tensor, value: Tensor, vision_kv: Tensor, layout: Layout, scale: float) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     mixed_TQD: Any = varlen_attn(
         layout.one_after_the_other(query),
-        layout.keys(vision_key, key),
-        layout.keys(vision_value, value),
+        layout.keys(vision_kv[:, :, 0], key),
+        layout.keys(vision_kv[:, :, 1], value),
         layout.cu_seqlens_q,
         layout.cu_seqlens_kv,
         layout.max_seqlen_q,
@@ -101,23 +98,20 @@ def _variable_length(
     return layout.as_text(mixed_TQD.flatten(1), len(query))
 
 
-def _one_by_one(
-    query: Tensor, key: Tensor, value: Tensor, vision_key: Tensor, vision_value: Tensor, layout: Layout, scale: float
-) -> Tensor:
+def _one_by_one(query: Tensor, key: Tensor, value: Tensor, vision_kv: Tensor, layout: Layout, scale: float) -> Tensor:
     """Any device and dtype: one masked attention for each sample."""
+    keys, values = layout.keys(vision_kv[:, :, 0], key), layout.keys(vision_kv[:, :, 1], value)
+    lengths = [text + vision for text, vision in zip(layout.text_lengths, layout.vision_lengths, strict=True)]
+    parts = (
+        torch.split(layout.one_after_the_other(query), list(layout.text_lengths)),
+        *(torch.split(x, lengths) for x in (keys, values)),
+    )
     mixed = []
-    for column, text, vision in layout.samples():
-        key_lGD = torch.cat((vision_key[vision], key[text, column]))
-        value_lGD = torch.cat((vision_value[vision], value[text, column]))
-        mask = TorchMixtureAttention.mixture_mask(text.stop - text.start, vision.stop - vision.start, None, query.device)
-        query_QsD, key_GlD, value_GlD = (x.transpose(0, 1) for x in (query[text, column], key_lGD, value_lGD))
+    for query_sQD, key_lGD, value_lGD in zip(*parts, strict=True):
+        mask = TorchMixtureAttention.mixture_mask(len(query_sQD), len(key_lGD) - len(query_sQD), None, query.device)
+        query_QsD, key_GlD, value_GlD = (x.transpose(0, 1)[None] for x in (query_sQD, key_lGD, value_lGD))
         mixed_QsD = torch.nn.functional.scaled_dot_product_attention(
-            query_QsD[None],
-            key_GlD[None],
-            value_GlD[None],
-            attn_mask=mask,
-            scale=scale,
-            enable_gqa=len(query_QsD) != len(key_GlD),
+            query_QsD, key_GlD, value_GlD, attn_mask=mask, scale=scale, enable_gqa=query_QsD.shape[1] != key_GlD.shape[1]
         )[0]
         mixed.append(mixed_QsD.transpose(0, 1).flatten(1))
     return layout.as_text(torch.cat(mixed), len(query))
@@ -149,15 +143,14 @@ class TransformerEngineMixtureAttention(torch.nn.Module):
         query_SBQD: Tensor,
         key_SBGD: Tensor,
         value_SBGD: Tensor,
-        vision_key_TGD: Tensor,
-        vision_value_TGD: Tensor,
+        vision_kv_TG2D: Tensor,
         layout: Layout,
     ) -> Tensor:
         """float[S, B, Q*D]."""
         mixed_TH: Tensor = self.core(
             layout.one_after_the_other(query_SBQD).contiguous(),
-            layout.keys(vision_key_TGD, key_SBGD),
-            layout.keys(vision_value_TGD, value_SBGD),
+            layout.keys(vision_kv_TG2D[:, :, 0], key_SBGD),
+            layout.keys(vision_kv_TG2D[:, :, 1], value_SBGD),
             qkv_format="thd",
             attn_mask_type="padding_causal_bottom_right",
             cu_seqlens_q=layout.cu_seqlens_q,

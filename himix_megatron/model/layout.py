@@ -11,11 +11,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, groupby
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """b neighbouring samples of the same lengths: where they lie in text [S, B, ...] and in the flat vision [T, ...]."""
+
+    num_text: int
+    num_vision: int
+    columns: slice
+    rows: slice
+    vision: slice
+
+    def of_text(self, text_SBX: Tensor) -> Tensor:
+        """Their text as a view [b, num_text, ...]."""
+        own = text_SBX[self.rows, self.columns]
+        return own.transpose(0, 1) if own.shape[0] == self.num_text else own.view(-1, self.num_text, *own.shape[2:])
+
+    def of_vision(self, vision_TX: Tensor) -> Tensor:
+        """Their vision as a view [b, num_vision, ...]."""
+        own = vision_TX[self.vision]
+        num_samples = (self.rows.stop - self.rows.start) // self.num_text * (self.columns.stop - self.columns.start)
+        return own.view(num_samples, self.num_vision, *own.shape[1:])
 
 
 @dataclass
@@ -34,14 +56,16 @@ class Layout(PackedSeqParams):  # type: ignore[misc]
     angles: Tensor | None = None
     """float[S, 1, 1, D], RoPE angles of each text position; every sample starts at 0."""
 
-    def samples(self) -> list[tuple[int, slice, slice]]:
-        """Of each sample: its column b and its tokens in text [S, B], and its tokens in the flat vision."""
-        spans, text, vision = [], 0, 0
-        for sample, (num_text, num_vision) in enumerate(zip(self.text_lengths, self.vision_lengths, strict=True)):
-            column = 0 if self.packed else sample
-            spans.append((column, slice(text, text + num_text), slice(vision, vision + num_vision)))
-            text, vision = text + num_text if self.packed else 0, vision + num_vision
-        return spans
+    def runs(self) -> list[Run]:
+        """All samples, neighbours of equal lengths taken together."""
+        runs, sample, text, vision = [], 0, 0, 0
+        for (num_text, num_vision), same in groupby(zip(self.text_lengths, self.vision_lengths, strict=True)):
+            count = len(list(same))
+            columns = slice(0, 1) if self.packed else slice(sample, sample + count)
+            rows = slice(text, text + count * num_text) if self.packed else slice(0, num_text)
+            runs.append(Run(num_text, num_vision, columns, rows, slice(vision, vision + count * num_vision)))
+            sample, text, vision = sample + count, rows.stop, vision + count * num_vision
+        return runs
 
     def one_after_the_other(self, text_SBX: Tensor) -> Tensor:
         """[S, B, ...] text as [sum of text_lengths, ...], padding of a packed row left out."""

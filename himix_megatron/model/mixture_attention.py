@@ -94,7 +94,7 @@ class MixtureAttention(SelfAttention):  # type: ignore[misc]
             key_LBGD, value_LBGD = vision.extend(self.layer_number, key_SBGD, value_SBGD, self.project_features)
             mixed_SBH = self.core_attention.continued(query_SBQD, key_LBGD, value_LBGD, attention_mask, vision.padding)
         else:
-            attended = (query_SBQD, key_SBGD, value_SBGD, *self.project_vision(vision))
+            attended = (query_SBQD, key_SBGD, value_SBGD, self.project_vision(vision))
             core_attention = partial(self.core_attention, layout=layout)
             if self.checkpoint_core_attention and self.training:
                 mixed_SBH = tensor_parallel.checkpoint(core_attention, False, *attended)
@@ -103,16 +103,15 @@ class MixtureAttention(SelfAttention):  # type: ignore[misc]
         output_SBH, bias = self.linear_proj(mixed_SBH)
         return output_SBH, bias
 
-    def project_vision(self, normalised_TV: Tensor) -> tuple[Tensor, Tensor]:
-        """This layer's vision keys and values, each float[T, G, D] (or [N, B, G, D]), from u, float[T, V] (or [N, B, V])."""
+    def project_vision(self, normalised_TV: Tensor) -> Tensor:
+        """This layer's vision keys and values, float[T, G, 2, D] (or [N, B, G, 2, D]), from u, float[T, V] (or [N, B, V])."""
         kv = self.linear_vision_kv(normalised_TV, self.vision_norm())
-        kv_TG2D = kv.unflatten(-1, (self.num_query_groups_per_partition, 2, self.hidden_size_per_attention_head))
-        key_TGD, value_TGD = kv_TG2D.unbind(-2)
-        return key_TGD, value_TGD
+        return torch.unflatten(kv, -1, (self.num_query_groups_per_partition, 2, self.hidden_size_per_attention_head))
 
     def project_features(self, vision_NBV: Tensor) -> tuple[Tensor, Tensor]:
-        """As `project_vision`, from the tower's features; for generation, which does it once per image."""
-        return self.project_vision(normalise(vision_NBV, self.config.layernorm_epsilon))
+        """Keys and values, each float[N, B, G, D], from the tower's features; for generation: it does this once an image."""
+        key_NBGD, value_NBGD = self.project_vision(normalise(vision_NBV, self.config.layernorm_epsilon)).unbind(-2)
+        return key_NBGD, value_NBGD
 
 
 def normalise(vision_TV: Tensor, eps: float) -> Tensor:
