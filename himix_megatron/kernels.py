@@ -30,7 +30,7 @@ class Kernels:
     """Whose AdamW megatron-core uses."""
     fused_adam_reason: str
     accumulation_fusion: bool
-    """A linear layer adds its weight gradient straight into the fp32 sum (NVIDIA Apex's extension)."""
+    """A linear layer adds its weight gradient straight into the fp32 sum (NVIDIA Apex's extension; on a CPU, BLAS)."""
     accumulation_fusion_reason: str
 
     def reasons(self) -> tuple[str, ...]:
@@ -66,14 +66,15 @@ def detect(has_gpu: bool | None = None) -> Kernels:
         has_gpu = torch.cuda.is_available()
     layers = _fault("transformer_engine.pytorch", "Linear", "LayerNormLinear", "DotProductAttention", "RMSNorm")
     adam, adam_reason = _adam(has_gpu)
-    fusion = _fault("fused_weight_gradient_mlp_cuda", "wgrad_gemm_accum_fp32") if has_gpu else "no CUDA device"
+    fusion = _fault("fused_weight_gradient_mlp_cuda", "wgrad_gemm_accum_fp32") if has_gpu else None
+    fused_by = "NVIDIA Apex's fused_weight_gradient_mlp_cuda found" if has_gpu else "no CUDA device, where BLAS adds in place"
     return Kernels(
         transformer_engine=layers is None,
         transformer_engine_reason=f"Transformer Engine cannot be used ({layers})" if layers else "Transformer Engine found",
         fused_adam=adam,
         fused_adam_reason=adam_reason,
         accumulation_fusion=fusion is None,
-        accumulation_fusion_reason=fusion or "NVIDIA Apex's fused_weight_gradient_mlp_cuda found",
+        accumulation_fusion_reason=fusion or fused_by,
     )
 
 

@@ -31,9 +31,11 @@ class StageInput:
     blank: Tensor
     """bool[K], images that stand for "no image"."""
     images_per_sample: tuple[int, ...]
-    """B counts."""
+    """Of each sample."""
     labels: Tensor | None = None
     """int64[B, S], -100 for no loss; None: logits are wanted."""
+    packed_lengths: tuple[int, ...] | None = None
+    """Text tokens of each sample, where B is 1 and the row holds n samples one after the other; None: a row is a sample."""
     cache: KVCache | None = None
     """Generation: the images and the text before `text_ids`; `images` is not read then."""
 
@@ -51,6 +53,7 @@ def stage_inputs(batch: StepBatch, images: Tensor, device: torch.device) -> list
                 blank=batch.blank[own].to(device),
                 images_per_sample=micro_batch.images_per_sample,
                 labels=micro_batch.labels.to(device),
+                packed_lengths=tuple(micro_batch.text_lengths.tolist()) if micro_batch.packed else None,
             )
         )
     return inputs
@@ -93,8 +96,9 @@ def _run(
     def forward_step(iterator: Iterator[StageInput], stage: DistributedDataParallel) -> tuple[Tensor, Any]:
         given = next(iterator)
         output = stage(
-            given.text_ids, given.images, given.blank, given.images_per_sample, labels=given.labels, cache=given.cache
-        )
+            given.text_ids, given.images, given.blank, given.images_per_sample,
+            labels=given.labels, cache=given.cache, packed_lengths=given.packed_lengths,
+        )  # fmt: skip
         return output, report(given)
 
     num_samples, length = inputs[0].text_ids.shape

@@ -96,11 +96,11 @@ def test_apex_is_not_used_without_a_cuda_device(tmp_path: Path) -> None:
     """megatron-core would take it, and fail in the first step."""
     found = report(tmp_path, NVIDIA_APEX, has_gpu=False)
     assert found["adam"] == "torch"
-    assert not found["fusion"]
     assert found["mcore_is_torch"]
     assert found["mcore_adam"].startswith("torch.optim")
     assert found["mcore_norm"] == "megatron.core.utils"
     assert found["reasons"][0] == "no CUDA device: using torch AdamW"
+    assert found["reasons"][1].startswith("no CUDA device, where BLAS adds in place: gradient accumulation is fused")
 
 
 def test_an_extension_without_the_function_or_that_does_not_load_is_not_used(tmp_path: Path) -> None:

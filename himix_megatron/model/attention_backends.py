@@ -1,13 +1,17 @@
 """The core of Mixture Attention, by two backends: softmax(q [k_v ; k_t]^T / sqrt(D) + mask) [v_v ; v_t].
 
-Both take queries float[S, B, Q, D] and keys and values float[L, B, G, D] (L = N + S, vision first), give float[S, B, Q*D],
-and are compared with each other by the tests. Neither holds parameters. The mask differs: torch wants it spelled out,
-once per micro-batch (`mixture_mask`); Transformer Engine's kernels know the bottom-right causal form by name.
-Text padding needs no mask: it lies on the right, where the causal form already hides it.
+Training: `forward` takes queries, keys and values of the text, float[S, B, heads, D], keys and values of the vision, flat over
+the samples, float[T, G, 2, D], and a Layout that says which belong together. Neither pads vision nor works across samples.
+
+Generation: `continued` takes float[L, B, G, D] keys and values of all that came before and of the text, the text last, with
+holes where a sample has fewer (model/kv_cache.py). torch wants the mask spelled out, once per pass (`mixture_mask`);
+Transformer Engine's kernels know the bottom-right causal form by name. Both give float[S, B, Q*D], hold no parameters, and
+are compared with each other by the tests. Text padding needs no mask: it lies on the right, where causality hides it.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -15,13 +19,33 @@ import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
+from .layout import Layout
+from .ragged_attention import ragged_attention
+
 
 class TorchMixtureAttention(torch.nn.Module):
-    """torch's scaled_dot_product_attention with an explicit mask; runs anywhere."""
+    """torch alone. On a GPU in 16 bits its variable-length flash attention, on a CPU its flash kernel sample by sample;
+    what is left (fp32 on a GPU) sample by sample with a mask."""
 
     def __init__(self, config: Any, softmax_scale: float | None = None, **_: Any):
         super().__init__()
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query_SBQD: Tensor,
+        key_SBGD: Tensor,
+        value_SBGD: Tensor,
+        vision_kv_TG2D: Tensor,
+        layout: Layout,
+    ) -> Tensor:
+        """float[S, B, Q*D]."""
+        given = (query_SBQD, key_SBGD, value_SBGD, vision_kv_TG2D, layout, self.scale)
+        if query_SBQD.device.type == "cpu":
+            return ragged_attention(*given).flatten(2)
+        if query_SBQD.dtype in (torch.bfloat16, torch.float16) and has_variable_length():
+            return _variable_length(*given)
+        return _one_by_one(*given)
 
     @staticmethod
     def mixture_mask(num_text: int, num_vision: int, vision_padding_BN: Tensor | None, device: torch.device) -> Tensor:
@@ -36,8 +60,8 @@ class TorchMixtureAttention(torch.nn.Module):
             vision = ~vision_padding_BN[:, None, None, :].expand(-1, 1, num_text, -1)
         return torch.cat((vision, text_SS.expand(vision.shape[0], 1, -1, -1)), dim=-1)
 
-    def forward(
-        self, query_SBQD: Tensor, key_LBGD: Tensor, value_LBGD: Tensor, mask: Tensor, vision_padding_BN: Tensor | None = None
+    def continued(
+        self, query_SBQD: Tensor, key_LBGD: Tensor, value_LBGD: Tensor, mask: Tensor, padding_BE: Tensor | None = None
     ) -> Tensor:
         """float[S, B, Q*D]. The padding is already in the mask."""
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBQD, key_LBGD, value_LBGD))
@@ -47,12 +71,54 @@ class TorchMixtureAttention(torch.nn.Module):
         return mixed_BQSD.permute(2, 0, 1, 3).flatten(2)
 
 
-class TransformerEngineMixtureAttention(torch.nn.Module):
-    """Transformer Engine's fused attention, bottom-right causal.
+def has_variable_length() -> bool:
+    """Whether torch's variable-length attention takes what we give: grouped heads, and causality as a window (from 2.11)."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return {"enable_gqa", "window_size", "scale"} <= inspect.signature(varlen_attn).parameters.keys()
 
-    Where every sample has all N vision tokens the batch goes in as it is. Otherwise the keys that exist are packed
-    (`thd`), since the fused kernels want a sample's keys without holes.
-    """
+
+def _variable_length(query: Tensor, key: Tensor, value: Tensor, vision_kv: Tensor, layout: Layout, scale: float) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    mixed_TQD: Any = varlen_attn(
+        layout.one_after_the_other(query),
+        layout.keys(vision_kv[:, :, 0], key),
+        layout.keys(vision_kv[:, :, 1], value),
+        layout.cu_seqlens_q,
+        layout.cu_seqlens_kv,
+        layout.max_seqlen_q,
+        layout.max_seqlen_kv,
+        scale=scale,
+        window_size=(-1, 0),  # causal: flash attention aligns it to the bottom right
+        enable_gqa=query.shape[2] != key.shape[2],
+    )
+    return layout.as_text(mixed_TQD.flatten(1), len(query))
+
+
+def _one_by_one(query: Tensor, key: Tensor, value: Tensor, vision_kv: Tensor, layout: Layout, scale: float) -> Tensor:
+    """Any device and dtype: one masked attention for each sample."""
+    keys, values = layout.keys(vision_kv[:, :, 0], key), layout.keys(vision_kv[:, :, 1], value)
+    lengths = [text + vision for text, vision in zip(layout.text_lengths, layout.vision_lengths, strict=True)]
+    parts = (
+        torch.split(layout.one_after_the_other(query), list(layout.text_lengths)),
+        *(torch.split(x, lengths) for x in (keys, values)),
+    )
+    mixed = []
+    for query_sQD, key_lGD, value_lGD in zip(*parts, strict=True):
+        mask = TorchMixtureAttention.mixture_mask(len(query_sQD), len(key_lGD) - len(query_sQD), None, query.device)
+        query_QsD, key_GlD, value_GlD = (x.transpose(0, 1)[None] for x in (query_sQD, key_lGD, value_lGD))
+        mixed_QsD = torch.nn.functional.scaled_dot_product_attention(
+            query_QsD, key_GlD, value_GlD, attn_mask=mask, scale=scale, enable_gqa=query_QsD.shape[1] != key_GlD.shape[1]
+        )[0]
+        mixed.append(mixed_QsD.transpose(0, 1).flatten(1))
+    return layout.as_text(torch.cat(mixed), len(query))
+
+
+class TransformerEngineMixtureAttention(torch.nn.Module):
+    """Transformer Engine's fused attention, bottom-right causal, with each sample's keys one after the other (`thd`)."""
 
     def __init__(self, config: Any, layer_number: int, softmax_scale: float | None = None, pg_collection: Any = None, **_: Any):
         super().__init__()
@@ -72,22 +138,44 @@ class TransformerEngineMixtureAttention(torch.nn.Module):
             softmax_scale=softmax_scale,
         )
 
+    def forward(
+        self,
+        query_SBQD: Tensor,
+        key_SBGD: Tensor,
+        value_SBGD: Tensor,
+        vision_kv_TG2D: Tensor,
+        layout: Layout,
+    ) -> Tensor:
+        """float[S, B, Q*D]."""
+        mixed_TH: Tensor = self.core(
+            layout.one_after_the_other(query_SBQD).contiguous(),
+            layout.keys(vision_kv_TG2D[:, :, 0], key_SBGD),
+            layout.keys(vision_kv_TG2D[:, :, 1], value_SBGD),
+            qkv_format="thd",
+            attn_mask_type="padding_causal_bottom_right",
+            cu_seqlens_q=layout.cu_seqlens_q,
+            cu_seqlens_kv=layout.cu_seqlens_kv,
+            max_seqlen_q=layout.max_seqlen_q,
+            max_seqlen_kv=layout.max_seqlen_kv,
+        )
+        return layout.as_text(mixed_TH.flatten(1), len(query_SBQD))
+
     @staticmethod
     def mixture_mask(num_text: int, num_vision: int, vision_padding_BN: Tensor | None, device: torch.device) -> None:
         """None: the kernels know the mask by name."""
 
-    def forward(
-        self, query_SBQD: Tensor, key_LBGD: Tensor, value_LBGD: Tensor, mask: None, vision_padding_BN: Tensor | None = None
+    def continued(
+        self, query_SBQD: Tensor, key_LBGD: Tensor, value_LBGD: Tensor, mask: None, padding_BE: Tensor | None = None
     ) -> Tensor:
-        """float[S, B, Q*D]."""
-        if vision_padding_BN is None:
+        """float[S, B, Q*D]. Where there are holes the keys that exist are packed: the kernels want no holes."""
+        if padding_BE is None:
             mixed: Tensor = self.core(
                 query_SBQD.contiguous(), key_LBGD, value_LBGD, qkv_format="sbhd", attn_mask_type="causal_bottom_right"
             )
             return mixed
         num_text, num_samples = query_SBQD.shape[:2]
-        text_BS = vision_padding_BN.new_ones(num_samples, num_text)
-        present_BL = torch.cat((~vision_padding_BN, text_BS), dim=1)
+        text_BS = padding_BE.new_ones(num_samples, num_text)
+        present_BL = torch.cat((~padding_BE, text_BS), dim=1)
         key_TGD, value_TGD = (x.transpose(0, 1)[present_BL] for x in (key_LBGD, value_LBGD))
         lengths = present_BL.sum(1, dtype=torch.int32)
         mixed_TH: Tensor = self.core(

@@ -10,28 +10,32 @@ V vision width.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, vocab_parallel_cross_entropy
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
 from ..adapter import attention_backend, ddp_config, gpt_arguments, transformer_config
 from ..config import Config, Part
 from ..kernels import Kernels
+from ..loss import token_losses
 from ..parallel import Topology
 from .attention_backends import TorchMixtureAttention, TransformerEngineMixtureAttention
 from .kv_cache import KVCache
+from .layout import Layout, lay_out, positions
+from .mixture_attention import normalise
 from .spec import block_spec
 
 
 def arrange_features(features_KnV: Tensor, images_per_sample: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-    """Lay a micro-batch's image features out by sample.
+    """Lay a micro-batch's image features out by sample, for generation's cache (training keeps them flat).
 
     Args:
         features_KnV: float[K, n, V], images in sample order.
@@ -94,6 +98,7 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
         images_per_sample: Sequence[int],
         labels: Tensor | None = None,
         cache: KVCache | None = None,
+        packed_lengths: Sequence[int] | None = None,
     ) -> Tensor:
         """Per-token losses float[B, S] on the last stage (logits float[B, S, vocab/TP] without labels), else hidden states.
 
@@ -104,22 +109,28 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
             labels: int64[B, S], -100 for no loss.
             cache: generation: holds the images and all earlier text, after which `text_ids` come; only each sample's last
                 token is given logits, float[B, 1, vocab/TP]. The images of this call are not read then.
+            packed_lengths: text tokens of each sample, where the text is one row that holds them all; None: a row each.
         """
         if cache is not None:
             return self._continue(text_ids, cache)
         features_KnV = images
         if hasattr(self, "tower"):
             features_KnV = self.tower(images, blank)
-        vision_NBV, padding_BN = arrange_features(features_KnV, images_per_sample)
-        mask = self.mixture_mask(text_ids.shape[1], vision_NBV.shape[0], padding_BN, text_ids.device)
+        layout = lay_out(text_ids, packed_lengths, [count * features_KnV.shape[1] for count in images_per_sample])
+        layout.angles = self._angles(layout, text_ids.shape[1])
         output: Tensor = super().forward(
             text_ids,
             None,  # positions: rotary, from 0 in every sample
-            mask,
+            None,
             labels=labels,
-            extra_block_kwargs={"context": vision_NBV, "context_mask": padding_BN},
+            packed_seq_params=layout,
+            extra_block_kwargs={"context": normalise(features_KnV.flatten(0, 1), self.config.layernorm_epsilon)},
         )
         return output
+
+    def _angles(self, layout: Layout, num_text: int) -> Tensor:
+        angles_SB1D: Tensor = self.rotary_pos_emb(layout.max_seqlen_q)
+        return angles_SB1D[positions(layout, num_text, angles_SB1D.device)] if layout.packed else angles_SB1D
 
     def _continue(self, text_ids: Tensor, cache: KVCache) -> Tensor:
         """Logits of each sample's last token, or hidden states, of text that goes on where the cache ends."""
@@ -127,9 +138,7 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
         mask = self.mixture_mask(text_ids.shape[1], cache.num_earlier, padding_BE, text_ids.device)
         cache.angles_SB1D = self.rotary_pos_emb(cache.num_slots)[cache.positions].flatten(2, 3)
         with self._head_on(cache.last):
-            output: Tensor = super().forward(
-                text_ids, None, mask, extra_block_kwargs={"context": cache, "context_mask": padding_BE}
-            )
+            output: Tensor = super().forward(text_ids, None, mask, extra_block_kwargs={"context": cache})
         return output
 
     def _head_on(self, last_B: Tensor) -> AbstractContextManager[Any]:
@@ -144,12 +153,24 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
         handle: AbstractContextManager[Any] = self.output_layer.register_forward_pre_hook(pick)
         return handle
 
-    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """float[B, S] cross-entropy over the real vocabulary; 0 where the label is -100."""
-        logits_SBW = self.hide_padding(logits)
-        has_loss = labels >= 0
-        losses: Tensor = super().compute_language_model_loss(labels.clamp(min=0), logits_SBW)
-        return losses * has_loss
+    def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """mcore's end of the forward pass; with labels, the losses without ever holding all logits."""
+        if labels is None or not self.post_process:
+            output: Tensor = super()._postprocess(hidden_states, *args, labels=labels, **kwargs)
+            return output
+        head, group = self.output_layer, self.pg_collection.tp
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else head.weight
+        if self.config.sequence_parallel:
+            # Each rank's gradient is already whole: the head sums it over the ranks.
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False, group=group)
+
+        def losses_of(hidden_m1H: Tensor, labels_m1: Tensor) -> Tensor:
+            with whole_input(head):
+                logits_m1W, _ = head(hidden_m1H, weight=weight)
+            losses_m1: Tensor = vocab_parallel_cross_entropy(self.hide_padding(logits_m1W), labels_m1)
+            return losses_m1
+
+        return token_losses(hidden_states, labels, losses_of, num_logits=len(weight))
 
     def hide_padding(self, logits_SBW: Tensor) -> Tensor:
         """Logits of this rank's share W of the vocabulary, with the rows that only pad it made impossible."""
@@ -168,6 +189,17 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
             if name.startswith(f"{prefix}tower."):
                 tensor.replica_id = (replica, *tensor.replica_id[1:])
         return state
+
+
+@contextmanager
+def whole_input(linear: Any) -> Iterator[None]:
+    """Within it a column-parallel layer takes the same whole input on every tensor rank, as without sequence parallelism."""
+    before = linear.sequence_parallel, linear.allreduce_dgrad
+    linear.sequence_parallel, linear.allreduce_dgrad = False, linear.tp_group.size() > 1
+    try:
+        yield
+    finally:
+        linear.sequence_parallel, linear.allreduce_dgrad = before
 
 
 def finalize_gradients(stages: list[Any], num_tokens: Tensor | None = None, *args: Any, **kwargs: Any) -> None:

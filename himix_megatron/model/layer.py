@@ -1,7 +1,7 @@
 """The HiMix decoder layer: megatron-core's transformer layer, whose attention also receives the block's `context`.
 
-Flows in: text states, and the vision features (in generation their cache) as `context`; out: text states, and the same
-context for the next layer.
+Flows in: text states, the normalised vision features (in generation their cache) as `context`, and as `packed_seq_params` the
+Layout that says which text sees which of them; out: text states, and the same context for the next layer.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from .kv_cache import KVCache
+from .layout import Layout
 
 
 class HiMixLayer(TransformerLayer):  # type: ignore[misc]
@@ -23,13 +24,12 @@ class HiMixLayer(TransformerLayer):  # type: ignore[misc]
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         context: Tensor | KVCache | None = None,
-        context_mask: Tensor | None = None,
-        rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: Layout | None = None,
         **_: Any,
     ) -> tuple[Tensor, Tensor | KVCache | None]:
         """float[S, B, H] text and its `context`, handed on: the block gives each layer what the one before returned."""
         normed = self.input_layernorm(hidden_states)
-        update_and_bias = self.self_attention(normed, attention_mask, context, context_mask, rotary_pos_emb)
+        update_and_bias = self.self_attention(normed, attention_mask, context, packed_seq_params)
         add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
         hidden_states = add(update_and_bias, hidden_states, self.hidden_dropout)
         return hidden_states, context

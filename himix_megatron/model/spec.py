@@ -1,7 +1,8 @@
 """The layer specs: which class stands for each part of a HiMix layer, by backend.
 
-`torch` runs anywhere; `te` is Transformer Engine: norms fused into the linear layers, fused attention. Parameters carry the
-same names in a checkpoint under both. Continuing a run on the other backend has still to be tried on a GPU: the modules of
+`torch` runs anywhere; `te` is Transformer Engine: norms fused into the linear layers, fused attention. The vision norm and
+projection are the same in both: the norm's statistics are shared by all layers, which no fused layer offers. Parameters carry
+the same names in a checkpoint under both. Continuing a run on the other backend has still to be tried on a GPU: the modules of
 Transformer Engine keep an extra state beside their parameters, which a checkpoint written under torch does not hold.
 """
 
@@ -19,7 +20,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from .attention_backends import TorchMixtureAttention, TransformerEngineMixtureAttention
 from .layer import HiMixLayer, RMSNorm
-from .mixture_attention import MixtureAttention, MixtureAttentionSubmodules
+from .mixture_attention import MixtureAttention, MixtureAttentionSubmodules, VisionLinear, VisionNorm
 
 
 def block_spec(
@@ -53,8 +54,8 @@ def _torch_layer(vision_hidden_size: int) -> ModuleSpec:
                     linear_qkv=ColumnParallelLinear,
                     core_attention=TorchMixtureAttention,
                     linear_proj=RowParallelLinear,
-                    vision_norm=RMSNorm,
-                    linear_vision_kv=ColumnParallelLinear,
+                    vision_norm=VisionNorm,
+                    linear_vision_kv=VisionLinear,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
@@ -72,9 +73,7 @@ def _torch_layer(vision_hidden_size: int) -> ModuleSpec:
 
 def _transformer_engine_layer(vision_hidden_size: int) -> ModuleSpec:
     from megatron.core.extensions.transformer_engine import (
-        TEColumnParallelLinear,
         TELayerNormColumnParallelLinear,
-        TENorm,
         TERowParallelLinear,
     )
 
@@ -87,8 +86,8 @@ def _transformer_engine_layer(vision_hidden_size: int) -> ModuleSpec:
                     linear_qkv=TELayerNormColumnParallelLinear,
                     core_attention=TransformerEngineMixtureAttention,
                     linear_proj=TERowParallelLinear,
-                    vision_norm=TENorm,
-                    linear_vision_kv=TEColumnParallelLinear,
+                    vision_norm=VisionNorm,
+                    linear_vision_kv=VisionLinear,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,

@@ -60,7 +60,7 @@ CASES = {"one image each": [6, 6, 6], "other counts": [6, 0, 3], "no image at al
 def test_torch_backend_is_the_formula(vision_counts: list[int]) -> None:
     query, key, value, padding = inputs(vision_counts)
     mask = TorchMixtureAttention.mixture_mask(TEXT, max(vision_counts), padding, query.device)
-    found = TorchMixtureAttention(Sizes)(query, key, value, mask, padding)
+    found = TorchMixtureAttention(Sizes).continued(query, key, value, mask, padding)
     assert torch.allclose(found, spelled_out(query, key, value, vision_counts), atol=1e-12)
 
 
@@ -99,7 +99,7 @@ def test_te_backend_hands_the_kernels_the_right_keys(vision_counts: list[int]) -
     backend = TransformerEngineMixtureAttention.__new__(TransformerEngineMixtureAttention)
     nn.Module.__init__(backend)
     backend.core = SpelledOutKernel()
-    found = backend(query, key, value, None, padding)
+    found = backend.continued(query, key, value, None, padding)
     assert torch.allclose(found, spelled_out(query, key, value, vision_counts), atol=1e-12)
 
 
