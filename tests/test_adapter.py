@@ -19,7 +19,7 @@ def test_fp8_is_refused_where_it_cannot_run(mixed_dataset: Path, tmp_path: Path)
     config = small_config(mixed_dataset, tmp_path, parts=("vision_kv",), precision="bf16")
     config = replace(config, train=replace(config.train, fp8="hybrid"))
     with pytest.raises(ValueError, match=r"train\.fp8 is hybrid, which is Transformer Engine's, but .*: use --train\.fp8 none"):
-        prepare(config)
+        prepare(config, 1)
     with pytest.raises(ValueError, match=r"train\.fp8 is hybrid, .* use --train\.precision bf16"):
         replace(config.train, precision="fp32")
 

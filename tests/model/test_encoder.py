@@ -177,7 +177,7 @@ def _tower_gradients(config: Config) -> tuple[float, dict[str, torch.Tensor]]:
     from himix_megatron.model.himix import bare
     from himix_megatron.start import begin, prepare
 
-    start = prepare(config)
+    start = prepare(config, 1)
     topology = parallel.start(config.parallel, seed=config.train.seed)
     log.start(config.run_dir, topology.rank, topology.world_size)
     run = training.build_run(config, start, topology)
