@@ -284,6 +284,10 @@ class Checkpoints:
             self._tower_name = store_tower(self.run_dir, self.frozen_tower.state_dict())
         return self._tower_name
 
+    def load_tower(self, folder: Path) -> None:
+        """The frozen tower alone, whether it trained in that checkpoint or not. Raises: ValueError for another architecture."""
+        self._load_tower(folder, check_architecture(folder, self.config)["tower"])
+
     def _load_tower(self, folder: Path, file: str | None) -> None:
         if self.frozen_tower is None:
             return
@@ -333,13 +337,22 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
+def tower_hash(weights: Mapping[str, Tensor]) -> str:
+    """Of a tower's weights in their precision: the name they are stored under."""
+    return hashlib.sha256(_tower_bytes(weights)).hexdigest()
+
+
 def store_tower(run_dir: Path, weights: Mapping[str, Tensor]) -> str:
     """Put a frozen tower into a run folder, under its hash. Returns: its file name."""
-    data = save_tensors({name: tensor.contiguous().cpu() for name, tensor in weights.items()})
+    data = _tower_bytes(weights)
     path = run_dir / "towers" / f"{hashlib.sha256(data).hexdigest()}.safetensors"
     if not path.is_file():
         publish(path, data)
     return path.name
+
+
+def _tower_bytes(weights: Mapping[str, Tensor]) -> bytes:
+    return save_tensors({name: tensor.contiguous().cpu() for name, tensor in weights.items()})
 
 
 def read_tower(folder: Path, file: str) -> dict[str, Tensor]:

@@ -193,6 +193,13 @@ class DataConfig:
     """Share of each dataset in the samples read, in any unit; none: each dataset is read once an epoch."""
     validation_path: str | None = None
     """Held-out shard dataset for the validation loss; None: no validation."""
+    features: tuple[str, ...] = ()
+    """Features that pipelines.encode made of the images, a folder for each of `path`: no image is read, and the frozen tower
+    does not run. None: images are read and encoded in training."""
+    validation_features: str | None = None
+    """The same for validation_path."""
+    features_dtype: Literal["bf16", "fp8_token", "fp8_image"] = "bf16"
+    """How such features are stored: bf16, or half of that in fp8 (e4m3) with one scale for each token or for each image."""
     tokenizer: str = "bytes"
     """Folder of a Hugging Face tokenizer, or `bytes` for the built-in byte-level one."""
     template: Literal["plain", "vicuna", "llama3", "chatml", "tiny"]
@@ -243,6 +250,12 @@ class DataConfig:
             )
         if any(not 0 < weight < float("inf") for weight in self.weights):
             raise ValueError(f"data.weights is {list(self.weights)}: wanted numbers above 0")
+        if self.features and len(self.features) != len(self.path):
+            raise ValueError(
+                f"data.features names {len(self.features)} folders for {len(self.path)} datasets: give one for each --data.path"
+            )
+        if self.validation_features is not None and self.validation_path is None:
+            raise ValueError("data.validation_features is given without --data.validation-path")
         if self.path and self.stream:
             raise ValueError("data.path and data.stream are both given: choose one")
         if (self.pack_text_tokens is None) != (self.pack_images is None):
@@ -425,6 +438,11 @@ class Config:
                 else "train.global_batch_packs needs --data.pack-text-tokens and --data.pack-images"
             )
         chunks = parallel.pipeline * parallel.virtual_pipeline
+        if "tower" in self.train.parts and (self.data.features or self.data.validation_features):
+            raise ValueError(
+                "data.features were made by a tower as it was, but here the tower trains: leave --data.features out, or tower "
+                "out of --train.parts"
+            )
         if parallel.overlap == "on" and "tower" in self.train.parts:
             raise ValueError(
                 "parallel.overlap is on, but the tower trains: its gradients are summed over pipeline stages before they are "

@@ -22,9 +22,11 @@ from .checkpoint import (
     find_checkpoint,
     position_of,
     publish,
+    tower_hash,
 )
 from .config import Config, DataConfig, differences, from_json, to_json
 from .data.conversation import check_tokenizer
+from .data.features import FeatureCache, feature_key
 from .data.plan import START, Datasets, End, Plan
 from .data.shards import ShardDataset
 from .data.tokenizer import load_tokenizer
@@ -39,6 +41,9 @@ class Start:
 
     plan: Plan
     held_out: Plan | None
+    features: tuple[FeatureCache, ...]
+    """Of the plan's datasets; none: images are read."""
+    held_out_features: tuple[FeatureCache, ...]
     end: End
     checkpoint: Path | None
     """Where the weights come from; None: they are fresh."""
@@ -71,6 +76,8 @@ def prepare(config: Config) -> Start:
     start = Start(
         plan=plan,
         held_out=held_out,
+        features=open_features(config, plan, config.data.features),
+        held_out_features=open_features(config, held_out, config.data.validation_features),
         end=end_of(config, plan.epoch_samples),
         checkpoint=own[-1] if own else find_checkpoint(initial) if initial is not None else None,
         continues=bool(own),
@@ -80,6 +87,27 @@ def prepare(config: Config) -> Start:
     if start.checkpoint is not None:
         check_checkpoint(config, start, start.checkpoint)
     return start
+
+
+def open_features(config: Config, plan: Plan | None, folders: tuple[str, ...] | str | None) -> tuple[FeatureCache, ...]:
+    """The features of a plan's datasets. Raises: ValueError if they are not those of this tower's kind and preprocessing."""
+    if plan is None or not folders:
+        return ()
+    folders = (folders,) if isinstance(folders, str) else folders
+    caches = tuple(FeatureCache(folder, part) for folder, part in zip(folders, plan.datasets.parts, strict=True))
+    for cache in caches:
+        cache.check(feature_key(config, cache.dataset))
+    return caches
+
+
+def check_tower(start: Start, checkpoints: Checkpoints) -> None:
+    """Raises: ValueError if features were made by a tower of other weights than the one that the run starts from."""
+    caches = (*start.features, *start.held_out_features)
+    if caches:
+        assert checkpoints.frozen_tower is not None
+        tower = tower_hash(checkpoints.frozen_tower.state_dict())
+        for cache in caches:
+            cache.check({"tower": tower})
 
 
 def check_checkpoint(config: Config, start: Start, folder: Path) -> None:
@@ -162,6 +190,7 @@ def begin(config: Config, start: Start, checkpoints: Checkpoints) -> Position:
         checkpoints.load_weights(start.checkpoint)
     elif "language" not in config.train.parts:
         logger.warning("the language model is fresh and frozen: give pretrained weights with --checkpoint.initial")
+    check_tower(start, checkpoints)
     if torch.distributed.get_rank() == 0:
         publish(config.run_dir / "config.json", to_json(config).encode())
         stop_file(config).unlink(missing_ok=True)

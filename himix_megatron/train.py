@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,8 +21,10 @@ from .adapter import overlaps, params_dtype, text_multiple
 from .checkpoint import Checkpoints, Position, publish
 from .config import Config
 from .data.batch import StepBatch, without_loss
+from .data.features import FeatureCache
 from .data.loader import Reads, StepReader, step_loader
 from .data.plan import End, Plan, StepPlan
+from .data.vision_reader import FeatureReader
 from .ledger import Ledger
 from .metrics import Metrics, StepCounts
 from .model.encoder import Ahead, ReplicaEncoder, encoding_place
@@ -60,7 +62,7 @@ def pretrain(config: Config) -> int:
 
 def run_steps(config: Config, start: Start, run: Run, position: Position, request: StopRequest) -> int:
     """From a position to the last step. Returns: the exit code."""
-    reader = step_reader(config, start.plan, run.topology)
+    reader = step_reader(config, start.plan, run.topology, start.features)
     schedule = Schedule(config, run.optimizer)
     total_steps = start.plan.expected_steps(start.end)
     metrics = Metrics(config.run_dir, run.topology, position.step, total_steps, config.log.interval_steps)
@@ -100,7 +102,9 @@ class Validation:
     def __init__(self, config: Config, start: Start, run: Run):
         self.config, self.run, self.best = config, run, run.checkpoints.best_validation_loss()
         self.plan = start.held_out
-        self.reader = None if start.held_out is None else step_reader(config, start.held_out, run.topology)
+        self.reader = (
+            None if start.held_out is None else step_reader(config, start.held_out, run.topology, start.held_out_features)
+        )
 
     @torch.no_grad()
     def measure(self, step: int, *, last: bool) -> float | None:
@@ -181,7 +185,9 @@ class Run:
 def build_run(config: Config, start: Start, topology: Topology) -> Run:
     """Tower, model chunks, optimizer and checkpoints of this rank."""
     trainable = "tower" in config.train.parts
-    tower = build_tower(config.vision, seed=config.train.seed, dtype=params_dtype(config)).to(topology.device)
+    tower = build_tower(config.vision, seed=config.train.seed, dtype=params_dtype(config))
+    if not start.features or (start.held_out is not None and not start.held_out_features):
+        tower = tower.to(topology.device)  # else it stays where it costs least, for checkpoints to refer to
     stages = build_stage(config, start.kernels, topology, tower)
     optimizer = build_optimizer(config, stages)
     mcore_config = stages[0].config
@@ -208,8 +214,8 @@ def build_run(config: Config, start: Start, topology: Topology) -> Run:
     )
 
 
-def step_reader(config: Config, plan: Plan, topology: Topology) -> StepReader:
-    """What this rank reads of a plan."""
+def step_reader(config: Config, plan: Plan, topology: Topology, features: Sequence[FeatureCache] = ()) -> StepReader:
+    """What this rank reads of a plan; `features` instead of images where there are any."""
     image_rank, image_size = encoding_place(config.vision.placement, topology)
     return StepReader(
         plan,
@@ -223,6 +229,7 @@ def step_reader(config: Config, plan: Plan, topology: Topology) -> StepReader:
             image_size=image_size,
         ),
         pad_multiple=text_multiple(config),
+        features=FeatureReader(features, params_dtype(config)) if features else None,
     )
 
 

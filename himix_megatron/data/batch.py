@@ -57,7 +57,8 @@ class StepBatch:
     blank: Tensor
     """bool[K]: the image is all zero after normalisation, whatever its pixels say."""
     pixels: Tensor
-    """uint8[K_share, 3, H, W]: the images `share_of(K, replica_rank, replica_size)`; zeros where blank."""
+    """uint8[K_share, 3, H, W]: the images `share_of(K, image_rank, image_size)`, zeros where blank; or in their place
+    features[K_share, n, V] that were made before, the all-zero image's where blank."""
     bad_keys: tuple[str, ...]
     """Samples that this rank could not read or decode."""
     after: Place

@@ -22,13 +22,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from himix_megatron.config import VisionConfig
-from himix_megatron.data import conversation, image
+from himix_megatron.data import conversation
 from himix_megatron.data.batch import StepBatch, collate, share_of, without_loss
 from himix_megatron.data.conversation import EncodedText
 from himix_megatron.data.order import Numbers
 from himix_megatron.data.plan import Plan, StepPlan
 from himix_megatron.data.schema import BadSampleError
 from himix_megatron.data.tokenizer import load_tokenizer
+from himix_megatron.data.vision_reader import FeatureReader, PixelReader
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,8 @@ class Reads:
 class StepReader(Dataset[StepBatch]):
     """Reads planned steps as one rank sees them: `reader[step_plan]`.
 
-    Texts are padded to a multiple of `pad_multiple` tokens, the same length for all micro-batches of a step.
+    Texts are padded to a multiple of `pad_multiple` tokens, the same length for all micro-batches of a step. With `features`
+    these are read, and no image is.
     Raises: ValueError when the global batch does not divide.
     """
 
@@ -62,6 +64,7 @@ class StepReader(Dataset[StepBatch]):
         micro_batch: int,
         reads: Reads,
         pad_multiple: int = 1,
+        features: FeatureReader | None = None,
     ) -> None:
         if plan.global_batch % (reads.data_size * micro_batch):
             raise ValueError(
@@ -69,7 +72,8 @@ class StepReader(Dataset[StepBatch]):
                 f"{micro_batch} in a micro-batch"
             )
         # What workers get: they need no order, no packs.
-        self.datasets, self.config, self.vision_config = plan.datasets, plan.config, vision_config
+        self.datasets, self.config = plan.datasets, plan.config
+        self.vision = features or PixelReader(vision_config, self.config.decode)
         self.text_tokens, self.images = plan.text_tokens, plan.images
         self.micro_batch, self.reads, self.pad_multiple = micro_batch, reads, pad_multiple
         self.tokenizer = load_tokenizer(self.config.tokenizer)
@@ -89,7 +93,7 @@ class StepReader(Dataset[StepBatch]):
         has_none = (self.datasets.images[samples] == 0).tolist()
         blank = torch.tensor([slot in bad_texts or has_none[slot] for slot, _ in places], dtype=torch.bool)
         share = share_of(len(places), reads.image_rank, reads.image_size)
-        pixels, bad_images = self._pixels(
+        pixels, bad_images = self._images(
             [(samples[places[n][0]], places[n][1]) for n in share], blank[share.start : share.stop]
         )
         for n in bad_images:
@@ -141,20 +145,20 @@ class StepReader(Dataset[StepBatch]):
                 )
             return text
 
-    def _pixels(self, images: list[tuple[int, int]], blank: Tensor) -> tuple[Tensor, list[int]]:
-        """Decode images (sample, image) that are not blank. Returns: uint8[len, 3, H, W], and which of them are damaged."""
-        pixels, damaged = image.blank_pixels(len(images), self.vision_config), []
+    def _images(self, images: list[tuple[int, int]], blank: Tensor) -> tuple[Tensor, list[int]]:
+        """Read images (sample, image) that are not blank. Returns: their pixels or features, and which of them are damaged."""
+        found, damaged = self.vision.blanks(len(images)), []
         for n, (i, k) in enumerate(images):
             if blank[n]:
                 continue
             dataset, number = self.datasets.locate(i)
             with _naming(self.datasets.key(i)):
                 try:
-                    image.decode(dataset.image_bytes(number, k), self.vision_config, self.config.decode, out=pixels[n])
+                    self.vision.read_into(found[n], dataset, number, k)
                 except BadSampleError as error:
                     log.warning("%s is left out of the loss: image %d, %s", self.datasets.key(i), k, error.detail)
                     damaged.append(n)
-        return torch.from_numpy(pixels), damaged
+        return found, damaged
 
 
 @contextlib.contextmanager

@@ -146,6 +146,12 @@ class ShardDataset:
         record = self._image(i, k)[1]
         return record.width, record.height
 
+    def image_place(self, i: int, k: int) -> tuple[int, int]:
+        """The shard of image k of sample i, and the image's number in it."""
+        shard, sample = self._sample(i)
+        assert k < sample.num_images, (i, k)
+        return shard, sample.first_image + k
+
     def key(self, i: int) -> str:
         """SHARD/KEY of sample i, for logs and errors."""
         shard, record = self._sample(i)

@@ -106,10 +106,10 @@ def write_shard(job: ShardJob, part: Part) -> Receipt:
             num_images=len(images),
             quarantined=dict(sorted(Counter(line["reason"] for line in rejected).items())),
             tar=FileDigest(tar.offset, tar.digest.hexdigest()),
-            index=_write(partial.index, index),
-            quarantine=_write(partial.quarantine, lines) if lines else None,
+            index=write_synced(partial.index, index),
+            quarantine=write_synced(partial.quarantine, lines) if lines else None,
         )
-        _write(partial.receipt, schema.to_json(receipt).encode())
+        write_synced(partial.receipt, schema.to_json(receipt).encode())
         _publish(partial, job.folder, receipt)
     return receipt
 
@@ -117,7 +117,7 @@ def write_shard(job: ShardJob, part: Part) -> Receipt:
 def write_manifest(folder: Folder, manifest: Manifest, attempt: Path) -> None:
     """Publish a dataset: from now on it exists."""
     partial = attempt / "manifest.json"
-    _write(partial, schema.to_json(manifest).encode())
+    write_synced(partial, schema.to_json(manifest).encode())
     folder.put({"manifest.json": partial})
 
 
@@ -187,7 +187,7 @@ class _TarWriter:
     def finish(self) -> None:
         """End the tar and bring it to the disk."""
         self._put(schema.TAR_END)
-        _sync(self._file)
+        sync(self._file)
 
     def _put(self, data: bytes) -> None:
         self._file.write(data)
@@ -210,13 +210,15 @@ def _members(outcome: Sample | BadRow, number: int, check: Check) -> tuple[list[
     return [(f"{key}.json", text), *pictures], facts
 
 
-def _write(path: Path, data: bytes) -> FileDigest:
+def write_synced(path: Path, data: bytes) -> FileDigest:
+    """Write a file and bring it to the disk."""
     with path.open("wb") as file:
         file.write(data)
-        _sync(file)
+        sync(file)
     return FileDigest(len(data), hashlib.sha256(data).hexdigest())
 
 
-def _sync(file: Any) -> None:
+def sync(file: Any) -> None:
+    """Bring what was written to the disk."""
     file.flush()
     os.fsync(file.fileno())

@@ -1,0 +1,217 @@
+"""A shard dataset -> the features of its images, by the frozen tower, once for all runs that train on them.
+
+    python -m pipelines.encode RECIPE --data DIR --out DIR [--section.field value ...]
+    python -m pipelines.pretrain RECIPE --data.path DIR --data.features OUT [--section.field value ...]
+
+Recipe and flags are those of the training (`python -m pipelines.pretrain RECIPE --help` lists them), so that tower,
+preprocessing and precision are the same: the tower comes from --checkpoint.initial where that is given, else from
+--vision.path. --data.features-dtype fp8_token or fp8_image halves the size, at an error that is printed. Training refuses
+features of another tower, preprocessing, dtype or dataset.
+
+Each GPU (each core, where there is none) is a Ray actor that holds the tower and makes one feature file at a time. Run the
+same command again after a crash: files whose receipts verify are kept, the rest is made.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from himix_megatron import cpu
+from himix_megatron.config import Config, ParallelConfig
+from himix_megatron.data import features, schema
+from himix_megatron.data.feature_writing import FeatureJob, load_receipt, make_features, write_manifest
+from himix_megatron.data.features import FeatureManifest, FeatureReceipt
+from himix_megatron.data.shards import ShardDataset
+from himix_megatron.data.storage import LocalFolder
+from himix_megatron.data.vision_reader import PixelReader
+from himix_megatron.model.vision import build_tower
+from pipelines.cli import parse, parse_settings, run_main
+from pipelines.engine import ray_started
+from pipelines.preprocess import Progress, attempt_in
+
+PROGRAM = "python -m pipelines.encode"
+PARTS = ("features", "receipts", "towers")
+BATCH_IMAGES = 64
+"""Per forward pass of the tower."""
+Made = tuple[FeatureReceipt, bool]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What to read, where to write, and with how many hands."""
+
+    data: str | None = None
+    """The shard dataset; None: the recipe's data.path, which must then be one."""
+    out: Path
+    """The folder of features to write."""
+    engine: Literal["ray", "local"] = "ray"
+    """`local` encodes in this process, without Ray."""
+    num_workers: int | None = None
+    """Actors; None: one for each GPU, or core where there is none (of the cluster, with RAY_ADDRESS)."""
+    decode_threads: int = 4
+    """Threads of each actor that decode images."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_workers", "decode_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}: wanted 1 or more")
+
+
+def encode(config: Config, settings: Settings) -> FeatureManifest:
+    """Make the features, or finish them, and return their manifest (written last).
+
+    Raises: ValueError for a missing dataset or tower, or an output folder that holds other features or is being written.
+    """
+    dataset = ShardDataset(_data(config, settings))
+    with attempt_in(str(settings.out), PARTS) as (folder, attempt):
+        if not isinstance(folder, LocalFolder):
+            raise ValueError(f"--out {settings.out}: features are written to a folder, not to an object store")
+        tower_file = _store_tower(config, folder.path)
+        key = features.feature_key(config, dataset, tower_file.stem)
+        _refuse_other_features(folder, key)
+        shape = (config.vision.tokens_per_image, config.vision.hidden_size)
+        first = FeatureJob(folder, attempt, schema.hash_of(key), config.data.features_dtype, shape, None)
+        jobs = [first, *(replace(first, shard=shard) for shard in range(len(dataset.manifest.shards)))]
+        worker = functools.partial(Encoder, config, str(dataset.location), tower_file, settings.decode_threads)
+        made = _with_progress(
+            _with_ray(worker, jobs, settings) if settings.engine == "ray" else map(worker().make, jobs), dataset
+        )
+        receipts = {receipt.name: receipt for receipt, _ in made}
+        shards = tuple(receipts[shard.name] for shard in dataset.manifest.shards)
+        squares = sum(receipt.squared for receipt in shards)
+        manifest = FeatureManifest(
+            features_version=features.FEATURES_VERSION,
+            key=key,
+            tokens_per_image=shape[0],
+            width=shape[1],
+            num_images=sum(receipt.num_images for receipt in shards),
+            relative_error=math.sqrt(sum(receipt.squared_error for receipt in shards) / squares) if squares else 0.0,
+            blank=receipts[features.BLANK],
+            shards=shards,
+        )
+        write_manifest(folder, attempt, manifest)
+    return manifest
+
+
+class Encoder:
+    """A tower at work: makes one feature file a call. As a Ray actor it has its GPU to itself."""
+
+    def __init__(self, config: Config, data: str, tower_file: Path, decode_threads: int) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        tower = build_tower(config.vision, seed=config.train.seed, dtype=dtype)
+        if schema.file_digest(tower_file).sha256 != tower_file.stem:
+            raise RuntimeError(f"{tower_file} is damaged: its content does not have the hash that is its name")
+        tower.load_state_dict(load_file(tower_file), strict=True)
+        self.tower = tower.to(self.device).eval()
+        self.dataset, self.reader = ShardDataset(data), PixelReader(config.vision, config.data.decode)
+        self.pool = ThreadPoolExecutor(decode_threads)
+
+    def make(self, job: FeatureJob) -> Made:
+        """See that one feature file exists."""
+        return make_features(job, self.dataset, self._features, self.reader, batch=BATCH_IMAGES, pool=self.pool)
+
+    @torch.no_grad()
+    def _features(self, pixels: Tensor, blank: Tensor) -> Tensor:
+        computed: Tensor = self.tower(pixels.to(self.device), blank.to(self.device))
+        return computed.cpu()
+
+
+def _with_ray(worker: functools.partial[Encoder], jobs: Sequence[FeatureJob], settings: Settings) -> Iterator[Made]:
+    """An actor on each GPU, or core; one that dies is started again, and its file made anew."""
+    with ray_started(settings.num_workers) as cores:
+        import ray
+        from ray.util import ActorPool
+
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        gpus = int(resources.get("GPU", 0))
+        number = min(settings.num_workers or gpus or cores, len(jobs))
+        options: dict[str, Any] = {"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": 1}
+        make = ray.remote(Encoder).options(**options, max_restarts=3, max_task_retries=3)
+        pool = ActorPool([make.remote(*worker.args) for _ in range(number)])
+        yield from pool.map_unordered(lambda actor, job: actor.make.remote(job), jobs)
+
+
+def _data(config: Config, settings: Settings) -> str:
+    """The dataset's place. Raises: ValueError where it is not said, or several are."""
+    paths = (settings.data,) if settings.data is not None else config.data.path
+    if len(paths) != 1:
+        raise ValueError(f"the recipe reads {len(paths)} datasets: name the one to encode with --data DIR")
+    return paths[0]
+
+
+def _store_tower(config: Config, folder: Path) -> Path:
+    """Put the tower's weights into the cache, under their hash. Returns: the file."""
+    cpu.activate_if_needed()  # before megatron-core
+    from himix_megatron import parallel
+    from himix_megatron.adapter import params_dtype
+    from himix_megatron.checkpoint import Checkpoints, find_checkpoint, store_tower
+
+    tower = build_tower(config.vision, seed=config.train.seed, dtype=params_dtype(config))
+    if config.checkpoint.initial is not None:
+        checkpoint = find_checkpoint(config.checkpoint.initial)
+        parallel.start(ParallelConfig(), seed=config.train.seed)
+        Checkpoints(config, [], None, tower).load_tower(checkpoint)
+        parallel.shutdown()
+    return folder / "towers" / store_tower(folder, tower.state_dict())
+
+
+def _refuse_other_features(folder: LocalFolder, key: dict[str, Any]) -> None:
+    """Raises: ValueError when the folder has features of another key: they would be overwritten."""
+    for name in folder.receipts():
+        receipt = load_receipt(folder, name)
+        if receipt is not None and receipt.key_hash != schema.hash_of(key):
+            raise ValueError(
+                f"--out {folder} holds features of another dataset, tower, preprocessing or dtype: choose another folder, or "
+                "delete this one"
+            )
+
+
+def _with_progress(made: Iterator[Made], dataset: ShardDataset) -> Iterator[Made]:
+    """The same; each file is told on stderr."""
+    progress = Progress("encode", "files", 1 + len(dataset.manifest.shards), 1 + dataset.manifest.num_images, "image")
+    for receipt, was_written in made:
+        yield receipt, was_written
+        progress.show(receipt.num_images, not was_written, len(receipt.damaged))
+
+
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A command's words for `parse` (the recipe, and flags with a dot in their name) and for Settings (the other flags)."""
+    recipe: list[str] = []
+    own: list[str] = []
+    current = recipe
+    for word in words:
+        if word.startswith("--"):
+            current = recipe if "." in word.split("=", 1)[0] else own
+        current.append(word)
+    return recipe, own
+
+
+def main() -> None:
+    """The command line."""
+    recipe, own = split_words(sys.argv[1:])
+    settings = parse_settings(Settings, own, f"{PROGRAM} RECIPE", __doc__)
+    config = parse(recipe, PROGRAM)
+    manifest = encode(config, settings)
+    damaged = sum(len(receipt.damaged) for receipt in manifest.shards)
+    size = sum(receipt.file.bytes for receipt in manifest.shards)
+    print(
+        f"{settings.out}: {manifest.num_images} images, {size / 2**30:.2f} GiB of {manifest.dtype} features, relative error "
+        f"{manifest.relative_error:.2e}{f'; {damaged} images could not be decoded' if damaged else ''}"
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)
