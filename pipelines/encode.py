@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 import math
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -34,11 +33,12 @@ from himix_megatron.data import features, schema
 from himix_megatron.data.feature_writing import FeatureJob, load_receipt, make_features, write_manifest
 from himix_megatron.data.features import FeatureManifest, FeatureReceipt
 from himix_megatron.data.shards import ShardDataset
+from himix_megatron.data.storage import LocalFolder
 from himix_megatron.data.vision_reader import PixelReader
 from himix_megatron.model.vision import build_tower
 from pipelines.cli import parse, parse_settings, run_main
 from pipelines.engine import ray_started
-from pipelines.preprocess import PROGRESS_SECONDS, attempt_in
+from pipelines.preprocess import Progress, attempt_in
 
 PROGRAM = "python -m pipelines.encode"
 PARTS = ("features", "receipts", "towers")
@@ -75,9 +75,10 @@ def encode(config: Config, settings: Settings) -> FeatureManifest:
     Raises: ValueError for a missing dataset or tower, or an output folder that holds other features or is being written.
     """
     dataset = ShardDataset(_data(config, settings))
-    folder = settings.out.absolute()
-    with attempt_in(folder, PARTS) as attempt:
-        tower_file = _store_tower(config, folder)
+    with attempt_in(str(settings.out), PARTS) as (folder, attempt):
+        if not isinstance(folder, LocalFolder):
+            raise ValueError(f"--out {settings.out}: features are written to a folder, not to an object store")
+        tower_file = _store_tower(config, folder.path)
         key = features.feature_key(config, dataset, tower_file.stem)
         _refuse_other_features(folder, key)
         shape = (config.vision.tokens_per_image, config.vision.hidden_size)
@@ -100,7 +101,7 @@ def encode(config: Config, settings: Settings) -> FeatureManifest:
             blank=receipts[features.BLANK],
             shards=shards,
         )
-        write_manifest(folder, manifest)
+        write_manifest(folder, attempt, manifest)
     return manifest
 
 
@@ -167,10 +168,10 @@ def _store_tower(config: Config, folder: Path) -> Path:
     return folder / "towers" / store_tower(folder, tower.state_dict())
 
 
-def _refuse_other_features(folder: Path, key: dict[str, Any]) -> None:
+def _refuse_other_features(folder: LocalFolder, key: dict[str, Any]) -> None:
     """Raises: ValueError when the folder has features of another key: they would be overwritten."""
-    for path in sorted((folder / "receipts").glob("*.json")):
-        receipt = load_receipt(folder, path.stem)
+    for name in folder.receipts():
+        receipt = load_receipt(folder, name)
         if receipt is not None and receipt.key_hash != schema.hash_of(key):
             raise ValueError(
                 f"--out {folder} holds features of another dataset, tower, preprocessing or dtype: choose another folder, or "
@@ -179,21 +180,11 @@ def _refuse_other_features(folder: Path, key: dict[str, Any]) -> None:
 
 
 def _with_progress(made: Iterator[Made], dataset: ShardDataset) -> Iterator[Made]:
-    """One line on stderr: on a terminal redrawn with every file, elsewhere every few seconds."""
-    started = shown = time.monotonic()
-    total, images, files, kept = dataset.manifest.num_images, 0, 0, 0
+    """The same; each file is told on stderr."""
+    progress = Progress("encode", "files", 1 + len(dataset.manifest.shards), 1 + dataset.manifest.num_images, "image")
     for receipt, was_written in made:
         yield receipt, was_written
-        files, kept = files + 1, kept + (not was_written)
-        images += receipt.num_images if receipt.source else 0
-        now, on_terminal, is_last = time.monotonic(), sys.stderr.isatty(), files == 1 + len(dataset.manifest.shards)
-        if on_terminal or is_last or now - shown >= PROGRESS_SECONDS:
-            shown, rate = now, images / max(now - started, 1e-9)
-            left = f"{(total - images) / rate:.0f} s left" if rate else "starting"
-            line = f"encode: {files - 1}/{len(dataset.manifest.shards)} shards ({kept} files kept), {images}/{total} images, "
-            line += f"{rate:.1f} images/s, {left}"
-            print(("\r\033[K" if on_terminal else "") + line, end="" if on_terminal and not is_last else "\n", file=sys.stderr)
-            sys.stderr.flush()
+        progress.show(receipt.num_images, not was_written, len(receipt.damaged))
 
 
 def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -38,6 +38,7 @@ from himix_megatron.data.writing import Check, ShardJob
 from pipelines.cli import parse_settings, run_main
 from pipelines.engine import Engine, engine_started
 
+PARTS = ("shards", "receipts", "quarantine")
 PROGRESS_SECONDS = 5.0
 
 
@@ -145,7 +146,7 @@ def preprocess(settings: Settings) -> Manifest:
     config = _config(settings, files[0] if files else None)
     with engine_started(settings.engine, settings.num_workers) as engine:
         source = ready or _scan(engine, *files)  # type: ignore[misc]
-        with _attempt(str(settings.out)) as (folder, attempt):
+        with attempt_in(str(settings.out), PARTS) as (folder, attempt):
             in_task = None if isinstance(folder, storage.RemoteFolder) else attempt
             job = ShardJob(
                 folder, in_task, settings.shard_prefix, schema.hash_of(config), source.source_hash, settings.check, column
@@ -209,7 +210,7 @@ def _scan_file(reader: FileReader, number: int, place: str) -> tuple[int, FileSc
 
 def _scan(engine: Engine, reader: FileReader, places: list[str]) -> FilesSource:
     """The first pass over the files: hash them and count their rows."""
-    progress = _Progress("scan", "files", len(places), 0)
+    progress = Progress("scan", "files", len(places), 0)
     scans: dict[int, FileScan] = {}
     with contextlib.closing(engine.run(_scan_file, ((reader, *item) for item in enumerate(places)))) as results:
         for number, scan in results:
@@ -221,7 +222,7 @@ def _scan(engine: Engine, reader: FileReader, places: list[str]) -> FilesSource:
 def _make_all(settings: Settings, engine: Engine, job: ShardJob, source: Source) -> list[Receipt]:
     """Make every shard. Returns: receipts in order. Raises: ValueError as soon as too many rows are bad."""
     size, num_rows = settings.samples_per_shard, source.num_rows
-    progress = _Progress("preprocess", "shards", -(-num_rows // size), num_rows)
+    progress = Progress("preprocess", "shards", -(-num_rows // size), num_rows)
 
     def tasks() -> Iterator[tuple[ShardJob, Part]]:
         progress.start()  # the engine asks for the first task when it is up: its start is not in the rate
@@ -245,8 +246,8 @@ def _make_all(settings: Settings, engine: Engine, job: ShardJob, source: Source)
 
 
 @contextlib.contextmanager
-def _attempt(out: str) -> Iterator[tuple[storage.LocalFolder | storage.RemoteFolder, Path]]:
-    """The output folder made ready, locked, and cleared of what killed attempts left; and this attempt's own folder.
+def attempt_in(out: str, parts: Sequence[str]) -> Iterator[tuple[storage.LocalFolder | storage.RemoteFolder, Path]]:
+    """An output folder made ready with its parts, locked, cleared of what killed attempts left; and this attempt's own.
 
     An object store has no lock: two runs of one command there write the same objects twice, and one of another dataset is
     refused by the receipts.
@@ -256,30 +257,20 @@ def _attempt(out: str) -> Iterator[tuple[storage.LocalFolder | storage.RemoteFol
         with tempfile.TemporaryDirectory(prefix="himix-preprocess-") as temporary:
             yield folder, Path(temporary)
         return
-    with attempt_in(folder.path, ("shards", "receipts", "quarantine")) as attempt:
-        for left in folder.path.glob("lengths/*/.*.len.*"):
-            left.unlink(missing_ok=True)
-        yield folder, attempt
-
-
-@contextlib.contextmanager
-def attempt_in(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
-    """A local output folder made ready with its parts, locked, and cleared of what killed attempts left.
-
-    Yields: this attempt's own folder. Raises: ValueError while another run is writing there.
-    """
     for part in parts:
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+        (folder.path / part).mkdir(parents=True, exist_ok=True)
+    with (folder.path / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"--out {folder}: another run is writing it") from None
-        for left in folder.glob(".partial-*"):
+        for left in folder.path.glob(".partial-*"):
             shutil.rmtree(left)
-        attempt = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
+        for left in folder.path.glob("lengths/*/.*.len.*"):
+            left.unlink(missing_ok=True)
+        attempt = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.path))
         try:
-            yield attempt
+            yield folder, attempt
         finally:
             shutil.rmtree(attempt, ignore_errors=True)
 
@@ -325,11 +316,12 @@ def _counts(quarantined: dict[str, int]) -> str:
     return ", ".join(f"{reason}: {count}" for reason, count in sorted(quarantined.items()))
 
 
-class _Progress:
+class Progress:
     """One line on stderr: on a terminal redrawn with every task, elsewhere every few seconds."""
 
-    def __init__(self, what: str, unit: str, num_tasks: int, num_rows: int) -> None:
-        self.what, self.unit, self.num_tasks, self.num_rows = what, unit, num_tasks, num_rows
+    def __init__(self, what: str, unit: str, num_tasks: int, num_rows: int, row: str = "row") -> None:
+        """`unit`: the plural of a task; `row`: the singular of what a task has many of."""
+        self.what, self.unit, self.num_tasks, self.num_rows, self.row = what, unit, num_tasks, num_rows, row
         self.rows = self.tasks = self.kept = 0
         self.start()
 
@@ -351,10 +343,10 @@ class _Progress:
         rate = self.rows / max(now - self.started, 1e-9)
         if self.num_rows:
             left = (self.num_rows - self.rows) / max(rate, 1e-9)
-            line += f"({self.kept} kept), {self.rows}/{self.num_rows} rows, "
-            line += f"{rate:.0f} rows/s, {left:.0f} s left, {num_bad} quarantined"
+            line += f"({self.kept} kept), {self.rows}/{self.num_rows} {self.row}s, "
+            line += f"{rate:.0f} {self.row}s/s, {left:.0f} s left, {num_bad} quarantined"
         else:
-            line += f"({self.rows} rows), {rate:.0f} rows/s"
+            line += f"({self.rows} {self.row}s), {rate:.0f} {self.row}s/s"
         print(("\r\033[K" if on_terminal else "") + line, end="" if on_terminal and not is_last else "\n", file=sys.stderr)
         sys.stderr.flush()
 

@@ -6,10 +6,9 @@ A file is written beside its place, synced and renamed, and its receipt last, so
 from __future__ import annotations
 
 import logging
-import os
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,10 @@ import torch
 from torch import Tensor
 
 from himix_megatron.data import features, schema
-from himix_megatron.data.features import BLANK, Dtype, FeatureManifest, FeatureReceipt, Layout
+from himix_megatron.data.features import BLANK, MANIFEST, Dtype, FeatureManifest, FeatureReceipt, Layout
 from himix_megatron.data.schema import BadSampleError
 from himix_megatron.data.shards import ShardDataset
-from himix_megatron.data.storage import sync_folder
+from himix_megatron.data.storage import LocalFolder
 from himix_megatron.data.vision_reader import PixelReader
 from himix_megatron.data.writing import sync, write_synced
 
@@ -39,7 +38,7 @@ Encode = Callable[[Tensor, Tensor], Tensor]
 class FeatureJob:
     """Which feature file to make, and where."""
 
-    folder: Path
+    folder: LocalFolder
     attempt: Path
     """Where files are written before they are renamed; this attempt's own."""
     key_hash: str
@@ -80,38 +79,32 @@ def make_features(
         source, places = dataset.manifest.shards[job.shard].tar.sha256, images_of(dataset, job.shard)
         decoded = _decoded(dataset, places, reader, batch, pool)
         receipt = _write(partial, job, name, source, len(places), decoded, encode)
-    os.replace(partial, features.feature_file(job.folder, name))
-    sync_folder(job.folder / "features")
-    beside = job.attempt / f"{name}.json"
-    write_synced(beside, features.to_json(receipt).encode())
-    os.replace(beside, features.receipt_file(job.folder, name))
-    sync_folder(job.folder / "receipts")
+    job.folder.put({features.feature_file(name): partial})
+    _publish(job.folder, job.attempt / f"{name}.json", features.receipt_file(name), features.to_json(receipt))
     return receipt, True
 
 
-def load_receipt(folder: Path, name: str) -> FeatureReceipt | None:
+def load_receipt(folder: LocalFolder, name: str) -> FeatureReceipt | None:
     """None where there is none that can be read (the file is then made again)."""
     try:
-        return features.receipt_from_json(features.receipt_file(folder, name).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        return features.receipt_from_json((folder.read(features.receipt_file(name)) or b"").decode())
+    except ValueError:
         return None
 
 
 def is_whole(job: FeatureJob, receipt: FeatureReceipt) -> bool:
     """Whether a feature file is the one its receipt describes, made for this key."""
-    try:
-        found = schema.file_digest(features.feature_file(job.folder, receipt.name))
-    except FileNotFoundError:
-        return False
-    return found == receipt.file and receipt.key_hash == job.key_hash
+    return job.folder.digest(features.feature_file(receipt.name)) == receipt.file and receipt.key_hash == job.key_hash
 
 
-def write_manifest(folder: Path, manifest: FeatureManifest) -> None:
+def write_manifest(folder: LocalFolder, attempt: Path, manifest: FeatureManifest) -> None:
     """Publish a cache: from now on it exists."""
-    partial = folder / ".manifest.partial"
-    write_synced(partial, features.to_json(manifest).encode())
-    os.replace(partial, schema.manifest_path(folder))
-    sync_folder(folder)
+    _publish(folder, attempt / MANIFEST, MANIFEST, features.to_json(manifest))
+
+
+def _publish(folder: LocalFolder, beside: Path, name: str, text: str) -> None:
+    write_synced(beside, text.encode())
+    folder.put({name: beside})
 
 
 def images_of(dataset: ShardDataset, shard: int) -> list[tuple[int, int]]:
@@ -126,25 +119,24 @@ def _decoded(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Pixels of a batch of images at a time, and which of them are damaged; the next batch is decoded meanwhile."""
 
-    def decode(place: tuple[int, int]) -> Tensor | None:
-        pixels = reader.blanks(1)[0]
-        try:
-            reader.read(dataset, *place, into=pixels)
-            return pixels
-        except BadSampleError as error:
-            log.warning("%s: image %d is left out: %s", dataset.key(place[0]), place[1], error.detail)
-            return None
+    def start(first: int) -> tuple[Tensor, list[Future[bool]]]:
+        places = images[first : first + batch]
+        pixels = reader.blanks(len(places))
+        return pixels, [pool.submit(decode, pixels[n], *place) for n, place in enumerate(places)]
 
-    starts = range(0, len(images), batch)
-    waiting = [pool.submit(decode, place) for place in images[:batch]]
-    for start in starts:
-        ready = [future.result() for future in waiting]
-        waiting = [pool.submit(decode, place) for place in images[start + batch : start + 2 * batch]]
-        pixels = reader.blanks(len(ready))
-        for n, found in enumerate(ready):
-            if found is not None:
-                pixels[n] = found
-        yield pixels, torch.tensor([found is None for found in ready])
+    def decode(into: Tensor, i: int, k: int) -> bool:
+        try:
+            reader.read_into(into, dataset, i, k)
+            return True
+        except BadSampleError as error:
+            log.warning("%s: image %d is left out: %s", dataset.key(i), k, error.detail)
+            return False
+
+    waiting = start(0)
+    for first in range(0, len(images), batch):
+        pixels, read = waiting
+        waiting = start(first + batch)
+        yield pixels, torch.tensor([not future.result() for future in read])
 
 
 def _write(

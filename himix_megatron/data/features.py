@@ -33,6 +33,7 @@ from himix_megatron.data.schema import BadSampleError, FileDigest
 from himix_megatron.data.shards import ShardDataset
 
 FEATURES_VERSION = 1
+MANIFEST = "manifest.json"
 BLANK = "blank"
 """Name of the file with the all-zero image's features."""
 MAX_OPEN_FILES = 64
@@ -153,14 +154,14 @@ def _header(layout: Layout) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def feature_file(folder: Path, name: str) -> Path:
-    """Where the features of a shard are."""
-    return folder / "features" / f"{name}.safetensors"
+def feature_file(name: str) -> str:
+    """Where the features of a shard are, in the cache's folder."""
+    return f"features/{name}.safetensors"
 
 
-def receipt_file(folder: Path, name: str) -> Path:
-    """Where a feature file's receipt is."""
-    return folder / "receipts" / f"{name}.json"
+def receipt_file(name: str) -> str:
+    """Where a feature file's receipt is, in the cache's folder."""
+    return f"receipts/{name}.json"
 
 
 def receipt_from_json(text: str) -> FeatureReceipt:
@@ -212,7 +213,7 @@ class FeatureCache:
 
     def __init__(self, folder: str | Path, dataset: ShardDataset) -> None:
         self.folder, self.dataset = Path(folder), dataset
-        file = schema.manifest_path(self.folder)
+        file = self.folder / MANIFEST
         if not file.is_file():
             raise ValueError(
                 f"data.features: {folder} holds no finished features (no {file.name}): make them with python -m "
@@ -225,7 +226,7 @@ class FeatureCache:
         self.check({"dataset": dataset.fingerprint})
         self.shape = (self.manifest.tokens_per_image, self.manifest.width)
         for receipt in (self.manifest.blank, *self.manifest.shards):
-            path = feature_file(self.folder, receipt.name)
+            path = self.folder / feature_file(receipt.name)
             if not path.is_file() or path.stat().st_size != receipt.file.bytes:
                 raise ValueError(f"{path} is missing or incomplete: run pipelines.encode again, it makes only what is missing")
         self._files: OrderedDict[str, int] = OrderedDict()
@@ -278,7 +279,7 @@ class FeatureCache:
         if receipt.name not in self._files:
             if len(self._files) >= MAX_OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
-            self._files[receipt.name] = os.open(feature_file(self.folder, receipt.name), os.O_RDONLY)
+            self._files[receipt.name] = os.open(self.folder / feature_file(receipt.name), os.O_RDONLY)
         return self._files[receipt.name]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -51,8 +51,8 @@ class Reads:
 class StepReader(Dataset[StepBatch]):
     """Reads planned steps as one rank sees them: `reader[step_plan]`.
 
-    Given `features`, these are read, and no image is. Texts are padded to a multiple of `pad_multiple` tokens, the same
-    length for all micro-batches of a step.
+    Texts are padded to a multiple of `pad_multiple` tokens, the same length for all micro-batches of a step. With `features`
+    these are read, and no image is.
     Raises: ValueError when the global batch does not divide.
     """
 
@@ -154,7 +154,7 @@ class StepReader(Dataset[StepBatch]):
             dataset, number = self.datasets.locate(i)
             with _naming(self.datasets.key(i)):
                 try:
-                    self.vision.read(dataset, number, k, into=found[n])
+                    self.vision.read_into(found[n], dataset, number, k)
                 except BadSampleError as error:
                     log.warning("%s is left out of the loss: image %d, %s", self.datasets.key(i), k, error.detail)
                     damaged.append(n)

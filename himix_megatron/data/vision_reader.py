@@ -1,6 +1,6 @@
 """What a rank reads for an image: its pixels, for the tower; or its features, which a tower made before.
 
-Both readers give the loader one tensor an image, and stand in for an image that is none.
+Both fill one place of a tensor for each image, and know what stands there where an image is none.
 """
 
 from __future__ import annotations
@@ -20,17 +20,16 @@ from himix_megatron.data.shards import ShardDataset
 class PixelReader:
     """Decodes images: uint8[3, H, W]."""
 
-    def __init__(self, vision: VisionConfig, how: Literal["fast", "exact"]) -> None:
-        """`how`: as `image.decode`."""
-        self.vision, self.how = vision, how
+    def __init__(self, vision: VisionConfig, decode: Literal["fast", "exact"]) -> None:
+        self.vision, self.decode = vision, decode
 
     def blanks(self, number: int) -> Tensor:
         """So many images, each blank: zeros."""
         return torch.from_numpy(image.blank_pixels(number, self.vision))
 
-    def read(self, dataset: ShardDataset, i: int, k: int, into: Tensor) -> None:
-        """Image k of sample i, into one of the blanks. Raises: BadSampleError for a damaged one; OSError."""
-        image.decode(dataset.image_bytes(i, k), self.vision, self.how, out=into.numpy())
+    def read_into(self, place: Tensor, dataset: ShardDataset, i: int, k: int) -> None:
+        """Image k of sample i. Raises: BadSampleError for a damaged one; OSError when the machine fails."""
+        image.decode(dataset.image_bytes(i, k), self.vision, self.decode, out=place.numpy())
 
 
 class FeatureReader:
@@ -44,6 +43,6 @@ class FeatureReader:
         """So many images, each blank: the all-zero image's features."""
         return self._blank.repeat(number, 1, 1)
 
-    def read(self, dataset: ShardDataset, i: int, k: int, into: Tensor) -> None:
+    def read_into(self, place: Tensor, dataset: ShardDataset, i: int, k: int) -> None:
         """As PixelReader's."""
-        into.copy_(self.caches[dataset.fingerprint].read(i, k))
+        place.copy_(self.caches[dataset.fingerprint].read(i, k))

@@ -19,6 +19,7 @@ from himix_megatron.data.feature_writing import FeatureJob, images_of, make_feat
 from himix_megatron.data.features import FeatureCache, FeatureManifest, feature_key
 from himix_megatron.data.schema import BadSampleError
 from himix_megatron.data.shards import ShardDataset
+from himix_megatron.data.storage import LocalFolder
 from himix_megatron.data.vision_reader import FeatureReader, PixelReader
 from tests.data.sets import mixed
 from tests.runs import small_config
@@ -45,13 +46,20 @@ def make_cache(dataset: ShardDataset, folder: Path, dtype: Any = "bf16") -> Conf
     key = feature_key(config, dataset, "a" * 64)
     for part in ("features", "receipts", "attempt"):
         (folder / part).mkdir(parents=True)
-    first = FeatureJob(folder, folder / "attempt", schema.hash_of(key), dtype, SHAPE, None)
+    first = FeatureJob(LocalFolder(folder), folder / "attempt", schema.hash_of(key), dtype, SHAPE, None)
     jobs = [first, *(dataclasses.replace(first, shard=n) for n in range(len(dataset.manifest.shards)))]
     with ThreadPoolExecutor(2) as pool:
-        made = [make_features(job, dataset, brightness, PixelReader(config.vision), batch=3, pool=pool) for job in jobs]
+        made = [
+            make_features(job, dataset, brightness, PixelReader(config.vision, config.data.decode), batch=3, pool=pool)
+            for job in jobs
+        ]
     assert all(was_written for _, was_written in made)
     blank, *shards = (receipt for receipt, _ in made)
-    write_manifest(folder, FeatureManifest(1, key, *SHAPE, dataset.manifest.num_images, 0.0, blank, tuple(shards)))
+    write_manifest(
+        LocalFolder(folder),
+        folder / "attempt",
+        FeatureManifest(1, key, *SHAPE, dataset.manifest.num_images, 0.0, blank, tuple(shards)),
+    )
     return config
 
 
@@ -67,11 +75,13 @@ def test_what_is_read_is_what_was_computed_rounded_to_the_caches_dtype(
     config = make_cache(dataset, tmp_path / "cache", dtype)
     cache = FeatureCache(tmp_path / "cache", dataset)
     cache.check(feature_key(config, dataset, "a" * 64))
-    pixels = PixelReader(config.vision)
+    pixels = PixelReader(config.vision, config.data.decode)
     again = pickle.loads(pickle.dumps(cache))  # as a loader's worker gets it
     for shard in range(len(dataset.manifest.shards)):
         for i, k in images_of(dataset, shard):
-            computed = brightness(pixels.read(dataset, i, k)[None], torch.tensor([False]))
+            image = pixels.blanks(1)
+            pixels.read_into(image[0], dataset, i, k)
+            computed = brightness(image, torch.tensor([False]))
             values, scales = pack(computed, dtype)
             wanted = values.float() if scales is None else values.float() * scales[..., None]
             assert torch.equal(again.read(i, k).float(), wanted[0])
@@ -85,7 +95,7 @@ def test_a_file_is_read_by_anybodys_safetensors(dtype: Any, dataset: ShardDatase
     make_cache(dataset, tmp_path / "cache", dtype)
     cache = FeatureCache(tmp_path / "cache", dataset)
     name = dataset.manifest.shards[0].name
-    tensors = load_file(features.feature_file(tmp_path / "cache", name))
+    tensors = load_file(tmp_path / "cache" / features.feature_file(name))
     assert tensors["features"].dtype == (torch.bfloat16 if dtype == "bf16" else torch.float8_e4m3fn)
     places = images_of(dataset, 0)
     assert tensors["features"].shape == (len(places), *SHAPE)
@@ -109,7 +119,7 @@ def test_fp8_keeps_zeros_and_the_largest_value() -> None:
 
 def test_one_flipped_bit_is_one_bad_image(dataset: ShardDataset, tmp_path: Path) -> None:
     make_cache(dataset, tmp_path / "cache")
-    file = features.feature_file(tmp_path / "cache", dataset.manifest.shards[0].name)
+    file = tmp_path / "cache" / features.feature_file(dataset.manifest.shards[0].name)
     places = images_of(dataset, 0)
     content = bytearray(file.read_bytes())
     length = 8 + int.from_bytes(content[:8], "little")
@@ -136,7 +146,7 @@ def test_an_image_that_could_not_be_decoded_is_bad_when_it_is_read(dataset: Shar
         cache.read(i, k)
     reader = FeatureReader([cache], torch.float32)
     assert reader.blanks(2).shape == (2, *SHAPE)
-    assert reader.read(dataset, *images_of(dataset, 0)[0]).dtype == torch.float32
+    assert reader.blanks(2).dtype == torch.float32
 
 
 def test_features_of_another_kind_are_refused_by_the_name_of_what_differs(dataset: ShardDataset, tmp_path: Path) -> None:
@@ -174,7 +184,7 @@ def test_an_unfinished_or_changed_cache_is_refused(dataset: ShardDataset, tmp_pa
     with pytest.raises(ValueError, match="fingerprint does not match"):
         FeatureCache(tmp_path / "cache", dataset)
     manifest.write_text(whole)
-    file = features.feature_file(tmp_path / "cache", dataset.manifest.shards[1].name)
+    file = tmp_path / "cache" / features.feature_file(dataset.manifest.shards[1].name)
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"is missing or incomplete: run pipelines\.encode again"):
         FeatureCache(tmp_path / "cache", dataset)

@@ -238,7 +238,10 @@ def test_a_straggler_of_a_killed_run_cannot_publish(source, tmp_path):
 
 
 def test_two_runs_do_not_write_one_folder(source, tmp_path):
-    with preprocess._attempt(str(tmp_path / "out")), pytest.raises(ValueError, match="another run is writing it"):
+    with (
+        preprocess.attempt_in(str(tmp_path / "out"), preprocess.PARTS),
+        pytest.raises(ValueError, match="another run is writing it"),
+    ):
         make(tmp_path / "out", *source)
 
 
