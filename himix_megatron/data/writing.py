@@ -53,8 +53,7 @@ def make_shard(job: ShardJob, part: Part) -> tuple[Receipt, bool]:
     Returns: the receipt, and whether the shard was written. The bytes depend on rows, images and config only.
     """
     receipt = load_receipt(job.folder, job.name)
-    is_ours = receipt is not None and (receipt.config_hash, receipt.source_hash) == (job.config_hash, job.source_hash)
-    is_kept = receipt is not None and is_ours and _is_whole(job.folder, receipt)
+    is_kept = receipt is not None and _is_of(receipt, job, part) and _is_whole(job.folder, receipt)
     if receipt is None or not is_kept:
         receipt = write_shard(job, part)
     if job.column:
@@ -146,11 +145,25 @@ def _names(name: str) -> ShardNames:
     return ShardNames(*(path.as_posix() for path in (paths.tar, paths.index, paths.receipt, paths.quarantine)))
 
 
+def _is_of(receipt: Receipt, job: ShardJob, part: Part) -> bool:
+    """Whether a receipt is this job's: a file that was swapped or damaged can be another's, and as well formed."""
+    job_says = (job.name, job.config_hash, job.source_hash, part.first_row, part.first_row + part.num_rows)
+    return job_says == (receipt.name, receipt.config_hash, receipt.source_hash, receipt.first_row, receipt.end_row)
+
+
 def _is_whole(folder: Folder, receipt: Receipt) -> bool:
-    """Compare a shard's files with its receipt, byte for byte."""
+    """Compare a shard's files with its receipt, byte for byte, and then the receipt, which has no hash, with them."""
     names = _names(receipt.name)
     wanted = ((names.index, receipt.index), (names.quarantine, receipt.quarantine), (names.tar, receipt.tar))
-    return all(folder.digest(name) == digest for name, digest in wanted)
+    if any(folder.digest(name) != digest for name, digest in wanted):
+        return False
+    samples, images = schema.decode_index(folder.read(names.index) or b"")
+    rejected = (folder.read(names.quarantine) or b"").decode().splitlines()
+    reasons = Counter(json.loads(line)["reason"] for line in rejected)
+    counts = (len(samples), len(images), dict(sorted(reasons.items())))
+    return counts == (receipt.num_samples, receipt.num_images, receipt.quarantined) and (
+        folder.read(names.receipt) == schema.to_json(receipt).encode()
+    )
 
 
 def _publish(partial: ShardFiles, folder: Folder, receipt: Receipt) -> None:
