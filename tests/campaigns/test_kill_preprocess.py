@@ -24,7 +24,11 @@ SEED = int(os.environ.get("SEED") or 1)
 KILLS = int(os.environ.get("KILLS") or 50)
 REPORT = ROOT / "runs" / "campaigns" / "kill-preprocess.jsonl"
 NUM_ROWS = 20_000
-CODE = ("himix_megatron/data", "pipelines/preprocess.py", "pipelines/engine.py", "tests/data/kills.py")
+CODE = (
+    *("himix_megatron/data/sources", "himix_megatron/data/storage.py", "himix_megatron/data/writing.py"),
+    *("himix_megatron/data/schema.py", "himix_megatron/data/lengths.py", "himix_megatron/data/image.py"),
+    *("pipelines/preprocess.py", "pipelines/engine.py", "tests/data/kills.py"),
+)
 
 pytestmark = pytest.mark.campaign
 
