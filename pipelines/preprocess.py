@@ -27,7 +27,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from himix_megatron.data import conversation, image, lengths, schema, storage, tokenizer, writing
 from himix_megatron.data.schema import Manifest, Receipt
@@ -40,6 +42,7 @@ from pipelines.engine import Engine, engine_started
 
 PARTS = ("shards", "receipts", "quarantine")
 PROGRESS_SECONDS = 5.0
+_PLACE = tyro.conf.arg(metavar="PLACE")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,11 +52,11 @@ class Settings:
     source: Literal["llava", "parquet", "img2dataset", "webdataset"] = "llava"
     """Layout of the source: LLaVA's JSON list of {id, image, conversations} beside a folder of images; parquet files with the
     images in them; what img2dataset wrote; tars of any WebDataset."""
-    annotations: str | Path | None = None
+    annotations: Annotated[str | Path | None, _PLACE] = None
     """llava: the JSON file (or .jsonl: one object a line)."""
-    images: str | Path | None = None
+    images: Annotated[str | Path | None, _PLACE] = None
     """llava: the folder that image names start from."""
-    input: tuple[str | Path, ...] = ()
+    input: Annotated[tuple[str | Path, ...], tyro.conf.arg(metavar="PLACE ...")] = ()
     """The other sources: files, or folders of them (their files in the order of their names)."""
     image_column: str | None = None
     """parquet: bytes, {bytes, path}, or lists of them; None: images, image, jpg, png or webp."""
@@ -61,7 +64,7 @@ class Settings:
     """parquet: LLaVA's turns, or captions; None: conversations, text or caption."""
     id_column: str | None = None
     """parquet: None: id or key, where there is one."""
-    out: str | Path
+    out: Annotated[str | Path, _PLACE]
     """The dataset folder to write."""
     name: str | None = None
     """Shards are called NAME-000000.tar; None: the annotation file's name, or the first input's."""

@@ -172,9 +172,9 @@ def _publish(partial: ShardFiles, folder: Folder, receipt: Receipt) -> None:
     files = {names.tar: partial.tar, names.index: partial.index}
     if receipt.quarantine:
         files[names.quarantine] = partial.quarantine
-    else:
+    folder.put(files)  # a straggler of a killed run fails here, before it has changed anything
+    if not receipt.quarantine:
         folder.remove(names.quarantine)
-    folder.put(files)
     folder.put({names.receipt: partial.receipt})
 
 
