@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from himix_megatron.data import image, schema
-from himix_megatron.data.writing import Check, header
+from himix_megatron.data.writing import Check
 
 OBJECT_STORE_BYTES = 2 << 30
 """For whole images, which our own preprocessing never puts there."""
@@ -54,12 +54,12 @@ def write_by_ray_data(annotations: Path, images: Path, out: Path, *, check: Chec
     rows = [{"row": number, "sample": json.dumps(row)} for number, row in enumerate(json.loads(annotations.read_text()))]
     dataset = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // samples_per_shard))
     read = functools.partial(_read, images=str(images), check=check)
-    dataset.map_batches(read, batch_size=128).write_webdataset(str(out))
+    dataset.map_batches(read, batch_size=128).write_webdataset(str(out), encoder=None)  # columns are files already
 
 
 def _read(batch: dict[str, Any], images: str, check: Check) -> dict[str, list[Any]]:
     """Read and check the images of some rows. (All have one, and all are good: what bad ones would need is left out.)"""
-    look = image.verify if check == "decode" else header
+    look = image.verify if check == "decode" else image.header
     columns: dict[str, list[Any]] = {"__key__": [], "json": [], "jpg": []}
     for number, sample in zip(batch["row"], batch["sample"], strict=True):
         row = json.loads(sample)

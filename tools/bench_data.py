@@ -4,7 +4,7 @@
     make bench-data BENCH_ARGS="--only read pack --scale 0.1"
 
 It makes its own environment with the others in it, and its own data: photo-like JPEGs of about 640x480 pixels and 64 KB, each
-with a conversation, as shards of 1,000 (556 MB at --scale 1). Repetitions of the candidates take turns, after one of each that
+with a conversation, as shards of 512 (550 MB at --scale 1). Repetitions of the candidates take turns, after one of each that
 is not counted and brings the files into the page cache. Ratios are of medians. Exit code 1 when a line is missed.
 
 - read: samples a second into one process, in order, nothing decoded; ours with and without checksums, webdataset on the same
@@ -29,7 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,12 +44,17 @@ from pipelines.cli import parse_settings, run_main
 from tools.bench_photos import write_source
 
 NUM_SAMPLES = 8192
-SAMPLES_PER_SHARD = 1000
+SAMPLES_PER_SHARD = 512
 DECODED = 1024
 """Samples of the decoding section."""
 BATCH = 64
 Section = Literal["read", "decode", "preprocess", "pack"]
-SECTIONS: tuple[Section, ...] = ("read", "decode", "preprocess", "pack")
+PEERS: dict[Section, tuple[str, ...]] = {
+    "read": ("webdataset", "megatron-energon"),
+    "decode": ("webdataset",),
+    "preprocess": ("ray", "pyarrow"),
+    "pack": (),
+}
 VISION = VisionConfig(  # SigLIP's input; nothing else of it matters here
     tower="siglip",
     image_size=384,
@@ -68,10 +73,10 @@ SIGMA = 0.6
 class Arguments:
     """Compare the data room with webdataset, megatron-energon and Ray Data."""
 
-    only: tuple[Section, ...] = SECTIONS
+    only: tuple[Section, ...] = tuple(PEERS)
     """Which sections."""
     scale: float = 1.0
-    """Of the amount of data: 1 is 8,192 samples, 556 MB. Lines are meant for 1."""
+    """Of the amount of data: 1 is 8,192 samples, 550 MB. Lines are meant for 1."""
     repetitions: int = 5
     """Counted ones; preprocessing, which takes longest, does half of them, rounded up."""
     workers: int = 2
@@ -86,7 +91,7 @@ class Arguments:
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}: wanted 1 or more")
         if not self.only:
-            raise ValueError(f"--only names no section: wanted some of {', '.join(SECTIONS)}")
+            raise ValueError(f"--only names no section: wanted some of {', '.join(PEERS)}")
 
     @property
     def num_samples(self) -> int:
@@ -397,10 +402,20 @@ def run(arguments: Arguments, work: Path) -> list[Line]:
     return lines
 
 
+def describe(arguments: Arguments) -> str:
+    """The machine, and which versions are compared. Raises: ValueError where one of them is not installed."""
+    versions = {"Python": sys.version.split()[0]}
+    for name in dict.fromkeys(("numpy", "torch", "pillow", *(peer for section in arguments.only for peer in PEERS[section]))):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            raise ValueError(f"{name} is not installed: make bench-data makes an environment that has it") from None
+    return f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, " + ", ".join(map(" ".join, versions.items()))
+
+
 def main() -> int:
     arguments = parse_settings(Arguments, sys.argv[1:], "python -m tools.bench_data", __doc__)
-    peers = ", ".join(f"{name} {version(name)}" for name in ("webdataset", "megatron-energon", "ray", "pillow", "torch"))
-    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python {sys.version.split()[0]}, {peers}")
+    print(describe(arguments))
     with tempfile.TemporaryDirectory(prefix="bench-data-", dir=arguments.work) as work:
         lines = run(arguments, Path(work))
     missed = [line for line in lines if not line.is_held]
