@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import tarfile
 from pathlib import Path
 
@@ -12,7 +13,10 @@ import pytest
 from PIL import Image
 
 from himix_megatron.data.shards import ShardDataset
-from himix_megatron.data.sources.sample import digest_id, find_repeated
+from himix_megatron.data.sources.files import FilesSource
+from himix_megatron.data.sources.parquet import ParquetReader
+from himix_megatron.data.sources.sample import SourceError, digest_id, find_repeated
+from himix_megatron.data.sources.webdataset import TarReader
 from pipelines import engine
 from pipelines.preprocess import Settings, preprocess
 
@@ -379,3 +383,46 @@ def test_file_urls_are_local_places(tmp_path):
     raw = webdataset_set(tmp_path / "with space")
     make_from(f"file://{tmp_path}/out", "webdataset", f"file://{tmp_path}/with%20space")
     assert contents(tmp_path / "out") == contents(make_from(tmp_path / "plain", "webdataset", raw).path)
+
+
+def test_every_cut_of_a_tar_is_an_error_that_names_it_and_counts_what_came_before(tmp_path):
+    whole = write_tar(
+        tmp_path / "x.tar", [(f"{i}.{kind}", bytes(700)) for i in range(4) for kind in ("jpg", "txt")]
+    ).read_bytes()
+    sample_bytes = 2 * (512 + 1024)
+    end = 4 * sample_bytes + 512  # the end mark's first block says that nothing is missing
+    for size in range(0, end, 512):
+        (tmp_path / "x.tar").write_bytes(whole[:size])
+        # of the last sample that is there, nobody knows whether it was to have more members
+        count = max(0, -(-size // sample_bytes) - 1) if size else 0
+        with pytest.raises(SourceError, match=r"x\.tar: it is cut.*, after \d whole samples$") as caught:
+            TarReader().scan(str(tmp_path / "x.tar"))
+        assert abs(int(str(caught.value).split()[-3]) - count) <= 1
+    (tmp_path / "x.tar").write_bytes(whole[:end])
+    assert TarReader().scan(str(tmp_path / "x.tar")).num_rows == 4
+
+
+def test_every_flipped_bit_of_a_tar_header_is_an_error_or_still_the_same_samples(tmp_path):
+    """A header's checksum covers all of it: nothing is lost or renamed in silence."""
+    whole = write_tar(
+        tmp_path / "x.tar", [(f"{i}.{kind}", bytes(700)) for i in range(2) for kind in ("jpg", "txt")]
+    ).read_bytes()
+    header = 3 * 512  # the second member's
+    for bit in range(0, 512 * 8, 7):
+        data = bytearray(whole)
+        data[header + bit // 8] ^= 1 << bit % 8
+        (tmp_path / "x.tar").write_bytes(data)
+        try:
+            scan = TarReader().scan(str(tmp_path / "x.tar"))
+            said = ""
+        except SourceError as error:
+            said = str(error)
+        assert "no tar header at byte 1536" in said if said else scan.offsets.tolist() == [0, 6 * 512]
+
+
+def test_what_travels_to_a_task_is_a_reference(tmp_path):
+    """A thousand rows of images travel as a few hundred bytes."""
+    raw = {"parquet": parquet_set(tmp_path / "p") / "part-0.parquet", "webdataset": webdataset_set(tmp_path / "w") / "0.tar"}
+    for reader, place in ((ParquetReader(), raw["parquet"]), (TarReader(), raw["webdataset"])):
+        source = FilesSource(reader, [str(place)], [reader.scan(str(place))])
+        assert len(pickle.dumps(source.part(0, source.num_rows))) < 1000 < place.stat().st_size / 3
