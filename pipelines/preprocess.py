@@ -23,7 +23,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,7 @@ from pipelines.engine import Engine, engine_started
 
 PARTS = ("shards", "receipts", "quarantine")
 PROGRESS_SECONDS = 5.0
+RATE_SECONDS = 60.0
 _PLACE = tyro.conf.arg(metavar="PLACE")
 
 
@@ -320,7 +321,10 @@ def _counts(quarantined: dict[str, int]) -> str:
 
 
 class Progress:
-    """One line on stderr: on a terminal redrawn with every task, elsewhere every few seconds."""
+    """One line on stderr: on a terminal redrawn with every task, elsewhere every few seconds.
+
+    The rate is that of the last minute: a run that goes on where another stopped passes what is there much faster.
+    """
 
     def __init__(self, what: str, unit: str, num_tasks: int, num_rows: int, row: str = "row") -> None:
         """`unit`: the plural of a task; `row`: the singular of what a task has many of."""
@@ -330,7 +334,8 @@ class Progress:
 
     def start(self) -> None:
         """Set the clock to zero."""
-        self.started = self.shown = time.monotonic()
+        self.shown = time.monotonic()
+        self.recent = deque([(self.shown, 0)])
 
     def show(self, rows: int, was_kept: bool = False, num_bad: int = 0) -> None:
         """Count one more task."""
@@ -343,7 +348,11 @@ class Progress:
             return
         self.shown = now
         line = f"{self.what}: {self.tasks}/{self.num_tasks} {self.unit} "
-        rate = self.rows / max(now - self.started, 1e-9)
+        while len(self.recent) > 1 and now - self.recent[0][0] > RATE_SECONDS:
+            self.recent.popleft()
+        then, rows_then = self.recent[0]
+        rate = (self.rows - rows_then) / max(now - then, 1e-9)
+        self.recent.append((now, self.rows))
         if self.num_rows:
             left = (self.num_rows - self.rows) / max(rate, 1e-9)
             line += f"({self.kept} kept), {self.rows}/{self.num_rows} {self.row}s, "
