@@ -171,7 +171,7 @@ def test_passes_and_restarts_have_orders_of_their_own(foreign):
 )
 def test_other_schemes_are_refused_and_nothing_is_run(url, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"data\.stream .*: is not read, wanted a local path, file:// or s3://"):
+    with pytest.raises(ValueError, match=r"data\.stream .* is not read; wanted a path, file:///PATH or s3://BUCKET/KEY"):
         opened(url.replace("OUT", str(tmp_path / "made")))
     assert not any(tmp_path.iterdir())
 
