@@ -290,6 +290,14 @@ def test_long_texts_are_cut_or_dropped(foreign):
         batches(opened(pattern, max_text_tokens=10, too_long="drop"), 1)
 
 
+def test_a_stream_from_s3_is_the_local_one(foreign, s3_client):
+    for shard in range(2):
+        s3_client.upload_file(str(foreign / f"set-{shard}.tar"), "bucket", f"sets/set-{shard}.tar")
+    remote, local = batches(opened("s3://bucket/sets/set-{0..1}.tar")), batches(opened(foreign / "set-{0..1}.tar"))
+    assert keys(remote) == keys(local)
+    assert all(torch.equal(mine.pixels, other.pixels) for mine, other in zip(remote, local, strict=True))
+
+
 def test_what_must_stay_is_named(foreign):
     one, other = opened(foreign / "set-0.tar").fixed(), opened(foreign / "set-1.tar").fixed()
     assert [name for name in one if one[name] != other[name]] == ["data.stream"]
