@@ -1,24 +1,27 @@
 """The same preprocessing by Ray Data alone, for `tools/bench_data.py` to compare with: `map_batches`, then `write_webdataset`.
 
 Flows in: LLaVA's rows and images; out: tars in a folder. Images are checked by the same functions as ours are, so that the
-difference is the way of working. What one would write first, and no part of the product: names and bytes differ at every run,
-and a killed run leaves half tars under their final names.
+difference is the way of working; or by Pillow, as one would write it first. No part of the product: names and bytes differ at
+every run, and a killed run leaves half tars under their final names.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import json
 import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from PIL import Image
 
 from himix_megatron.data import image, schema
-from himix_megatron.data.writing import Check
 
+Check = Literal["header", "decode", "decode by Pillow"]
 OBJECT_STORE_BYTES = 2 << 30
 """For whole images, which our own preprocessing never puts there."""
 
@@ -59,7 +62,7 @@ def write_by_ray_data(annotations: Path, images: Path, out: Path, *, check: Chec
 
 def _read(batch: dict[str, Any], images: str, check: Check) -> dict[str, list[Any]]:
     """Read and check the images of some rows. (All have one, and all are good: what bad ones would need is left out.)"""
-    look = image.verify if check == "decode" else image.header
+    look = {"header": image.header, "decode": image.verify, "decode by Pillow": _load}[check]
     columns: dict[str, list[Any]] = {"__key__": [], "json": [], "jpg": []}
     for number, sample in zip(batch["row"], batch["sample"], strict=True):
         row = json.loads(sample)
@@ -69,3 +72,7 @@ def _read(batch: dict[str, Any], images: str, check: Check) -> dict[str, list[An
         columns["json"].append(json.dumps({"id": row["id"], "conversations": row["conversations"]}).encode())
         columns["jpg"].append(data)
     return columns
+
+
+def _load(data: bytes) -> None:
+    Image.open(io.BytesIO(data)).load()

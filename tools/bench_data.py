@@ -12,7 +12,8 @@ is not counted and brings the files into the page cache. Ratios are of medians. 
 - decode: one core; ours reads, decodes and resizes to 384x384 as uint8; webdataset reads, and Pillow decodes and resizes
   (bicubic), and torch normalises to fp32. How far ours are from Pillow's pixels is counted in levels of 255.
 - preprocess: JSON and images to shards; ours by Ray, ours in one process, and Ray Data's `map_batches` with `write_webdataset`
-  and the same checks. Ray is up already. Ours syncs every shard to the disk and hashes it, Ray Data's does neither.
+  and the same checks (and with Pillow's decoding, for comparison). Ray is up already. Ours syncs every shard to the disk and
+  hashes it, Ray Data's does neither.
 - pack: how full packs of 2,048 text tokens and 46 images are, of the budget that binds, on lengths like LLaVA's.
 """
 
@@ -295,8 +296,8 @@ def level_differences(dataset: ShardDataset, num_samples: int) -> tuple[int, flo
 
 def bench_preprocess(annotations: Path, images: Path, work: Path, arguments: Arguments) -> list[Line]:
     """JSON and images to shards."""
+    from pipelines import ray_data_baseline
     from pipelines.preprocess import Settings, preprocess
-    from pipelines.ray_data_baseline import ray_with_room, write_by_ray_data
 
     def ours(**options: Any) -> Work:
         source = {"annotations": annotations, "images": images, "samples_per_shard": SAMPLES_PER_SHARD}
@@ -307,10 +308,10 @@ def bench_preprocess(annotations: Path, images: Path, work: Path, arguments: Arg
 
         return lambda: make(fresh(work / "ours"))
 
-    def ray_data(check: Literal["header", "decode"]) -> Work:
+    def ray_data(check: ray_data_baseline.Check) -> Work:
         def make(out: Path) -> Iterator[int]:
             with quiet():
-                write_by_ray_data(annotations, images, out, check=check, samples_per_shard=SAMPLES_PER_SHARD)
+                ray_data_baseline.write_by_ray_data(annotations, images, out, check=check, samples_per_shard=SAMPLES_PER_SHARD)
             yield arguments.num_samples
 
         return lambda: make(fresh(work / "ray-data"))
@@ -321,9 +322,10 @@ def bench_preprocess(annotations: Path, images: Path, work: Path, arguments: Arg
         "Ray Data, header check": ray_data("header"),
         "ours, full decode": ours(engine="ray", num_workers=workers, check="decode"),
         "Ray Data, full decode": ray_data("decode"),
+        "Ray Data, full decode by Pillow": ray_data("decode by Pillow"),
         "ours in one process, full decode": ours(engine="local", num_workers=1, check="decode"),
     }
-    with ray_with_room(workers):
+    with ray_data_baseline.ray_with_room(workers):
         rates = in_turns(candidates, (arguments.repetitions + 1) // 2)
     lines = [
         times(rates, "ours, header check", "Ray Data, header check", 2.5),

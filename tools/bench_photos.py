@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 
 WANTED_BYTES = 66_000
 """Of a picture; with its text and tar headers some 68 KB a sample."""
+MAX_PICTURES = 256
 WORDS = (
     "a",
     "photograph",
@@ -78,9 +79,9 @@ def write_source(folder: Path, num_samples: int) -> tuple[Path, Path]:
     """The source of a benchmark. Returns: the annotation file, the folder of images."""
     images, annotations = folder / "images", folder / "rows.json"
     images.mkdir(parents=True, exist_ok=True)
-    # Each picture is drawn on its own, and 256 of them are enough: readers do not know that they repeat.
+    # A few pictures are enough: readers do not know that they come again.
     with multiprocessing.get_context("spawn").Pool() as pool:
-        photos = pool.map(photo, range(min(num_samples, 256)), chunksize=8)
+        photos = pool.map(photo, range(min(1 + num_samples // 8, MAX_PICTURES)), chunksize=4)
     for number in range(num_samples):
         (images / f"{number:09d}.jpg").write_bytes(photos[number % len(photos)])
     annotations.write_text(json.dumps([row(number) for number in range(num_samples)]))

@@ -23,8 +23,9 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO
 
+from himix_megatron.data import storage
 from himix_megatron.data.schema import FileDigest
 
 DEFAULT_FOLDER = Path("~/.cache/himix-megatron/shards")
@@ -41,66 +42,20 @@ class DamagedFileError(RuntimeError):
     """A remote file is not what the manifest says."""
 
 
-def local_folder(location: str | Path) -> Path | None:
-    """The folder that a path or file:// names; None for s3://. Raises: ValueError for any other scheme."""
-    scheme, mark, rest = str(location).partition("://")
-    if isinstance(location, Path) or not mark:
-        return Path(location)
-    if scheme == "file":
-        return Path(rest)
-    if scheme == "s3":
-        return None
-    raise ValueError(f"{location}: {scheme}:// cannot be read; wanted a folder, file:// or s3://")
+def fetch(place: str, start: int | None = None, end: int | None = None) -> bytes:
+    """A file of an object store, or bytes start <= i < end of it.
 
-
-class Remote:
-    """Reads one dataset folder on S3. It can be sent to other processes; each connects for itself."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
-        self._store: Any = None
-
-    def read(self, name: str) -> bytes:
-        """A small file of the folder. Raises: FileNotFoundError; OSError when the store cannot be read."""
-        return self._get(name)
-
-    def read_many(self, sizes: dict[str, int]) -> Iterator[tuple[str, bytes]]:
-        """Small files of known sizes, several requests under way at a time. Raises: as `read`."""
-        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-            found = pool.map(lambda name: self._get(name, start=0, end=sizes[name]), sizes)
-            yield from zip(sizes, found, strict=True)
-
-    def chunks(self, name: str, num_bytes: int) -> Iterator[bytes]:
-        """A large file, piece by piece. Raises: as `read`."""
-        for start in range(0, num_bytes, CHUNK_BYTES):
-            yield self._get(name, start=start, end=min(start + CHUNK_BYTES, num_bytes))
-
-    def _get(self, name: str, **part: int) -> bytes:
-        place = f"{self.url}/{name}"
-        if self._store is None:
-            self._store = connect(self.url)
-        from botocore.exceptions import BotoCoreError  # without credentials or a connection s3fs lets these through
-
-        try:
-            data: bytes = self._store.cat_file(place, **part)
-        except FileNotFoundError:
-            raise FileNotFoundError(errno.ENOENT, "no such file", place) from None
-        except BotoCoreError as error:
-            raise OSError(f"{place} cannot be read: {error}") from error
-        return data
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_store": None}
-
-
-def connect(url: str) -> Any:
-    """fsspec's S3 file system. Raises: ValueError where s3fs, which it needs, is not installed."""
-    import fsspec
+    Raises: FileNotFoundError; OSError when the store cannot be read; ValueError where s3fs is not installed.
+    """
+    storage.check_scheme(place, "data.path")  # that s3fs, and botocore with it, are there
+    from botocore.exceptions import BotoCoreError  # without credentials or a connection s3fs lets these through
 
     try:
-        return fsspec.filesystem("s3", use_listings_cache=False)
-    except ImportError:
-        raise ValueError(f"{url} needs s3fs, which is not installed: pip install 'himix-megatron[s3]'") from None
+        return storage.read_bytes(place) if start is None or end is None else storage.read_part(place, start, end)
+    except FileNotFoundError:
+        raise FileNotFoundError(errno.ENOENT, "no such file", place) from None
+    except BotoCoreError as error:
+        raise OSError(f"{place} cannot be read: {error}") from error
 
 
 class ShardCache:
@@ -123,7 +78,7 @@ class ShardCache:
                 "on this machine: raise --data.cache-gib"
             )
 
-    def keep_small(self, remote: Remote, folder: Path, wanted: dict[str, FileDigest]) -> None:
+    def keep_small(self, url: str, folder: Path, wanted: dict[str, FileDigest]) -> None:
         """See that small files are in `folder`. One process of a machine fetches them, the others wait.
 
         Raises: DamagedFileError for one that is not as its digest says.
@@ -133,14 +88,16 @@ class ShardCache:
             missing = {name: digest.bytes for name, digest in wanted.items() if _size(folder / name) != digest.bytes}
             for parent in {(folder / name).parent for name in missing}:
                 parent.mkdir(parents=True, exist_ok=True)
-            for name, data in remote.read_many(missing):
+            for name, data in _fetch_many(url, missing):
                 if FileDigest(len(data), hashlib.sha256(data).hexdigest()) != wanted[name]:
-                    raise DamagedFileError(f"{remote.url}/{name} is not the file that the manifest names")
+                    raise DamagedFileError(f"{url}/{name} is not the file that the manifest names")
                 partial = folder / f"{name}.partial"
-                partial.write_bytes(data)
+                with partial.open("wb") as file:
+                    file.write(data)
+                    _sync(file)
                 os.replace(partial, folder / name)
 
-    def open(self, remote: Remote, folder: Path, name: str, digest: FileDigest) -> int:
+    def open(self, url: str, folder: Path, name: str, digest: FileDigest) -> int:
         """An open descriptor of a large file, which is fetched first unless it is here. It counts as used just now.
 
         Raises: DamagedFileError for a file that is not as its digest says (nothing of it is kept); OSError.
@@ -149,11 +106,11 @@ class ShardCache:
         while True:
             with contextlib.suppress(FileNotFoundError):
                 return mark_used(os.open(path, os.O_RDONLY))
-            fetched = self._fetch(remote, path, name, digest)
+            fetched = self._fetch(url, path, name, digest)
             if fetched is not None:
                 return mark_used(fetched)
 
-    def _fetch(self, remote: Remote, path: Path, name: str, digest: FileDigest) -> int | None:
+    def _fetch(self, url: str, path: Path, name: str, digest: FileDigest) -> int | None:
         """Bring the file to its place and open it. None: look again; another process was about it, or there was no room."""
         partial = path.with_name(path.name + ".partial")
         with contextlib.ExitStack() as stack:
@@ -176,7 +133,7 @@ class ShardCache:
                 time.sleep(RETRY_SECONDS)
                 return None
             try:
-                _download(remote, partial, name, digest)
+                _download(url, partial, name, digest)
             except BaseException:
                 partial.unlink()
                 raise
@@ -204,16 +161,31 @@ class ShardCache:
         return total <= self.max_bytes
 
 
-def _download(remote: Remote, partial: Path, name: str, digest: FileDigest) -> None:
+def _download(url: str, partial: Path, name: str, digest: FileDigest) -> None:
     """Write the file into its place-holder. Raises: DamagedFileError when it is another file."""
     sha256, done = hashlib.sha256(), 0
     with partial.open("r+b") as file:
-        for chunk in remote.chunks(name, digest.bytes):
+        for start in range(0, digest.bytes, CHUNK_BYTES):
+            chunk = fetch(f"{url}/{name}", start, min(start + CHUNK_BYTES, digest.bytes))
             file.write(chunk)
             sha256.update(chunk)
             done += len(chunk)
+        _sync(file)
     if FileDigest(done, sha256.hexdigest()) != digest:
-        raise DamagedFileError(f"{remote.url}/{name} is not the file that the manifest names")
+        raise DamagedFileError(f"{url}/{name} is not the file that the manifest names")
+
+
+def _fetch_many(url: str, sizes: dict[str, int]) -> Iterator[tuple[str, bytes]]:
+    """Small files of known sizes, several requests under way at a time."""
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+        found = pool.map(lambda name: fetch(f"{url}/{name}", 0, sizes[name]), sizes)
+        yield from zip(sizes, found, strict=True)
+
+
+def _sync(file: IO[bytes]) -> None:
+    """Before a rename: after a power cut a file under its final name is whole."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def mark_used(descriptor: int) -> int:

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from himix_megatron.data import cache, schema
-from himix_megatron.data.cache import DamagedFileError, Remote, ShardCache
+from himix_megatron.data import cache, schema, storage
+from himix_megatron.data.cache import DamagedFileError, ShardCache
 from himix_megatron.data.schema import BadSampleError, Manifest, Receipt
 
 MAX_OPEN_SHARDS = 64
@@ -102,9 +102,11 @@ class ShardDataset:
         *,
         checksums: bool = True,
     ) -> None:
-        folder = cache.local_folder(location)
-        self.location, self.checksums = str(location), checksums
-        self._remote = Remote(self.location) if folder is None else None
+        if not isinstance(location, Path):
+            storage.check_scheme(location, "data.path")
+        self.location, self.checksums = str(location).rstrip("/"), checksums
+        folder = None if storage.is_remote(self.location) else storage.local_path(str(location))
+        self._remote = self.location if folder is None else None
         self._cache = ShardCache(cache_dir, cache_bytes) if folder is None else None
         self.manifest = self._read_manifest(folder)
         self.fingerprint = self.manifest.fingerprint
@@ -188,7 +190,7 @@ class ShardDataset:
         """A small file of a remote dataset as it is there now; None where there is none."""
         assert self._remote is not None
         try:
-            return self._remote.read(name)
+            return cache.fetch(f"{self._remote}/{name}")
         except FileNotFoundError:
             return None
 
@@ -201,7 +203,7 @@ class ShardDataset:
                 assert folder is not None
                 text = schema.manifest_path(folder).read_text(encoding="utf-8")
             else:
-                text = self._remote.read(name).decode()
+                text = cache.fetch(f"{self._remote}/{name}").decode()
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(
                 f"{self.location} is not a shard dataset (no {name}): make one with python -m pipelines.preprocess "
@@ -223,7 +225,7 @@ class ShardDataset:
                     state = f"has {part.stat().st_size} bytes, not {wanted.bytes}" if part.is_file() else "is missing"
                     raise ValueError(f"{part} {state}: run the preprocessing again, it makes only what is missing or damaged")
 
-    def _keep_indexes(self, kept: ShardCache, remote: Remote) -> None:
+    def _keep_indexes(self, kept: ShardCache, remote: str) -> None:
         """See that a remote dataset's indexes are here, and that its shards can be."""
         relative = [schema.shard_paths(Path(), shard.name) for shard in self.manifest.shards]
         for shard, paths in zip(self.manifest.shards, relative, strict=True):

@@ -105,6 +105,16 @@ def read_bytes(place: str, limit: int | None = None) -> bytes:
         return file.read(-1 if limit is None else limit)
 
 
+def read_part(place: str, start: int, end: int) -> bytes:
+    """Bytes start <= i < end of a file; fewer where it is shorter. Raises: FileNotFoundError; OSError."""
+    if is_remote(place):
+        data: bytes = _s3().cat_file(place, start=start, end=end)
+        return data
+    with local_path(place).open("rb") as file:
+        file.seek(start)
+        return file.read(end - start)
+
+
 def size_of(place: str) -> int:
     """Bytes of a file. Raises: FileNotFoundError."""
     return int(_s3().info(place)["size"]) if is_remote(place) else local_path(place).stat().st_size

@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any
 
 import torch
 from braceexpand import braceexpand
@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from himix_megatron.config import DataConfig, VisionConfig
-from himix_megatron.data import cache, conversation, image
+from himix_megatron.data import conversation, image, storage
 from himix_megatron.data.batch import StepBatch, collate, share_of, without_loss
 from himix_megatron.data.conversation import EncodedText
 from himix_megatron.data.loader import Reads, worker_options
@@ -138,17 +138,12 @@ def stream_steps(
     return iter(DataLoader(reader, batch_size=None, **worker_options(num_workers)))
 
 
-def _checked(url: str) -> str:
-    """A place that may be opened: a local path, or s3://. Raises: ValueError for anything else, and for a missing file."""
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", url)
-    if scheme and scheme[1] not in ("file", "s3"):
-        raise ValueError(f"data.stream {url}: {scheme[1]}: is not read, wanted a local path, file:// or s3://")
-    path = cache.local_folder(url)
-    if path is None:
-        return url
-    if not path.is_file():
-        raise ValueError(f"data.stream {path}: no such file")
-    return str(path)
+def _checked(place: str) -> str:
+    """A place that may be opened. Raises: ValueError for any other scheme, and for a local file that is not there."""
+    storage.check_scheme(place, "data.stream")
+    if not storage.is_remote(place) and not storage.is_file(place):
+        raise ValueError(f"data.stream {place}: no such file")
+    return place
 
 
 class _StreamReader(IterableDataset[StepBatch]):
@@ -284,7 +279,7 @@ class _TarReader:
         """The members to read, in webdataset's form; where the tar is damaged they end, and a warning says so."""
         number = 0
         try:
-            with _open(tar) as file, tarfile.open(fileobj=file, mode="r:*") as opened:
+            with storage.open_file(tar) as file, tarfile.open(fileobj=file, mode="r:*") as opened:
                 while (member := opened.next()) is not None:
                     opened.members = []  # type: ignore[attr-defined]  # it would keep them all
                     suffix = (base_plus_ext(member.name)[1] or "").lower()
@@ -303,13 +298,6 @@ class _TarReader:
             self.num_damaged += 1
             why = " ".join(str(error).split())
             log.warning("%s is damaged after %d members: %s (damaged so far: %d)", tar, number, why, self.num_damaged)
-
-
-def _open(tar: str) -> IO[bytes]:
-    if tar.startswith("s3://"):
-        file: IO[bytes] = cache.connect(tar).open(tar, "rb")
-        return file
-    return open(tar, "rb")
 
 
 def _check_end(tar: tarfile.TarFile) -> None:

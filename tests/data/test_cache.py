@@ -80,7 +80,7 @@ def test_file_urls_are_local(local):
 
 @pytest.mark.parametrize("url", ["http://host/set", "gs://bucket/set", "pipe:// touch x"])
 def test_other_schemes_are_refused(url):
-    with pytest.raises(ValueError, match=r"cannot be read; wanted a folder, file:// or s3://"):
+    with pytest.raises(ValueError, match=r"is not read; wanted a path, file:///PATH or s3://BUCKET/KEY"):
         ShardDataset(url)
 
 

@@ -171,7 +171,7 @@ def test_passes_and_restarts_have_orders_of_their_own(foreign):
 )
 def test_other_schemes_are_refused_and_nothing_is_run(url, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"data\.stream .*: is not read, wanted a local path, file:// or s3://"):
+    with pytest.raises(ValueError, match=r"data\.stream .* is not read; wanted a path, file:///PATH or s3://BUCKET/KEY"):
         opened(url.replace("OUT", str(tmp_path / "made")))
     assert not any(tmp_path.iterdir())
 
@@ -288,6 +288,14 @@ def test_long_texts_are_cut_or_dropped(foreign):
     assert batches(opened(pattern, max_text_tokens=10), 1)[0].num_cut == 8
     with pytest.raises(RuntimeError, match=r"no usable sample|more than data\.max_bad_fraction"):
         batches(opened(pattern, max_text_tokens=10, too_long="drop"), 1)
+
+
+def test_a_stream_from_s3_is_the_local_one(foreign, s3_client):
+    for shard in range(2):
+        s3_client.upload_file(str(foreign / f"set-{shard}.tar"), "bucket", f"sets/set-{shard}.tar")
+    remote, local = batches(opened("s3://bucket/sets/set-{0..1}.tar")), batches(opened(foreign / "set-{0..1}.tar"))
+    assert keys(remote) == keys(local)
+    assert all(torch.equal(mine.pixels, other.pixels) for mine, other in zip(remote, local, strict=True))
 
 
 def test_what_must_stay_is_named(foreign):
