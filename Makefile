@@ -18,7 +18,7 @@ find_python = $(shell for python in $(1); do \
     "$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, $(2)))' 2>/dev/null && echo "$$python" && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint test-py312 campaign-convert-7b tensorboard clean
+.PHONY: help setup quickstart test lint test-py312 campaign-convert-7b bench-pipeline tensorboard clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ test-py312: $(VENV_PY312)/complete ## Parity, layouts and specs on Python 3.12 o
 
 campaign-convert-7b: $(VENV)/complete ## Convert a 7B model's shapes, and measure the memory (5 minutes, 30 GB of disk)
 	$(VENV)/bin/python -m pytest -m campaign -rP tests/interop/test_memory.py $(PYTEST_ARGS)
+
+bench-pipeline: $(VENV)/complete ## How evenly pipeline stages work, by where the tower runs (5 minutes on 2 cores)
+	$(VENV)/bin/python -m tools.bench_pipeline
 
 tensorboard: $(VENV)/complete ## TensorBoard over all runs, on this machine only
 	$(VENV)/bin/tensorboard --logdir runs --host 127.0.0.1
