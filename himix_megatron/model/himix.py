@@ -29,7 +29,7 @@ from ..loss import token_losses
 from ..parallel import Topology
 from .attention_backends import TorchMixtureAttention, TransformerEngineMixtureAttention
 from .kv_cache import KVCache
-from .layout import Layout, lay_out, positions
+from .layout import lay_out
 from .mixture_attention import normalise
 from .spec import block_spec
 
@@ -116,8 +116,8 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
         features_KnV = images
         if hasattr(self, "tower"):
             features_KnV = self.tower(images, blank)
-        layout = lay_out(text_ids, packed_lengths, [count * features_KnV.shape[1] for count in images_per_sample])
-        layout.angles = self._angles(layout, text_ids.shape[1])
+        vision_lengths = [count * features_KnV.shape[1] for count in images_per_sample]
+        layout = lay_out(text_ids, packed_lengths, vision_lengths, self.rotary_pos_emb)
         output: Tensor = super().forward(
             text_ids,
             None,  # positions: rotary, from 0 in every sample
@@ -127,10 +127,6 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
             extra_block_kwargs={"context": normalise(features_KnV.flatten(0, 1), self.config.layernorm_epsilon)},
         )
         return output
-
-    def _angles(self, layout: Layout, num_text: int) -> Tensor:
-        angles_SB1D: Tensor = self.rotary_pos_emb(layout.max_seqlen_q)
-        return angles_SB1D[positions(layout, num_text, angles_SB1D.device)] if layout.packed else angles_SB1D
 
     def _continue(self, text_ids: Tensor, cache: KVCache) -> Tensor:
         """Logits of each sample's last token, or hidden states, of text that goes on where the cache ends."""

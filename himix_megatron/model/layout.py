@@ -9,7 +9,7 @@ Vision is always flat: the vision tokens of all samples one after the other, no 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 
@@ -86,8 +86,17 @@ class Layout(PackedSeqParams):  # type: ignore[misc]
         return torch.cat([part for pair in zip(vision, text, strict=True) for part in pair])
 
 
-def lay_out(text_ids: Tensor, packed_lengths: Sequence[int] | None, vision_lengths: Sequence[int]) -> Layout:
-    """The Layout of text int64[B, S]; `packed_lengths`: of the samples in its one row, None: each row is a sample."""
+def lay_out(
+    text_ids: Tensor, packed_lengths: Sequence[int] | None, vision_lengths: Sequence[int], rotary: Callable[[int], Tensor]
+) -> Layout:
+    """The Layout of a micro-batch.
+
+    Args:
+        text_ids: int64[B, S]; its shape and device are used.
+        packed_lengths: text tokens of each sample in its one row; None: each row is a sample.
+        vision_lengths: vision tokens of each sample.
+        rotary: RoPE angles float[n, 1, 1, D] of n text tokens from position 0.
+    """
     num_rows, num_text = text_ids.shape
     packed = packed_lengths is not None
     text_lengths = tuple(packed_lengths) if packed_lengths is not None else (num_text,) * num_rows
@@ -98,6 +107,11 @@ def lay_out(text_ids: Tensor, packed_lengths: Sequence[int] | None, vision_lengt
     def ends(lengths: Sequence[int]) -> Tensor:
         return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=text_ids.device)
 
+    angles = rotary(max(text_lengths))
+    if packed:
+        places = [torch.arange(length) for length in text_lengths]
+        places.append(torch.zeros(num_text - sum(text_lengths), dtype=torch.long))
+        angles = angles[torch.cat(places).to(angles.device)]
     return Layout(
         qkv_format="thd",
         cu_seqlens_q=ends(text_lengths),
@@ -107,13 +121,5 @@ def lay_out(text_ids: Tensor, packed_lengths: Sequence[int] | None, vision_lengt
         text_lengths=text_lengths,
         vision_lengths=tuple(vision_lengths),
         packed=packed,
+        angles=angles,
     )
-
-
-def positions(layout: Layout, num_text: int, device: torch.device) -> Tensor:
-    """int64[S]: each text token's place in its sample; 0 in the padding of a packed row."""
-    if not layout.packed:
-        return torch.arange(num_text, device=device)
-    places = [torch.arange(length) for length in layout.text_lengths]
-    places.append(torch.zeros(num_text - sum(layout.text_lengths), dtype=torch.long))
-    return torch.cat(places).to(device)
