@@ -98,8 +98,6 @@ class Settings:
             raise ValueError("text lengths need both --tokenizer and --template")
         if self.template is not None and self.template not in conversation.TEMPLATES:
             raise ValueError(f"--template is {self.template}: wanted one of {', '.join(conversation.TEMPLATES)}")
-        if self.tokenizer is not None and storage.is_remote(str(self.out)):
-            raise ValueError("--tokenizer needs a local --out: training counts the tokens of a remote dataset itself")
 
     def _check_source(self) -> None:
         """Raises: ValueError for a place that is missing, that another source would need, or of another scheme."""

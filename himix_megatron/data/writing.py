@@ -24,6 +24,7 @@ from himix_megatron.data import image, lengths, schema
 from himix_megatron.data.schema import BadSampleError, FileDigest, Manifest, Receipt
 from himix_megatron.data.sources.sample import BadRow, Part, Sample
 from himix_megatron.data.storage import Folder, LocalFolder
+from himix_megatron.data.tokenizer import load_tokenizer
 
 Check = Literal["decode", "header"]
 
@@ -44,7 +45,7 @@ class ShardJob:
     check: Check = "decode"
     """How images are checked."""
     column: tuple[str, str] | None = None
-    """Tokenizer and template whose text lengths are counted on the way; the dataset is then a local folder."""
+    """Tokenizer and template whose text lengths are counted on the way."""
 
 
 def make_shard(job: ShardJob, part: Part) -> tuple[Receipt, bool]:
@@ -57,9 +58,27 @@ def make_shard(job: ShardJob, part: Part) -> tuple[Receipt, bool]:
     if receipt is None or not is_kept:
         receipt = write_shard(job, part)
     if job.column:
-        assert isinstance(job.folder, LocalFolder)
-        lengths.make_column(job.folder.path, receipt, *job.column)
+        _count_tokens(job.folder, receipt, *job.column)
     return receipt, not is_kept
+
+
+def _count_tokens(folder: Folder, receipt: Receipt, tokenizer: str, template: str) -> None:
+    """See that the shard's length column is there; on an object store it is made here, of a copy."""
+    if isinstance(folder, LocalFolder):
+        lengths.make_column(folder.path, receipt, tokenizer, template)
+        return
+    column = lengths.column_of(load_tokenizer(tokenizer), template)
+    name = schema.lengths_path(Path(), column, receipt.name).as_posix()
+    with contextlib.suppress(ValueError):
+        schema.decode_lengths(folder.read(name) or b"", receipt.tar, receipt.num_samples)
+        return
+    with _temporary_folder() as here:
+        names = _names(receipt.name)
+        (here / names.tar).parent.mkdir()
+        for part in (names.tar, names.index):
+            (here / part).write_bytes(folder.read(part) or b"")
+        lengths.make_column(here, receipt, tokenizer, template)
+        folder.put({name: here / name})
 
 
 def load_receipt(folder: Folder, name: str) -> Receipt | None:

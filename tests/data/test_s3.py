@@ -1,14 +1,19 @@
 """Preprocessing from and to S3, against moto's server on this machine: the same bytes as on disk."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
+from himix_megatron.data.lengths import text_lengths
+from himix_megatron.data.loader import Reads, StepReader
+from himix_megatron.data.plan import Datasets, End, Plan
+from himix_megatron.data.shards import ShardDataset
 from pipelines import engine
 from pipelines.preprocess import Settings, preprocess
 
-from .sets import make, mixed_source
+from .sets import VISION, data_config, make, mixed_source
 from .test_preprocess import command, contents
 from .test_sources import img2dataset_set, make_from, parquet_set, webdataset_set
 
@@ -118,3 +123,38 @@ def test_mistakes_with_s3_are_one_line(tmp_path, s3, monkeypatch):
     done = command("--source", "webdataset", "--input", "s3://bucket/x.tar", *out)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert "127.0.0.1:9" in done.stderr
+
+
+def test_text_lengths_are_counted_on_the_way_to_s3_and_read_from_there(tmp_path, s3):
+    annotations, images = mixed_source(tmp_path)
+    options = {"engine": "local", "num_workers": 1, "samples_per_shard": 10}
+    settings = Settings(annotations=annotations, images=images, out="s3://bucket/counted", **options)
+    preprocess(settings)
+    remote = ShardDataset("s3://bucket/counted", cache_dir=tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"counted has no text lengths .*: preprocess with --tokenizer bytes --template tiny"):
+        text_lengths(remote, "bytes", "tiny")
+    preprocess(dataclasses.replace(settings, tokenizer="bytes", template="tiny"))
+    here = make(tmp_path / "here", annotations, images)
+    assert text_lengths(remote, "bytes", "tiny").tolist() == text_lengths(here, "bytes", "tiny").tolist()
+    before = stored(s3, "bucket/counted")
+    preprocess(dataclasses.replace(settings, tokenizer="bytes", template="tiny"))
+    assert stored(s3, "bucket/counted") == before
+
+
+def test_a_plan_over_s3_reads_a_few_shards_at_a_time(tmp_path, s3):
+    annotations, images = mixed_source(tmp_path, 60)
+    preprocess(
+        Settings(
+            annotations=annotations, images=images, out="s3://bucket/plan", engine="local", num_workers=1,
+            samples_per_shard=5, tokenizer="bytes", template="tiny",
+        )
+    )  # fmt: skip
+    config = data_config(path=("s3://bucket/plan",), shuffle_shards=3)
+    datasets = Datasets([ShardDataset("s3://bucket/plan", cache_dir=tmp_path / "cache")], config)
+    plan = Plan(datasets, config, seed=1, global_batch=6, images_without=0)
+    assert plan.shuffle == "shards"
+    reader = StepReader(plan, vision_config=VISION, micro_batch=2, reads=Reads())
+    keys = [key for step in plan.steps(End(None, 60)) for m in reader[step].micro_batches for key in m.keys]
+    assert len(set(keys)) == 60
+    shards = [key.split("/")[0] for key in keys]
+    assert all(len(set(shards[first : first + 15])) <= 3 for first in range(0, 60, 15))
