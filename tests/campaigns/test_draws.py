@@ -84,7 +84,7 @@ def survive(folders: list[Path], config: dict[str, object], num_draws: int, inte
     each = num_draws // (interruptions + 1)
     while drawn < num_draws:
         data_size, workers = draw.choice([1, 2, 4, 8]), draw.choice([0, 0, 1, 2, 3, 4])
-        upto = min(num_draws, drawn + draw.randint(each // 2, each + each // 2)) if interruptions else num_draws
+        upto = min(num_draws, drawn + draw.randint(each // 2, each)) if interruptions else num_draws
         interruptions -= 1
         for keys, after in global_batches(folders, config, step, place, data_size, workers):
             wanted = next(unbroken)
@@ -97,7 +97,7 @@ def survive(folders: list[Path], config: dict[str, object], num_draws: int, inte
                 seen = seen[epoch:]
             if drawn >= upto:
                 break
-    assert interruptions < 0
+    assert interruptions < 0, "fewer interruptions than asked for"
     return drawn
 
 
