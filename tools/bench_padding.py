@@ -31,10 +31,10 @@ WANTED_MEMORY = 0.6
 
 
 def lengths_of(mean: int, count: int) -> list[int]:
-    """`count` text lengths."""
+    """`count` text lengths, scaled to the very mean."""
     sigma = LENGTHS[mean]
     drawn = np.random.default_rng(0).lognormal(math.log(mean) - sigma**2 / 2, sigma, count)
-    return [max(8, round(length)) for length in drawn]
+    return [max(8, round(length)) for length in drawn * mean / drawn.mean()]
 
 
 def padding(arguments: Arguments) -> list[Line]:
@@ -59,9 +59,7 @@ def padding(arguments: Arguments) -> list[Line]:
             ),
         ]
         title = f"padding: {arguments.recipe}, {arguments.layers or 4} layers, fp32, {len(lengths)} samples of one image of "
-        title += (
-            f"{arguments.vision_tokens} tokens, texts log-normal, mean {mean} (drawn {statistics.mean(lengths):.0f}), sigma "
-        )
+        title += f"{arguments.vision_tokens} tokens, texts log-normal, mean {mean}, sigma "
         title += f"{LENGTHS[mean]}, padding filled to {fill:.2f}, {torch.get_num_threads()} threads"
         report(title, own, seconds)
         lines += own

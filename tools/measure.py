@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from himix_megatron.config import ModelConfig
+from himix_megatron.flops import head_flops, layer_flops
 
 DENSE_TFLOPS = {"H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
 """bf16 matrix peak without sparsity, by a part of the device's name. Source: NVIDIA's data sheets."""
@@ -103,20 +104,23 @@ def decoder_flops(
     trained: Literal["all", "vision_kv"] = "all",
     head_tokens: int = 0,
 ) -> float:
-    """FLOPs that forward and backward of the decoder need: 2 for a multiply-add, vision as full rectangles, text as triangles.
+    """FLOPs that forward and backward of the decoder need: counted as in himix_megatron/flops.py.
 
     The features need no gradient. `vision_kv`: weight gradients of the vision projections alone, and nothing in front of the
     first layer's. `head_tokens`: tokens that go through the LM head, whose gradient flows on also where it is frozen.
     """
-    width, hidden = model.channels_per_head, model.hidden_size
-    heads, keys = model.num_attention_heads * width, model.num_query_groups * width
-    tokens, layers = sum(texts), model.num_layers
-    to_qkv = 2.0 * tokens * hidden * (heads + 2 * keys)
-    after = 2.0 * tokens * hidden * (heads + 3 * model.ffn_hidden_size)
-    vision = 2.0 * sum(visions) * vision_width * 2 * keys
-    attention = 4.0 * heads * sum(s * n + s * (s + 1) / 2 for s, n in zip(texts, visions, strict=True))
-    head = 2.0 * head_tokens * hidden * model.vocab_size
-    forward = layers * (to_qkv + after + vision + attention) + head
+    samples = [layer_flops(model, vision_width, text_tokens=s, vision_tokens=n) for s, n in zip(texts, visions, strict=True)]
+    text, vision, attention = (sum(getattr(sample, part) for sample in samples) for part in ("text", "vision", "attention"))
+    head = head_flops(model, text_tokens=head_tokens)
+    layers = model.num_layers
+    forward = layers * (text + vision + attention) + head
     if trained == "all":
-        return forward + layers * (2 * to_qkv + 2 * after + vision + 2 * attention) + 2 * head
-    return forward + layers * (after + vision) + (layers - 1) * (to_qkv + 2 * attention) + 1.5 * attention + head
+        return forward + layers * (2 * text + vision + 2 * attention) + 2 * head
+    qkv = (
+        2.0
+        * sum(texts)
+        * model.hidden_size
+        * model.channels_per_head
+        * (model.num_attention_heads + 2 * model.num_query_groups)
+    )
+    return forward + layers * (text + vision + 2 * attention) - qkv - attention / 2 + head
