@@ -51,6 +51,9 @@ campaign-convert-7b: $(VENV)/complete ## Convert a 7B model's shapes, and measur
 bench-data: $(VENV_BENCH)/complete ## Reading, decoding, preprocessing and packing beside webdataset, megatron-energon and Ray Data
 	$(VENV_BENCH)/bin/python -m tools.bench_data $(BENCH_ARGS)
 
+bench-model: $(VENV)/complete ## The decoder beside concatenation and padding (10 minutes on 2 cores)
+	$(VENV)/bin/python -m tools.bench_model $(BENCH_ARGS)
+
 bench-pipeline: $(VENV)/complete ## How evenly pipeline stages work, by where the tower runs (5 minutes on 2 cores)
 	$(VENV)/bin/python -m tools.bench_pipeline
 
