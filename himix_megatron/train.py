@@ -265,6 +265,9 @@ def describe(config: Config, start: Start, run: Run) -> None:
         start.plan.expected_steps(start.end), config.global_batch, "packs" if config.data.packs else "samples",
     )  # fmt: skip
     logger.info("training %s: %d parameters on this rank", ", ".join(config.train.parts), trained)
+    vision = config.vision
+    logger.info("images: %s", f"features in {' '.join(config.data.features)}" if start.features else
+                f"{vision.tower} tower, {vision.placement}{', a step ahead' if vision.encode_ahead else ''}")  # fmt: skip
     for line in start.kernels.reasons():
         logger.info("%s", line)
 

@@ -128,6 +128,21 @@ def test_a_step_nobody_takes_any_more_is_waited_for() -> None:
     assert done == [0, 1, 2, 3]
 
 
+@pytest.mark.requires_gpu
+def test_a_side_stream_gives_the_same_features() -> None:
+    device = torch.device("cuda")
+    encoder = ReplicaEncoder(build_tower(TOWER, seed=3, dtype=torch.float32).to(device), None, False, torch.float32)
+
+    def encode(number: int) -> tuple[int, torch.Tensor]:
+        return number, encoder.encode(_pixels(40 + number), torch.zeros(40 + number, dtype=torch.bool), 40 + number)
+
+    sums: dict[bool, list[float]] = {}
+    for enabled in (True, False):
+        steps = Ahead(device, enabled=enabled).steps(range(20), encode)
+        sums[enabled] = [float((features @ features.mT).sum()) for _, features in steps]
+    assert sums[True] == sums[False]
+
+
 # ---- training ----------------------------------------------------------------------------------------------------------
 
 PLACEMENTS: dict[str, dict[str, Any]] = {
