@@ -21,11 +21,7 @@ find_python = $(shell for python in $(1); do \
     "$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, $(2)))' 2>/dev/null && echo "$$python" && break; done)
 
 .DEFAULT_GOAL := help
-<<<<<<< HEAD
 .PHONY: help setup quickstart test lint test-py312 campaign-convert-7b campaign-data bench-data bench-model bench-pipeline tensorboard clean
-=======
-.PHONY: help setup quickstart test lint test-py312 campaign-convert-7b campaign-data bench-data bench-pipeline tensorboard clean
->>>>>>> tower
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,12 +51,9 @@ campaign-convert-7b: $(VENV)/complete ## Convert a 7B model's shapes, and measur
 bench-data: $(VENV_BENCH)/complete ## Reading, decoding, preprocessing and packing beside webdataset, megatron-energon and Ray Data
 	$(VENV_BENCH)/bin/python -m tools.bench_data $(BENCH_ARGS)
 
-<<<<<<< HEAD
 bench-model: $(VENV)/complete ## The decoder beside concatenation and padding (10 minutes on 2 cores)
 	$(VENV)/bin/python -m tools.bench_model $(BENCH_ARGS)
 
-=======
->>>>>>> tower
 bench-pipeline: $(VENV)/complete ## How evenly pipeline stages work, by where the tower runs (5 minutes on 2 cores)
 	$(VENV)/bin/python -m tools.bench_pipeline
 
