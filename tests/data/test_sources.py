@@ -426,3 +426,14 @@ def test_what_travels_to_a_task_is_a_reference(tmp_path):
     for reader, place in ((ParquetReader(), raw["parquet"]), (TarReader(), raw["webdataset"])):
         source = FilesSource(reader, [str(place)], [reader.scan(str(place))])
         assert len(pickle.dumps(source.part(0, source.num_rows))) < 1000 < place.stat().st_size / 3
+
+
+def test_files_without_rows_and_shards_of_many_files_lose_nothing(tmp_path):
+    counts, image = (0, 3, 0, 0, 1, 5, 0), captions(1)[0][2]
+    keys = [[f"{number}-{i}" for i in range(count)] for number, count in enumerate(counts)]
+    for number, some in enumerate(keys):
+        members = [member for key in some for member in ((f"{key}.jpg", image), (f"{key}.txt", b"A picture."))]
+        write_tar(tmp_path / "in" / f"{number}.tar", members)
+    for size in (1, 2, 4, 9, 100):
+        dataset = make_from(tmp_path / f"out-{size}", "webdataset", tmp_path / "in", samples_per_shard=size)
+        assert [dataset.text(i)["id"] for i in range(len(dataset))] == [key for some in keys for key in some]

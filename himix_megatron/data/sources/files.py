@@ -105,11 +105,14 @@ class FilesSource:
     def part(self, first: int, end: int) -> FilesPart:
         """Which pieces of which files."""
         pieces = []
-        for number, (place, scan) in enumerate(zip(self._places, self._scans, strict=True)):
+        first_file, last_file = np.searchsorted(self._ends, [first, end - 1], side="right")
+        for number in range(first_file, last_file + 1):
+            scan = self._scans[number]
             start = int(self._ends[number]) - scan.num_rows
             low, high = max(first - start, 0), min(end - start, scan.num_rows)
-            if low < high:
-                pieces.append(Piece(place, low, high, None if scan.offsets is None else int(scan.offsets[low])))
+            if low < high:  # not for a file without rows
+                offset = None if scan.offsets is None else int(scan.offsets[low])
+                pieces.append(Piece(self._places[number], low, high, offset))
         repeated = frozenset((first + np.flatnonzero(self._repeated[first:end])).tolist())
         return FilesPart(self._reader, first, tuple(pieces), repeated)
 
