@@ -6,6 +6,7 @@ along; under Ray a killed worker must cost nothing, not even a second run.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -184,22 +185,24 @@ def _written(attempt: Path) -> list[Path]:
     return [path for path in attempt.glob("*.tar") if path.exists()]
 
 
-def _is_worker(process: psutil.Process) -> bool:
+def _is_worker(process: psutil.Process, names: tuple[str, ...] = ("ray::make_shard",)) -> bool:
     """Of this machine's pool, or of Ray and at work."""
     try:
         line = " ".join(process.cmdline())
     except psutil.Error:
         return False
-    return "spawn_main" in line or line.startswith("ray::make_shard")
+    return "spawn_main" in line or line.startswith(names)
 
 
 def _wait_for_end(family: list[psutil.Process]) -> float:
-    """Seconds until all of them are gone."""
+    """Seconds until all workers are gone. Ray's agents, which write nothing, stay for minutes: they are ended here."""
     begun = time.monotonic()
-    _, alive = psutil.wait_procs(family, timeout=ORPHAN_SECONDS)
+    workers = [process for process in family if _is_worker(process, ("ray::make_shard", "ray::IDLE"))]
+    _, alive = psutil.wait_procs(workers, timeout=ORPHAN_SECONDS)
     seconds = time.monotonic() - begun
-    for process in alive:
-        process.kill()
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     return seconds if not alive else ORPHAN_SECONDS + 1
 
 
