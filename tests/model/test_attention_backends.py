@@ -1,4 +1,4 @@
-"""Mixture Attention against a spelled-out softmax; both backends against each other."""
+"""Generation's attention against a spelled-out softmax; both backends against each other."""
 
 from __future__ import annotations
 
@@ -117,14 +117,14 @@ def test_te_takes_the_arguments_we_give() -> None:
 
 @pytest.mark.requires_gpu
 @pytest.mark.parametrize("vision_counts", CASES.values(), ids=CASES)
-def test_backends_agree_in_bf16(vision_counts: list[int]) -> None:
+def test_backends_continue_alike_in_bf16(vision_counts: list[int]) -> None:
     pytest.importorskip("transformer_engine.pytorch", reason="Transformer Engine is not installed")
     wanted = spelled_out(*inputs(vision_counts)[:3], vision_counts)
     query, key, value, padding = (x if x is None else x.cuda() for x in inputs(vision_counts))
     query, key, value = (x.bfloat16() for x in (query, key, value))
     mask = TorchMixtureAttention.mixture_mask(TEXT, max(vision_counts), padding, query.device)
     for backend, given in ((TorchMixtureAttention(Sizes), mask), (TransformerEngineMixtureAttention(Sizes, 1).cuda(), None)):
-        found = backend(query, key, value, given, padding).cpu().double()
+        found = backend.continued(query, key, value, given, padding).cpu().double()
         assert torch.allclose(found, wanted, atol=2e-2), type(backend).__name__
 
 
