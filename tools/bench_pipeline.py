@@ -120,7 +120,7 @@ def calibrate(config: Config) -> dict[str, Any]:
     from himix_megatron.model.vision import build_tower
     from himix_megatron.start import prepare
 
-    start = prepare(config)
+    start = prepare(config, 1)
     topology = parallel.start(config.parallel, seed=config.train.seed)
     run = training.build_run(config, start, topology)
     reader = training.step_reader(config, start.plan, topology)
@@ -158,7 +158,7 @@ def measure(config: Config, topology: parallel.Topology) -> dict[str, Any]:
     from himix_megatron.signals import StopRequest
     from himix_megatron.start import prepare
 
-    start, request = prepare(config), StopRequest()
+    start, request = prepare(config, topology.data_size), StopRequest()
     run = training.build_run(config, start, topology)
     reader = training.step_reader(config, start.plan, topology, start.features)
     losses = []

@@ -159,17 +159,24 @@ def _train_each(config: Config, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "parts", "layout"),
+    ("world_size", "parts", "layout", "packed"),
     [
-        (2, ("vision_kv",), {"pipeline": 2}),
-        (4, ("language", "vision_kv"), {"tensor": 2, "pipeline": 2}),
-        (2, ("tower", "vision_kv"), {"pipeline": 2}),
+        (2, ("vision_kv",), {"pipeline": 2}, False),
+        (2, ("vision_kv",), {"pipeline": 2}, True),
+        (4, ("language", "vision_kv"), {"tensor": 2, "pipeline": 2}, True),
+        (2, ("tower", "vision_kv"), {"pipeline": 2}, False),
     ],
 )
 def test_every_placement_trains_alike(
-    world_size: int, parts: tuple[Any, ...], layout: dict[str, Any], mixed_dataset: Path, tmp_path: Path
+    world_size: int, parts: tuple[Any, ...], layout: dict[str, Any], packed: bool, mixed_dataset: Path, tmp_path: Path
 ) -> None:
     config = small_config(mixed_dataset, tmp_path, parts=parts, text_only="zero_image", steps=4, **layout)
+    if packed:
+        config = replace(
+            config,
+            data=replace(config.data, pack_text_tokens=192, pack_images=6),
+            train=replace(config.train, global_batch_packs=2),
+        )
     config = replace(
         config,
         data=replace(config.data, validation_path=str(mixed_dataset)),
