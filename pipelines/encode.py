@@ -137,6 +137,10 @@ def _with_ray(worker: functools.partial[Encoder], jobs: Sequence[FeatureJob], se
 
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         gpus = int(resources.get("GPU", 0))
+        room = gpus or int(resources.get("CPU", 1))
+        if settings.num_workers is not None and settings.num_workers > room:
+            # More would wait for room for ever.
+            raise ValueError(f"--num-workers is {settings.num_workers}, but Ray has {room} {'GPUs' if gpus else 'cores'}")
         number = min(settings.num_workers or gpus or cores, len(jobs))
         options: dict[str, Any] = {"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": 1}
         make = ray.remote(Encoder).options(**options, max_restarts=3, max_task_retries=3)

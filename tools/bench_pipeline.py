@@ -141,7 +141,7 @@ def calibrate(config: Config) -> dict[str, Any]:
     return {"width": width, "decoder_seconds": decoder, "tower_seconds": tower_seconds(width)}
 
 
-def cpu_seconds(work: Callable[[], Any], repetitions: int = 3) -> float:
+def cpu_seconds(work: Callable[[], Any], repetitions: int = 5) -> float:
     """Median CPU time of this process; the first run is not counted."""
     taken = []
     for _ in range(repetitions + 1):

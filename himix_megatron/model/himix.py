@@ -22,7 +22,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, 
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
-from ..adapter import attention_backend, ddp_config, gpt_arguments, transformer_config
+from ..adapter import attention_backend, ddp_config, gpt_arguments, overlaps, transformer_config
 from ..config import Config, Part
 from ..kernels import Kernels
 from ..loss import token_losses
@@ -82,6 +82,10 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
         if self.pre_process and config.train.recompute == "full":
             # Recomputed layers run without a graph; a frozen embedding's output would tell torch that none is needed.
             self.embedding.register_forward_hook(_keep_graph)
+        if self.post_process and overlaps(config):
+            # The loss recomputes the head, where mcore adds a weight's gradient straight into its sum without saying so, and
+            # the overlapped reduction would miss it.
+            self.output_layer.gradient_accumulation_fusion = False
         self.real_vocab_size = config.model.vocab_size
         self.mixture_mask = (TransformerEngineMixtureAttention if backend == "te" else TorchMixtureAttention).mixture_mask
         if tower is not None:
