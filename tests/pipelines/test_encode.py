@@ -18,7 +18,7 @@ from himix_megatron.data.feature_writing import images_of
 from himix_megatron.data.features import FeatureCache
 from himix_megatron.data.shards import ShardDataset
 from himix_megatron.data.vision_reader import PixelReader
-from pipelines.encode import Settings, encode, main, split_words
+from pipelines.encode import Encoder, Settings, encode, main, split_words
 from tests.distributed import run_ranks
 from tests.runs import history, small_config, train
 
@@ -79,6 +79,31 @@ def test_run_again_it_makes_only_what_is_missing_or_damaged(mixed_dataset: Path,
     assert [file.read_bytes() for file in files] == [(cache / features.feature_file(name)).read_bytes() for name in names]
     assert files[2].stat().st_mtime_ns == before[2]
     assert (folder / "manifest.json").read_bytes() == (cache / "manifest.json").read_bytes()
+
+
+def test_an_interrupted_run_leaves_no_cache_and_is_finished_by_the_next(
+    mixed_dataset: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, settings = settings_of(mixed_dataset, tmp_path), Settings(data=str(mixed_dataset), out=tmp_path, engine="local")
+    forward, calls = Encoder._features, iter(range(9))
+
+    def interrupted(self: Encoder, *given: torch.Tensor) -> torch.Tensor:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return forward(self, *given)
+
+    monkeypatch.setattr(Encoder, "_features", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        encode(config, settings)
+    with pytest.raises(ValueError, match="holds no finished features"):
+        FeatureCache(tmp_path, ShardDataset(mixed_dataset))
+    kept = sorted((tmp_path / "features").iterdir())
+    assert len(kept) == 2  # the blank image and the first shard
+    before = [file.stat().st_mtime_ns for file in kept]
+    encode(config, settings)
+    assert [file.stat().st_mtime_ns for file in kept] == before
+    assert (tmp_path / "manifest.json").read_bytes() == (cache / "manifest.json").read_bytes()
+    assert not list(tmp_path.glob(".partial-*"))
 
 
 def test_other_features_are_not_overwritten(mixed_dataset: Path, cache: Path) -> None:
