@@ -183,3 +183,10 @@ def test_another_source_or_config_gives_another_fingerprint(tmp_path):
     again = make(tmp_path / "again", annotations, images, samples_per_shard=8).fingerprint
     assert len(prints) == 3
     assert again in prints
+
+
+def test_tar_headers_are_tarfiles_own():
+    for member, size in (("000000000.json", 0), ("000000012.0.jpg", 1), ("k" * 96 + ".png", 123_456_789), ("a.b", 8**11 - 1)):
+        info = tarfile.TarInfo(member)
+        info.size, info.mode, info.mtime = size, 0o644, 0
+        assert schema.tar_header(member, size) == info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
