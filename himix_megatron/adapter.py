@@ -115,6 +115,8 @@ def transformer_config(config: Config, kernels: Kernels) -> TransformerConfig:
         masked_softmax_fusion=False,
         # mcore's jit-compiled element-wise fusions need a compiler at run time; on CPU they only cost start-up.
         bias_activation_fusion=on_gpu,
+        # Despite its name: the MLP's activation is the one that the layer spec names (model/layer.py SwiGLU).
+        use_te_activation_func=not on_gpu and not te,
         bias_dropout_fusion=on_gpu,
         recompute_granularity=None if config.train.recompute == "none" else config.train.recompute,
         recompute_method="uniform" if config.train.recompute == "full" else None,

@@ -165,7 +165,7 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
             hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False, group=group)
 
         def losses_of(hidden_m1H: Tensor, labels_m1: Tensor) -> Tensor:
-            with whole_input(head):
+            with as_recomputed(head):
                 logits_m1W, _ = head(hidden_m1H, weight=weight)
             losses_m1: Tensor = vocab_parallel_cross_entropy(self.hide_padding(logits_m1W), labels_m1)
             return losses_m1
@@ -192,14 +192,17 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
 
 
 @contextmanager
-def whole_input(linear: Any) -> Iterator[None]:
-    """Within it a column-parallel layer takes the same whole input on every tensor rank, as without sequence parallelism."""
-    before = linear.sequence_parallel, linear.allreduce_dgrad
-    linear.sequence_parallel, linear.allreduce_dgrad = False, linear.tp_group.size() > 1
+def as_recomputed(head: Any) -> Iterator[None]:
+    """Within it the head, a column-parallel layer, can be run under `checkpoint` on the same whole input on every tensor rank:
+    without sequence parallelism, and without adding to its weight's gradient sum behind autograd's back. (Run again, it sees
+    a copy of the weight, and could not tell megatron-core that it did; a gradient is then missed where reduction overlaps.)
+    """
+    before = head.sequence_parallel, head.allreduce_dgrad, head.gradient_accumulation_fusion
+    head.sequence_parallel, head.allreduce_dgrad, head.gradient_accumulation_fusion = False, head.tp_group.size() > 1, False
     try:
         yield
     finally:
-        linear.sequence_parallel, linear.allreduce_dgrad = before
+        head.sequence_parallel, head.allreduce_dgrad, head.gradient_accumulation_fusion = before
 
 
 def finalize_gradients(stages: list[Any], num_tokens: Tensor | None = None, *args: Any, **kwargs: Any) -> None:

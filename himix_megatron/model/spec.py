@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from .attention_backends import TorchMixtureAttention, TransformerEngineMixtureAttention
-from .layer import HiMixLayer, RMSNorm
+from .layer import HiMixLayer, RMSNorm, SwiGLU
 from .mixture_attention import MixtureAttention, MixtureAttentionSubmodules, VisionLinear, VisionNorm
 
 
@@ -60,7 +60,10 @@ def _torch_layer(vision_hidden_size: int) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, activation_func=SwiGLU, linear_fc2=RowParallelLinear),
+            ),
             mlp_bda=get_bias_dropout_add,
             # Transformer Engine keeps these norms inside the linear layer after them: its names are used on disk.
             sharded_state_dict_keys_map={

@@ -45,3 +45,13 @@ def test_torch_spec_names_every_vision_parameter() -> None:
 def test_te_spec_builds_the_same_parameters() -> None:
     te, torch_ = (run_ranks(names_and_shapes, 1, name, start_gloo=False)[0] for name in ("te", "torch"))
     assert te == torch_
+
+
+def test_swiglu_is_its_formula() -> None:
+    import torch
+
+    from himix_megatron.model.layer import SwiGLU
+
+    given = torch.randn(3, 2, 10, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(SwiGLU(None), (given,))
+    assert torch.equal(SwiGLU(None)(given), torch.nn.functional.silu(given[..., :5]) * given[..., 5:])
