@@ -44,6 +44,10 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
+_ROWS = 32
+"""Of one pass of SwiGLU's gradient: 600 KB in fp32 at Qwen2-0.5B's width."""
+
+
 class SwiGLU:
     """silu(gate) * up, in the place of megatron-core's MLP for an activation that takes both halves; keeps its input alone.
 
@@ -69,9 +73,13 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (gate_and_up,) = ctx.saved_tensors
-        gate, up = gate_and_up.chunk(2, -1)
         grads = torch.empty_like(gate_and_up)
-        of_gate, of_up = grads.chunk(2, -1)
-        torch.mul(torch.nn.functional.silu(gate), grad, out=of_up)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=of_gate)
+        # A few rows at a time: what is in between stays in the cache, and in one piece of memory.
+        room = grad.new_empty(_ROWS, grad.shape[-1])
+        rows = (x.reshape(-1, x.shape[-1]).split(_ROWS) for x in (gate_and_up, grad, grads))
+        for own, of_out, of_own in zip(*rows, strict=True):
+            (gate, up), (of_gate, of_up) = own.chunk(2, -1), of_own.chunk(2, -1)
+            between = room[: len(own)]
+            torch.mul(torch.ops.aten.silu.out(gate, out=between), of_out, out=of_up)
+            torch.ops.aten.silu_backward.grad_input(torch.mul(of_out, up, out=between), gate, grad_input=of_gate)
         return grads
