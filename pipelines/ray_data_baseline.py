@@ -21,7 +21,7 @@ from PIL import Image
 
 from himix_megatron.data import image, schema
 
-Check = Literal["header", "decode", "decode by Pillow"]
+Check = Literal["header", "header by Pillow", "decode", "decode by Pillow"]
 OBJECT_STORE_BYTES = 2 << 30
 """For whole images, which our own preprocessing never puts there."""
 
@@ -62,7 +62,7 @@ def write_by_ray_data(annotations: Path, images: Path, out: Path, *, check: Chec
 
 def _read(batch: dict[str, Any], images: str, check: Check) -> dict[str, list[Any]]:
     """Read and check the images of some rows. (All have one, and all are good: what bad ones would need is left out.)"""
-    look = {"header": image.header, "decode": image.verify, "decode by Pillow": _load}[check]
+    look = {"header": image.header, "header by Pillow": _open, "decode": image.verify, "decode by Pillow": _load}[check]
     columns: dict[str, list[Any]] = {"__key__": [], "json": [], "jpg": []}
     for number, sample in zip(batch["row"], batch["sample"], strict=True):
         row = json.loads(sample)
@@ -72,6 +72,10 @@ def _read(batch: dict[str, Any], images: str, check: Check) -> dict[str, list[An
         columns["json"].append(json.dumps({"id": row["id"], "conversations": row["conversations"]}).encode())
         columns["jpg"].append(data)
     return columns
+
+
+def _open(data: bytes) -> None:
+    Image.open(io.BytesIO(data))
 
 
 def _load(data: bytes) -> None:

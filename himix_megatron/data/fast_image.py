@@ -65,8 +65,8 @@ def _jpeg(data: bytes) -> Pixels | None:
         rgb: Pixels = simplejpeg.decode_jpeg(data, "RGB")
     except ValueError:
         return None
-    # Only where the orientation could stand is it looked for: Pillow takes 0.05 ms to open a file, a search 0.005.
-    if b"Exif\0\0" in data or b"tiff:Orientation" in data:
+    # Only where an orientation could stand is it looked for: Pillow takes 0.05 ms to open a file.
+    if not image.is_plain_jpeg(data):
         turn = image.orientation(image.open_image(data))
         if turn != 1:
             return np.array(Image.fromarray(rgb).transpose(image.UPRIGHT[turn]))

@@ -7,6 +7,7 @@ preprocessing workers import this.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import zlib
@@ -74,13 +75,16 @@ def verify(data: bytes) -> ImageFacts:
 
     Raises: BadSampleError with reason `not_an_image`, `oversized_image` or `damaged_image`.
     """
+    facts = _plain_jpeg(data)
+    if facts is not None:
+        with contextlib.suppress(ValueError):  # Pillow shall say what is wrong
+            _decode_all(data)
+            return facts
     image = open_image(data)
     facts = _facts(image, orientation(image))
     try:
         if facts.suffix == "jpg":
-            # Every bit of the entropy-coded data is read at any scale; 1/8 grey saves most of the rest (0.28 against 0.64 ms
-            # for 640x480). Strict also finds what Pillow lets pass: corrupt data with a warning, a missing end mark.
-            simplejpeg.decode_jpeg(data, "GRAY", min_height=1, min_width=1)
+            _decode_all(data)
         else:
             image.load()
             open_image(data).verify()  # a PNG's checksums, which load() does not look at
@@ -94,9 +98,47 @@ def header(data: bytes) -> ImageFacts:
 
     Raises: BadSampleError with reason `not_an_image` or `oversized_image`.
     """
+    facts = _plain_jpeg(data)
+    if facts is not None:
+        return facts
     image = open_image(data)
     # Pillow would decode a PNG in search of an orientation behind its pixels.
     return _facts(image, 1 if image.format == "PNG" and "exif" not in image.info else orientation(image))
+
+
+def is_plain_jpeg(data: bytes) -> bool:
+    """Whether this is a JPEG that nothing turns and that has no more pictures behind it: without Exif, XMP and MPF segments.
+
+    Goes through the segments before the pixels; what is odd there is not plain.
+    """
+    if not data.startswith(b"\xff\xd8"):
+        return False
+    place = 2
+    while place + 4 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker == 0xDA:  # start of scan
+            return True
+        if marker == 0xE1 or (marker == 0xE2 and data.startswith(b"MPF\0", place + 4)):
+            return False
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return False
+
+
+def _plain_jpeg(data: bytes) -> ImageFacts | None:
+    """Most photographs without Pillow, which takes 0.05 ms to open one; None for whatever is not plain, or not whole."""
+    if not is_plain_jpeg(data):
+        return None
+    try:
+        height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    return ImageFacts("jpg", width, height) if 0 < width * height <= MAX_PIXELS else None
+
+
+def _decode_all(jpeg: bytes) -> None:
+    """Every bit of the entropy-coded data is read at any scale; 1/8 grey saves most of the rest (0.28 against 0.64 ms for
+    640x480). Strict also finds what Pillow lets pass: corrupt data with a warning, a missing end mark. Raises: ValueError."""
+    simplejpeg.decode_jpeg(jpeg, "GRAY", min_height=1, min_width=1)
 
 
 def _facts(image: Image.Image, turn: int) -> ImageFacts:

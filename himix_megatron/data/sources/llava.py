@@ -138,7 +138,7 @@ def _read_local(path: Path, name: str, limit: int) -> bytes:
     with open(file, "rb") as stream:
         if status.st_size > limit:
             raise BadSampleError("oversized_image", f"{name!r} takes the sample above {MAX_SAMPLE_BYTES} bytes"[:200])
-        return stream.read(limit + 1)
+        return stream.read(min(limit, status.st_size) + 1)  # what is asked for is allocated first
 
 
 def _load(annotations: str) -> tuple[list[Any], str]:
