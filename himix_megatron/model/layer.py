@@ -48,19 +48,24 @@ _ROWS = 32
 """Of one pass of SwiGLU's gradient: 600 KB in fp32 at Qwen2-0.5B's width."""
 
 
-class SwiGLU:
+class SwiGLU(torch.nn.Module):
     """silu(gate) * up, in the place of megatron-core's MLP for an activation that takes both halves; keeps its input alone.
 
     mcore's own, where it may not compile, makes nine passes over tensors of this size and keeps two more of them.
     """
 
     def __init__(self, config: Any):
-        """Nothing to keep; no torch module, which megatron-core would ask for its checkpoint."""
+        """Nothing to keep: there are no parameters."""
+        super().__init__()
 
-    def __call__(self, gate_and_up: Tensor) -> Tensor:
+    def forward(self, gate_and_up: Tensor) -> Tensor:
         """float[..., 2F] to float[..., F]."""
         activated: Tensor = _SwiGLU.apply(gate_and_up)  # type: ignore[no-untyped-call]
         return activated
+
+    def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+        """Nothing for a checkpoint; megatron-core asks each part of its MLP."""
+        return {}
 
 
 class _SwiGLU(torch.autograd.Function):
