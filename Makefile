@@ -11,7 +11,7 @@ PYENV_PYTHONS = $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.1[2-9]*
 # What `make test` hands to pytest, e.g. PYTEST_ARGS="-k layouts"
 PYTEST_ARGS ?=
 # What `make test-py312` repeats: parity with the reference, the layouts, the layer specs.
-PY312_TESTS ?= $(wildcard tests/model tests/test_reference.py tests/test_layouts.py tests/test_generate.py tests/test_parallel.py tests/test_kernels.py)
+PY312_TESTS ?= $(wildcard tests/model tests/test_reference.py tests/test_layouts.py tests/test_packed_training.py tests/test_generate.py tests/test_parallel.py tests/test_kernels.py)
 # What `make bench-data` hands to tools/bench_data.py, e.g. BENCH_ARGS="--only read pack --scale 0.1"
 BENCH_ARGS ?=
 # torch is pinned in one place, and installed before anything that would take whichever torch is newest.
