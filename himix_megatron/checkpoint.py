@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from .config import Config, Part
 from .data.plan import Place
+from .data.storage import sync_folder
 from .model.himix import bare
 
 logger = logging.getLogger(__name__)
@@ -234,7 +235,7 @@ class Checkpoints:
             write_description(beside, self.config, position, self.config.train.parts, self._store_tower(), validation_loss)
             shutil.rmtree(final, ignore_errors=True)
             beside.rename(final)
-            _sync(final.parent)
+            sync_folder(final.parent)
             self._prune()
         torch.distributed.barrier()
         logger.info("saved %s", final)
@@ -325,16 +326,7 @@ def publish(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Bring renames in a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(path.parent)
 
 
 def tower_hash(weights: Mapping[str, Tensor]) -> str:
