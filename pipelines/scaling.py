@@ -115,8 +115,8 @@ class Series:
             old, new = self.known(member).get("global_batch", member.config.global_batch), member.config.global_batch
             if old != new:
                 raise ValueError(
-                    f"{self.folder} has {member.world_size} ranks with a global batch of {old}, now it would be {new}, counted from "
-                    "the smallest of --world-sizes: keep that size, or give this series a --name of its own"
+                    f"{self.folder} has {member.world_size} ranks with a global batch of {old}, now it would be {new}, by the "
+                    "smallest of --world-sizes: keep that one, or give this series a --name of its own"
                 )
 
     def note(self, member: Member, **facts: Any) -> None:
