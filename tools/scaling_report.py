@@ -235,7 +235,7 @@ def plots(group: Group) -> list[Path]:
             axes.set(ylabel="text tokens per second", yscale="log" if measured else "linear")
             axes.legend()
         elif name == "efficiency":
-            axes.plot(sizes, [group.efficiency(run) for run in measured], "o-")
+            axes.plot(sizes, [group.efficiency(run) or 0.0 for run in measured], "o-")
             axes.axhline(1.0, linestyle="--", color="grey")
             axes.set(ylabel="efficiency against the smallest run")
             axes.set_ylim(bottom=0)
