@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import log, parallel
 from .adapter import overlaps, params_dtype, text_multiple
-from .checkpoint import Checkpoints, Position, publish
+from .checkpoint import Checkpoints, Position
 from .config import Config, check_ranks
 from .data.batch import StepBatch, without_loss
 from .data.features import FeatureCache
@@ -26,6 +26,7 @@ from .data.loader import Reads, StepReader, step_loader
 from .data.plan import End, Plan, StepPlan
 from .data.stream import Stream, stream_steps
 from .data.vision_reader import FeatureReader
+from .envelope import publish
 from .ledger import Ledger
 from .metrics import Metrics, StepCounts
 from .model.encoder import Ahead, ReplicaEncoder, encoding_place
@@ -34,7 +35,7 @@ from .model.vision import build_tower
 from .optim import Schedule, apply_settings, build_optimizer
 from .parallel import Topology
 from .signals import REQUEUE, STOPPED, StopRequest
-from .start import Start, begin, prepare, stop_file
+from .start import Start, begin, claim, prepare, settle, stop_file
 from .step import run_losses, stage_inputs
 
 logger = logging.getLogger(__name__)
@@ -50,10 +51,14 @@ def pretrain(config: Config) -> int:
     request = StopRequest()
     start = prepare(config, check_ranks(config, launch.world_size))
     topology = parallel.start(config.parallel, seed=config.train.seed, launch=launch)
+    start = claim(config, start)
     log.start(config.run_dir, topology.rank, topology.world_size)
+    start = settle(config, start)
     with log.failures():
         run = build_run(config, start, topology)
         describe(config, start, run)
+    run.checkpoints.check_room()
+    with log.failures():
         position = begin(config, start, run.checkpoints)
         apply_settings(config, run.optimizer)
         code = run_steps(config, start, run, position, request)
@@ -77,6 +82,7 @@ def run_steps(config: Config, start: Start, run: Run, position: Position, reques
         position = replace(position, step=position.step + 1, place=batch.after)
         metrics.step_done(position.step, counts, learning_rate, grad_norm, last=batch.is_last)
         ledger.note(position.step, batch)
+        run.checkpoints.poll()
         if tolerance.exceeded(counts, batch.num_samples):
             code = give_up(config, tolerance.reason, run.topology)
             break
@@ -84,12 +90,13 @@ def run_steps(config: Config, start: Start, run: Run, position: Position, reques
         if loss is not None:
             metrics.validation(position.step, loss)
         if batch.is_last or stop or position.step % config.checkpoint.interval_steps == 0 or validation.is_best(loss):
-            run.checkpoints.save(position, validation_loss=loss)
+            metrics.save_stall(position.step, run.checkpoints.save(position, validation_loss=loss))
         metrics.resume_clock()
         if stop and not batch.is_last:
             code = REQUEUE
             break
     run.ahead.settle()
+    run.checkpoints.finish()
     metrics.close()
     ledger.close()
     return code
@@ -209,7 +216,7 @@ def build_run(config: Config, start: Start, topology: Topology) -> Run:
         ),
         ahead=Ahead(topology.device, enabled=config.vision.encode_ahead),
         optimizer=optimizer,
-        checkpoints=Checkpoints(config, stages, optimizer, None if trainable else tower),
+        checkpoints=Checkpoints(config, stages, optimizer, None if trainable else tower, start.attempt),
     )
 
 
