@@ -34,16 +34,4 @@ if [[ ${SLURM_GPUS_ON_NODE:-} =~ ^[1-9][0-9]*$ && -z ${SLURM_NTASKS_PER_NODE:-}$
     fi
 fi
 
-# When one rank leaves with a code, srun sends the others TERM, and reports the highest code of all. So that a failure of one is
-# not taken for a wish to be requeued, 1, 2 and 3 travel as 101, 102 and 103; and a rank that a signal met before Python could
-# listen has nothing to save: 85. The shell itself lets signals pass, and waits.
-# shellcheck disable=SC2016 # expanded in the tasks
-rank='trap : TERM USR1 USR2; "$@"; code=$?
-case $code in 138 | 140 | 143) exit 85 ;; 1 | 2 | 3) exit $((code + 100)) ;; *) exit $code ;; esac'
-"${step[@]}" bash -c "$rank" rank "${python[@]}" -m pipelines.pretrain "$@"
-code=$?
-case $code in 101 | 102 | 103) code=$((code - 100)) ;; esac
-if [[ $code -eq 85 ]] && ! scontrol requeue "$SLURM_JOB_ID"; then
-    echo "error: the run is saved, but the job cannot be put back into the queue: submit the same command again" >&2
-fi
-exit "$code"
+run_and_leave -m pipelines.pretrain "$@"
