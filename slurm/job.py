@@ -1,8 +1,8 @@
 """One stage as a Slurm job. Flows in: a stage's command line and where it runs; out: sbatch's parameters, and the job itself.
 
-submitit writes the batch script, submits it, and starts one process per rank through srun. Each of these becomes
-`python -m pipelines.pretrain ...`: the same steps as in slurm/pretrain_himix.sh. submitit's own handling of signals (TERM is
-ignored, rank 0 alone is asked to save) thereby ends before training begins; a save is followed by exit code 85 and a requeue.
+submitit writes the batch script, saves the stage beside it, and submits. The script makes the environment and starts a process
+per rank, as slurm/pretrain_himix.sh does; each of them becomes `python -m pipelines.pretrain ...`. submitit's own handling of
+signals (TERM is ignored, rank 0 alone is asked to save) thereby ends before training begins.
 
 Importing this costs little: each rank does so before it becomes its training process.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +114,7 @@ class Stage:
             )
 
     def output(self, job_id: str) -> Path:
-        """What the batch script and rank 0 of a job print, over all its attempts."""
+        """What a job prints, over all its attempts."""
         return self.folder / f"{job_id}_0_log.out"
 
 
@@ -134,20 +135,27 @@ def training_command(words: tuple[str, ...]) -> list[str]:
     return [sys.executable, "-m", "pipelines.pretrain", *words]
 
 
-REQUEUE = [
+PYTHON = '"${step[@]}" "${python[@]}"'
+"""How the batch script starts Python on every rank: with srun and the Python that slurm/environment.sh has found."""
+
+_REQUEUE = [
     "code=$?",
-    'if [ "$code" -eq 85 ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
+    'if [[ $code -eq 85 ]] && ! scontrol requeue "$SLURM_JOB_ID"; then',
+    '    echo "error: the run is saved, but the job cannot be put back into the queue: submit the same command again" >&2',
+    "fi",
     'exit "$code"',
 ]
-"""The batch script after srun: 85 is `saved, please start me again`; every other code is the job's own."""
+"""The batch script after the ranks: 85 is `saved, please start me again`; every other code is the job's own."""
+
+
+def _environment() -> list[str]:
+    """The batch script before the ranks. Without HIMIX_CONTAINER or HIMIX_VENV it is the environment that runs this."""
+    venv = os.environ.get("HIMIX_VENV") or ("" if os.environ.get("HIMIX_CONTAINER") else sys.prefix)
+    return [*([f"export HIMIX_VENV={shlex.quote(venv)}"] if venv else []), "source slurm/environment.sh"]
 
 
 def sbatch_parameters(stage: Stage, cluster: Cluster, after: str | None) -> dict[str, Any]:
     """submitit's parameters of a stage's job, which starts when job `after` has ended well."""
-    # The first rank that leaves ends all, or the others wait for it until their collective times out. Attempts share a file.
-    srun = ["--kill-on-bad-exit=1", "--open-mode=append"]
-    if cluster.cpus_per_task is not None:
-        srun.append(f"--cpus-per-task={cluster.cpus_per_task}")  # from Slurm 22.05 on srun does not take the job's
     further = {
         "signal": f"USR1@{cluster.save_seconds}",
         "requeue": True,
@@ -170,7 +178,8 @@ def sbatch_parameters(stage: Stage, cluster: Cluster, after: str | None) -> dict
         "dependency": None if after is None else f"afterok:{after}",
         "wckey": None,
         "stderr_to_stdout": True,
-        "srun_args": srun,
+        "use_srun": False,  # PYTHON brings its own
         "additional_parameters": further,
-        "teardown": REQUEUE,
+        "setup": _environment(),
+        "teardown": _REQUEUE,
     }

@@ -31,6 +31,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
+import os
 import shlex
 import sys
 import time
@@ -43,7 +44,7 @@ from himix_megatron.config import Config, check_ranks
 from pipelines.cli import parse, parse_settings, run_main
 from pipelines.recipes import RECIPES
 from slurm import queue
-from slurm.job import Cluster, Stage, StageName, Training, sbatch_parameters, training_command
+from slurm.job import PYTHON, Cluster, Stage, StageName, Training, sbatch_parameters, training_command
 from slurm.watch import watch
 
 logger = logging.getLogger(__name__)
@@ -246,7 +247,7 @@ def script(settings: Settings, stage: Stage, after: str | None) -> str:
     """The text of a stage's batch script, as submitit writes it."""
     from submitit.slurm.slurm import _make_sbatch_string  # SlurmExecutor's own; it wants Slurm installed, this does not
 
-    command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(stage.folder))}"
+    command = f"{PYTHON} -u -m submitit.core._submit {shlex.quote(str(stage.folder))}"
     return _make_sbatch_string(command, stage.folder, **sbatch_parameters(stage, settings.cluster, after)) + "\n"
 
 
@@ -285,11 +286,9 @@ def submit(settings: Settings, stages: Sequence[Stage]) -> list[tuple[Stage, str
 
 def submit_stage(settings: Settings, stage: Stage, after: str | None) -> str:
     """Returns: the job's id. Raises: ValueError if Slurm refuses it."""
-    import os
-
     import submitit
 
-    executor = submitit.SlurmExecutor(stage.folder)
+    executor = submitit.SlurmExecutor(stage.folder, python=PYTHON)
     executor.update_parameters(**sbatch_parameters(stage, settings.cluster, after))
     ours = {name: value for name, value in os.environ.items() if name == "SLURM_CONF"}
     try:
