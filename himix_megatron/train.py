@@ -76,7 +76,7 @@ def run_steps(config: Config, start: Start, run: Run, position: Position, reques
         counts, grad_norm, stop = train_step(config, run, batch, images, request)
         position = replace(position, step=position.step + 1, place=batch.after)
         metrics.step_done(position.step, counts, learning_rate, grad_norm, last=batch.is_last)
-        ledger.note(position.step, batch)
+        ledger.note(position.step, batch, counts.loss, grad_norm)
         if tolerance.exceeded(counts, batch.num_samples):
             code = give_up(config, tolerance.reason, run.topology)
             break
