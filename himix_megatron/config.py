@@ -380,7 +380,7 @@ class LogConfig:
     validation_samples: int = 512
     """Samples per validation, rounded down to whole batches (at least one; a smaller set is gone through again)."""
     ledger: bool = False
-    """Write RUN/ledger/rank-000.jsonl: every sample of every step."""
+    """Write RUN/ledger/rank-000.jsonl: every sample of every step; and steps.jsonl: each step's loss and gradient norm in hex."""
 
     def __post_init__(self) -> None:
         _positive(
@@ -398,6 +398,8 @@ class RunConfig:
     """Run folder; None: runs/RECIPE. A folder with a checkpoint is continued: the same command continues the same run."""
     resume_after_stop: bool = False
     """Continue a run that stopped on purpose (its folder has a STOP file)."""
+    faults: str | None = None
+    """Rehearse recovery: a file of faults that this run does to itself (himix_megatron/faults.py says how). None: none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,9 @@ are the same run, can be checked against it without trusting anything else.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TextIO
 
 from .config import Config
@@ -30,9 +32,9 @@ class Ledger:
         folder = config.run_dir / "ledger"
         folder.mkdir(parents=True, exist_ok=True)
         if topology.replica_rank == 0:
-            self._file = (folder / f"rank-{topology.rank:03d}.jsonl").open("a", encoding="utf-8")
+            self._file = open_whole(folder / f"rank-{topology.rank:03d}.jsonl")
         if topology.rank == 0:
-            self._steps = (folder / "steps.jsonl").open("a", encoding="utf-8")
+            self._steps = open_whole(folder / "steps.jsonl")
 
     def note(self, step: int, batch: StepBatch, loss: float, grad_norm: float) -> None:
         """Write the samples of a step that has been taken, and its loss and gradient norm in hex: every bit of them."""
@@ -67,3 +69,19 @@ class Ledger:
         for file in (self._file, self._steps):
             if file is not None:
                 file.close()
+
+
+def open_whole(path: Path) -> TextIO:
+    """Open for appending, without the half line that a killed run may have left at the end."""
+    with path.open("ab+") as file:
+        end = size = file.seek(0, os.SEEK_END)
+        while end:
+            block = min(end, 1 << 16)
+            file.seek(end - block)
+            if (newline := file.read(block).rfind(b"\n")) >= 0:
+                end += newline + 1 - block
+                break
+            end -= block
+        if end < size:
+            file.truncate(end)
+    return path.open("a", encoding="utf-8")

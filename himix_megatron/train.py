@@ -16,7 +16,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
-from . import log, parallel
+from . import faults, log, parallel
 from .adapter import overlaps, params_dtype, text_multiple
 from .checkpoint import Checkpoints, Position, publish
 from .config import Config, check_ranks
@@ -47,6 +47,7 @@ def pretrain(config: Config) -> int:
     on purpose, with the reason in RUN/STOP. Raises: ValueError for a user's mistake, before ranks meet.
     """
     launch = parallel.check_launch(config)
+    faults.plan(config.run.faults, launch.rank)
     request = StopRequest()
     start = prepare(config, check_ranks(config, launch.world_size))
     topology = parallel.start(config.parallel, seed=config.train.seed, launch=launch)
@@ -72,6 +73,7 @@ def run_steps(config: Config, start: Start, run: Run, position: Position, reques
     code = 0
     for batch, images in encoded(run, batches_from(config, start, run.topology, position)):
         metrics.data_ready()
+        faults.begin_step(position.step + 1)
         learning_rate = schedule.set(start.end.progress(position.step, position.place))
         counts, grad_norm, stop = train_step(config, run, batch, images, request)
         position = replace(position, step=position.step + 1, place=batch.after)
@@ -296,7 +298,9 @@ def train_step(
     for stage in run.stages:
         stage.zero_grad_buffer()
     run.optimizer.zero_grad()
+    faults.reach("step/forward")
     reported = run_schedule(run, batch, images, forward_only=False)
+    faults.reach("step/optimizer")
     _, grad_norm, _ = run.optimizer.step()
     counts, stop = count(config, run.topology, batch, reported, asked=request.received is not None)
     return counts, float(grad_norm or 0.0), stop
