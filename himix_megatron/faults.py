@@ -218,8 +218,9 @@ KINDS: dict[str, Callable[..., None]] = {
     "full_disk": _full_disk,
     "cut_network": _cut_network,
     "kill_worker": _kill_worker,
+    "note": lambda *_: None,
     "slow": lambda *_: time.sleep(2.0),
     "nan": _nan,
     "flip_bit": _flip_bit,
 }
-"""What can happen. `..._node`: to the whole process group, of which a launcher is the head."""
+"""What can happen. `..._node`: to the whole process group, of which a launcher is the head; `note`: a line in the log only."""
