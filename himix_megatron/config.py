@@ -380,7 +380,7 @@ class LogConfig:
     validation_samples: int = 512
     """Samples per validation, rounded down to whole batches (at least one; a smaller set is gone through again)."""
     ledger: bool = False
-    """Write RUN/ledger/rank-000.jsonl: every sample of every step; and steps.jsonl: each step's loss and gradient norm in hex."""
+    """Write RUN/ledger/rank-000.jsonl: samples of each step; steps.jsonl: each step's loss and gradient norm, in hex."""
 
     def __post_init__(self) -> None:
         _positive(

@@ -334,7 +334,7 @@ class Bench:
 
     @staticmethod
     def _count_lost(before: list[int], now: list[int], happened: Sequence[tuple[Card, Outcome]]) -> str | None:
-        """Steps that an attempt did again, by the faults that ended the one before. Returns: what is wrong with their number."""
+        """Steps that an attempt did again, for the faults that ended the one before. Returns: what is wrong with them."""
         if not before or len(now) == len(before):
             return None
         lost = max(before) - (now[len(before)] - 1)

@@ -115,7 +115,7 @@ def test_a_half_written_line_of_a_killed_run_is_taken_back(tmp_path: Path, left:
 
 
 def test_the_campaign_has_at_least_24_kinds_of_fault() -> None:
-    assert {kind for kind in AREAS} <= faults.KINDS.keys()
+    assert set(AREAS) <= faults.KINDS.keys()
     assert len({card.name(card.area) for card in deck()}) >= 24
 
 

@@ -42,7 +42,7 @@ def lines_of(file: Path) -> list[dict[str, Any]]:
 
 
 def tensors_of(checkpoint: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint, whole: parameters and optimizer state by global name, at whatever layout they were saved."""
+    """Every tensor of a checkpoint, whole: parameters and optimizer state by global name, whatever layout saved them."""
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict

@@ -3,8 +3,8 @@
     make campaign-faults FAULTS=500 SEED=1                   about half an hour on 2 cores
     make campaign-faults FAULTS=500 SEED=1 REPORT=DIR        the report elsewhere than in runs/campaign-faults/
 
-Outcomes are appended to faults.jsonl in the report's folder, keyed by seed, number and the code under test: what was done is not
-done again, so a campaign may be gathered over several sittings on unchanged code.
+Outcomes are appended to faults.jsonl in the report's folder, keyed by seed, number and the code under test: what was done is
+not done again, so a campaign may be gathered over several sittings on unchanged code.
 """
 
 from __future__ import annotations
@@ -75,5 +75,5 @@ def summary(lines: list[dict[str, Any]]) -> str:
     kinds = collections.Counter(line["kind"] for line in lines)
     good = collections.Counter(line["kind"] for line in lines if line["error"] is None)
     seconds = sum(line["seconds"] for line in lines) / len(lines)
-    head = f"campaign-faults, seed {SEED}: {sum(good.values())} of {len(lines)} recovered, {len(kinds)} kinds, {seconds:.1f} s each"
+    head = f"campaign-faults, seed {SEED}: {good.total()} of {len(lines)} recovered, {len(kinds)} kinds, {seconds:.1f} s each"
     return "\n".join(["", head, *(f"  {good[kind]:3d} of {count:3d}  {kind}" for kind, count in sorted(kinds.items()))])
