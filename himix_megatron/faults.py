@@ -26,6 +26,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class Fault:
     kind: str
     """A key of `KINDS`."""
     point: str
-    """Where, e.g. `step/backward`."""
+    """Where, e.g. `step/backward`; `save/*` is any point of a save."""
     step: int = 0
     """The earliest optimizer step; 0: from the start on, before the first step as well."""
     rank: int = 0
@@ -97,7 +98,7 @@ class Plan:
 
     def reach(self, point: str, tensors: tuple[Any, ...]) -> None:
         for number, fault in enumerate(self.faults):
-            if fault.point == point and fault.rank == self.rank and self._is_due(number, fault):
+            if fnmatchcase(point, fault.point) and fault.rank == self.rank and self._is_due(number, fault):
                 logger.warning("planned fault %d: %s at %s, step %d", number, fault.kind, point, self.step)
                 happen = KINDS[fault.kind]
                 if fault.delay_seconds:
@@ -190,16 +191,6 @@ def _nan(*tensors: Any) -> None:
         tensor.view(-1)[:1] = float("nan")
 
 
-def _flip_bit(*tensors: Any) -> None:
-    """The lowest bit of a first number, as a memory without error correction might."""
-    import torch
-
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    for tensor in tensors[:1]:
-        bits = tensor.detach().view(-1)[:1].view(integers[tensor.element_size()])
-        bits ^= 1
-
-
 KINDS: dict[str, Callable[..., None]] = {
     "kill": _send(signal.SIGKILL),
     "kill_node": _send_group(signal.SIGKILL),
@@ -221,6 +212,5 @@ KINDS: dict[str, Callable[..., None]] = {
     "note": lambda *_: None,
     "slow": lambda *_: time.sleep(2.0),
     "nan": _nan,
-    "flip_bit": _flip_bit,
 }
 """What can happen. `..._node`: to the whole process group, of which a launcher is the head; `note`: a line in the log only."""

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from himix_megatron import faults
 from himix_megatron.checkpoint import complete_checkpoints
 from himix_megatron.config import Config
 from himix_megatron.faults import Fault
@@ -263,11 +262,9 @@ class Bench:
         """The case without faults, and which ranks come to which points."""
         if case not in self._references:
             run = self.folder / "-".join(["reference", *(str(value).replace(", ", "-") for value in asdict(case).values())])
-            points = sorted(points_of_product())
             ranks = LAYOUTS[case.layout][0]
             notes = [
-                Fault(kind="note", point=point, step=step, rank=rank, once=False)
-                for point in points
+                Fault(kind="note", point="*", step=step, rank=rank, once=False)
                 for rank in range(ranks)
                 for step in range(2 * INTERVAL + 2)
             ]
@@ -384,9 +381,3 @@ def write_plan(run: Path, planned: Sequence[Fault]) -> None:
     """RUN/faults.jsonl."""
     run.mkdir(parents=True)
     (run / "faults.jsonl").write_text("".join(json.dumps(asdict(fault)) + "\n" for fault in planned))
-
-
-def points_of_product() -> set[str]:
-    """Every point that the library names."""
-    sources = Path(faults.__file__).parent.rglob("*.py")
-    return {point for source in sources for point in re.findall(r'\breach\(\s*"([a-z]+/[a-z_]+)"', source.read_text())}

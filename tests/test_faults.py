@@ -73,14 +73,9 @@ def test_a_lasting_fault_happens_each_time_in_its_step(plan: Path) -> None:
     assert found == [0, 1, 0, 1]
 
 
-def test_a_flipped_bit_is_the_lowest_of_one_number(plan: Path) -> None:
-    faults.plan(write(plan, Fault(kind="flip_bit", point="step/end")), rank=0)
-    for weight in (torch.ones(2, 2), torch.ones(2, 2)):
-        faults.reach("step/end", weight)
-        changed = weight != 1
-        assert changed.sum() <= 1
-        assert torch.allclose(weight, torch.ones(2, 2))
-    assert (plan.parent / "plan.jsonl.done" / "000").exists()
+def test_a_pattern_is_the_first_of_several_points(plan: Path) -> None:
+    faults.plan(write(plan, Fault(kind="error", point="save/*")), rank=0)
+    assert [happens(point) for point in ("step/end", "save/begin", "save/end")] == [False, True, False]
 
 
 @pytest.mark.parametrize(
