@@ -1,7 +1,7 @@
 """The ranks' eyes on each other: a dead, failed or hung rank ends all of them, and one that is asked to stop is heard by all.
 
 Flows in: this rank's marks of progress; out: the end of this process, with the reason in its log. gloo notices a closed socket
-only inside a collective, NCCL does not at all, and neither says who hung. So each rank keeps one TCP connection to rank 0, which
+only inside a collective, NCCL does not at all, and neither says who hung. So each rank keeps one TCP connection to rank 0, that
 a thread reads beside the training. A connection that closes without a goodbye is a death. Nothing is sent while all is well.
 
     rank -> 0: asked, failed, stuck, stands, bye          0 -> rank: stop, leave, show, end, bye
