@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 
-from . import faults, log, memory, parallel
+from . import faults, log, memory, parallel, progress
 from .attempt import Attempt, begin_attempt, in_vain
 from .build import Run, batches_from, build_run, describe
 from .checkpoint import Position, complete_checkpoints, publish
@@ -46,8 +46,10 @@ def pretrain(config: Config, request: StopRequest | None = None) -> int:
         return give_up(config, reason, launch.rank)
     topology = parallel.start(config.parallel, seed=config.train.seed, launch=launch)
     log.start(config.run_dir, topology.rank, topology.world_size)
-    with Watch.over(config, topology, launch.host, request) as watch, log.failures(), memory.explained(config):
+    watch = Watch.over(config, topology, launch.host, request)
+    with log.failures(), watch, memory.explained(config):
         attempt = begin_attempt(config, start, journal, watch, request)
+        progress.at("start/load")
         run = build_run(config, start, topology)
         describe(config, start, run)
         position = begin(config, start, run.checkpoints)
@@ -92,7 +94,7 @@ def run_until(config: Config, start: Start, run: Run, position: Position, attemp
         metrics.data_ready()
         goodput.switch("step")
         faults.begin_step(position.step + 1)
-        attempt.at("step/begin")
+        progress.at("step/begin")
         position = replace(position, place=detours.get(position.step, position.place))
         learning_rate = schedule.set(start.end.progress(position.step, position.place))
         health.expect(position.step + 1, can_roll_back=saver.can_go_back and not start.end.reached(saver.step, batch.after))
@@ -115,7 +117,7 @@ def run_until(config: Config, start: Start, run: Run, position: Position, attemp
             end = give_up(config, reason, run.topology.rank)
             break
         metrics.resume_clock()
-        attempt.at("step/end")
+        progress.at("step/end")
         goodput.switch("data")
         if batch.is_last or request.is_agreed:
             break
@@ -168,7 +170,7 @@ class Saver:
                 )
         if due:
             with self.attempt.goodput.doing("save"):
-                self.attempt.at("save/begin")
+                progress.at("save/begin")
                 self.attempt.goodput.note_save(position.step, self.health.state())
                 self.run.checkpoints.save(position, validation_loss=validation_loss)
             self.step = position.step
