@@ -51,11 +51,16 @@ class Fault:
     """False: in that step alone, but each time that it is done, as with a bad batch; lines below do not wait for it."""
 
 
-def reach(point: str, *tensors: Any) -> None:
-    """Say that this process has come to a named point, such as `step/backward` or `save/rename`. `tensors`: what a fault of
-    that point can spoil."""
+def reach(point: str) -> None:
+    """Say that this process has come to a named point, such as `step/backward` or `save/rename`."""
     if _plan is not None:
-        _plan.reach(point, tensors)
+        _plan.reach(point)
+
+
+def spoil(point: str, *tensors: Any) -> None:
+    """The same where a fault may change numbers: `tensors`."""
+    if _plan is not None:
+        _plan.reach(point, *tensors)
 
 
 def begin_step(step: int) -> None:
@@ -96,7 +101,7 @@ class Plan:
         self.done = file.with_name(f"{file.name}.done")
         self.done.mkdir(exist_ok=True)
 
-    def reach(self, point: str, tensors: tuple[Any, ...]) -> None:
+    def reach(self, point: str, *tensors: Any) -> None:
         for number, fault in enumerate(self.faults):
             if fnmatchcase(point, fault.point) and fault.rank == self.rank and self._is_due(number, fault):
                 logger.warning("planned fault %d: %s at %s, step %d", number, fault.kind, point, self.step)

@@ -80,7 +80,7 @@ def train_step(
         stage.zero_grad_buffer()
     run.optimizer.zero_grad()
     reported = run_schedule(run, batch, images, forward_only=False)
-    faults.reach("step/gradient", *(buffer.grad_data for stage in run.stages for buffer in stage.buffers))
+    faults.spoil("step/gradient", *(buffer.grad_data for stage in run.stages for buffer in stage.buffers))
     norm = gradient_norm(run.optimizer)
     progress.at("step/collective")
     counts, finite = count(config, run.topology, batch, reported, finite=has_finite_gradients(run, norm))

@@ -103,6 +103,7 @@ AREAS = {
     "usr1": "step save",
     "usr2": "step save",
     "freeze": "data step save",
+    "freeze_node": "step save",
     "no_space": "save save",
     "io_error": "data save",
     "full_disk": "save",
@@ -312,9 +313,24 @@ class Bench:
         """Start the run until it has ended. Returns: what was wrong on the way."""
         config, ranks = self.config(case, run, run / "faults.jsonl"), LAYOUTS[case.layout][0]
         open_faults, happened = dict(enumerate(placed)), list[int]()
-        for number in range(2 * len(placed) + 4):
+        for number in range(0, 4 * len(placed) + 8, 2):
             before = steps_in(run)
-            ended = Attempt(config, ranks, run / "attempts" / f"{number:02d}").wait(120)
+            attempt = Attempt(config, ranks, run / "attempts" / f"{number:02d}", restarts=number)
+            if open_faults and next(iter(open_faults.values()))[0].kind == "freeze_node" and attempt.freezes(60):
+                # Taken for dead, it comes back in the middle of the next attempt.
+                index, _ = next(iter(open_faults.items()))
+                del open_faults[index]
+                outcomes[index].happened = True
+                stale = attempt
+                attempt = Attempt(config, ranks, run / "attempts" / f"{number:02d}-again", restarts=number + 1)
+                time.sleep(draw.uniform(0.0, 1.5))
+                stale.thaw()
+                outcomes[index].codes = list(stale.wait(60).codes)
+                if 0 in outcomes[index].codes:
+                    attempt.kill()
+                    return f"attempt {number} was replaced, and ended with {outcomes[index].codes}"
+                before = []
+            ended = attempt.wait(120)
             if error := self._count_lost(before, steps_in(run), [(placed[index][0], outcomes[index]) for index in happened]):
                 return f"attempt {number}: {error}"
             happened = [index for index in open_faults if (run / "faults.jsonl.done" / f"{index:03d}").exists()]

@@ -16,6 +16,8 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import psutil
+
 from himix_megatron.config import Config
 from himix_megatron.signals import REQUEUE
 from tests.distributed import free_port
@@ -50,15 +52,15 @@ class Ended:
 class Attempt:
     """The ranks of one start of a run."""
 
-    def __init__(self, config: Config, ranks: int, out: Path) -> None:
-        """`out`: a folder for what the ranks print."""
+    def __init__(self, config: Config, ranks: int, out: Path, restarts: int = 0) -> None:
+        """`out`: a folder for what the ranks print; `restarts`: of the job that this is, so far."""
         out.mkdir(parents=True, exist_ok=True)
         self.began, self.out = time.monotonic(), out
         context, port = multiprocessing.get_context("forkserver"), free_port()
         self.processes: list[BaseProcess] = []
         self.group = 0
         for rank in range(ranks):
-            process = context.Process(target=_rank, args=(config, rank, ranks, port, self.group, out))
+            process = context.Process(target=_rank, args=(config, rank, ranks, port, self.group, out, restarts))
             process.start()
             self.processes.append(process)
             if rank == 0:
@@ -93,6 +95,20 @@ class Attempt:
         codes = tuple(process.exitcode if process.exitcode is not None else 1 for process in self.processes)
         return Ended(codes, now - self.began, killed, now - (first or now))
 
+    def freezes(self, timeout_seconds: float) -> bool:
+        """Wait until all ranks stand still, as on a node that nobody hears of any more. False: one has ended instead, or that
+        took too long."""
+        deadline = time.monotonic() + timeout_seconds
+        while time.monotonic() < deadline and all(process.is_alive() for process in self.processes):
+            if all(psutil.Process(process.pid).status() == psutil.STATUS_STOPPED for process in self.processes):
+                return True
+            time.sleep(0.1)
+        return False
+
+    def thaw(self) -> None:
+        """The node is back, and goes on where it was."""
+        os.killpg(self.group, signal.SIGCONT)
+
     def kill(self) -> None:
         """Every rank, and what it started."""
         with contextlib.suppress(ProcessLookupError):
@@ -108,13 +124,14 @@ def _leads(pid: int) -> bool:
         return False
 
 
-def _rank(config: Config, rank: int, ranks: int, port: int, group: int, out: Path) -> None:
+def _rank(config: Config, rank: int, ranks: int, port: int, group: int, out: Path, restarts: int) -> None:
     os.setpgid(0, group)
     with (out / f"rank-{rank}.txt").open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    os.environ.update(SLURM_JOB_ID="4711", SLURM_RESTART_COUNT=str(restarts))
     import torch
 
     from himix_megatron.train import pretrain

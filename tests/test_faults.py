@@ -68,7 +68,7 @@ def test_a_lasting_fault_happens_each_time_in_its_step(plan: Path) -> None:
     for step in (1, 2, 3, 2):
         gradient = torch.ones(2, 2)
         faults.begin_step(step)
-        faults.reach("step/gradient", gradient)
+        faults.spoil("step/gradient", gradient)
         found.append(int(gradient.isnan().sum()))
     assert found == [0, 1, 0, 1]
 
@@ -95,7 +95,8 @@ def test_a_plan_that_says_nothing_is_refused(plan: Path, line: str, said: str) -
 
 def test_a_run_without_a_plan_passes_all_points() -> None:
     faults.begin_step(1)
-    faults.reach("step/forward", torch.ones(1))
+    faults.reach("step/forward")
+    faults.spoil("step/gradient", torch.ones(1))
 
 
 @pytest.mark.parametrize(
