@@ -22,6 +22,10 @@ class RankError(ValueError):
     """A mistake that one rank may be alone to see, in its own environment or node: each rank that has one says so."""
 
 
+class StartError(ValueError):
+    """A mistake that shows only when ranks have met and the model is built: all of them find it together."""
+
+
 def _positive(**values: float) -> None:
     for name, value in values.items():
         if value <= 0:
@@ -398,7 +402,7 @@ class LogConfig:
     validation_samples: int = 512
     """Samples per validation, rounded down to whole batches (at least one; a smaller set is gone through again)."""
     ledger: bool = False
-    """Write RUN/ledger/rank-000.jsonl: every sample of every step."""
+    """Write RUN/ledger/rank-000.jsonl: samples of each step; steps.jsonl: each step's loss and gradient norm, in hex."""
 
     def __post_init__(self) -> None:
         _positive(
@@ -451,6 +455,8 @@ class RunConfig:
     """Run folder; None: runs/RECIPE. A folder with a checkpoint is continued: the same command continues the same run."""
     resume_after_stop: bool = False
     """Continue a run that stopped on purpose (its folder has a STOP file)."""
+    faults: str | None = None
+    """Rehearse recovery: a file of faults that this run does to itself (himix_megatron/faults.py says how). None: none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

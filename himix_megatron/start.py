@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from . import faults
 from .adapter import attention_backend, check_fp8
 from .agreement import Agreement
 from .attempt import Attempt, take
@@ -272,6 +273,7 @@ def begin(config: Config, start: Start, checkpoints: Checkpoints) -> Position:
     Returns: where the run stands.
     """
     position = Position(step=0, place=START, data=start.plan.fixed())
+    faults.reach("start/restore")
     if start.continues:
         assert start.checkpoint is not None
         position = checkpoints.restore(start.checkpoint, verified=True)
@@ -283,6 +285,7 @@ def begin(config: Config, start: Start, checkpoints: Checkpoints) -> Position:
         checkpoints.load_weights(start.checkpoint, verified=True)
     elif "language" not in config.train.parts:
         logger.warning("the language model is fresh and frozen: give pretrained weights with --checkpoint.initial")
+    faults.reach("start/restored")
     check_tower(start, checkpoints)
     if torch.distributed.get_rank() == 0:
         publish(config.run_dir / "config.json", to_json(config).encode())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 
-from . import log, memory, parallel
+from . import faults, log, memory, parallel, progress
 from .build import Run, batches_from, build_run, describe
 from .checkpoint import Position
 from .config import Config, check_ranks
@@ -40,6 +40,7 @@ def pretrain(config: Config, request: StopRequest | None = None) -> int:
     """
     request = request or StopRequest()
     launch = parallel.check_launch(config)
+    faults.plan(config.run.faults, launch.rank)
     start = prepare(config, check_ranks(config, launch.world_size))
     journal = Journal(config.run_dir)
     if reason := in_vain(config, start, journal):
@@ -47,17 +48,17 @@ def pretrain(config: Config, request: StopRequest | None = None) -> int:
     topology = parallel.start(config.parallel, seed=config.train.seed, launch=launch)
     start = claim(config, start)
     log.start(config.run_dir, topology.rank, topology.world_size)
-    with Watch.over(config, topology, launch.host, request) as watch, memory.explained(config):
-        start = settle(config, start)
-        with log.failures():
-            supervision = supervise(config, start, journal, watch, request)
-            run = build_run(config, start, topology)
-            describe(config, start, run)
+    start = settle(config, start)
+    watch = Watch.over(config, topology, launch.host, request)
+    with log.failures(), watch, memory.explained(config):
+        supervision = supervise(config, start, journal, watch, request)
+        progress.at("start/load")
+        run = build_run(config, start, topology)
+        describe(config, start, run)
         run.checkpoints.check_room()
-        with log.failures():
-            position = begin(config, start, run.checkpoints)
-            apply_settings(config, run.optimizer)
-            code = run_steps(config, start, run, position, supervision)
+        position = begin(config, start, run.checkpoints)
+        apply_settings(config, run.optimizer)
+        code = run_steps(config, start, run, position, supervision)
     if not run.ahead.settle(seconds=2):
         leave(code)  # a read or a peer of the next step is stuck, and nobody needs that step
     return code
@@ -99,7 +100,8 @@ def run_until(config: Config, start: Start, run: Run, position: Position, superv
     for batch, images in together(run, batches_from(config, start, run.topology, position, detours), request):
         metrics.data_ready()
         goodput.switch("step")
-        supervision.at("step/begin")
+        faults.begin_step(position.step + 1)
+        progress.at("step/begin")
         position = replace(position, place=detours.get(position.step, position.place))
         learning_rate = schedule.set(start.end.progress(position.step, position.place))
         health.expect(position.step + 1, can_roll_back=saver.can_go_back and not start.end.reached(saver.step, batch.after))
@@ -111,7 +113,7 @@ def run_until(config: Config, start: Start, run: Run, position: Position, superv
         if metrics.step_done(position.step, counts, learning_rate, grad_norm, last=batch.is_last):
             metrics.add(position.step, goodput.points() | health.points())
             goodput.note_alive(position.step)
-        ledger.note(position.step, batch)
+        ledger.note(position.step, batch, counts.loss, grad_norm)
         run.checkpoints.poll()
         reason = verdict.stop_reason or tolerance.exceeded(counts, batch.num_samples)
         if not reason:
@@ -123,7 +125,7 @@ def run_until(config: Config, start: Start, run: Run, position: Position, superv
             end = give_up(config, reason, run.topology.rank)
             break
         metrics.resume_clock()
-        supervision.at("step/end")
+        progress.at("step/end")
         goodput.switch("data")
         if batch.is_last or request.is_agreed:
             break
@@ -180,7 +182,7 @@ class Saver:
                 )
         if due:
             with self.supervision.goodput.doing("save"):
-                self.supervision.at("save/begin")
+                progress.at("save/begin")
                 self.supervision.goodput.note_save(position.step, self.health.state())
                 stall_seconds = self.run.checkpoints.save(position, validation_loss=validation_loss)
             self.metrics.save_stall(position.step, stall_seconds)

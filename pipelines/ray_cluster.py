@@ -168,7 +168,9 @@ def _connected(launch: Launch) -> socket.socket:
             return socket.create_connection((host, launch.port), timeout=MEET_SECONDS)
         except OSError as error:
             if time.monotonic() > deadline:
-                raise RuntimeError(f"the first node of this job ({host}) does not answer at port {launch.port}: {error}") from None
+                raise RuntimeError(
+                    f"the first node of this job ({host}) does not answer at port {launch.port}: {error}"
+                ) from None
             time.sleep(0.3)
 
 

@@ -94,8 +94,12 @@ def test_a_stranger_without_the_token_is_not_served(
     job.cancel()
 
 
-def test_a_mistake_is_one_line_and_exit_code_2(slurm: Slurm, mixed_dataset: Path, tmp_path: Path, ended_with_test: None) -> None:
-    job = slurm.submit(tmp_path / "job.out", "--nodes=2", SCRIPT, "--source", "llava", "--out", str(tmp_path / "out; touch pwned"))
+def test_a_mistake_is_one_line_and_exit_code_2(
+    slurm: Slurm, mixed_dataset: Path, tmp_path: Path, ended_with_test: None
+) -> None:
+    job = slurm.submit(
+        tmp_path / "job.out", "--nodes=2", SCRIPT, "--source", "llava", "--out", str(tmp_path / "out; touch pwned")
+    )
     assert job.wait() == "FAILED"
     assert job.code == 2
     assert job.text.count("error: --annotations must be given: --source llava reads --annotations and --images") == 1
