@@ -1,4 +1,4 @@
-"""Rates are means over what was measured after warm-up; what is missing is a dash and a note, and an unfinished run has a reason."""
+"""Rates are means over what came after warm-up; what is missing is a dash and a note, and an unfinished run has a reason."""
 
 from __future__ import annotations
 
