@@ -34,7 +34,8 @@ def make_run(
                 for tag, value in tags.items():
                     writer.add_scalar(tag.replace("__", "/"), value, step)
                 lines.append(f"2026-01-01 00:00:00,000 [0/{ranks}] INFO himix_megatron.metrics: step {step}/{steps}  loss 1.0")
-        time.sleep(1.1)  # event files are named by the second
+        if number + 1 < len(starts):
+            time.sleep(1.1)  # event files are named by the second
     (folder / "log" / "rank-000.log").write_text("\n".join(lines) + "\n")
     return folder
 
@@ -98,6 +99,12 @@ def test_an_unfinished_run_says_why(tmp_path: Path) -> None:
     (folder / "log" / "rank-001.log").write_text(TRACEBACK.format(rank=1, words="other"))
     assert read_run(folder, 3).state.startswith("failed: rank 0: ")
     assert read_run(folder, 3, {"state": "killed: rank 1 got SIGKILL"}).state == "killed: rank 1 got SIGKILL at step 7 of 10"
+    verdict = "2026-01-01 00:00:09,000 [0/2] ERROR himix_megatron.liveness: rank 1 died: this rank ends too\n"
+    log.write_text(log.read_text() + verdict)
+    assert read_run(folder, 3).state == "killed: rank 1 died at step 7 of 10"
+    log.write_text(log.read_text() + "2026-01-01 00:01:00,000 [0/2] INFO himix_megatron.train: small: 2 ranks (tensor 1, ...\n")
+    (folder / "log" / "rank-001.log").unlink()
+    assert read_run(folder, 3).state == "saved at step 7 of 10, and not continued", "errors of an earlier start are over"
     (folder / "STOP").write_text("too many bad samples\n")
     assert read_run(folder, 3).state == "stopped on purpose: too many bad samples"
 
