@@ -165,9 +165,10 @@ def state_of(run: Run, lines: Sequence[str], known: dict[str, Any]) -> str:
     if run.planned_steps and run.last_step >= run.planned_steps:
         return "finished"
     told, where = known.get("state"), f" at step {run.last_step} of {run.planned_steps or '?'}"
-    if told and told not in ("running", "submitted", "finished"):
+    failure = last_failure(run.folder)
+    if told and told not in ("running", "submitted", "finished") and not (failure and told.startswith("failed")):
         return f"{told}{where}"
-    if failure := last_failure(run.folder):
+    if failure:
         return f"{failure}{where}"
     if not lines:
         return f"{told}, job {known['job']}" if "job" in known else told or "never began: it wrote no log"
