@@ -2,7 +2,8 @@
 
 Flows in: this rank's marks of progress; out: the end of this process, with the reason in its log. gloo notices a closed socket
 only inside a collective, NCCL does not at all, and neither says who hung. So each rank keeps one TCP connection to rank 0,
-which a thread reads beside the training. A connection that closes without a goodbye is a death. Nothing is sent while all is well.
+which a thread reads beside the training. A connection that closes without a goodbye is a death. While all is well nothing is
+sent.
 
     rank -> 0: asked, failed, stuck, stands, bye          0 -> rank: stop, leave, show, end, bye
 

@@ -42,6 +42,7 @@ def pretrain(config: Config, request: StopRequest | None = None) -> int:
     start = prepare(config, check_ranks(config, launch.world_size))
     journal = Journal(config.run_dir)
     if reason := in_vain(config, start, journal):
+        request.leave_in_peace()
         return give_up(config, reason, launch.rank)
     topology = parallel.start(config.parallel, seed=config.train.seed, launch=launch)
     log.start(config.run_dir, topology.rank, topology.world_size)
@@ -107,7 +108,8 @@ def run_until(config: Config, start: Start, run: Run, position: Position, attemp
         ledger.note(position.step, batch)
         reason = verdict.stop_reason or tolerance.exceeded(counts, batch.num_samples)
         if not reason:
-            loss = validation.measure(position.step, last=batch.is_last)
+            with goodput.doing("validation"):
+                loss = validation.measure(position.step, last=batch.is_last)
             if loss is not None:
                 metrics.validation(position.step, loss)
             reason = saver.visit(position, loss, due=batch.is_last or validation.is_best(loss))
@@ -116,12 +118,14 @@ def run_until(config: Config, start: Start, run: Run, position: Position, attemp
             break
         metrics.resume_clock()
         progress.at("step/end")
+        attempt.watch.mark("waiting for data")
         goodput.switch("data")
         if batch.is_last or request.is_agreed:
             break
     if request.is_agreed:
         reason = saver.visit(position, None, due=True)
         end = give_up(config, reason, run.topology.rank) if reason else REQUEUE
+        logger.info("asked to stop (%s): step %d is saved", request.received, saver.step)
     metrics.close()
     ledger.close()
     if isinstance(end, int):
