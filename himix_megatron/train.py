@@ -44,6 +44,7 @@ def pretrain(config: Config, request: StopRequest | None = None) -> int:
     start = prepare(config, check_ranks(config, launch.world_size))
     journal = Journal(config.run_dir)
     if reason := in_vain(config, start, journal):
+        request.leave_in_peace()
         return give_up(config, reason, launch.rank)
     topology = parallel.start(config.parallel, seed=config.train.seed, launch=launch)
     start = claim(config, start)
@@ -117,7 +118,8 @@ def run_until(config: Config, start: Start, run: Run, position: Position, superv
         run.checkpoints.poll()
         reason = verdict.stop_reason or tolerance.exceeded(counts, batch.num_samples)
         if not reason:
-            loss = validation.measure(position.step, last=batch.is_last)
+            with goodput.doing("validation"):
+                loss = validation.measure(position.step, last=batch.is_last)
             if loss is not None:
                 metrics.validation(position.step, loss)
             reason = saver.visit(position, loss, due=batch.is_last or validation.is_best(loss))
@@ -126,6 +128,7 @@ def run_until(config: Config, start: Start, run: Run, position: Position, superv
             break
         metrics.resume_clock()
         progress.at("step/end")
+        attempt.watch.mark("waiting for data")
         goodput.switch("data")
         if batch.is_last or request.is_agreed:
             break
@@ -134,6 +137,8 @@ def run_until(config: Config, start: Start, run: Run, position: Position, superv
         end = give_up(config, reason, run.topology.rank) if reason else REQUEUE
     with goodput.doing("save"):
         run.checkpoints.finish()
+    if end == REQUEUE:
+        logger.info("asked to stop (%s): step %d is saved", request.received, saver.step)
     metrics.close()
     ledger.close()
     if isinstance(end, int):
