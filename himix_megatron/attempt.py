@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from .agreement import Agreement
 from .envelope import write_synced
 
 logger = logging.getLogger(__name__)
@@ -125,8 +126,30 @@ class Attempt:
                 logger.warning("could not touch %s: %s", self.folder, error)
 
 
+def claim(run_dir: Path, ranks: Agreement) -> Attempt:
+    """All ranks together become the ones that write into a run folder.
+
+    Raises: ValueError, on all, while another run does, or if the folder cannot be written.
+    """
+    taken: list[Attempt] = []
+
+    def take_or_say() -> tuple[Path | None, str]:
+        try:
+            taken.append(take(run_dir))
+            return taken[0].folder, ""
+        except ValueError as error:
+            return None, str(error)
+        except OSError as error:
+            return None, f"{run_dir} cannot be written: {error}"
+
+    folder, refusal = ranks.first(take_or_say)
+    if folder is None:
+        raise ValueError(refusal)
+    return taken[0] if taken else Attempt(folder, owned=False)
+
+
 def take(run_dir: Path) -> Attempt:
-    """Become the one that writes into a run folder.
+    """Become the one that writes into a run folder, by one process.
 
     Raises: ValueError while another process does; OSError if the folder cannot be written.
     """
