@@ -21,7 +21,7 @@ find_python = $(shell for python in $(1); do \
     "$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, $(2)))' 2>/dev/null && echo "$$python" && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint test-py312 campaign-convert-7b campaign-data campaign-saves bench-checkpoint bench-data bench-model bench-pipeline tensorboard clean
+.PHONY: help setup quickstart test lint test-py312 campaign-convert-7b campaign-data campaign-faults campaign-saves bench-checkpoint bench-data bench-model bench-pipeline tensorboard clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,7 +43,11 @@ test-py312: $(VENV_PY312)/complete ## Parity, layouts and specs on Python 3.12 o
 	$(VENV_PY312)/bin/python -m pytest $(PY312_TESTS) $(PYTEST_ARGS)
 
 campaign-data: $(VENV)/complete ## Kill preprocessing, and interrupt reading, very often (KILLS=50 SEED=1 EMOJI=DIR; half an hour)
-	KILLS="$(KILLS)" SEED="$(SEED)" EMOJI="$(EMOJI)" $(VENV)/bin/python -m pytest -m campaign -s tests/campaigns/test_draws.py tests/campaigns/test_kill_preprocess.py $(PYTEST_ARGS)
+	KILLS="$(KILLS)" SEED="$(SEED)" EMOJI="$(EMOJI)" $(VENV)/bin/python -m pytest -m campaign -s \
+	    tests/campaigns/test_kill_preprocess.py tests/campaigns/test_draws.py $(PYTEST_ARGS)
+
+campaign-faults: $(VENV)/complete ## Let random real faults happen to runs, each of which must recover by itself (FAULTS=500 SEED=1 REPORT=DIR)
+	FAULTS="$(FAULTS)" SEED="$(SEED)" REPORT="$(REPORT)" $(VENV)/bin/python -m pytest -m campaign -s --show-capture=no tests/campaigns/test_faults.py $(PYTEST_ARGS)
 
 campaign-saves: $(VENV)/complete ## Kill ranks at every point of a save (288 kills, half an hour)
 	LAYOUTS="$(LAYOUTS)" $(VENV)/bin/python -m pytest -m campaign -s tests/campaigns/test_save_kills.py $(PYTEST_ARGS)

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from . import faults
+from . import progress
 from .agreement import Agreement
 from .attempt import Attempt, claim
 from .config import Config, Part
@@ -244,14 +244,19 @@ class Checkpoints:
         self.saves.poll()
 
     def finish(self) -> None:
-        """Complete the save in flight before leaving. Raises: RuntimeError if the last one failed."""
+        """Complete the save in flight. Raises: RuntimeError if the last one failed."""
         begun = time.perf_counter()
         self.saves.finish()
         self.stall_seconds += time.perf_counter() - begun
 
+    def close(self) -> None:
+        """The run has ended: the next start may take its folder without looking whether we live."""
+        self.finish()
+        self.saves.attempt.end()
+
     def _snapshot(self) -> Callable[[], Snapshot]:
         """This rank's state as of now. An error of this rank is kept for all to agree on."""
-        failure = _error_of(lambda: faults.reach("save/begin"))
+        failure = _error_of(lambda: progress.at("save/begin"))
         for stage in self.stages:
             if stage.ddp_config.overlap_param_gather:
                 stage.start_param_sync(force_sync=True)  # else they are gathered in the next forward pass
@@ -261,7 +266,7 @@ class Checkpoints:
         self._validated = True
         if self.config.checkpoint.mode == "async":
             failure = failure or _error_of(lambda: self._copies.take(snapshot))
-        failure = failure or _error_of(lambda: faults.reach("save/snapshot"))
+        failure = failure or _error_of(lambda: progress.at("save/snapshot"))
         return partial(_or_raise, snapshot, failure)
 
     def _describe(self, folder: Path, position: Position, validation_loss: float | None) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from . import attempt
+from . import attempt, faults
 from .adapter import attention_backend, check_fp8
 from .agreement import Agreement
 from .checkpoint import Checkpoints, Position, check_architecture, position_of, tower_hash
@@ -244,6 +244,7 @@ def begin(config: Config, start: Start, checkpoints: Checkpoints) -> Position:
     Returns: where the run stands.
     """
     position = Position(step=0, place=START, data=start.plan.fixed())
+    faults.reach("start/restore")
     if start.continues:
         assert start.checkpoint is not None
         position = checkpoints.restore(start.checkpoint, verified=True)
@@ -255,6 +256,7 @@ def begin(config: Config, start: Start, checkpoints: Checkpoints) -> Position:
         checkpoints.load_weights(start.checkpoint, verified=True)
     elif "language" not in config.train.parts:
         logger.warning("the language model is fresh and frozen: give pretrained weights with --checkpoint.initial")
+    faults.reach("start/restored")
     check_tower(start, checkpoints)
     if torch.distributed.get_rank() == 0:
         publish(config.run_dir / "config.json", to_json(config).encode())

@@ -186,10 +186,10 @@ def train_on_a_disk_that_fills(config: Config, filler: Path) -> None:
 
 def test_too_little_room_is_told_before_the_first_step(mixed_dataset: Path, tmp_path: Path) -> None:
     config = saving_config(mixed_dataset, tmp_path / "run", steps=2, keep_last=10**8)
-    with pytest.raises(RuntimeError, match=r"ValueError: .*run/checkpoints cannot take checkpoints: rank 0: .* will need"):
+    with pytest.raises(RuntimeError, match=r"StartError: .*run/checkpoints cannot take checkpoints: rank 0: .* will need"):
         run_ranks(train, 2, config, start_gloo=False)
     assert saved_steps(tmp_path / "run") == []
-    with pytest.raises(RuntimeError, match=r"ValueError: .* rank 1: .*the limit on a file's size \(ulimit -f\) is"):
+    with pytest.raises(RuntimeError, match=r"StartError: .* rank 1: .*the limit on a file's size \(ulimit -f\) is"):
         run_ranks(train_limited, 2, saving_config(mixed_dataset, tmp_path / "run", steps=2), start_gloo=False)
 
 
