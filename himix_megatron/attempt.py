@@ -99,11 +99,12 @@ class Attempt:
     def __init__(self, folder: Path, *, owned: bool):
         self.folder, self.number, self.owned = folder, int(folder.name.removeprefix("attempt-")), owned
         self._ended = threading.Event()
-        self._lost = False
+        self.is_lost = False
+        """Whether the owner has noticed, while it touched its file, that another start has taken over."""
 
     def check(self) -> None:
         """Raises: StaleAttemptError if a later start has taken over."""
-        if self._lost or not self.folder.is_dir():
+        if self.is_lost or not self.folder.is_dir():
             raise StaleAttemptError(f"another start has taken over {self.folder.parent.parent}: attempt {self.number} ends")
 
     def end(self) -> None:
@@ -120,7 +121,7 @@ class Attempt:
             try:
                 os.utime(self.folder / "owner.json")
             except FileNotFoundError:
-                self._lost = not self._ended.is_set()
+                self.is_lost = not self._ended.is_set()
                 return
             except OSError as error:  # the file system is away: saves will say so
                 logger.warning("could not touch %s: %s", self.folder, error)

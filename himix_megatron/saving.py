@@ -163,7 +163,8 @@ class Saves:
 
     def poll(self) -> None:
         """Look, without waiting, what has become of the save in flight. Raises: RuntimeError if the run should end."""
-        self.attempt.check()
+        if self.attempt.is_lost:
+            self.attempt.check()
         if self._flight is None:
             return
         if self._flight.done():
@@ -176,7 +177,7 @@ class Saves:
         if self._flight is None:
             return
         while not self._flight.done():
-            progress.at("save/wait")  # this rank waits, and does not hang: the watch here knows for how long it may
+            progress.at("wait/save")  # this rank waits, and does not hang: the watch here knows for how long it may
             left = self._started + self.settings.timeout_seconds - time.monotonic()
             if left <= 0:
                 self._give_up()

@@ -90,7 +90,7 @@ def measure(config: Config, repetitions: int) -> tuple[dict[str, list[float]], f
                     taken["async, written after"].append(time.perf_counter() - begun)
     newest = complete_checkpoints(config.run_dir)[-1]
     assert not problems(newest)
-    checkpoints.finish()
+    checkpoints.close()
     parallel.shutdown()
     return taken, float(sum(path.stat().st_size for path in newest.iterdir()))
 
