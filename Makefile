@@ -49,8 +49,9 @@ campaign-data: $(VENV)/complete ## Kill preprocessing, and interrupt reading, ve
 campaign-faults: $(VENV)/complete ## Let random real faults happen to runs, each of which must recover by itself (FAULTS=500 SEED=1 REPORT=DIR)
 	FAULTS="$(FAULTS)" SEED="$(SEED)" REPORT="$(REPORT)" $(VENV)/bin/python -m pytest -m campaign -s --show-capture=no tests/campaigns/test_faults.py $(PYTEST_ARGS)
 
-campaign-saves: $(VENV)/complete ## Kill ranks at every point of a save (288 kills, half an hour)
-	LAYOUTS="$(LAYOUTS)" $(VENV)/bin/python -m pytest -m campaign -s tests/campaigns/test_save_kills.py $(PYTEST_ARGS)
+campaign-saves: $(VENV)/complete ## Kill ranks at every point of a save, and damage every file of one (288 kills, 1,300 damages; half an hour)
+	LAYOUTS="$(LAYOUTS)" FLIPS="$(FLIPS)" CUTS="$(CUTS)" SEED="$(SEED)" $(VENV)/bin/python -m pytest -m campaign -s \
+	    tests/campaigns/test_save_kills.py tests/campaigns/test_save_damage.py $(PYTEST_ARGS)
 
 campaign-convert-7b: $(VENV)/complete ## Convert a 7B model's shapes, and measure the memory (5 minutes, 30 GB of disk)
 	$(VENV)/bin/python -m pytest -m campaign -rP tests/interop/test_memory.py $(PYTEST_ARGS)
