@@ -390,6 +390,11 @@ class CheckpointConfig:
         if self.max_failures < 0:
             raise ValueError(f"checkpoint.max_failures is {self.max_failures}: it must be 0 or above")
 
+    @property
+    def group_timeout_seconds(self) -> float:
+        """For the messages of a save: a little more than the save itself has, since the watch on it can say more."""
+        return self.timeout_seconds + 60
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogConfig:

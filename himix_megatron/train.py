@@ -15,7 +15,7 @@ from .build import Run, batches_from, build_run, describe
 from .checkpoint import Position
 from .config import Config, check_ranks
 from .data.plan import Place
-from .envelope import complete_checkpoints, publish
+from .envelope import publish
 from .health import Health
 from .journal import Journal
 from .ledger import Ledger
@@ -60,6 +60,7 @@ def pretrain(config: Config, request: StopRequest | None = None) -> int:
         position = begin(config, start, run.checkpoints)
         apply_settings(config, run.optimizer)
         code = run_steps(config, start, run, position, supervision)
+        run.checkpoints.close()
     if not run.ahead.settle(seconds=2):
         leave(code)  # a read or a peer of the next step is stuck, and nobody needs that step
     return code
@@ -150,8 +151,7 @@ def roll_back(config: Config, run: Run, supervision: Supervision, spike: Rollbac
     """Go back to the newest checkpoint, and on from there behind the spike. Returns: the position there."""
     logger.warning("%s: going back to the newest checkpoint, and on behind the spike", spike.reason)
     supervision.goodput.switch("recovery")
-    run.checkpoints.finish()
-    position = run.checkpoints.restore(complete_checkpoints(config.run_dir)[-1])
+    position = run.checkpoints.roll_back()
     apply_settings(config, run.optimizer)
     supervision.journal.note_rollback(position.step, spike.place, spike.reason)
     supervision.goodput.note_rollback(position.step)
@@ -187,7 +187,6 @@ class Saver:
                 )
         if due:
             with self.supervision.goodput.doing("save"):
-                progress.at("save/begin")
                 self.supervision.goodput.note_save(position.step, self.health.state())
                 stall_seconds = self.run.checkpoints.save(position, validation_loss=validation_loss)
             self.metrics.save_stall(position.step, stall_seconds)
