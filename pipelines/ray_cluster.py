@@ -53,7 +53,8 @@ def main() -> int:
     for number in _ASKING:
         signal.signal(number, _leave)
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    folder = Path(tempfile.mkdtemp(prefix="ray-"))
+    # The path of a Unix socket ends at 107 characters, and Ray adds 62 to this one.
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir=None if len(tempfile.gettempdir()) <= 30 else "/tmp"))
     try:
         return lead(launch, arguments, folder) if launch.rank == 0 else follow(launch, folder)
     finally:
@@ -168,7 +169,9 @@ def _connected(launch: Launch) -> socket.socket:
             return socket.create_connection((host, launch.port), timeout=MEET_SECONDS)
         except OSError as error:
             if time.monotonic() > deadline:
-                raise RuntimeError(f"the first node of this job ({host}) does not answer at port {launch.port}: {error}") from None
+                raise RuntimeError(
+                    f"the first node of this job ({host}) does not answer at port {launch.port}: {error}"
+                ) from None
             time.sleep(0.3)
 
 
