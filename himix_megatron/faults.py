@@ -1,6 +1,6 @@
 """Faults on purpose, at named points, so that recovery is proven by real ones. Off unless a run is told otherwise.
 
-Flows in: the points that the product passes (`reach("save/manifest")`); out: nothing, or the fault that was planned for one of them.
+Flows in: the points that the product passes (`reach("save/manifest")`); out: nothing, or the planned fault.
 """
 
 from __future__ import annotations
