@@ -95,6 +95,7 @@ def test_a_stranger_without_the_token_is_not_served(
     job.cancel()
 
 
+@pytest.mark.campaign
 def test_a_mistake_is_one_line_and_exit_code_2(
     slurm: Slurm, mixed_dataset: Path, tmp_path: Path, ended_with_test: None
 ) -> None:
