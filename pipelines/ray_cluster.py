@@ -35,7 +35,9 @@ from himix_megatron.signals import REQUEUE
 from pipelines.cli import parse_settings, run_main
 from pipelines.preprocess import Settings
 
-MEET_SECONDS = 120.0
+START_SECONDS = 120
+"""For Ray's daemons on a busy node; Ray itself would give them 30."""
+MEET_SECONDS = START_SECONDS + 60.0
 END_SECONDS = 5.0
 OBJECT_STORE_BYTES = 256 << 20
 """It holds the texts of the tasks under way, nothing else."""
@@ -129,7 +131,8 @@ def start_ray(folder: Path, own: str, *arguments: str) -> None:
     for name in ("dashboard-agent-listen", "dashboard-agent-grpc", "metrics-export", "runtime-env-agent"):
         command += [f"--{name}-port", str(_free_port(own))]  # the fixed defaults would collide with another job's
     # No worker-port range: each worker takes any free port.
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    patient = {**os.environ, "RAY_raylet_start_wait_time_s": str(START_SECONDS)}
+    done = subprocess.run(command, env=patient, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"ray start failed: {' '.join(done.stdout.split())[-1000:]}")
 
