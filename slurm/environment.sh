@@ -73,7 +73,7 @@ if [[ -n ${HIMIX_CONTAINER:-} ]]; then
     fi
 else
     venv=${HIMIX_VENV:-$root/.venv}
-    [[ -f $venv/bin/activate && -x $venv/bin/python ]] || fail "no environment in $venv: run 'make setup', or name one with HIMIX_VENV"
+    [[ -x $venv/bin/python ]] || fail "no environment in $venv: run 'make setup', or name one with HIMIX_VENV"
     # By its path, not by sourcing bin/activate: that file may be anybody's.
     export VIRTUAL_ENV=$venv PATH=$venv/bin:$PATH
     python=("$venv/bin/python")

@@ -61,7 +61,6 @@ class Scripts:
         self.program("scontrol")
         environment = self.root / ".venv" / "bin"
         environment.mkdir(parents=True)
-        (environment / "activate").touch()
         (environment / "python").symlink_to(sys.executable)
 
     def program(self, name: str) -> None:
