@@ -22,6 +22,10 @@ class RankError(ValueError):
     """A mistake that one rank may be alone to see, in its own environment or node: each rank that has one says so."""
 
 
+class StartError(ValueError):
+    """A mistake that shows only when ranks have met and the model is built: all of them find it together."""
+
+
 def _positive(**values: float) -> None:
     for name, value in values.items():
         if value <= 0:
@@ -167,7 +171,8 @@ class ParallelConfig:
     """Sum gradients over data-parallel ranks, and gather parameters, while the passes run; auto: on GPUs, unless the tower
     trains."""
     timeout_seconds: float = 600.0
-    """A collective that takes longer ends the run."""
+    """A collective, a read or any other part of a step that takes longer ends the run, with the stacks of all ranks in
+    RUN/log."""
 
     def __post_init__(self) -> None:
         _positive(
@@ -362,11 +367,28 @@ class CheckpointConfig:
     """Run or checkpoint folder whose weights a fresh run starts from (align: a converted model; instruct: align's run)."""
     interval_steps: int = 500
     """Steps between saves; the last step is always saved."""
+    mode: Literal["async", "sync"] = "async"
+    """async: the state is copied into host memory (as much again as a rank saves), and written while training goes on. sync:
+    training waits until it is on the disk."""
     keep_last: int = 2
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept. The one with the lowest validation loss is kept besides."""
+    keep_every: int | None = None
+    """Checkpoints of steps that are a multiple of this are kept for good; None: none are."""
+    max_failures: int = 3
+    """Saves that may fail one after another (disk full, say); one more ends the run. The last save must not fail."""
+    timeout_seconds: float = 1800.0
+    """A save that takes longer hangs: the stacks go to RUN/log and the run ends, with the earlier checkpoints as they were."""
 
     def __post_init__(self) -> None:
-        _positive(checkpoint__interval_steps=self.interval_steps, checkpoint__keep_last=self.keep_last)
+        _positive(
+            checkpoint__interval_steps=self.interval_steps,
+            checkpoint__keep_last=self.keep_last,
+            checkpoint__timeout_seconds=self.timeout_seconds,
+        )
+        if self.keep_every is not None:
+            _positive(checkpoint__keep_every=self.keep_every)
+        if self.max_failures < 0:
+            raise ValueError(f"checkpoint.max_failures is {self.max_failures}: it must be 0 or above")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -380,7 +402,7 @@ class LogConfig:
     validation_samples: int = 512
     """Samples per validation, rounded down to whole batches (at least one; a smaller set is gone through again)."""
     ledger: bool = False
-    """Write RUN/ledger/rank-000.jsonl: every sample of every step."""
+    """Write RUN/ledger/rank-000.jsonl: samples of each step; steps.jsonl: each step's loss and gradient norm, in hex."""
 
     def __post_init__(self) -> None:
         _positive(
@@ -391,6 +413,41 @@ class LogConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HealthConfig:
+    """What a run bears before it gives up, and what it checks as it goes. Giving up is exit code 3, the reason in RUN/STOP."""
+
+    max_skipped_steps: int = 10
+    """Updates left out within 1,000 steps, for a loss or gradient that is not finite or by spike_action; one more ends it."""
+    spike_action: Literal["none", "skip", "rollback"] = "none"
+    """At a spike of the loss: only say so; leave the update out; or go back to the newest checkpoint and on behind the spike,
+    without the batches between."""
+    spike_sigmas: float = 6.0
+    """A spike is a loss so many standard deviations above the mean of the last spike_window_steps (a deviation counts as at
+    least 1 % of the mean)."""
+    spike_window_steps: int = 100
+    """Losses that a new one is held against; the first steps of a run, before there are as many, are not judged."""
+    max_rollbacks: int = 3
+    """Rollbacks in the whole run; one more ends it."""
+    replica_check_steps: int = 500
+    """Steps between comparisons of the parameters, bit for bit, over the ranks that should hold the same (also done before
+    each save); a difference ends the run, and nothing of it is saved."""
+    max_fruitless_starts: int = 3
+    """Starts in a row, with the same settings, of which none saved a new step; another one ends it."""
+
+    def __post_init__(self) -> None:
+        _positive(
+            health__spike_sigmas=self.spike_sigmas,
+            health__replica_check_steps=self.replica_check_steps,
+            health__max_fruitless_starts=self.max_fruitless_starts,
+        )
+        for name in ("max_skipped_steps", "max_rollbacks"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"health.{name} is {getattr(self, name)}: wanted 0 or more")
+        if self.spike_window_steps < 2:
+            raise ValueError(f"health.spike_window_steps is {self.spike_window_steps}: a deviation takes 2 losses or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """The run itself."""
 
@@ -398,6 +455,8 @@ class RunConfig:
     """Run folder; None: runs/RECIPE. A folder with a checkpoint is continued: the same command continues the same run."""
     resume_after_stop: bool = False
     """Continue a run that stopped on purpose (its folder has a STOP file)."""
+    faults: str | None = None
+    """Rehearse recovery: a file of faults that this run does to itself (himix_megatron/faults.py says how). None: none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -414,6 +473,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:

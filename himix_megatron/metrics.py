@@ -6,6 +6,7 @@ Flows in: counts and times of each step from every rank; out: sums over the whol
 from __future__ import annotations
 
 import logging
+import math
 import resource
 import time
 from dataclasses import dataclass
@@ -77,8 +78,8 @@ class Metrics:
         """The step's batch has arrived: what has passed since the last step was waiting for data."""
         self._data_seconds += time.perf_counter() - self._last
 
-    def step_done(self, step: int, counts: StepCounts, learning_rate: float, grad_norm: float, *, last: bool) -> None:
-        """Note one step; at the end of an interval write it out."""
+    def step_done(self, step: int, counts: StepCounts, learning_rate: float, grad_norm: float, *, last: bool) -> bool:
+        """Note one step; at the end of an interval write it out. Returns: whether it did."""
         now = time.perf_counter()
         self._seconds += now - self._last
         self._last = now
@@ -87,6 +88,14 @@ class Metrics:
         if last or step % self.interval_steps == 0 or step == self.first_step + 1:
             self._report(step, learning_rate, grad_norm)
             self._begin()
+            return True
+        return False
+
+    def add(self, step: int, points: dict[str, float]) -> None:
+        """Further points, which others have counted."""
+        if self.writer is not None:
+            for tag, value in points.items():
+                self.writer.add_scalar(tag, value, step)
 
     def _report(self, step: int, learning_rate: float, grad_norm: float) -> None:
         # The slowest rank sets the pace: its waiting and its memory are the ones to show.
@@ -100,8 +109,9 @@ class Metrics:
             return
         data_seconds, memory_gib = worst.tolist()
         step_seconds = self._seconds / self._steps
-        answer_tokens = sum(c.answer_tokens for c in self._counts)
-        loss = sum(c.loss * c.answer_tokens for c in self._counts if c.answer_tokens) / max(answer_tokens, 1)
+        usable = [c for c in self._counts if c.answer_tokens and math.isfinite(c.loss)]
+        loss = sum(c.loss * c.answer_tokens for c in usable) / max(sum(c.answer_tokens for c in usable), 1)
+        loss = loss if usable else math.nan
         self._recent_seconds = [*self._recent_seconds[-9:], step_seconds]
         remaining = max(0, self.total_steps - step) * sum(self._recent_seconds) / len(self._recent_seconds)
         points = {
@@ -117,8 +127,7 @@ class Metrics:
             "data/bad_samples": sum(c.bad_samples for c in self._counts),
             "data/cut_samples": sum(c.cut_samples for c in self._counts),
         }
-        for tag, value in points.items():
-            self.writer.add_scalar(tag, value, step)
+        self.add(step, points)
         logger.info(
             "step %d/%d  loss %.6f  lr %.3e  grad norm %.4f  %.3f s/step  data wait %.3f s  text %.0f tok/s  "
             "vision %.0f tok/s  peak %.2f GiB  remaining %s",
@@ -132,6 +141,11 @@ class Metrics:
         logger.info("step %d/%d  validation loss %.6f", step, self.total_steps, loss)
         if self.writer is not None:
             self.writer.add_scalar("validation/loss", loss, step)
+
+    def save_stall(self, step: int, seconds: float) -> None:
+        """Note for how long a save kept training waiting."""
+        if self.writer is not None:
+            self.writer.add_scalar("time/save_stall_seconds", seconds, step)
 
     def close(self) -> None:
         """Write out what is pending."""

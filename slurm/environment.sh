@@ -6,8 +6,8 @@
 #   HIMIX_MODULES='NAME ...'   modules to load first, with `module load`
 #   HIMIX_SRUN='--OPTION=VALUE ...'  further options of srun, without spaces in a value
 #
-# Out: `step`, the srun command without its tasks; `python`, how Python is started in it. A mistake ends the job with one line
-# and exit code 2. Nothing that a user gives is ever read as shell code.
+# Out: `step`, the srun command without its tasks; `python`, how Python is started in it; `run_and_leave`. A mistake ends the
+# job with one line and exit code 2. Nothing that a user gives is ever read as shell code.
 # shellcheck shell=bash
 
 fail() {
@@ -81,3 +81,21 @@ fi
 
 # Ranks that each take every core slow each other down many times over.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+
+# When one rank leaves with a code, srun sends the others TERM, and reports the highest code of all. So that a failure of one is
+# not taken for a wish to be requeued, 1, 2 and 3 travel as 101, 102 and 103; and a rank that a signal met before Python could
+# listen has nothing to save: 85. The shell itself lets signals pass, and waits.
+# shellcheck disable=SC2016 # expanded in the tasks
+rank='trap : TERM USR1 USR2; "$@"; code=$?
+case $code in 138 | 140 | 143) exit 85 ;; 1 | 2 | 3) exit $((code + 100)) ;; *) exit $code ;; esac'
+
+# Python with these arguments in every task; then the job is put back into the queue (85), or ends with the step's code.
+run_and_leave() {
+    "${step[@]}" bash -c "$rank" rank "${python[@]}" "$@"
+    local code=$?
+    case $code in 101 | 102 | 103) code=$((code - 100)) ;; esac
+    if [[ $code -eq 85 ]] && ! scontrol requeue "$SLURM_JOB_ID"; then
+        echo "error: the work is saved, but the job cannot be put back into the queue: submit the same command again" >&2
+    fi
+    exit "$code"
+}

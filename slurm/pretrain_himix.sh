@@ -34,10 +34,4 @@ if [[ ${SLURM_GPUS_ON_NODE:-} =~ ^[1-9][0-9]*$ && -z ${SLURM_NTASKS_PER_NODE:-}$
     fi
 fi
 
-# The first rank to leave with 85 has the others sent TERM, which ranks on their way out ignore.
-"${step[@]}" "${python[@]}" -m pipelines.pretrain "$@"
-code=$?
-if [[ $code -eq 85 ]] && ! scontrol requeue "$SLURM_JOB_ID"; then
-    echo "error: the run is saved, but the job cannot be put back into the queue: submit the same command again" >&2
-fi
-exit "$code"
+run_and_leave -m pipelines.pretrain "$@"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -11,6 +12,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).parents[2]
 PRETRAIN = "slurm/pretrain_himix.sh"
@@ -94,7 +97,9 @@ class Job:
             assert self.state not in FINAL, f"job {self.id} ended before it said {text!r}:\n{self.text[-3000:]}"
             return False
 
-        wait_until(printed, lambda: f"job {self.id} ({self.state}) has not said {text!r}:\n{self.text[-3000:]}", timeout_seconds)
+        wait_until(
+            printed, lambda: f"job {self.id} ({self.state}) has not said {text!r}:\n{self.text[-3000:]}", timeout_seconds
+        )
 
     def cancel(self, *options: str) -> None:
         """`scancel`, e.g. with --signal=USR1, which goes to the ranks and leaves the batch script alone."""
@@ -124,3 +129,17 @@ def steps_taken(run: Path) -> list[int]:
         if not steps or steps[-1] != step:
             steps.append(step)
     return steps
+
+
+def processes_of(job: Job) -> list[psutil.Process]:
+    """What runs of a job on any node: its shells and ranks, and what those started."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            environment = process.environ()
+            if (
+                environment.get("SLURM_JOB_ID") == job.id
+                and environment.get("SLURM_CONF") == job.slurm.environment["SLURM_CONF"]
+            ):
+                found.append(process)
+    return found

@@ -19,7 +19,11 @@ NEEDED = ("slurmctld", "slurmd", "munged", "sbatch")
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Slurm]:
     """Two nodes of 4 CPUs and 2 (counted) GPUs, partitions `main` and `urgent`; gone after the last test."""
-    missing = [name for name in NEEDED if shutil.which(name, path="/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin") is None]
+    missing = [
+        name
+        for name in NEEDED
+        if shutil.which(name, path="/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin") is None
+    ]
     if missing:
         pytest.skip(f"Slurm is not installed: {', '.join(missing)} not found (tools/dev_slurm.py says how to install it)")
     folder = Path(tempfile.mkdtemp(prefix="himix-slurm-"))
