@@ -206,7 +206,8 @@ def check_stage(stage: Stage, ranks: int, before: Stage | None) -> None:
             f"use a multiple of {parallel.tensor * parallel.pipeline}"
         )
     data_size = check_ranks(stage.config, ranks)
-    from himix_megatron.checkpoint import architecture, complete_checkpoints  # torch takes seconds: after the cheap checks
+    from himix_megatron.checkpoint import architecture  # torch takes seconds: after the cheap checks
+    from himix_megatron.envelope import complete_checkpoints
     from himix_megatron.start import prepare
     from pipelines.pretrain import with_data
 
