@@ -2,7 +2,8 @@
 
 Flows in: this rank's marks of progress; out: the end of this process, with the reason in its log. gloo notices a closed socket
 only inside a collective, NCCL does not at all, and neither says who hung. So each rank keeps one TCP connection to rank 0,
-which a thread reads beside the training. A connection that closes without a goodbye is a death. Nothing is sent while all is well.
+which a thread reads beside the training. A connection that closes without a goodbye is a death. While all is well nothing is
+sent.
 
     rank -> 0: asked, failed, stuck, stands, bye          0 -> rank: stop, leave, show, end, bye
 
@@ -23,7 +24,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from . import progress
-from .config import Config
+from .config import Config, StartError
 from .links import Link, meet
 from .parallel import Topology
 from .signals import FAILED, REQUEUE, StopRequest, leave
@@ -91,7 +92,7 @@ class Watch:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if error is not None:
+        if error is not None and not isinstance(error, StartError):
             self._failed(f"{type(error).__name__}: {error}")
             self.request.give_back()
         else:

@@ -142,6 +142,11 @@ class Metrics:
         if self.writer is not None:
             self.writer.add_scalar("validation/loss", loss, step)
 
+    def save_stall(self, step: int, seconds: float) -> None:
+        """Note for how long a save kept training waiting."""
+        if self.writer is not None:
+            self.writer.add_scalar("time/save_stall_seconds", seconds, step)
+
     def close(self) -> None:
         """Write out what is pending."""
         if self.writer is not None:

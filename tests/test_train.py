@@ -19,10 +19,11 @@ from typing import Any
 import pytest
 import torch
 
-from himix_megatron.checkpoint import Checkpoints, complete_checkpoints, find_checkpoint
+from himix_megatron.checkpoint import Checkpoints
 from himix_megatron.config import Config
 from himix_megatron.data.lengths import text_lengths
 from himix_megatron.data.shards import ShardDataset
+from himix_megatron.envelope import complete_checkpoints, find_checkpoint
 from tests.datasets import make_mixed_dataset
 from tests.distributed import free_port, run_ranks
 from tests.runs import history, small_config, train
