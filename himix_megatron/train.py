@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,6 +34,9 @@ from .model.himix import build_stage, finalize_gradients
 from .model.vision import build_tower
 from .optim import Schedule, apply_settings, build_optimizer
 from .parallel import Topology
+from .passes import PassClock
+from .pictures import Pictures
+from .profiling import profiled
 from .signals import REQUEUE, STOPPED, StopRequest
 from .start import Start, begin, prepare, stop_file
 from .step import run_losses, stage_inputs
@@ -64,16 +68,17 @@ def pretrain(config: Config) -> int:
 def run_steps(config: Config, start: Start, run: Run, position: Position, request: StopRequest) -> int:
     """From a position to the last step. Returns: the exit code."""
     schedule = Schedule(config, run.optimizer)
-    total_steps = start.plan.expected_steps(start.end)
-    metrics = Metrics(config.run_dir, run.topology, position.step, total_steps, config.log.interval_steps)
+    metrics = Metrics(config, start, run, position.step)
+    pictures = Pictures(config, start, run)
     ledger = Ledger(config, start.plan.sources, run.topology)
     validation = Validation(config, start, run)
     tolerance = Tolerance(config)
     code = 0
     for batch, images in encoded(run, batches_from(config, start, run.topology, position)):
-        metrics.data_ready()
+        metrics.data_ready(batch)
         learning_rate = schedule.set(start.end.progress(position.step, position.place))
-        counts, grad_norm, stop = train_step(config, run, batch, images, request)
+        with profiled(config, run.topology, position.step + 1):
+            counts, grad_norm, stop = train_step(config, run, batch, images, request)
         position = replace(position, step=position.step + 1, place=batch.after)
         metrics.step_done(position.step, counts, learning_rate, grad_norm, last=batch.is_last)
         ledger.note(position.step, batch)
@@ -83,8 +88,11 @@ def run_steps(config: Config, start: Start, run: Run, position: Position, reques
         loss = None if stop else validation.measure(position.step, last=batch.is_last)
         if loss is not None:
             metrics.validation(position.step, loss)
+        metrics.pictures(position.step, [] if stop else pictures.look(position.step, last=batch.is_last))
         if batch.is_last or stop or position.step % config.checkpoint.interval_steps == 0 or validation.is_best(loss):
+            begun = time.perf_counter()
             run.checkpoints.save(position, validation_loss=loss)
+            metrics.saved(position.step, time.perf_counter() - begun)
         metrics.resume_clock()
         if stop and not batch.is_last:
             code = REQUEUE
@@ -179,6 +187,7 @@ class Run:
     ahead: Ahead
     optimizer: Any
     checkpoints: Checkpoints
+    passes: PassClock
 
 
 def build_run(config: Config, start: Start, topology: Topology) -> Run:
@@ -191,7 +200,9 @@ def build_run(config: Config, start: Start, topology: Topology) -> Run:
     optimizer = build_optimizer(config, stages)
     mcore_config = stages[0].config
     mcore_config.grad_scale_func = optimizer.scale_loss
-    mcore_config.finalize_model_grads_func = finalize_gradients
+    passes = PassClock(topology.device)
+    mcore_config.timers = passes
+    mcore_config.finalize_model_grads_func = passes.ends_with(finalize_gradients)
     if overlaps(config):
         # Gradients are summed over data ranks in the last micro-batch's backward pass only.
         syncs = [stage.no_sync for stage in stages]
@@ -210,6 +221,7 @@ def build_run(config: Config, start: Start, topology: Topology) -> Run:
         ahead=Ahead(topology.device, enabled=config.vision.encode_ahead),
         optimizer=optimizer,
         checkpoints=Checkpoints(config, stages, optimizer, None if trainable else tower),
+        passes=passes,
     )
 
 
@@ -340,17 +352,19 @@ def count(
     """
     if batch.bad_keys:
         logger.warning("could not read %s: no loss from them", ", ".join(batch.bad_keys))
-    totals = torch.zeros(7, dtype=torch.float64, device=topology.device)
+    num_sources = batch.num_sources if batch.num_sources > 1 else 0
+    totals = torch.zeros(7 + 2 * num_sources, dtype=torch.float64, device=topology.device)
     if topology.is_last_stage and topology.tensor_rank == 0:
-        totals[:2] = torch.stack(reported).sum(0)
+        found = torch.stack(reported).sum(0)
+        totals[:2], totals[7:] = found[:2], found[2:]
     if topology.replica_rank == 0:
-        totals[2] = sum(int(m.text_lengths.sum()) for m in batch.micro_batches)
+        totals[2] = text_tokens_read(batch)
         totals[3] = images_seen(batch)
         totals[4] = len(batch.bad_keys)
         totals[5] = batch.num_cut
     totals[6] = asked
     torch.distributed.all_reduce(totals)
-    loss, answer_tokens, text_tokens, images, bad, cut, num_asked = totals.tolist()
+    loss, answer_tokens, text_tokens, images, bad, cut, num_asked, *apart = totals.tolist()
     counts = StepCounts(
         loss=loss / answer_tokens if answer_tokens else math.nan,
         answer_tokens=int(answer_tokens),
@@ -359,8 +373,15 @@ def count(
         images=int(images),
         bad_samples=int(bad),
         cut_samples=int(cut),
+        sources=tuple(zip(apart[::2], apart[1::2], strict=True)),
     )
     return counts, num_asked > 0
+
+
+def text_tokens_read(batch: StepBatch) -> int:
+    """Text tokens of a step on this replica, without padding and without samples that could not be read."""
+    lengths = torch.cat([m.text_lengths for m in batch.micro_batches])
+    return int(lengths.sum() - lengths[list(batch.bad_samples)].sum())
 
 
 def images_seen(batch: StepBatch) -> int:
