@@ -167,7 +167,8 @@ class ParallelConfig:
     """Sum gradients over data-parallel ranks, and gather parameters, while the passes run; auto: on GPUs, unless the tower
     trains."""
     timeout_seconds: float = 600.0
-    """A collective that takes longer ends the run."""
+    """A collective, a read or any other part of a step that takes longer ends the run, with the stacks of all ranks in
+    RUN/log."""
 
     def __post_init__(self) -> None:
         _positive(
@@ -406,6 +407,41 @@ class LogConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HealthConfig:
+    """What a run bears before it gives up, and what it checks as it goes. Giving up is exit code 3, the reason in RUN/STOP."""
+
+    max_skipped_steps: int = 10
+    """Updates left out within 1,000 steps, for a loss or gradient that is not finite or by spike_action; one more ends it."""
+    spike_action: Literal["none", "skip", "rollback"] = "none"
+    """At a spike of the loss: only say so; leave the update out; or go back to the newest checkpoint and on behind the spike,
+    without the batches between."""
+    spike_sigmas: float = 6.0
+    """A spike is a loss so many standard deviations above the mean of the last spike_window_steps (a deviation counts as at
+    least 1 % of the mean)."""
+    spike_window_steps: int = 100
+    """Losses that a new one is held against; the first steps of a run, before there are as many, are not judged."""
+    max_rollbacks: int = 3
+    """Rollbacks in the whole run; one more ends it."""
+    replica_check_steps: int = 500
+    """Steps between comparisons of the parameters, bit for bit, over the ranks that should hold the same (also done before
+    each save); a difference ends the run, and nothing of it is saved."""
+    max_fruitless_starts: int = 3
+    """Starts in a row, with the same settings, of which none saved a new step; another one ends it."""
+
+    def __post_init__(self) -> None:
+        _positive(
+            health__spike_sigmas=self.spike_sigmas,
+            health__replica_check_steps=self.replica_check_steps,
+            health__max_fruitless_starts=self.max_fruitless_starts,
+        )
+        for name in ("max_skipped_steps", "max_rollbacks"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"health.{name} is {getattr(self, name)}: wanted 0 or more")
+        if self.spike_window_steps < 2:
+            raise ValueError(f"health.spike_window_steps is {self.spike_window_steps}: a deviation takes 2 losses or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """The run itself."""
 
@@ -429,6 +465,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:

@@ -26,10 +26,10 @@ from .gradients import PARTS, squared_norms, whole
 from .parallel import Topology
 
 if TYPE_CHECKING:
+    from .build import Run
     from .pictures import Answered
     from .reporting import Report
     from .start import Start
-    from .train import Run
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,9 +217,11 @@ def interval_points(
     """The numbers of an interval by tag. `peak`: of one GPU in TFLOP/s; None: not known, so no MFU."""
     counts, steps = interval.counts, interval.steps
     answer_tokens = sum(c.answer_tokens for c in counts)
+    usable = [c for c in counts if c.answer_tokens and math.isfinite(c.loss)]
+    loss = math.fsum(c.loss * c.answer_tokens for c in usable) / max(1, sum(c.answer_tokens for c in usable))
     bad = sum(c.bad_samples for c in counts)
     points = {
-        "train/loss": sum(c.loss * c.answer_tokens for c in counts if c.answer_tokens) / max(answer_tokens, 1),
+        "train/loss": loss if usable else math.nan,
         "time/step_seconds": interval.seconds / steps,
         # The slowest rank sets the pace: its waiting and its memory are the ones to show.
         "time/data_wait_seconds": max(rank.data_seconds for rank in ranks) / steps,

@@ -25,8 +25,8 @@ from .generate import Answerer, Prompt
 from .model.himix import bare
 
 if TYPE_CHECKING:
+    from .build import Run
     from .start import Start
-    from .train import Run
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,6 @@ Shapes: K images of a step, N tokens of one image, V width of the features (Vh).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, TypeVar
 
 import torch
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from himix_megatron.background import Background, WaitInterruptedError, wait_for
 from himix_megatron.data.batch import share_of
 from himix_megatron.model.vision import Tower
 from himix_megatron.parallel import Topology
@@ -114,36 +114,52 @@ class Ahead:
     """
 
     def __init__(self, device: torch.device, *, enabled: bool = True) -> None:
-        self._pool = ThreadPoolExecutor(1, "encode-ahead") if enabled and device.type == "cpu" else None
+        self._thread = Background("encode-ahead") if enabled and device.type == "cpu" else None
         self._stream = torch.cuda.Stream(device) if enabled and device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._reader = Background("read")
+        """Reads where `_thread` does not, so that the wait for it can be broken off."""
 
     def steps(
-        self, batches: Iterable[Batch], encode: Callable[[Batch], tuple[Batch, Tensor]]
+        self,
+        batches: Iterable[Batch],
+        encode: Callable[[Batch], tuple[Batch, Tensor]],
+        asked: Callable[[], bool] = lambda: False,
     ) -> Iterator[tuple[Batch, Tensor]]:
         """`encode` of each batch in order; of the next one while the caller works on this one.
 
-        What `batches` or `encode` raise is raised here, when that step's turn comes.
+        What `batches` or `encode` raise is raised here, when that step's turn comes. The steps end early when `asked` turns
+        true while one is waited for.
         """
         source = iter(batches)
 
+        def read() -> Batch | None:
+            if self._thread is not None:
+                return next(source, None)  # it runs on that thread
+            return wait_for(self._reader.start(lambda: next(source, None)), asked)
+
         def work() -> tuple[Batch, Tensor] | None:
-            batch = next(source, None)
+            batch = read()
             return None if batch is None else encode(batch)
 
-        waiting = self._start(work)
-        while (step := waiting()) is not None:
-            waiting = self._start(work)
-            yield step
+        try:
+            waiting = self._start(work, asked)
+            while (step := waiting()) is not None:
+                waiting = self._start(work, asked)
+                yield step
+        except WaitInterruptedError:
+            return
 
-    def settle(self) -> None:
-        """Wait until nothing is under way: process groups may end after it, not before."""
-        if self._pool is not None:
-            self._pool.submit(int).result()
+    def settle(self, seconds: float | None = None) -> bool:
+        """Wait until nothing is under way: process groups may end after it, not before. Returns: whether that came in time."""
+        return (self._thread or self._reader).settle(seconds)
 
-    def _start(self, work: Callable[[], tuple[Batch, Tensor] | None]) -> Callable[[], tuple[Batch, Tensor] | None]:
+    def _start(
+        self, work: Callable[[], tuple[Batch, Tensor] | None], asked: Callable[[], bool]
+    ) -> Callable[[], tuple[Batch, Tensor] | None]:
         """Begin. Returns: a function that waits for the result."""
-        if self._pool is not None:
-            return self._pool.submit(work).result
+        if self._thread is not None:
+            future = self._thread.start(work)
+            return lambda: wait_for(future, asked)
         return work if self._stream is None else self._start_on_stream(self._stream, work)
 
     def _start_on_stream(
