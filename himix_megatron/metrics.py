@@ -150,7 +150,7 @@ class Metrics:
 
     def step_done(self, step: int, counts: StepCounts, learning_rate: float, grad_norm: float, *, last: bool) -> bool:
         """Note one step; at the end of an interval report it. Returns: whether it was the end of one."""
-        now = time.perf_counter()
+        now, at = time.perf_counter(), time.time()
         interval, sums = self._interval, self._interval.sums
         interval.seconds += now - self._last
         self._last = now
@@ -167,7 +167,7 @@ class Metrics:
                 points = {"train/learning_rate": learning_rate, "train/grad_norm": grad_norm}
                 points |= interval_points(self.config, self.topology, interval, ranks, grad_norm, self.peak_tflops)
                 points |= source_points(source_names(self.config.data.path), interval.counts)
-                self.report.step(step, points)
+                self.report.step(step, points, at)
         self._interval.sums.own_seconds += time.perf_counter() - now
         return due
 

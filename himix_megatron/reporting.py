@@ -83,19 +83,19 @@ class Report:
         for summary in begins:
             self._write(summary)
 
-    def points(self, step: int, points: Mapping[str, float]) -> None:
-        """Numbers by tag, as one event."""
+    def points(self, step: int, points: Mapping[str, float], at: float | None = None) -> None:
+        """Numbers by tag, as one event. `at`: when they held, in seconds since 1970; None: now."""
         values = [scalar(tag, value).value[0] for tag, value in points.items()]  # type: ignore[no-untyped-call]
-        self._write(Summary(value=values), step)
+        self._write(Summary(value=values), step, at)
 
-    def _write(self, summary: Any, step: int | None = None) -> None:
+    def _write(self, summary: Any, step: int | None = None, at: float | None = None) -> None:
         """Through the writer's own door for finished summaries: its methods write an event for each number, and make another
         run of hyper-parameters."""
-        self.writer._get_file_writer().add_summary(summary, step)  # type: ignore[no-untyped-call]
+        self.writer._get_file_writer().add_summary(summary, step, at)  # type: ignore[no-untyped-call]
 
-    def step(self, step: int, points: dict[str, float]) -> None:
-        """An interval's numbers; a line of them on the log."""
-        self.points(step, points | self.fixed)
+    def step(self, step: int, points: dict[str, float], at: float) -> None:
+        """An interval's numbers; a line of them on the log. `at`: when its last step ended."""
+        self.points(step, points | self.fixed, at)
         self._recent_seconds = [*self._recent_seconds[-9:], points["time/step_seconds"]]
         remaining = max(0, self.total_steps - step) * sum(self._recent_seconds) / len(self._recent_seconds)
         mfu = f"  MFU {100 * points['compute/model_mfu']:.1f} %" if "compute/model_mfu" in points else ""
@@ -151,8 +151,8 @@ def _hyper_parameters(config: Config, topology: Topology) -> tuple[list[Any], An
         "pipeline": parallel.pipeline,
         "virtual_pipeline": parallel.virtual_pipeline,
         "data": topology.data_size,
-        "sequence": parallel.sequence,
-        "distributed_optimizer": parallel.distributed_optimizer,
+        "sequence": _yes(parallel.sequence),
+        "distributed_optimizer": _yes(parallel.distributed_optimizer),
         "recompute": train.recompute,
         "precision": train.precision,
         "num_layers": model.num_layers,
@@ -161,12 +161,16 @@ def _hyper_parameters(config: Config, topology: Topology) -> tuple[list[Any], An
         "vision_tokens_per_image": config.vision.tokens_per_image,
         "global_batch": config.global_batch,
         "micro_batch": config.micro_batch,
-        "packed": config.data.packs,
+        "packed": _yes(config.data.packs),
         "learning_rate": config.optimizer.learning_rate,
         "seed": train.seed,
     }
     experiment, begins, ends = hparams(values, dict.fromkeys(COMPARED, 0.0))  # type: ignore[no-untyped-call]
     return [experiment, begins], ends
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
 
 
 def settings_table(config: Config) -> str:
