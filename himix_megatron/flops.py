@@ -128,7 +128,8 @@ class StepFlops:
     """LM head."""
     tower: float
     recomputed: float
-    """Done a second time in the backward pass: logits always, attention or whole layers as train.recompute says."""
+    """Done beyond them: logits a second time always, attention or whole layers as train.recompute says (which also takes the
+    gradient of the first layer's text where nothing in front of it trains)."""
 
     @property
     def language(self) -> float:
@@ -195,12 +196,13 @@ def step_flops(config: Config, work: Work, *, inputs_train: bool = False) -> Ste
     first = layer_backward(layer, parts, text_below="language" in parts or inputs_train)
     others = layer_backward(layer, parts, text_below=True)
     again = {"none": 0.0, "selective": layer.text_attention + layer.vision_attention, "full": layer.total}
+    beyond = others - first if config.train.recompute == "full" else 0.0
     frozen_tower = "tower" not in parts
     return StepFlops(
         decoder=forward.decoder + first + (config.model.num_layers - 1) * others,
         head=forward.head * (3 if "language" in parts else 2),
         tower=forward.tower if frozen_tower else 3 * forward.tower - work.images * _patch_flops(config.vision),
-        recomputed=config.model.num_layers * again[config.train.recompute] + forward.head,
+        recomputed=config.model.num_layers * again[config.train.recompute] + beyond + forward.head,
     )
 
 
