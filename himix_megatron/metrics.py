@@ -188,10 +188,6 @@ class Metrics:
         if self.report is not None:
             self.report.points(step, points)
 
-    def saved(self, step: int, seconds: float) -> None:
-        """Training stood still so long for a save."""
-        self.add(step, {"time/save_stall_seconds": seconds})
-
     def validation(self, step: int, loss: float) -> None:
         """Note a validation loss."""
         if self.report is not None:
@@ -201,6 +197,10 @@ class Metrics:
         """Show samples with their answers."""
         if self.report is not None and answered:
             self.report.pictures(step, answered)
+
+    def save_stall(self, step: int, seconds: float) -> None:
+        """Note for how long a save kept training waiting."""
+        self.add(step, {"time/save_stall_seconds": seconds})
 
     def close(self) -> None:
         """Write out what is pending."""

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from . import progress
 from .config import Config
 from .data import conversation, image
 from .data.plan import Plan
@@ -92,6 +93,7 @@ class Pictures:
         """The samples and what the model answers now; none of them when it is not time."""
         if not self.questions or not (last or step % self.config.log.pictures_interval_steps == 0):
             return []
+        progress.at("validation/pictures")
         for stage in self.run.stages:
             if stage.ddp_config.overlap_param_gather:
                 stage.start_param_sync(force_sync=True)  # else they are gathered in the next forward pass

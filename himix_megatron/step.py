@@ -15,7 +15,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from . import faults
+from . import progress
 from .data.batch import StepBatch
 from .loss import answer_loss
 from .model.kv_cache import KVCache
@@ -102,13 +102,13 @@ def _run(
     def forward_step(iterator: Iterator[StageInput], stage: DistributedDataParallel) -> tuple[Tensor, Any]:
         given = next(iterator)
         if not forward_only:
-            faults.reach("step/forward")
+            progress.at("step/forward")
         output = stage(
             given.text_ids, given.images, given.blank, given.images_per_sample,
             labels=given.labels, cache=given.cache, packed_lengths=given.packed_lengths,
         )  # fmt: skip
         if output.requires_grad:
-            output.register_hook(lambda _: faults.reach("step/backward"))
+            output.register_hook(lambda _: progress.at("step/backward"))
         return output, report(given)
 
     num_samples, length = inputs[0].text_ids.shape

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from . import faults
+from . import faults, progress
 from .build import Run
 from .config import Config
 from .data.batch import StepBatch, without_loss
@@ -80,12 +80,13 @@ def train_step(
         stage.zero_grad_buffer()
     run.optimizer.zero_grad()
     reported = run_schedule(run, batch, images, forward_only=False)
+    faults.spoil("step/gradient", *(buffer.grad_data for stage in run.stages for buffer in stage.buffers))
     norm = gradient_norm(run.optimizer)
-    faults.reach("step/collective")
+    progress.at("step/collective")
     counts, finite = count(config, run.topology, batch, reported, finite=has_finite_gradients(run, norm))
     verdict = judge(counts.loss, finite)
     if verdict.action == "update":
-        faults.reach("step/optimizer")
+        progress.at("step/optimizer")
         update(run.optimizer, norm, config.optimizer.clip_norm)
     return counts, norm, verdict
 
