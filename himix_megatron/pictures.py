@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = 64
 """Of an answer; one that goes on longer is cut."""
-WIDTH, PAD, TEXT_SIZE, LINE = 420, 12, 15, 20
+WIDTH, PAD, TEXT_SIZE, LINE = 320, 10, 14, 19
 """Of a drawn sample, in pixels."""
 MOST_LINES = 6
 """Of each text that is drawn; all of it is in the table beside the pictures."""

@@ -28,11 +28,11 @@ def watched_run(tmp_path_factory: pytest.TempPathFactory) -> Config:
             path=(str(scenes.align), str(scenes.instruct)),
             weights=(1.0, 3.0),
             validation_path=str(scenes.heldout),
-            pack_text_tokens=512,
+            pack_text_tokens=256,
             pack_images=6,
         ),
         train=replace(
-            recipe.train, parts=("language", "vision_kv", "tower"), steps=40, global_batch_samples=None, global_batch_packs=8
+            recipe.train, parts=("language", "vision_kv", "tower"), steps=40, global_batch_samples=None, global_batch_packs=4
         ),
         parallel=ParallelConfig(pipeline=2, timeout_seconds=60),
         log=replace(

@@ -99,8 +99,8 @@ def test_mfu_is_not_written_where_no_peak_is_known(mixed_dataset: Path, tmp_path
 
 def test_packs_are_filled_as_the_ledger_says(watched_run: Config, run_dir: Path) -> None:
     found, samples = points(run_dir), ledger(run_dir, BEGIN + 1, END)
-    packs = (END - BEGIN) * 8
-    text = sum(line["text_tokens"] for line in samples) / (packs * 512)
+    packs = (END - BEGIN) * watched_run.global_batch
+    text = sum(line["text_tokens"] for line in samples) / (packs * 256)
     images = sum(line["vision_tokens"] for line in samples) / watched_run.vision.tokens_per_image / (packs * 6)
     assert found["data/text_fill_fraction"][END].value == pytest.approx(text)
     assert found["data/image_fill_fraction"][END].value == pytest.approx(images)

@@ -63,7 +63,8 @@ def test_pictures_show_question_expected_and_given_answer(
     window.screenshot(tmp_path / "text.png")
 
 
-def test_hyper_parameters_have_layout_and_sizes(window: Browser, tensorboard: str, tmp_path: Path) -> None:
+def test_hyper_parameters_have_layout_and_sizes(window: Browser, tensorboard: str, watched_run: Config, tmp_path: Path) -> None:
     window.open(f"{tensorboard}/#hparams")
-    window.wait_for("pipeline", "global_batch", "num_layers", "recipe", "tiny_instruct", "train/loss")
+    names = ("pipeline", "tensor", "global_batch", "num_layers", "recipe", "train/loss")
+    window.wait_for(*names, "run/tensorboard", f"{watched_run.model.hidden_size:.2f}", f"{watched_run.global_batch:.4f}")
     window.screenshot(tmp_path / "hparams.png")
