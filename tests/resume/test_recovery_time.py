@@ -1,4 +1,4 @@
-"""From a rank's death to the first new step of the run's next start: real processes, started by torchrun as a user starts them."""
+"""From a rank's death to the first new step of the run's next start: real processes, started by torchrun."""
 
 from __future__ import annotations
 
