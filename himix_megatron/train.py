@@ -22,6 +22,8 @@ from .ledger import Ledger
 from .liveness import Watch
 from .metrics import Metrics, StepCounts
 from .optim import Schedule, apply_settings
+from .pictures import Pictures
+from .profiling import profiled
 from .replicas import check_replicas
 from .signals import REQUEUE, STOPPED, StopRequest, leave
 from .start import Start, begin, claim, prepare, settle, stop_file
@@ -88,8 +90,8 @@ def run_until(config: Config, start: Start, run: Run, position: Position, superv
     request, goodput, journal = supervision.request, supervision.goodput, supervision.journal
     detours = journal.detours()
     schedule = Schedule(config, run.optimizer)
-    total_steps = start.plan.expected_steps(start.end)
-    metrics = Metrics(config.run_dir, run.topology, position.step, total_steps, config.log.interval_steps)
+    metrics = Metrics(config, start, run, position.step)
+    pictures = Pictures(config, start, run)
     ledger = Ledger(config, start.plan.sources, run.topology)
     validation = Validation(config, start, run, supervision)
     tolerance = Tolerance(config)
@@ -100,14 +102,15 @@ def run_until(config: Config, start: Start, run: Run, position: Position, superv
     end: int | Rollback = 0
     goodput.switch("data")
     for batch, images in together(run, batches_from(config, start, run.topology, position, detours), request):
-        metrics.data_ready()
+        metrics.data_ready(batch)
         goodput.switch("step")
         faults.begin_step(position.step + 1)
         progress.at("step/begin")
         position = replace(position, place=detours.get(position.step, position.place))
         learning_rate = schedule.set(start.end.progress(position.step, position.place))
         health.expect(position.step + 1, can_roll_back=saver.can_go_back and not start.end.reached(saver.step, batch.after))
-        counts, grad_norm, verdict = train_step(config, run, batch, images, health.judge)
+        with profiled(config, run.topology, position.step + 1):
+            counts, grad_norm, verdict = train_step(config, run, batch, images, health.judge)
         if verdict.action == "rollback":
             end = Rollback(batch.after, verdict.reason)
             break
@@ -123,6 +126,8 @@ def run_until(config: Config, start: Start, run: Run, position: Position, superv
                 loss = validation.measure(position.step, last=batch.is_last)
             if loss is not None:
                 metrics.validation(position.step, loss)
+            with goodput.doing("validation"):
+                metrics.pictures(position.step, pictures.look(position.step, last=batch.is_last))
             reason = saver.visit(position, loss, due=batch.is_last or validation.is_best(loss))
         if reason:
             end = give_up(config, reason, run.topology.rank)
