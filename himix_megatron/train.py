@@ -95,9 +95,7 @@ def run_until(config: Config, start: Start, run: Run, position: Position, superv
     ledger = Ledger(config, start.plan.sources, run.topology)
     validation = Validation(config, start, run, supervision)
     tolerance = Tolerance(config)
-    health = Health(
-        config.health, supervision.journal.health_at(position.step), num_rollbacks=supervision.journal.num_rollbacks
-    )
+    health = Health(config.health, journal.health_at(position.step), num_rollbacks=journal.num_rollbacks)
     saver = Saver(config, run, supervision, health, metrics, position.step)
     end: int | Rollback = 0
     goodput.switch("data")
@@ -134,7 +132,7 @@ def run_until(config: Config, start: Start, run: Run, position: Position, superv
             break
         metrics.resume_clock()
         progress.at("step/end")
-        attempt.watch.mark("waiting for data")
+        supervision.watch.mark("waiting for data")
         goodput.switch("data")
         if batch.is_last or request.is_agreed:
             break
