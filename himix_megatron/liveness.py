@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from . import progress
-from .config import Config
+from .config import Config, StartError
 from .links import Link, meet
 from .parallel import Topology
 from .signals import FAILED, REQUEUE, StopRequest, leave
@@ -92,7 +92,7 @@ class Watch:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if error is not None:
+        if error is not None and not isinstance(error, StartError):
             self._failed(f"{type(error).__name__}: {error}")
             self.request.give_back()
         else:

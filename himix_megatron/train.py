@@ -10,22 +10,25 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 
-from . import log, memory, parallel, progress
-from .attempt import Attempt, begin_attempt, in_vain
+from . import faults, log, memory, parallel, progress
 from .build import Run, batches_from, build_run, describe
-from .checkpoint import Position, complete_checkpoints, publish
+from .checkpoint import Position
 from .config import Config, check_ranks
 from .data.plan import Place
+from .envelope import publish
 from .health import Health
 from .journal import Journal
 from .ledger import Ledger
 from .liveness import Watch
 from .metrics import Metrics, StepCounts
 from .optim import Schedule, apply_settings
+from .pictures import Pictures
+from .profiling import profiled
 from .replicas import check_replicas
 from .signals import REQUEUE, STOPPED, StopRequest, leave
-from .start import Start, begin, prepare, stop_file
+from .start import Start, begin, claim, prepare, settle, stop_file
 from .steps import together, train_step
+from .supervision import Supervision, in_vain, supervise
 from .validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -39,32 +42,37 @@ def pretrain(config: Config, request: StopRequest | None = None) -> int:
     """
     request = request or StopRequest()
     launch = parallel.check_launch(config)
+    faults.plan(config.run.faults, launch.rank)
     start = prepare(config, check_ranks(config, launch.world_size))
     journal = Journal(config.run_dir)
     if reason := in_vain(config, start, journal):
         request.leave_in_peace()
         return give_up(config, reason, launch.rank)
     topology = parallel.start(config.parallel, seed=config.train.seed, launch=launch)
+    start = claim(config, start)
     log.start(config.run_dir, topology.rank, topology.world_size)
+    start = settle(config, start)
     watch = Watch.over(config, topology, launch.host, request)
     with log.failures(), watch, memory.explained(config):
-        attempt = begin_attempt(config, start, journal, watch, request)
+        supervision = supervise(config, start, journal, watch, request)
         progress.at("start/load")
         run = build_run(config, start, topology)
         describe(config, start, run)
+        run.checkpoints.check_room()
         position = begin(config, start, run.checkpoints)
         apply_settings(config, run.optimizer)
-        code = run_steps(config, start, run, position, attempt)
+        code = run_steps(config, start, run, position, supervision)
+        run.checkpoints.close()
     if not run.ahead.settle(seconds=2):
         leave(code)  # a read or a peer of the next step is stuck, and nobody needs that step
     return code
 
 
-def run_steps(config: Config, start: Start, run: Run, position: Position, attempt: Attempt) -> int:
+def run_steps(config: Config, start: Start, run: Run, position: Position, supervision: Supervision) -> int:
     """From a position to the last step; each rollback begins anew from an earlier position. Returns: the exit code."""
-    attempt.watch.begin_steps()
-    while not isinstance(end := run_until(config, start, run, position, attempt), int):
-        position = roll_back(config, run, attempt, end)
+    supervision.watch.begin_steps()
+    while not isinstance(end := run_until(config, start, run, position, supervision), int):
+        position = roll_back(config, run, supervision, end)
     return end
 
 
@@ -77,27 +85,32 @@ class Rollback:
     reason: str
 
 
-def run_until(config: Config, start: Start, run: Run, position: Position, attempt: Attempt) -> int | Rollback:
+def run_until(config: Config, start: Start, run: Run, position: Position, supervision: Supervision) -> int | Rollback:
     """From a position to the last step, a stop or a rollback. Returns: the exit code, or what to roll back."""
-    request, goodput, detours = attempt.request, attempt.goodput, attempt.journal.detours()
+    request, goodput, journal = supervision.request, supervision.goodput, supervision.journal
+    detours = journal.detours()
     schedule = Schedule(config, run.optimizer)
-    total_steps = start.plan.expected_steps(start.end)
-    metrics = Metrics(config.run_dir, run.topology, position.step, total_steps, config.log.interval_steps)
+    metrics = Metrics(config, start, run, position.step)
+    pictures = Pictures(config, start, run)
     ledger = Ledger(config, start.plan.sources, run.topology)
-    validation = Validation(config, start, run, attempt)
+    validation = Validation(config, start, run, supervision)
     tolerance = Tolerance(config)
-    health = Health(config.health, attempt.journal.health_at(position.step), num_rollbacks=attempt.journal.num_rollbacks)
-    saver = Saver(config, run, attempt, health, position.step)
+    health = Health(
+        config.health, supervision.journal.health_at(position.step), num_rollbacks=supervision.journal.num_rollbacks
+    )
+    saver = Saver(config, run, supervision, health, metrics, position.step)
     end: int | Rollback = 0
     goodput.switch("data")
     for batch, images in together(run, batches_from(config, start, run.topology, position, detours), request):
-        metrics.data_ready()
+        metrics.data_ready(batch)
         goodput.switch("step")
+        faults.begin_step(position.step + 1)
         progress.at("step/begin")
         position = replace(position, place=detours.get(position.step, position.place))
         learning_rate = schedule.set(start.end.progress(position.step, position.place))
         health.expect(position.step + 1, can_roll_back=saver.can_go_back and not start.end.reached(saver.step, batch.after))
-        counts, grad_norm, verdict = train_step(config, run, batch, images, health.judge)
+        with profiled(config, run.topology, position.step + 1):
+            counts, grad_norm, verdict = train_step(config, run, batch, images, health.judge)
         if verdict.action == "rollback":
             end = Rollback(batch.after, verdict.reason)
             break
@@ -105,13 +118,16 @@ def run_until(config: Config, start: Start, run: Run, position: Position, attemp
         if metrics.step_done(position.step, counts, learning_rate, grad_norm, last=batch.is_last):
             metrics.add(position.step, goodput.points() | health.points())
             goodput.note_alive(position.step)
-        ledger.note(position.step, batch)
+        ledger.note(position.step, batch, counts.loss, grad_norm)
+        run.checkpoints.poll()
         reason = verdict.stop_reason or tolerance.exceeded(counts, batch.num_samples)
         if not reason:
             with goodput.doing("validation"):
                 loss = validation.measure(position.step, last=batch.is_last)
             if loss is not None:
                 metrics.validation(position.step, loss)
+            with goodput.doing("validation"):
+                metrics.pictures(position.step, pictures.look(position.step, last=batch.is_last))
             reason = saver.visit(position, loss, due=batch.is_last or validation.is_best(loss))
         if reason:
             end = give_up(config, reason, run.topology.rank)
@@ -125,6 +141,9 @@ def run_until(config: Config, start: Start, run: Run, position: Position, attemp
     if request.is_agreed:
         reason = saver.visit(position, None, due=True)
         end = give_up(config, reason, run.topology.rank) if reason else REQUEUE
+    with goodput.doing("save"):
+        run.checkpoints.finish()
+    if end == REQUEUE:
         logger.info("asked to stop (%s): step %d is saved", request.received, saver.step)
     metrics.close()
     ledger.close()
@@ -133,23 +152,24 @@ def run_until(config: Config, start: Start, run: Run, position: Position, attemp
     return end
 
 
-def roll_back(config: Config, run: Run, attempt: Attempt, spike: Rollback) -> Position:
+def roll_back(config: Config, run: Run, supervision: Supervision, spike: Rollback) -> Position:
     """Go back to the newest checkpoint, and on from there behind the spike. Returns: the position there."""
     logger.warning("%s: going back to the newest checkpoint, and on behind the spike", spike.reason)
-    attempt.goodput.switch("recovery")
-    position = run.checkpoints.restore(complete_checkpoints(config.run_dir)[-1])
+    supervision.goodput.switch("recovery")
+    position = run.checkpoints.roll_back()
     apply_settings(config, run.optimizer)
-    attempt.journal.note_rollback(position.step, spike.place, spike.reason)
-    attempt.goodput.note_rollback(position.step)
+    supervision.journal.note_rollback(position.step, spike.place, spike.reason)
+    supervision.goodput.note_rollback(position.step)
     return position
 
 
 class Saver:
     """Saves when it is time, and only what replicas agree on."""
 
-    def __init__(self, config: Config, run: Run, attempt: Attempt, health: Health, step: int):
+    def __init__(self, config: Config, run: Run, supervision: Supervision, health: Health, metrics: Metrics, step: int):
         """`step`: of the checkpoint that the run goes on from, 0 if there is none."""
-        self.config, self.run, self.attempt, self.health, self.step = config, run, attempt, health, step
+        self.config, self.run, self.supervision, self.health = config, run, supervision, health
+        self.metrics, self.step = metrics, step
 
     @property
     def can_go_back(self) -> bool:
@@ -171,10 +191,10 @@ class Saver:
                     f"checkpoint of step {self.step}"
                 )
         if due:
-            with self.attempt.goodput.doing("save"):
-                progress.at("save/begin")
-                self.attempt.goodput.note_save(position.step, self.health.state())
-                self.run.checkpoints.save(position, validation_loss=validation_loss)
+            with self.supervision.goodput.doing("save"):
+                self.supervision.goodput.note_save(position.step, self.health.state())
+                stall_seconds = self.run.checkpoints.save(position, validation_loss=validation_loss)
+            self.metrics.save_stall(position.step, stall_seconds)
             self.step = position.step
         return None
 

@@ -7,20 +7,20 @@ from collections.abc import Iterator
 import torch
 
 from . import progress
-from .attempt import Attempt
 from .build import Run, step_reader
 from .config import Config
 from .data.loader import step_loader
 from .data.plan import End, Plan, StepPlan
 from .start import Start
 from .steps import count, run_schedule, together
+from .supervision import Supervision
 
 
 class Validation:
     """The loss on the held-out set, at the intervals that `log` says."""
 
-    def __init__(self, config: Config, start: Start, run: Run, attempt: Attempt):
-        self.attempt = attempt
+    def __init__(self, config: Config, start: Start, run: Run, supervision: Supervision):
+        self.supervision = supervision
         self.config, self.run, self.best = config, run, run.checkpoints.best_validation_loss()
         self.plan = start.held_out
         self.reader = (
@@ -39,13 +39,13 @@ class Validation:
             return None
         total = tokens = 0.0
         batches = step_loader(self.reader, self._steps(self.plan), self.config.data.num_workers)
-        for batch, images in together(self.run, batches, self.attempt.request):
+        for batch, images in together(self.run, batches, self.supervision.request):
             progress.at("validation/step")
             reported = run_schedule(self.run, batch, images, forward_only=True)
             counts, _ = count(self.config, self.run.topology, batch, reported)
             if counts.answer_tokens:
                 total, tokens = total + counts.loss * counts.answer_tokens, tokens + counts.answer_tokens
-        return total / tokens if tokens and not self.attempt.request.is_agreed else None
+        return total / tokens if tokens and not self.supervision.request.is_agreed else None
 
     def _steps(self, plan: Plan) -> Iterator[StepPlan]:
         """Whole batches, as many as the samples to look at fill, but at least one."""

@@ -40,8 +40,11 @@ def test_lines_are_held_to_what_was_wanted() -> None:
     needed = decoder_flops(config.model, config.vision.hidden_size, [64] * 8, [729] * 8)
     at_peak = needed / (2 * 2048**3)  # seconds, where a product takes one
     seconds = {"product": [1.0], "himix 64": [at_peak / 0.8], "concatenation 64": [13 * at_peak / 0.8], "align 64": [1.0]}
-    ratio, of_product, of_full = lines_of(arguments, config, seconds)
+    seconds["with masks 64"] = [15 * at_peak / 0.8]
+    ratio, masked, of_product, of_full = lines_of(arguments, config, seconds)
     assert ratio.value == pytest.approx(13)
+    assert masked.value == pytest.approx(15)
+    assert masked.wanted is None
     assert of_product.value == pytest.approx(0.8)
     assert ratio.holds
     assert of_product.holds

@@ -126,29 +126,32 @@ def calibrate(config: Config) -> dict[str, Any]:
     reader = build.step_reader(config, start.plan, topology)
     batch = reader[next(start.plan.steps(start.end))]
     images = run.encoder.encode(batch.pixels, batch.blank, len(batch.blank))
-    decoder = cpu_seconds(lambda: steps.run_schedule(run, batch, images, forward_only=False))
 
-    def tower_seconds(width: int) -> float:
-        tower = build_tower(replace(config.vision, ffn_hidden_size=width), seed=0, dtype=torch.float32)
-        with torch.no_grad():
-            return cpu_seconds(lambda: tower(batch.pixels, batch.blank))
+    def decoder() -> None:
+        steps.run_schedule(run, batch, images, forward_only=False)
+
+    def tower(width: int) -> Callable[[], object]:
+        built = build_tower(replace(config.vision, ffn_hidden_size=width), seed=0, dtype=torch.float32)
+        return torch.no_grad()(lambda: built(batch.pixels, batch.blank))
 
     # Its cost is a straight line in the width.
     narrow, wide = 2 * config.vision.hidden_size, 8 * config.vision.hidden_size
-    low, high = tower_seconds(narrow), tower_seconds(wide)
-    width = narrow + (decoder - low) / (high - low) * (wide - narrow)
+    wanted, low, high = cpu_seconds(decoder, tower(narrow), tower(wide))
+    width = narrow + (wanted - low) / (high - low) * (wide - narrow)
     width = max(16, round(width / 16) * 16)
-    return {"width": width, "decoder_seconds": decoder, "tower_seconds": tower_seconds(width)}
+    decoder_seconds, tower_seconds = cpu_seconds(decoder, tower(width))
+    return {"width": width, "decoder_seconds": decoder_seconds, "tower_seconds": tower_seconds}
 
 
-def cpu_seconds(work: Callable[[], Any], repetitions: int = 5) -> float:
-    """Median CPU time of this process; the first run is not counted."""
-    taken = []
+def cpu_seconds(*pieces: Callable[[], object], repetitions: int = 5) -> list[float]:
+    """Median CPU time of this process for each piece of work, in turns; the first turn is not counted."""
+    taken: list[list[float]] = [[] for _ in pieces]
     for _ in range(repetitions + 1):
-        begun = time.process_time()
-        work()
-        taken.append(time.process_time() - begun)
-    return statistics.median(taken[1:])
+        for piece, own in zip(pieces, taken, strict=True):
+            begun = time.process_time()
+            piece()
+            own.append(time.process_time() - begun)
+    return [statistics.median(own[1:]) for own in taken]
 
 
 def measure(config: Config, topology: parallel.Topology) -> dict[str, Any]:
