@@ -134,7 +134,7 @@ def run_until(config: Config, start: Start, run: Run, position: Position, superv
             break
         metrics.resume_clock()
         progress.at("step/end")
-        attempt.watch.mark("waiting for data")
+        supervision.watch.mark("waiting for data")
         goodput.switch("data")
         if batch.is_last or request.is_agreed:
             break
