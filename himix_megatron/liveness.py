@@ -1,8 +1,9 @@
 """The ranks' eyes on each other: a dead, failed or hung rank ends all of them, and one that is asked to stop is heard by all.
 
 Flows in: this rank's marks of progress; out: the end of this process, with the reason in its log. gloo notices a closed socket
-only inside a collective, NCCL does not at all, and neither says who hung. So each rank keeps one TCP connection to rank 0, that
-a thread reads beside the training. A connection that closes without a goodbye is a death. Nothing is sent while all is well.
+only inside a collective, NCCL does not at all, and neither says who hung. So each rank keeps one TCP connection to rank 0,
+which a thread reads beside the training. A connection that closes without a goodbye is a death. While all is well nothing is
+sent.
 
     rank -> 0: asked, failed, stuck, stands, bye          0 -> rank: stop, leave, show, end, bye
 
@@ -13,25 +14,19 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import hmac
-import json
 import logging
-import resource
-import secrets
 import selectors
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import torch
-
-from .config import Config, RankError
-from .parallel import Topology, address_of
+from . import progress
+from .config import Config, StartError
+from .links import Link, meet
+from .parallel import Topology
 from .signals import FAILED, REQUEUE, StopRequest, leave
 
 logger = logging.getLogger(__name__)
@@ -40,40 +35,6 @@ _GATHER_SECONDS = 0.2
 """After the first sign of trouble: who else is in trouble, so that the cause is named and not a consequence."""
 _ANSWER_SECONDS = 2.0
 """What a rank has to answer in; a stopped one, or one stuck in native code that holds Python's lock, does not."""
-_WELCOME = b"welcome"
-_MAX_LINE = 4096
-_LOCAL = ("127.0.0.1", "localhost", "::1")
-
-
-@dataclass(slots=True)
-class _Link:
-    """One connection, between rank 0 and another."""
-
-    socket: socket.socket
-    rank: int
-    """The other end; -1: has not said yet."""
-    received: bytearray = field(default_factory=bytearray)
-    is_over: bool = False
-    """It said goodbye: that it closes means nothing."""
-
-    def send(self, kind: str, **facts: Any) -> None:
-        """Say something; a closed connection is somebody else's discovery."""
-        with contextlib.suppress(OSError):
-            self.socket.sendall(json.dumps({"kind": kind} | facts).encode() + b"\n")
-
-    def lines(self) -> Iterator[dict[str, Any] | None]:
-        """What has arrived; None: the connection is closed."""
-        try:
-            data = self.socket.recv(65536)
-        except OSError:
-            data = b""
-        self.received += data
-        *whole, rest = self.received.split(b"\n")
-        self.received = bytearray(rest)
-        for line in whole:
-            yield json.loads(line)
-        if not data:
-            yield None
 
 
 class Watch:
@@ -89,7 +50,8 @@ class Watch:
         self._marks, self._point, self._marked_at = 0, "start", time.monotonic()
         self._armed_at = 0.0
         self._selector = selectors.DefaultSelector()
-        self._links: dict[int, _Link] = {}
+        self.links: dict[int, Link] = {}
+        """To the other ranks, on rank 0; to rank 0, on the others."""
         self._lock = threading.Lock()
         self._has_begun = self._is_closing = False
         self._failure: str | None = None
@@ -108,30 +70,19 @@ class Watch:
             world_size=topology.world_size,
             timeout_seconds=config.parallel.timeout_seconds,
         )
-        watch.meet(host)
+        watch.links = meet(topology, host, config.parallel.timeout_seconds)
         return watch
 
     # ---- called by the training, on the main thread ---------------------------------------------------------------------
-
-    def meet(self, host: str) -> None:
-        """Connect the ranks, which have met in torch.distributed. `host`: of rank 0. Raises: RankError if one cannot."""
-        if self.world_size > 1:
-            token = torch.tensor([0, *secrets.token_bytes(32)] if self.rank == 0 else [0] * 33)
-            if self.rank == 0:
-                listener = _listen(host)
-                token[0] = listener.getsockname()[1]
-            token = token.to(torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu"))
-            torch.distributed.broadcast(token, 0)
-            port, *secret = token.tolist()
-            if self.rank == 0:
-                self._accept(listener, bytes(secret).hex())
-            else:
-                self._connect(host, port, bytes(secret).hex())
 
     def __enter__(self) -> Self:
         self._stack_file = self.log_file.open("ab")
         self._wake, self._woken = socket.socketpair()
         self._selector.register(self._woken, selectors.EVENT_READ, None)
+        for link in self.links.values():
+            self._selector.register(link.socket, selectors.EVENT_READ, link)
+        self._listening = progress.told_to(self.mark)
+        self._listening.__enter__()
         self.mark("start")
         self.request.pass_on(self._asked)
         self._thread = threading.Thread(target=self._run, name="liveness", daemon=True)
@@ -141,17 +92,18 @@ class Watch:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if error is not None:
+        if error is not None and not isinstance(error, StartError):
             self._failed(f"{type(error).__name__}: {error}")
             self.request.give_back()
         else:
             self.request.leave_in_peace()
+        self._listening.__exit__(None, None, None)
         self._is_closing = True
         self._say_all("bye")
         self._wake.send(b"x")
         self._thread.join(_ANSWER_SECONDS)
         faulthandler.cancel_dump_traceback_later()
-        for link in self._links.values():
+        for link in self.links.values():
             link.socket.close()
         self._selector.close()
         for end in (self._wake, self._woken, self._stack_file):
@@ -178,7 +130,7 @@ class Watch:
             self._wake.send(b"x")
         else:
             self._say_all("failed", reason=reason)
-        if self._links:
+        if self.links:
             self._verdict.wait(_ANSWER_SECONDS / 2)
 
     # ---- on the watching thread -----------------------------------------------------------------------------------------
@@ -205,7 +157,7 @@ class Watch:
             self._say_all("stuck" if self.rank else "show")
             self._judge_at = now + _ANSWER_SECONDS
 
-    def _read(self, link: _Link) -> None:
+    def _read(self, link: Link) -> None:
         for line in link.lines():
             if line is None:
                 self._selector.unregister(link.socket)
@@ -214,41 +166,41 @@ class Watch:
             else:
                 getattr(self, f"_on_{line.pop('kind')}")(link, **line)
 
-    def _on_bye(self, link: _Link) -> None:
+    def _on_bye(self, link: Link) -> None:
         link.is_over = True
 
-    def _on_asked(self, _: _Link, reason: str) -> None:
+    def _on_asked(self, _: Link, reason: str) -> None:
         self._asked(reason)
 
-    def _on_failed(self, link: _Link, reason: str) -> None:
+    def _on_failed(self, link: Link, reason: str) -> None:
         self._note_trouble(link.rank, f"failed: {reason}")
 
-    def _on_stuck(self, _: _Link) -> None:
+    def _on_stuck(self, _: Link) -> None:
         if self._stands is None:
             self._show_stacks()
             self._say_all("show")
             self._judge_at = time.monotonic() + _ANSWER_SECONDS
 
-    def _on_show(self, link: _Link) -> None:
+    def _on_show(self, link: Link) -> None:
         if self._stands is None:
             self._show_stacks()
         assert self._stands is not None
         link.send("stands", at=self._stands[self.rank])
         self._judge_at = time.monotonic() + 2 * _ANSWER_SECONDS  # rank 0 answers before
 
-    def _on_stands(self, link: _Link, at: list[Any]) -> None:
+    def _on_stands(self, link: Link, at: list[Any]) -> None:
         if self._stands is not None:
             self._stands[link.rank] = at
             if len(self._stands) == self.world_size:
                 self._judge_at = time.monotonic()
 
-    def _on_stop(self, _: _Link, reason: str) -> None:
+    def _on_stop(self, _: Link, reason: str) -> None:
         self.request.note(reason)
 
-    def _on_leave(self, _: _Link, reason: str) -> None:
+    def _on_leave(self, _: Link, reason: str) -> None:
         self._leave_unsaved(reason)
 
-    def _on_end(self, _: _Link, reason: str, ranks: list[int]) -> None:
+    def _on_end(self, _: Link, reason: str, ranks: list[int]) -> None:
         self._end(reason, ranks)
 
     # ---- asked to stop --------------------------------------------------------------------------------------------------
@@ -294,13 +246,13 @@ class Watch:
         else:
             stands: dict[int, list[Any] | None] = dict.fromkeys(range(self.world_size))
             reason, ranks = f"no progress for {self.timeout_seconds:.0f} s: {_hung({**stands, **(self._stands or {})})}", []
-        self._say_all("end", reason=reason[: _MAX_LINE // 2], ranks=ranks)
+        self._say_all("end", reason=reason[:2000], ranks=ranks)
         self._end(reason, ranks)
 
     def _end(self, reason: str, ranks: list[int]) -> None:
         """End this process, unless it is already ending by an error of its own."""
-        self._verdict.set()
         if self._failure and self.rank in ranks:
+            self._verdict.set()
             return
         # On stderr once: thousands of ranks have the same to say.
         speaks = self.rank == (1 if 0 in ranks else 0)
@@ -312,7 +264,7 @@ class Watch:
     def _part(self) -> None:
         """Say goodbye so that what was sent before arrives: closing with unread input would take it back."""
         self._say_all("bye")
-        for link in self._links.values():
+        for link in self.links.values():
             with contextlib.suppress(OSError):
                 link.socket.shutdown(socket.SHUT_WR)
         time.sleep(_GATHER_SECONDS)
@@ -324,93 +276,10 @@ class Watch:
         logger.warning("no progress on some rank; this one came to %s %.1f s ago; its stacks:", self._point, seconds)
         faulthandler.dump_traceback(self._stack_file, all_threads=True)
 
-    # ---- connections ----------------------------------------------------------------------------------------------------
-
     def _say_all(self, kind: str, **facts: Any) -> None:
-        for link in list(self._links.values()):
+        for link in list(self.links.values()):
             if not link.is_over:
                 link.send(kind, **facts)
-
-    def _accept(self, listener: socket.socket, secret: str) -> None:
-        """Rank 0: wait until all others are connected. Strangers, who do not know the secret, are turned away."""
-        _allow_files(self.world_size)
-        deadline = time.monotonic() + self.timeout_seconds
-        waiting = selectors.DefaultSelector()
-        waiting.register(listener, selectors.EVENT_READ, None)
-        while len(self._links) < self.world_size - 1:
-            if time.monotonic() > deadline:
-                missing = sorted(set(range(1, self.world_size)) - set(self._links))
-                raise RankError(f"ranks {missing[:8]} did not connect to rank 0 within parallel.timeout_seconds")
-            for key, _ in waiting.select(1):
-                if key.data is None:
-                    link = _Link(listener.accept()[0], -1)
-                    _settle(link.socket)
-                    waiting.register(link.socket, selectors.EVENT_READ, link)
-                else:
-                    waiting.unregister(key.data.socket)
-                    self._greet(key.data, secret)
-        for key in list(waiting.get_map().values()):
-            if key.data is not None:
-                key.data.socket.close()
-        waiting.close()
-        listener.close()
-
-    def _greet(self, link: _Link, secret: str) -> None:
-        """Hear who a new connection is. One that says nothing, or not the secret, is closed."""
-        try:
-            said, _, rank = link.socket.recv(_MAX_LINE).rstrip(b"\n").partition(b" ")
-            if not hmac.compare_digest(said, secret.encode()):
-                raise ConnectionError("a stranger")
-            link.rank = int(rank)
-            link.socket.sendall(_WELCOME)
-        except OSError:
-            link.socket.close()
-        else:
-            self._add(link)
-
-    def _connect(self, host: str, port: int, secret: str) -> None:
-        try:
-            link = _Link(socket.create_connection((address_of(host), port), timeout=self.timeout_seconds), 0)
-            link.socket.sendall(f"{secret} {self.rank}\n".encode())
-            if link.socket.recv(len(_WELCOME)) != _WELCOME:
-                raise ConnectionError("turned away")
-        except OSError as error:
-            raise RankError(
-                f"rank {self.rank} cannot reach rank 0 at {host}:{port} ({error}): is a firewall between?"
-            ) from error
-        _settle(link.socket)
-        self._add(link)
-
-    def _add(self, link: _Link) -> None:
-        self._links[link.rank] = link
-        self._selector.register(link.socket, selectors.EVENT_READ, link)
-
-
-def _listen(host: str) -> socket.socket:
-    """On this machine alone where all ranks are on it."""
-    if host in _LOCAL:
-        family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, 0), family=family, backlog=4096)
-    dual = socket.has_dualstack_ipv6()
-    return socket.create_server(("", 0), family=socket.AF_INET6 if dual else socket.AF_INET, backlog=4096, dualstack_ipv6=dual)
-
-
-def _settle(connection: socket.socket) -> None:
-    """No delays; no reading or writing for ever; a peer whose machine is gone is noticed within half a minute."""
-    connection.settimeout(_ANSWER_SECONDS)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
-        if hasattr(socket, name):  # not everywhere
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-
-def _allow_files(world_size: int) -> None:
-    """A socket is an open file, of which a process may have 1,024 by default."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = world_size + 1024
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
 def _hung(stands: dict[int, list[Any] | None]) -> str:

@@ -12,20 +12,20 @@ from pathlib import Path
 
 from .agreement import Agreement, SaveError
 from .attempt import Attempt
-from .config import CheckpointConfig
+from .config import CheckpointConfig, StartError
 from .envelope import complete_checkpoints, write_synced
 
 _PROBE = bytes(range(256)) * 16
 
 
 def check_room(settings: CheckpointConfig, attempt: Attempt, ranks: Agreement, size_bytes: int) -> None:
-    """All ranks call it. Raises: ValueError, the same on all, if a rank cannot write, or space is short."""
+    """All ranks call it. Raises: StartError, the same on all, if a rank cannot write, or space is short."""
     try:
         ranks.each(lambda: _check_writing(attempt.folder, ranks.rank, -(-size_bytes // ranks.size)))
         ranks.each(lambda: _check_reading(attempt.folder, ranks.size))
         ranks.first(lambda: _check_space(settings, attempt.folder.parent.parent, size_bytes))
     except SaveError as error:
-        raise ValueError(f"{attempt.folder.parent} cannot take checkpoints: {error}") from None
+        raise StartError(f"{attempt.folder.parent} cannot take checkpoints: {error}") from None
     if ranks.rank == 0:
         for rank in range(ranks.size):
             _probe(attempt.folder, rank).unlink(missing_ok=True)

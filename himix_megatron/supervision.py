@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from . import faults
 from .checkpoint import Position, check_architecture, position_of
 from .config import Config
 from .goodput import Goodput
@@ -25,11 +24,6 @@ class Supervision:
     watch: Watch
     journal: Journal
     goodput: Goodput
-
-    def at(self, point: str) -> None:
-        """This rank has come to a point of its work."""
-        self.watch.mark(point)
-        faults.reach(point)
 
 
 def saved_position(config: Config, start: Start) -> Position | None:

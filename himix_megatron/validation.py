@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from . import progress
 from .build import Run, step_reader
 from .config import Config
 from .data.loader import step_loader
@@ -39,7 +40,7 @@ class Validation:
         total = tokens = 0.0
         batches = step_loader(self.reader, self._steps(self.plan), self.config.data.num_workers)
         for batch, images in together(self.run, batches, self.supervision.request):
-            self.supervision.at("validation/step")
+            progress.at("validation/step")
             reported = run_schedule(self.run, batch, images, forward_only=True)
             counts, _ = count(self.config, self.run.topology, batch, reported)
             if counts.answer_tokens:

@@ -135,21 +135,13 @@ def training_command(words: tuple[str, ...]) -> list[str]:
     return [sys.executable, "-m", "pipelines.pretrain", *words]
 
 
-PYTHON = '"${step[@]}" "${python[@]}"'
-"""How the batch script starts Python on every rank: with srun and the Python that slurm/environment.sh has found."""
-
-_REQUEUE = [
-    "code=$?",
-    'if [[ $code -eq 85 ]] && ! scontrol requeue "$SLURM_JOB_ID"; then',
-    '    echo "error: the run is saved, but the job cannot be put back into the queue: submit the same command again" >&2',
-    "fi",
-    'exit "$code"',
-]
-"""The batch script after the ranks: 85 is `saved, please start me again`; every other code is the job's own."""
+PYTHON = "run_and_leave"
+"""How the batch script starts Python: in every task, and with a requeue after 85. A function of slurm/environment.sh."""
 
 
 def _environment() -> list[str]:
-    """The batch script before the ranks. Without HIMIX_CONTAINER or HIMIX_VENV it is the environment that runs this."""
+    """The batch script before it starts Python. Without HIMIX_CONTAINER or HIMIX_VENV the environment is the one of this
+    process."""
     venv = os.environ.get("HIMIX_VENV") or ("" if os.environ.get("HIMIX_CONTAINER") else sys.prefix)
     return [*([f"export HIMIX_VENV={shlex.quote(venv)}"] if venv else []), "source slurm/environment.sh"]
 
@@ -178,8 +170,7 @@ def sbatch_parameters(stage: Stage, cluster: Cluster, after: str | None) -> dict
         "dependency": None if after is None else f"afterok:{after}",
         "wckey": None,
         "stderr_to_stdout": True,
-        "use_srun": False,  # PYTHON brings its own
+        "use_srun": False,  # run_and_leave does
         "additional_parameters": further,
         "setup": _environment(),
-        "teardown": _REQUEUE,
     }
