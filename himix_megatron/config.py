@@ -421,6 +421,11 @@ class CheckpointConfig:
         if self.max_failures < 0:
             raise ValueError(f"checkpoint.max_failures is {self.max_failures}: it must be 0 or above")
 
+    @property
+    def group_timeout_seconds(self) -> float:
+        """For the messages of a save: a little more than the save itself has, since the watch on it can say more."""
+        return self.timeout_seconds + 60
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogConfig:
@@ -434,13 +439,28 @@ class LogConfig:
     """Samples per validation, rounded down to whole batches (at least one; a smaller set is gone through again)."""
     ledger: bool = False
     """Write RUN/ledger/rank-000.jsonl: samples of each step; steps.jsonl: each step's loss and gradient norm, in hex."""
+    pictures_interval_steps: int = 0
+    """Steps between looks at a few samples in TensorBoard: picture, question, expected and given answer (held-out samples where
+    data.validation_path is given); 0: none."""
+    pictures_samples: int = 4
+    """Samples of such a look."""
+    peak_tflops: float | None = None
+    """Dense peak of one GPU in the run's precision, in TFLOP/s: what MFU is a share of. None: by the GPU's name, where it is
+    known; else there is no MFU."""
+    profile_steps: tuple[int, ...] = ()
+    """Steps whose trace each pipeline stage's first rank writes into RUN/profile, to be opened at ui.perfetto.dev."""
 
     def __post_init__(self) -> None:
         _positive(
             log__interval_steps=self.interval_steps,
             log__validation_interval_steps=self.validation_interval_steps,
             log__validation_samples=self.validation_samples,
+            log__pictures_samples=self.pictures_samples,
         )
+        if self.pictures_interval_steps < 0:
+            raise ValueError(f"log.pictures_interval_steps is {self.pictures_interval_steps}: wanted 0 (none) or more")
+        if self.peak_tflops is not None:
+            _positive(log__peak_tflops=self.peak_tflops)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -538,6 +558,11 @@ class Config:
             raise ValueError(
                 "parallel.overlap is on, but the tower trains: its gradients are summed over pipeline stages before they are "
                 "over data-parallel ranks, so leave --parallel.overlap auto"
+            )
+        if self.log.pictures_interval_steps and self.data.stream and self.data.validation_path is None:
+            raise ValueError(
+                "log.pictures_interval_steps is given, but a stream has no samples to choose from: give "
+                "--data.validation-path, or leave it at 0"
             )
         if model.num_layers < chunks or (parallel.split == "even" and model.num_layers % chunks):
             raise ValueError(

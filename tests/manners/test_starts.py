@@ -69,7 +69,7 @@ def work_slowly(rank: int, point: str, count: int) -> None:
     time.sleep(0.1)
 
 
-def test_the_time_of_all_starts_adds_up(mixed_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_of_all_starts_adds_up(mixed_dataset: Path, tmp_path: Path) -> None:
     config = manners_config(
         mixed_dataset,
         tmp_path,
