@@ -100,7 +100,7 @@ def test_code_in_a_tokenizer_folder_is_not_run(tmp_path: Path) -> None:
     settings = {"tokenizer_class": "Tok", "auto_map": {"AutoTokenizer": ["evil.Tok", "evil.Tok"]}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.Tok"}}))
-    with pytest.raises(ValueError, match="data.tokenizer is"):
+    with pytest.raises(ValueError, match=r"data\.tokenizer is"):
         load_tokenizer(str(tmp_path))
     assert not (tmp_path / "MARK").exists()
 

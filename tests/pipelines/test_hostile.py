@@ -92,7 +92,7 @@ ENVIRONMENTS = {
     "srun, no nodes": (SRUN, {"SLURM_STEP_NODELIST": None}, "SLURM_STEP_NODELIST is missing"),
     "srun, nodes as a command": (SRUN, {"SLURM_STEP_NODELIST": "[$(touch MARK)"}, "SLURM_STEP_NODELIST is '[$(touch MARK)'"),
     "srun, no job": (SRUN, {"SLURM_JOB_ID": ""}, "SLURM_JOB_ID is missing or empty"),
-    "srun, a size that the batch does not fit": (SRUN, {"SLURM_STEP_NUM_TASKS": "5"}, "is not a multiple of 5 data-parallel ranks"),
+    "srun, a size that the batch does not fit": (SRUN, {"SLURM_STEP_NUM_TASKS": "5"}, "is not a multiple of 5 data-parallel"),
 }  # fmt: skip
 
 
