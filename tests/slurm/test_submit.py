@@ -220,9 +220,7 @@ def test_jobs_run_in_the_environment_that_submits_them_or_the_one_that_is_named(
     monkeypatch.setenv("HIMIX_VENV", str(tmp_path / "a b"))
     assert f"\nexport HIMIX_VENV='{tmp_path}/a b'\n" in script(Settings(), one, None)
     monkeypatch.setenv("HIMIX_VENV", str(tmp_path))
-    with pytest.raises(
-        ValueError, match="is no virtual environment: run this with .venv/bin/python, or name one with HIMIX_VENV"
-    ):
+    with pytest.raises(ValueError, match="is no virtual environment: run this with "):
         script(Settings(), one, None)
     monkeypatch.setenv("HIMIX_CONTAINER", "image.sif")
     assert "HIMIX_VENV" not in script(Settings(), one, None)
