@@ -97,7 +97,9 @@ class _Pass:
         return self.tensor_forward + self.tensor_backward
 
 
-def product_seconds(machine: Machine, rows: float, inner: float, columns: float, number_bytes: int, written: float = 0.0) -> float:
+def product_seconds(
+    machine: Machine, rows: float, inner: float, columns: float, number_bytes: int, written: float = 0.0
+) -> float:
     """One matrix product: bound by arithmetic or by reading its operands and writing its result. `written`: bytes an element of
     the result costs, where it is not one number."""
     if not rows * inner * columns:
@@ -204,7 +206,12 @@ def step_time(machine: Machine, layout: Layout, job: Job) -> StepTime:
 
 
 def _hop_seconds(machine: Machine, layout: Layout, job: Job) -> float:
-    size = job.number_bytes * job.micro_batch.text_tokens * job.model.hidden_size / (layout.tensor if layout.sequence or layout.split_hops else 1)
+    size = (
+        job.number_bytes
+        * job.micro_batch.text_tokens
+        * job.model.hidden_size
+        / (layout.tensor if layout.sequence or layout.split_hops else 1)
+    )
     within = layout.tensor * layout.pipeline <= machine.node_size
     return size / (machine.link_bytes_per_second if within else machine.network_bytes_per_second) + machine.latency_seconds
 

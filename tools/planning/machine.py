@@ -13,7 +13,7 @@ from pathlib import Path
 
 from himix_megatron.devices import DEVICES, NETWORKS, device_named, network_named
 
-EFFICIENCY = {"a100": 0.718, "h100": 0.678}
+EFFICIENCY = {"a100": 0.718, "h100": 0.641}
 """Share of the dense peak that large matrix products reach."""
 NETWORK_OF = {"a100": "ib-hdr-200", "h100": "ib-ndr-400", "h200": "ib-ndr-400", "b200": "ib-ndr-400"}
 """What joins nodes of 8 where --interconnect says nothing: what their makers sell them with."""
