@@ -142,7 +142,7 @@ def layer_activations(config: Config, micro_batch: MicroBatch) -> float:
 
 
 def chunks_under_way(config: Config, stage: int, num_micro_batches: int) -> int:
-    """Micro-batches of a chunk whose activations a stage holds at most. Source: megatron-core's schedules (1F1B; interleaved)."""
+    """Micro-batches of a chunk whose activations a stage holds at most. Source: megatron-core's schedules."""
     size, chunks = config.parallel.pipeline, config.parallel.virtual_pipeline
     if chunks == 1:
         return min(num_micro_batches, size - stage)

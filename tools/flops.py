@@ -5,9 +5,9 @@
     python -m tools.flops qwen2_0_5b_align --text-tokens 300 --images 2 --plot flops.png
     python -m tools.flops --layers 12 --hidden 768 --ffn 2048 --heads 12 --groups 4 --vocab 32000
 
-Vanilla is the same decoder with the vision tokens in its text, as in LLaVA. The paper counts the forward pass, attention as full
-rectangles, and the LM head on every token, vision tokens included. The honest count: text sees only what comes before it, and the
-head runs on text alone (in training: on the tokens that have a label). `step` is forward and backward of one sample, by what trains.
+Vanilla is the same decoder with the vision tokens in its text, as in LLaVA. The paper counts the forward pass, attention as
+full rectangles, and the LM head on every token, vision tokens included. The honest count: text sees only what comes before it,
+and the head runs on text alone (in training: on the tokens with a label). `step` is forward and backward of one sample.
 """
 
 from __future__ import annotations
@@ -36,7 +36,15 @@ PAPER = {
 """Recipe, and the published GFLOP of the decoder, vanilla and HiMix, where the text at hand has them."""
 PAPER_TEXT_TOKENS = 64
 TOWERS = {"siglip": siglip_so400m_384, "clip": clip_large_336}
-SIZES = ("layers", "hidden", "ffn", "heads", "groups", "vocab")
+SIZES = {
+    "layers": "num_layers",
+    "hidden": "hidden_size",
+    "ffn": "ffn_hidden_size",
+    "heads": "num_attention_heads",
+    "groups": "num_query_groups",
+    "vocab": "vocab_size",
+}
+"""A flag, and the field of ModelConfig that it sets."""
 
 
 @dataclass(frozen=True)
@@ -88,16 +96,12 @@ def config_of(arguments: Arguments) -> Config:
         if name not in RECIPES:
             raise ValueError(f"unknown recipe {arguments.recipe}: there are {', '.join(RECIPES)}")
         config = RECIPES[name]()
-        fields = dict(zip(SIZES, MODEL_FIELDS, strict=True))
-        config = replace(config, model=replace(config.model, **{fields[name]: value for name, value in given.items()}))
+        config = replace(config, model=replace(config.model, **{SIZES[name]: value for name, value in given.items()}))
     return config if arguments.tower is None else replace(config, vision=TOWERS[arguments.tower]())
 
 
-MODEL_FIELDS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
-
-
 def _bare(sizes: dict[str, Any]) -> Config:
-    model = ModelConfig(family="llama", **{field: sizes[name] for name, field in zip(SIZES, MODEL_FIELDS, strict=True)})
+    model = ModelConfig(family="llama", **{field: sizes[name] for name, field in SIZES.items()})
     return Config(
         recipe="sizes",
         model=model,
@@ -127,10 +131,8 @@ def compare(config: Config, text: float, images: float, labels: float) -> Compar
         Work.of(*lengths, head_tokens=text, causal=False),
         Work.concatenated(*lengths, head_tokens=text + vision, causal=False),
     )
-    causal, tower = (
-        (Work.of(*lengths, head_tokens=text), Work.concatenated(*lengths, head_tokens=text)),
-        images * tower_flops(config.vision),
-    )
+    causal = Work.of(*lengths, head_tokens=text), Work.concatenated(*lengths, head_tokens=text)
+    tower = images * tower_flops(config.vision)
     trained = (
         Work.of(*lengths, head_tokens=labels, images=images),
         Work.concatenated(*lengths, head_tokens=labels, images=images),
@@ -230,9 +232,7 @@ def plot(config: Config, text: int, images: int, path: Path) -> None:
         for way, style in (("paper", "--"), ("honest", "-")):
             for which, name, colour in ((1, "vanilla", "tab:red"), (0, "HiMix", "tab:blue")):
                 values = [getattr(item, way)[which] / 1e9 for item in found]
-                label = f"{name}, {'honest' if way == 'honest' else chr(34) + 'paper' + chr(34)}".replace(
-                    '"paper"', "the paper's way"
-                )
+                label = f"{name}, {'honest' if way == 'honest' else 'the way of the paper'}"
                 axis.plot(places, values, style, color=colour, label=label)
         axis.plot(places, [k * tower_flops(config.vision) / 1e9 for _, k in samples], ":", color="grey", label="tower")
         axis.set_xlabel(title)

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from himix_megatron.devices import DEVICES, NETWORKS, device_named, network_named
+from himix_megatron.devices import DEVICES, device_named, network_named
 
 EFFICIENCY = {"a100": 0.718, "h100": 0.641}
 """Share of the dense peak that large matrix products reach."""
@@ -78,8 +78,3 @@ def cpu_machine(file: Path = CPU_FILE) -> Machine:
     if not file.is_file():
         raise ValueError("--gpu is cpu, but no CPU was measured here: run python -m tools.plan --measure first")
     return Machine(**json.loads(file.read_text())["machine"])
-
-
-def interconnects() -> str:
-    """Known names, for help."""
-    return ", ".join(network.name for network in NETWORKS)

@@ -186,18 +186,16 @@ def error(row: Row) -> float:
 
 def compared() -> Iterator[str]:
     """The table, line by line."""
-    yield (
-        f"{'model':<28}{'GPUs':>6}  {'layout':<17}{'published':>10}{'predicted':>10}{'error':>8}{'MFU':>6}  what its FLOP/s count"
-    )
+    yield f"{'model':<28}{'GPUs':>6}  {'layout':<17}{'published':>10}{'predicted':>10}{'error':>9}{'MFU':>7}  FLOP/s counted"
     for row in ROWS:
         machine = machine_named(row.gpu, None)
         seconds = predict(row, machine).total
         layout = f"TP{row.tensor} PP{row.pipeline} VPP{row.virtual}"
         mfu = counted_flops(row) / (row.gpus * machine.peak_flops * row.seconds)
-        note = "calibrated on" if is_calibrated(row) else f"{100 * (seconds / row.seconds - 1):+.1f} %"
+        note = "fitted" if is_calibrated(row) else f"{100 * (seconds / row.seconds - 1):+.1f} %"
         assumed = f"; assumed: {row.assumed}" if row.assumed else ""
         yield (
-            f"{row.name:<28}{row.gpus:>6}  {layout:<17}{row.seconds:>8.2f} s{seconds:>8.2f} s  {note:>6}{100 * mfu:>5.1f}%  "
+            f"{row.name:<28}{row.gpus:>6}  {layout:<17}{row.seconds:>8.2f} s{seconds:>8.2f} s{note:>9}{100 * mfu:>6.1f}%  "
             f"{row.counts}{assumed}"
         )
     errors = sorted(abs(error(row)) for row in ROWS if not is_calibrated(row))
