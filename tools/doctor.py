@@ -56,6 +56,7 @@ def main() -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch: a failure to connect is one line, ours
     own = [*doctor_software.findings(), *doctor_machine.findings(arguments.folder), *files(arguments)]
     from himix_megatron.parallel import launch_from_environment
+    from himix_megatron.signals import leave
 
     try:
         launch = launch_from_environment(os.environ)
@@ -68,9 +69,10 @@ def main() -> int:
     from tools.doctor_network import meet
 
     met = meet(launch, own, arguments.folder, arguments.timeout_seconds)
-    if launch.rank == 0 or met.alone:
-        return show(met.findings, arguments.json)
-    return met.code
+    code = show(met.findings, arguments.json) if launch.rank == 0 or met.alone else met.code
+    if met.alone:
+        leave(code)  # past torch: a thread of this process may be stuck in it for ever
+    return code
 
 
 def files(arguments: Arguments) -> list[Finding]:

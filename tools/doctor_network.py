@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import os
 import platform
+import queue
 import secrets
 import socket
 import statistics
 import struct
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib import metadata
@@ -90,8 +92,8 @@ def meet(launch: Launch, own: list[Finding], folder: Path, seconds: float) -> Me
     """Meet the other ranks and measure. `own`: what this rank found on its machine."""
     try:
         address = address_of(launch.host)
-        store = join(launch, address, seconds)
-    except (RankError, dist.DistNetworkError, dist.DistStoreError) as error:
+        store = in_time(lambda: join(launch, address, seconds), seconds)
+    except (RankError, TimeoutError, dist.DistNetworkError, dist.DistStoreError) as error:
         reason = " ".join(str(error).split("\n")[0].split())
         detail = f"rank {launch.rank} of {launch.world_size} cannot meet the others at {launch.host}:{launch.port}: {reason}"
         remedy = "does rank 0 run there, is the port free, and no firewall between? MASTER_ADDR and MASTER_PORT choose"
@@ -120,6 +122,29 @@ def join(launch: Launch, address: str, seconds: float) -> dist.Store:
         wait_for_workers=False,  # who is missing is to be named
     )
     return dist.PrefixStore("doctor", store)
+
+
+def in_time(make: Callable[[], Any], seconds: float) -> Any:
+    """What a function returns. Raises: what it raises; TimeoutError when it is stuck well beyond its own timeout.
+
+    torch's store waits without an end for somebody who takes its connection and says nothing, whatever timeout it is given.
+    """
+    results: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            results.put((make(), None))
+        except (ValueError, RuntimeError) as error:
+            results.put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()  # one that stays stuck does not keep this process
+    try:
+        made, error = results.get(timeout=1.5 * seconds + 2)
+    except queue.Empty:
+        raise TimeoutError("somebody listens there, but does not answer as a run's rank 0 would") from None
+    if error is not None:
+        raise error
+    return made
 
 
 # ---- who does what -----------------------------------------------------------------------------------------------------
