@@ -104,14 +104,15 @@ class Stage:
         """Where the job's script, save file and output lie: RUN/slurm."""
         return self.run_dir / "slurm"
 
-    def check_folder(self) -> None:
-        """Raises: ValueError for a run folder whose name Slurm's output patterns or its script's header cannot say."""
-        bad = re.search(r"""[%"'\\\x00-\x1f\x7f]|\s$""", str(self.run_dir))
-        if bad:
-            raise ValueError(
-                f"{self.name}: the run folder {str(self.run_dir)!r} has {bad.group()!r} in its name, which Slurm reads as "
-                "something else: give another --run.dir"
-            )
+    def check_folders(self) -> None:
+        """Raises: ValueError for a folder whose name Slurm's output patterns or its script's header cannot say."""
+        for what, folder in (("the run folder", self.run_dir), ("this folder", Path.cwd())):
+            bad = re.search(r"""[%"'\\\x00-\x1f\x7f]|\s$""", str(folder))
+            if bad:
+                raise ValueError(
+                    f"{self.name}: {what} {str(folder)!r} has {bad.group()!r} in its name, which Slurm reads as something "
+                    f"else: {'give another --run.dir' if folder == self.run_dir else 'submit from another one'}"
+                )
 
     def output(self, job_id: str) -> Path:
         """What a job prints, over all its attempts."""
@@ -140,10 +141,16 @@ PYTHON = "run_and_leave"
 
 
 def _environment() -> list[str]:
-    """The batch script before it starts Python. Without HIMIX_CONTAINER or HIMIX_VENV the environment is the one of this
-    process."""
-    venv = os.environ.get("HIMIX_VENV") or ("" if os.environ.get("HIMIX_CONTAINER") else sys.prefix)
-    return [*([f"export HIMIX_VENV={shlex.quote(venv)}"] if venv else []), "source slurm/environment.sh"]
+    """The batch script before it starts Python: by default in the virtual environment of this process.
+
+    Raises: ValueError if there is none.
+    """
+    if os.environ.get("HIMIX_CONTAINER"):
+        return ["source slurm/environment.sh"]
+    venv = os.environ.get("HIMIX_VENV") or sys.prefix
+    if not (Path(venv) / "bin" / "activate").is_file():
+        raise ValueError(f"{venv} is no virtual environment: run this with .venv/bin/python, or name one with HIMIX_VENV")
+    return [f"export HIMIX_VENV={shlex.quote(venv)}", "source slurm/environment.sh"]
 
 
 def sbatch_parameters(stage: Stage, cluster: Cluster, after: str | None) -> dict[str, Any]:

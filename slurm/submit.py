@@ -254,7 +254,7 @@ def script(settings: Settings, stage: Stage, after: str | None) -> str:
 def dry_run(settings: Settings, stages: Sequence[Stage]) -> int:
     """Check all, print the batch scripts. Returns: 0."""
     for stage in stages:
-        stage.check_folder()
+        stage.check_folders()
     check(settings, stages)
     for number, stage in enumerate(stages):
         print(f"# ---- {stage.name}: each rank runs {shlex.join(training_command(stage.words))}")
@@ -265,7 +265,7 @@ def dry_run(settings: Settings, stages: Sequence[Stage]) -> int:
 def submit(settings: Settings, stages: Sequence[Stage]) -> list[tuple[Stage, str]]:
     """All stages, or none. Returns: each with its job id. Raises: ValueError for what cannot run."""
     for stage in stages:
-        stage.check_folder()
+        stage.check_folders()
     check(settings, stages)
     for stage in stages:
         queue.check_script(script(settings, stage, None))

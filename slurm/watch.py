@@ -7,6 +7,7 @@ No accounting database is asked, and nothing waits for a result that a killed jo
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -142,7 +143,8 @@ class _Screen:
         """`lines`: (state, whole line) of each stage."""
         if self.is_terminal:
             back = f"\x1b[{len(self._shown)}F" if self._shown else ""
-            self._shown = [line for _, line in lines]
+            width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be found again
+            self._shown = [line[:width] for _, line in lines]
             print(back + "\n".join(f"\x1b[2K{line}" for line in self._shown), flush=True)
             return
         for number, (state, line) in enumerate(lines):

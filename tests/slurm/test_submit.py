@@ -208,6 +208,24 @@ def test_the_batch_script_holds_what_was_asked_for_and_no_word_of_the_training(t
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
 
 
+def test_jobs_run_in_the_environment_that_submits_them_or_the_one_that_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = stage(tmp_path / "run")
+    monkeypatch.delenv("HIMIX_VENV", raising=False)
+    monkeypatch.delenv("HIMIX_CONTAINER", raising=False)
+    assert f"\nexport HIMIX_VENV={sys.prefix}\nsource slurm/environment.sh\n" in script(Settings(), one, None)
+    (tmp_path / "a b" / "bin").mkdir(parents=True)
+    (tmp_path / "a b" / "bin" / "activate").touch()
+    monkeypatch.setenv("HIMIX_VENV", str(tmp_path / "a b"))
+    assert f"\nexport HIMIX_VENV='{tmp_path}/a b'\n" in script(Settings(), one, None)
+    monkeypatch.setenv("HIMIX_VENV", str(tmp_path))
+    with pytest.raises(ValueError, match="is no virtual environment: run this with "):
+        script(Settings(), one, None)
+    monkeypatch.setenv("HIMIX_CONTAINER", "image.sif")
+    assert "HIMIX_VENV" not in script(Settings(), one, None)
+
+
 def test_what_all_stages_start_from_is_for_the_first_only() -> None:
     words = ["tiny", "--checkpoint.initial", "converted", "--train.steps", "7", "--instruct.train.steps=9"]
     _, (align, instruct) = read(words)
