@@ -8,7 +8,7 @@ of them left out; what no arithmetic knows (the CUDA context, NCCL's buffers, fr
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from himix_megatron.config import Config
 from himix_megatron.flops import chunk_layers
@@ -186,7 +186,4 @@ def rank_memory(
         logits=logits,
         features=features,
     )
-    if not on_gpu:
-        return found
-    allowance = FIXED_BYTES + FRAGMENTS * found.total
-    return RankMemory(*(getattr(found, item.name) for item in fields(found)[:-1]), allowance)
+    return replace(found, allowance=FIXED_BYTES + FRAGMENTS * found.total) if on_gpu else found
