@@ -1,8 +1,9 @@
-"""Checkpoints: written beside, renamed when whole, loadable at any layout of ranks.
+"""Checkpoints: which state goes into one, and how it comes back at any layout of ranks.
 
 Flows in: model chunks, optimizer, and a few numbers of position; out: RUN/checkpoints/step-00001000/, holding
 megatron-core's distributed checkpoint (tensors by global name and offset) and `himix.json` (what model this is, what
-trains, where in the data). The learning rate is a function of the position and is not stored.
+trains, where in the data). The learning rate is a function of the position and is not stored. How a folder becomes a
+checkpoint is in `saving.py`, and what vouches for it in `envelope.py`.
 """
 
 from __future__ import annotations
@@ -10,33 +11,46 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import queue
-import re
-import shutil
-import threading
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.mapping import ShardedObject, is_main_replica
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from . import progress
+from .agreement import Agreement
+from .attempt import Attempt, claim
 from .config import Config, Part
 from .data.plan import Place
-from .data.storage import sync_folder
+from .envelope import (
+    DESCRIPTION,
+    DamagedError,
+    complete_checkpoints,
+    newest_whole,
+    problems_seen_together,
+    publish,
+    read_description,
+    tower_path,
+    validation_loss,
+    write_synced,
+)
 from .model.himix import bare
+from .room import check_room
+from .saving import Protocol, Saves
+from .snapshot import HostCopies, Snapshot, describe_state
 
 logger = logging.getLogger(__name__)
 
-_NAME = re.compile(r"step-(\d{8})")
 _ARCHITECTURE = (
     "family", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size",
     "rope_theta", "rope_scaling_factor", "norm_eps", "tie_embeddings",
@@ -44,26 +58,6 @@ _ARCHITECTURE = (
 _TOWER = (
     "tower", "hidden_size", "image_size", "patch_size", "num_layers", "num_attention_heads", "ffn_hidden_size", "feature_layer",
 )  # fmt: skip
-
-
-class _ThreadsForProcesses:
-    """Makes mcore's checkpoint writers threads, where it starts processes.
-
-    Processes forked beside gloo's, NCCL's or autograd's threads can inherit a held lock and hang; a queue server spawned
-    for each rank costs a second and outlives a killed run. mcore itself writes with threads from 0.17 on.
-    """
-
-    Process = threading.Thread
-    Queue = JoinableQueue = queue.Queue
-
-    def get_context(self, _: str) -> _ThreadsForProcesses:
-        return self
-
-    def Manager(self) -> _ThreadsForProcesses:  # noqa: N802
-        return self
-
-
-filesystem_async.mp = _ThreadsForProcesses()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,8 +86,9 @@ def architecture(config: Config) -> dict[str, Any]:
 
 
 def check_architecture(folder: Path, config: Config) -> dict[str, Any]:
-    """`himix.json` of a checkpoint. Raises: ValueError naming the first field in which the architectures differ."""
-    description: dict[str, Any] = json.loads((folder / "himix.json").read_text())
+    """`himix.json` of a checkpoint. Raises: ValueError if it is damaged, or naming the first field in which the architectures
+    differ."""
+    description = read_description(folder)
     stored, wanted = description["architecture"], architecture(config)
     for name in wanted:
         # A field that came later than the checkpoint cannot disagree with it.
@@ -107,7 +102,7 @@ def check_architecture(folder: Path, config: Config) -> dict[str, Any]:
 def write_description(
     folder: Path, config: Config, position: Position, parts: Sequence[Part], tower: str | None, validation_loss: float | None
 ) -> None:
-    """Write `himix.json`, which makes a folder a checkpoint. `parts`: what trained; none in a converted model."""
+    """Write `himix.json`. `parts`: what trained; none in a converted model."""
     description = {
         "position": asdict(position),
         "parts": parts,
@@ -116,26 +111,7 @@ def write_description(
         "tower": tower,
         "validation_loss": validation_loss,
     }
-    publish(folder / "himix.json", (json.dumps(description, indent=2) + "\n").encode())
-
-
-def complete_checkpoints(run_dir: Path) -> list[Path]:
-    """The whole checkpoints of a run folder, oldest first."""
-    folders = (run_dir / "checkpoints").glob("step-*")
-    return sorted(f for f in folders if _NAME.fullmatch(f.name) and (f / "himix.json").is_file())
-
-
-def find_checkpoint(path: str) -> Path:
-    """The checkpoint meant by a path: itself, or the newest one of a run folder. Raises: ValueError if there is none."""
-    folder = Path(path)
-    if (folder / "himix.json").is_file():
-        return folder
-    found = complete_checkpoints(folder)
-    if not found:
-        raise ValueError(
-            f"{path} holds no checkpoint (--checkpoint.initial takes a run folder or a checkpoints/step-... folder)"
-        )
-    return found[-1]
+    write_synced(folder / DESCRIPTION, (json.dumps(description, indent=2) + "\n").encode())
 
 
 def _metadata() -> dict[str, Any]:
@@ -208,43 +184,121 @@ class Checkpoints:
     """Saves and restores one run.
 
     `frozen_tower` is the tower where it does not train: it is stored once in RUN/towers/ under its hash, and checkpoints
-    refer to it. Where it trains (None here) it is in the model, and in every checkpoint.
+    refer to it. Where it trains (None here) it is in the model, and in every checkpoint. `attempt`: the right to write into
+    the run's folder; None: it is taken when something is to be saved.
     """
 
-    def __init__(self, config: Config, stages: list[Any], optimizer: Any | None, frozen_tower: nn.Module | None):
+    def __init__(
+        self,
+        config: Config,
+        stages: list[Any],
+        optimizer: Any | None,
+        frozen_tower: nn.Module | None,
+        attempt: Attempt | None = None,
+    ):
         self.config, self.stages, self.optimizer, self.frozen_tower = config, stages, optimizer, frozen_tower
-        self.run_dir = config.run_dir
+        self.run_dir, self.attempt = config.run_dir, attempt
+        self.stall_seconds = 0.0
+        """Training time that saves have taken so far on this rank."""
         self._tower_name: str | None = None
+        self._copies = HostCopies()
+        self._validated = False
 
-    def save(self, position: Position, *, validation_loss: float | None = None) -> None:
-        """Save after `position.step` steps; all ranks call it. Older ones go once this one is whole (see `_prune`)."""
-        final = self.run_dir / "checkpoints" / f"step-{position.step:08d}"
-        beside = final.with_name(f"{final.name}.writing")
-        rank = torch.distributed.get_rank()
-        if rank == 0:
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-        torch.distributed.barrier()
+    @cached_property
+    def ranks(self) -> Agreement:
+        """The ranks' own group; all ranks must come to the first use together."""
+        return Agreement(self.config.checkpoint.group_timeout_seconds)
+
+    @cached_property
+    def saves(self) -> Saves:
+        """What is being saved; all ranks must come to the first use together."""
+        if self.attempt is None:
+            self.attempt = claim(self.run_dir, self.ranks)
+        return Saves(self.config.checkpoint, self.attempt)
+
+    def save(self, position: Position, *, validation_loss: float | None = None) -> float:
+        """Save after `position.step` steps; all ranks call it. A save in flight is waited for.
+
+        Returns: the seconds for which training stood still. In the background (`checkpoint.mode` async) the state is copied
+        and the rest follows; `poll` tells how it went. Raises: RuntimeError as `poll`.
+        """
+        begun = time.perf_counter()
+        self.saves.wait()
+        assert self.attempt is not None
+        take = self._snapshot()
+        describe = partial(self._describe, position=position, validation_loss=validation_loss)
+        protocol = Protocol(self.ranks, self.attempt, self.config.checkpoint)
+        name = f"step-{position.step:08d}"
+        self.saves.start(name, partial(protocol.run, name, take, describe))
+        if self.config.checkpoint.mode == "sync":
+            self.saves.wait()
+        stall = time.perf_counter() - begun
+        self.stall_seconds += stall
+        return stall
+
+    def poll(self) -> None:
+        """Once a step, without waiting: what has become of the save in flight.
+
+        Raises: RuntimeError if too many failed or one hangs, or another start has taken the run folder over.
+        """
+        self.saves.poll()
+
+    def finish(self) -> None:
+        """Complete the save in flight. Raises: RuntimeError if the last one failed."""
+        begun = time.perf_counter()
+        self.saves.finish()
+        self.stall_seconds += time.perf_counter() - begun
+
+    def close(self) -> None:
+        """The run has ended: the next start may take its folder without looking whether we live."""
+        self.finish()
+        self.saves.attempt.end()
+
+    def _snapshot(self) -> Callable[[], Snapshot]:
+        """This rank's state as of now. An error of this rank is kept for all to agree on."""
+        failure = _error_of(lambda: progress.at("save/begin"))
         for stage in self.stages:
             if stage.ddp_config.overlap_param_gather:
                 stage.start_param_sync(force_sync=True)  # else they are gathered in the next forward pass
         state = _model_state(self.stages)
         state["optimizer"] = _optimizer_state(self.optimizer, state, loading=False)
-        dist_checkpointing.save(state, str(beside))
-        if rank == 0:
-            write_description(beside, self.config, position, self.config.train.parts, self._store_tower(), validation_loss)
-            shutil.rmtree(final, ignore_errors=True)
-            beside.rename(final)
-            sync_folder(final.parent)
-            self._prune()
-        torch.distributed.barrier()
-        logger.info("saved %s", final)
+        snapshot = describe_state(state, validate=not self._validated)
+        self._validated = True
+        if self.config.checkpoint.mode == "async":
+            failure = failure or _error_of(lambda: self._copies.take(snapshot))
+        failure = failure or _error_of(lambda: progress.at("save/snapshot"))
+        return partial(_or_raise, snapshot, failure)
 
-    def restore(self, folder: Path) -> Position:
+    def _describe(self, folder: Path, position: Position, validation_loss: float | None) -> None:
+        write_description(folder, self.config, position, self.config.train.parts, self._store_tower(), validation_loss)
+
+    def check_room(self) -> None:
+        """Before the first step; all ranks call it. Raises: ValueError if the run would not be able to save."""
+        assert self.attempt is not None
+        check_room(self.config.checkpoint, self.attempt, self.ranks, self._size_bytes())
+
+    def _size_bytes(self) -> int:
+        """About what one checkpoint takes, over all ranks; a frozen tower included."""
+        own, is_divided = 0, self.config.parallel.distributed_optimizer
+        trained = {id(p) for stage in self.stages for p in stage.parameters() if p.requires_grad}
+        for chunk in _model_state(self.stages).values():
+            for part in chunk.values():
+                if not isinstance(part, ShardedObject) and is_main_replica(part.replica_id):
+                    width = part.data.element_size()
+                    # Two moments and, beside weights of fewer bits or divided among ranks, the weights themselves: in fp32.
+                    optimizer = (12 if width < 4 or is_divided else 8) if id(part.data) in trained else 0
+                    own += part.data.numel() * (width + optimizer)
+        if self.frozen_tower is not None and self.ranks.rank == 0:
+            own += sum(tensor.nbytes for tensor in self.frozen_tower.state_dict().values())
+        return sum(self.ranks.each(lambda: own))
+
+    def restore(self, folder: Path, *, verified: bool = False) -> Position:
         """Continue a run: model, optimizer and position from one of its own checkpoints, at this run's layout.
 
-        `start.prepare` has checked that it fits.
+        `start.prepare` has checked that it fits. `verified`: its bytes are known to be what was written.
+        Raises: DamagedError if they are not.
         """
+        self._verify(folder, verified)
         description = check_architecture(folder, self.config)
         state = _model_state(self.stages)
         state["optimizer"] = _optimizer_state(self.optimizer, state, loading=True)
@@ -256,8 +310,19 @@ class Checkpoints:
         logger.info("restored %s", folder)
         return position_of(description)
 
-    def load_weights(self, folder: Path) -> None:
-        """Weights only, as a fresh run's start; the tower's too. Raises: ValueError for another architecture."""
+    def roll_back(self) -> Position:
+        """Go back to the newest of the run's checkpoints that is whole, after the save in flight; all ranks call it.
+
+        Raises: DamagedError if none is; RuntimeError as `poll`.
+        """
+        self.saves.wait()
+        folders = self.ranks.first(lambda: complete_checkpoints(self.run_dir)[::-1])
+        return self.restore(newest_whole(folders, self.ranks), verified=True)
+
+    def load_weights(self, folder: Path, *, verified: bool = False) -> None:
+        """Weights only, as a fresh run's start; the tower's too. Raises: ValueError for a damaged checkpoint, or one of another
+        architecture."""
+        self._verify(folder, verified)
         description = check_architecture(folder, self.config)
         state, tower_file = _model_state(self.stages), description["tower"]
         if tower_file is not None and self.frozen_tower is None:
@@ -269,6 +334,10 @@ class Checkpoints:
         if self.optimizer is not None:
             self.optimizer.reload_model_params()  # bf16: the fp32 main weights start from the loaded ones
         logger.info("weights from %s", folder)
+
+    def _verify(self, folder: Path, verified: bool) -> None:
+        if not verified and (wrong := problems_seen_together(folder, self.ranks)):
+            raise DamagedError(f"checkpoint {folder} cannot be trusted: {'; '.join(wrong)}")
 
     def _put(self, loaded: dict[str, Any], tower: dict[str, Tensor] | None = None) -> None:
         for i, stage in enumerate(self.stages):
@@ -286,7 +355,8 @@ class Checkpoints:
         return self._tower_name
 
     def load_tower(self, folder: Path) -> None:
-        """The frozen tower alone, whether it trained in that checkpoint or not. Raises: ValueError for another architecture."""
+        """The frozen tower alone, whether it trained in that checkpoint or not. Raises: as `load_weights`."""
+        self._verify(folder, False)
         self._load_tower(folder, check_architecture(folder, self.config)["tower"])
 
     def _load_tower(self, folder: Path, file: str | None) -> None:
@@ -300,33 +370,22 @@ class Checkpoints:
 
     def best_validation_loss(self) -> float | None:
         """The lowest one among the run's checkpoints."""
-        losses = (_validation_loss(folder) for folder in complete_checkpoints(self.run_dir))
+        losses = (validation_loss(folder) for folder in complete_checkpoints(self.run_dir))
         return min((loss for loss in losses if loss is not None), default=None)
 
-    def _prune(self) -> None:
-        """Keep the newest `keep_last`, and the one with the best validation loss."""
-        found = complete_checkpoints(self.run_dir)
-        measured = [(loss, folder) for folder in found if (loss := _validation_loss(folder)) is not None]
-        keep = found[-self.config.checkpoint.keep_last :] + [folder for _, folder in sorted(measured)[:1]]
-        for folder in set(found) - set(keep):
-            shutil.rmtree(folder)
+
+def _error_of(part: Callable[[], None]) -> Exception | None:
+    try:
+        part()
+        return None
+    except (OSError, RuntimeError, MemoryError) as error:
+        return error
 
 
-def _validation_loss(folder: Path) -> float | None:
-    loss: float | None = json.loads((folder / "himix.json").read_text())["validation_loss"]
-    return loss
-
-
-def publish(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all, also after a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.writing")
-    with beside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-    sync_folder(path.parent)
+def _or_raise(snapshot: Snapshot, failure: Exception | None) -> Snapshot:
+    if failure is not None:
+        raise failure
+    return snapshot
 
 
 def tower_hash(weights: Mapping[str, Tensor]) -> str:
@@ -349,7 +408,7 @@ def _tower_bytes(weights: Mapping[str, Tensor]) -> bytes:
 
 def read_tower(folder: Path, file: str) -> dict[str, Tensor]:
     """A frozen tower's weights. Raises: ValueError if they are gone or are not what their name says."""
-    path = folder.parent.parent / "towers" / file
+    path = tower_path(folder, file)
     if not path.is_file():
         raise ValueError(f"checkpoint {folder} refers to the tower {path}, which is missing: keep a run folder together")
     with path.open("rb") as data:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +23,14 @@ class RankError(ValueError):
     """A mistake that one rank may be alone to see, in its own environment or node: each rank that has one says so."""
 
 
+class StartError(ValueError):
+    """A mistake that shows only when ranks have met and the model is built: all of them find it together."""
+
+
 def _positive(**values: float) -> None:
     for name, value in values.items():
-        if value <= 0:
-            raise ValueError(f"{name.replace('__', '.')} is {value}: it must be above 0")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name.replace('__', '.')} is {value}: it must be above 0{' and finite' if value > 0 else ''}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,11 +76,20 @@ class ModelConfig:
             model__num_attention_heads=self.num_attention_heads,
             model__num_query_groups=self.num_query_groups,
             model__vocab_size=self.vocab_size,
+            model__head_dim=1 if self.head_dim is None else self.head_dim,
+            model__rope_theta=self.rope_theta,
+            model__rope_scaling_factor=1.0 if self.rope_scaling_factor is None else self.rope_scaling_factor,
+            model__norm_eps=self.norm_eps,
+            model__init_std=self.init_std,
         )
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"model.hidden_size ({self.hidden_size}) does not divide into model.num_attention_heads "
                 f"({self.num_attention_heads}): change one, or give model.head_dim"
+            )
+        if self.channels_per_head % 2:
+            raise ValueError(
+                f"model.head_dim is {self.channels_per_head}: rotary position embedding turns pairs, so it must be even"
             )
         if self.num_attention_heads % self.num_query_groups:
             raise ValueError(
@@ -132,6 +146,19 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         _positive(vision__image_size=self.image_size, vision__patch_size=self.patch_size, vision__hidden_size=self.hidden_size)
+        _positive(
+            vision__num_layers=self.num_layers,
+            vision__num_attention_heads=self.num_attention_heads,
+            vision__ffn_hidden_size=self.ffn_hidden_size,
+            vision__pixel_std=min(self.pixel_std),
+        )
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"vision.hidden_size ({self.hidden_size}) does not divide into vision.num_attention_heads "
+                f"({self.num_attention_heads})"
+            )
+        if self.image_size < self.patch_size:
+            raise ValueError(f"vision.image_size ({self.image_size}) is below vision.patch_size ({self.patch_size})")
         if self.tower == "tiny" and self.image_size % self.patch_size:
             raise ValueError(
                 f"vision.image_size ({self.image_size}) is not a multiple of vision.patch_size ({self.patch_size})"
@@ -167,7 +194,8 @@ class ParallelConfig:
     """Sum gradients over data-parallel ranks, and gather parameters, while the passes run; auto: on GPUs, unless the tower
     trains."""
     timeout_seconds: float = 600.0
-    """A collective that takes longer ends the run."""
+    """A collective, a read or any other part of a step that takes longer ends the run, with the stacks of all ranks in
+    RUN/log."""
 
     def __post_init__(self) -> None:
         _positive(
@@ -311,6 +339,8 @@ class TrainConfig:
             train__epochs=self.epochs,
             train__micro_batch_samples=self.micro_batch_samples,
         )
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"train.seed is {self.seed}: wanted 0 to {2**32 - 1}")
         if self.fp8 != "none" and self.precision != "bf16":
             raise ValueError(f"train.fp8 is {self.fp8}, which keeps everything else in bf16: use --train.precision bf16")
         for name, size in (("samples", self.global_batch_samples), ("packs", self.global_batch_packs)):
@@ -342,10 +372,16 @@ class OptimizerConfig:
     """Gradients are scaled down to this global norm; 0: never."""
 
     def __post_init__(self) -> None:
-        _positive(optimizer__learning_rate=self.learning_rate)
+        _positive(optimizer__learning_rate=self.learning_rate, optimizer__eps=self.eps)
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}: wanted 0 to below 1")
+        for name in ("weight_decay", "min_learning_rate"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}: wanted 0 or more")
         if not 0 <= self.warmup_fraction < 1:
             raise ValueError(f"optimizer.warmup_fraction is {self.warmup_fraction}: wanted 0 to below 1")
-        if self.clip_norm < 0:
+        if not 0 <= self.clip_norm < math.inf:
             raise ValueError(f"optimizer.clip_norm is {self.clip_norm}: wanted 0 (never clip) or more")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
@@ -362,11 +398,33 @@ class CheckpointConfig:
     """Run or checkpoint folder whose weights a fresh run starts from (align: a converted model; instruct: align's run)."""
     interval_steps: int = 500
     """Steps between saves; the last step is always saved."""
+    mode: Literal["async", "sync"] = "async"
+    """async: the state is copied into host memory (as much again as a rank saves), and written while training goes on. sync:
+    training waits until it is on the disk."""
     keep_last: int = 2
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept. The one with the lowest validation loss is kept besides."""
+    keep_every: int | None = None
+    """Checkpoints of steps that are a multiple of this are kept for good; None: none are."""
+    max_failures: int = 3
+    """Saves that may fail one after another (disk full, say); one more ends the run. The last save must not fail."""
+    timeout_seconds: float = 1800.0
+    """A save that takes longer hangs: the stacks go to RUN/log and the run ends, with the earlier checkpoints as they were."""
 
     def __post_init__(self) -> None:
-        _positive(checkpoint__interval_steps=self.interval_steps, checkpoint__keep_last=self.keep_last)
+        _positive(
+            checkpoint__interval_steps=self.interval_steps,
+            checkpoint__keep_last=self.keep_last,
+            checkpoint__timeout_seconds=self.timeout_seconds,
+        )
+        if self.keep_every is not None:
+            _positive(checkpoint__keep_every=self.keep_every)
+        if self.max_failures < 0:
+            raise ValueError(f"checkpoint.max_failures is {self.max_failures}: it must be 0 or above")
+
+    @property
+    def group_timeout_seconds(self) -> float:
+        """For the messages of a save: a little more than the save itself has, since the watch on it can say more."""
+        return self.timeout_seconds + 60
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -380,14 +438,64 @@ class LogConfig:
     validation_samples: int = 512
     """Samples per validation, rounded down to whole batches (at least one; a smaller set is gone through again)."""
     ledger: bool = False
-    """Write RUN/ledger/rank-000.jsonl: every sample of every step."""
+    """Write RUN/ledger/rank-000.jsonl: samples of each step; steps.jsonl: each step's loss and gradient norm, in hex."""
+    pictures_interval_steps: int = 0
+    """Steps between looks at a few samples in TensorBoard: picture, question, expected and given answer (held-out samples where
+    data.validation_path is given); 0: none."""
+    pictures_samples: int = 4
+    """Samples of such a look."""
+    peak_tflops: float | None = None
+    """Dense peak of one GPU in the run's precision, in TFLOP/s: what MFU is a share of. None: by the GPU's name, where it is
+    known; else there is no MFU."""
+    profile_steps: tuple[int, ...] = ()
+    """Steps whose trace each pipeline stage's first rank writes into RUN/profile, to be opened at ui.perfetto.dev."""
 
     def __post_init__(self) -> None:
         _positive(
             log__interval_steps=self.interval_steps,
             log__validation_interval_steps=self.validation_interval_steps,
             log__validation_samples=self.validation_samples,
+            log__pictures_samples=self.pictures_samples,
         )
+        if self.pictures_interval_steps < 0:
+            raise ValueError(f"log.pictures_interval_steps is {self.pictures_interval_steps}: wanted 0 (none) or more")
+        if self.peak_tflops is not None:
+            _positive(log__peak_tflops=self.peak_tflops)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HealthConfig:
+    """What a run bears before it gives up, and what it checks as it goes. Giving up is exit code 3, the reason in RUN/STOP."""
+
+    max_skipped_steps: int = 10
+    """Updates left out within 1,000 steps, for a loss or gradient that is not finite or by spike_action; one more ends it."""
+    spike_action: Literal["none", "skip", "rollback"] = "none"
+    """At a spike of the loss: only say so; leave the update out; or go back to the newest checkpoint and on behind the spike,
+    without the batches between."""
+    spike_sigmas: float = 6.0
+    """A spike is a loss so many standard deviations above the mean of the last spike_window_steps (a deviation counts as at
+    least 1 % of the mean)."""
+    spike_window_steps: int = 100
+    """Losses that a new one is held against; the first steps of a run, before there are as many, are not judged."""
+    max_rollbacks: int = 3
+    """Rollbacks in the whole run; one more ends it."""
+    replica_check_steps: int = 500
+    """Steps between comparisons of the parameters, bit for bit, over the ranks that should hold the same (also done before
+    each save); a difference ends the run, and nothing of it is saved."""
+    max_fruitless_starts: int = 3
+    """Starts in a row, with the same settings, of which none saved a new step; another one ends it."""
+
+    def __post_init__(self) -> None:
+        _positive(
+            health__spike_sigmas=self.spike_sigmas,
+            health__replica_check_steps=self.replica_check_steps,
+            health__max_fruitless_starts=self.max_fruitless_starts,
+        )
+        for name in ("max_skipped_steps", "max_rollbacks"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"health.{name} is {getattr(self, name)}: wanted 0 or more")
+        if self.spike_window_steps < 2:
+            raise ValueError(f"health.spike_window_steps is {self.spike_window_steps}: a deviation takes 2 losses or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -398,6 +506,8 @@ class RunConfig:
     """Run folder; None: runs/RECIPE. A folder with a checkpoint is continued: the same command continues the same run."""
     resume_after_stop: bool = False
     """Continue a run that stopped on purpose (its folder has a STOP file)."""
+    faults: str | None = None
+    """Rehearse recovery: a file of faults that this run does to itself (himix_megatron/faults.py says how). None: none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -414,6 +524,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
@@ -447,6 +558,11 @@ class Config:
             raise ValueError(
                 "parallel.overlap is on, but the tower trains: its gradients are summed over pipeline stages before they are "
                 "over data-parallel ranks, so leave --parallel.overlap auto"
+            )
+        if self.log.pictures_interval_steps and self.data.stream and self.data.validation_path is None:
+            raise ValueError(
+                "log.pictures_interval_steps is given, but a stream has no samples to choose from: give "
+                "--data.validation-path, or leave it at 0"
             )
         if model.num_layers < chunks or (parallel.split == "even" and model.num_layers % chunks):
             raise ValueError(

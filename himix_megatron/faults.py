@@ -1,17 +1,221 @@
-"""Faults on purpose, at named points, so that recovery is proven by real ones. Off unless a run is told otherwise.
+"""Faults on purpose, at named points, so that recovery is proven by real ones. Off unless `--run.faults PLAN` names a plan.
 
-Flows in: the points that the product passes (`reach("save/manifest")`); out: nothing, or the fault that was planned for one of them.
+Flows in: the points that the product passes (`reach("save/manifest")`), and a plan; out: nothing, or a real fault of this
+process: a signal, a crash, a cut network, a full disk. A plan is a file of one JSON object a line:
+
+    {"kind": "kill", "point": "step/backward", "step": 7, "rank": 1}
+
+Each happens once, when its rank first comes to its point in that step or a later one, and not before all lines above it have
+happened; PLAN.done/ remembers that over restarts. A setting, not a variable of the environment, plans them: config.json and the
+log then show it, and nobody inherits it unawares.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import json
+import logging
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import stat
+import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
 
-_planned: dict[str, Callable[[], None]] = {}
-"""What happens at which point of this process; empty in every run that nobody tests."""
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fault:
+    """One line of a plan."""
+
+    kind: str
+    """A key of `KINDS`."""
+    point: str
+    """Where, e.g. `step/backward`; `save/*` is any point of a save."""
+    step: int = 0
+    """The earliest optimizer step; 0: from the start on, before the first step as well."""
+    rank: int = 0
+    """Of the process that it happens to."""
+    delay_seconds: float = 0.0
+    """How long after the point it happens, wherever the process is then."""
+    once: bool = True
+    """False: in that step alone, but each time that it is done, as with a bad batch; lines below do not wait for it."""
 
 
 def reach(point: str) -> None:
     """Say that this process has come to a named point, such as `step/backward` or `save/rename`."""
-    if _planned and point in _planned:
-        _planned[point]()
+    if _plan is not None:
+        _plan.reach(point)
+
+
+def spoil(point: str, *tensors: Any) -> None:
+    """The same where a fault may change numbers: `tensors`."""
+    if _plan is not None:
+        _plan.reach(point, *tensors)
+
+
+def begin_step(step: int) -> None:
+    """Say which optimizer step this process is about to take."""
+    if _plan is not None:
+        _plan.step = step
+
+
+def plan(file: str | None, rank: int) -> None:
+    """Plan the faults of this process, or none. Raises: ValueError for a line that is no fault."""
+    global _plan
+    _plan = None
+    if file is not None:
+        faults = read_plan(Path(file))
+        logger.warning("%d faults are planned by run.faults %s: this run is a rehearsal", len(faults), file)
+        _plan = Plan(faults, Path(file), rank)
+
+
+def read_plan(file: Path) -> list[Fault]:
+    """The lines of a plan. Raises: ValueError naming one that is no fault."""
+    faults = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            fault = Fault(**json.loads(line))
+        except (TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"run.faults {file}, line {number} is no fault: {error}") from error
+        if fault.kind not in KINDS:
+            raise ValueError(f"run.faults {file}, line {number}: kind is {fault.kind}: wanted one of {', '.join(KINDS)}")
+        faults.append(fault)
+    return faults
+
+
+class Plan:
+    """What is to happen to this process, and what of it has."""
+
+    def __init__(self, faults: list[Fault], file: Path, rank: int) -> None:
+        self.faults, self.rank, self.step = faults, rank, 0
+        self.done = file.with_name(f"{file.name}.done")
+        self.done.mkdir(exist_ok=True)
+
+    def reach(self, point: str, *tensors: Any) -> None:
+        for number, fault in enumerate(self.faults):
+            if fnmatchcase(point, fault.point) and fault.rank == self.rank and self._is_due(number, fault):
+                logger.warning("planned fault %d: %s at %s, step %d", number, fault.kind, point, self.step)
+                happen = KINDS[fault.kind]
+                if fault.delay_seconds:
+                    threading.Timer(fault.delay_seconds, happen, tensors).start()
+                else:
+                    happen(*tensors)
+
+    def _is_due(self, number: int, fault: Fault) -> bool:
+        if not fault.once:
+            return self.step == fault.step
+        if self.step < fault.step or any(not self._mark(i).exists() for i in range(number) if self.faults[i].once):
+            return False
+        try:
+            self._mark(number).touch(exist_ok=False)  # before it happens: afterwards there may be nobody to say so
+        except FileExistsError:
+            return False
+        return True
+
+    def _mark(self, number: int) -> Path:
+        return self.done / f"{number:03d}"
+
+
+_plan: Plan | None = None
+
+
+# ---- kinds ---------------------------------------------------------------------------------------------------------
+
+
+def _send(number: signal.Signals) -> Callable[..., None]:
+    return lambda *_: os.kill(os.getpid(), number)
+
+
+def _send_group(number: signal.Signals) -> Callable[..., None]:
+    return lambda *_: os.killpg(os.getpgrp(), number)
+
+
+def _crash(*_: Any) -> None:
+    ctypes.string_at(0)
+
+
+def _exit(*_: Any) -> None:
+    os._exit(7)
+
+
+def _error(*_: Any) -> None:
+    raise RuntimeError("a planned error")
+
+
+def _out_of_memory(*_: Any) -> None:
+    import torch
+
+    torch.empty(2**62, dtype=torch.uint8)
+
+
+def _io_error(number: int) -> Callable[..., None]:
+    def happen(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return happen
+
+
+def _full_disk(*_: Any) -> None:
+    """For 2 s this process's files cannot grow beyond 20 kB: the kernel refuses in the middle of a write."""
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, unlimited[1]))
+    threading.Timer(2.0, resource.setrlimit, (resource.RLIMIT_FSIZE, unlimited)).start()
+
+
+def _cut_network(*_: Any) -> None:
+    """Shut down every TCP connection of this process, as a switch that fails would."""
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                with socket.socket(fileno=os.dup(int(name))) as connection:
+                    if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.type == socket.SOCK_STREAM:
+                        connection.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            continue  # closed meanwhile, or not connected
+
+
+def _kill_worker(*_: Any) -> None:
+    workers = multiprocessing.active_children()
+    if workers:
+        assert workers[0].pid is not None
+        os.kill(workers[0].pid, signal.SIGKILL)
+
+
+def _nan(*tensors: Any) -> None:
+    for tensor in tensors:
+        tensor.view(-1)[:1] = float("nan")
+
+
+KINDS: dict[str, Callable[..., None]] = {
+    "kill": _send(signal.SIGKILL),
+    "kill_node": _send_group(signal.SIGKILL),
+    "term": _send(signal.SIGTERM),
+    "usr1": _send(signal.SIGUSR1),
+    "usr2": _send(signal.SIGUSR2),
+    "freeze": _send(signal.SIGSTOP),
+    "freeze_node": _send_group(signal.SIGSTOP),
+    "abort": _send(signal.SIGABRT),
+    "crash": _crash,
+    "exit": _exit,
+    "error": _error,
+    "out_of_memory": _out_of_memory,
+    "no_space": _io_error(errno.ENOSPC),
+    "io_error": _io_error(errno.EIO),
+    "full_disk": _full_disk,
+    "cut_network": _cut_network,
+    "kill_worker": _kill_worker,
+    "note": lambda *_: None,
+    "slow": lambda *_: time.sleep(2.0),
+    "nan": _nan,
+}
+"""What can happen. `..._node`: to the whole process group, of which a launcher is the head; `note`: a line in the log only."""

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .config import StartError
+
 _FORMAT = "%(asctime)s [%(rank)d/%(world_size)d] %(levelname)s %(name)s: %(message)s"
 # Libraries speak from WARNING on; ours from INFO. A program started with -m is named __main__.
 _OURS = ("himix_megatron", "pipelines", "slurm", "tools", "__main__")
@@ -74,14 +76,22 @@ def _one_line(message: Warning | str, category: type[Warning], filename: str, li
     return f"{filename}:{lineno}: {category.__name__}: {' '.join(str(message).split())}"
 
 
+def clock(seconds: float) -> str:
+    """h:mm:ss."""
+    minutes, second = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"
+
+
 @contextmanager
 def failures() -> Iterator[None]:
     """Within it every error is written to this rank's log with its traceback before it goes on.
 
-    A ValueError becomes a RuntimeError: once a run is under way, an error is nobody's misspelt flag.
+    A ValueError becomes a RuntimeError: once a run is under way, an error is nobody's misspelt flag. A StartError is.
     """
     try:
         yield
+    except StartError:
+        raise
     except Exception as error:
         logging.getLogger(__name__).exception("this rank failed")
         if isinstance(error, ValueError | OSError):

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from .adapter import optimizer_config
@@ -26,6 +27,30 @@ def apply_settings(config: Config, optimizer: Any) -> None:
     for group in optimizer.param_groups:
         group["max_lr"], group["min_lr"] = settings.learning_rate, settings.min_learning_rate
         group["betas"], group["eps"] = (settings.beta1, settings.beta2), settings.eps
+
+
+def gradient_norm(optimizer: Any) -> float:
+    """Make the gradients ready for an update. Returns: their global norm, before clipping; all ranks call it.
+
+    With `update` it does what mcore's `optimizer.step` does, which without a gradient scaler takes any gradient: here somebody
+    can look at the norm in between.
+    """
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
+def update(optimizer: Any, norm: float, clip_norm: float) -> None:
+    """Clip the gradients to `clip_norm` (0: not), and take the optimizer's step. `norm`: as `gradient_norm` gave it."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        parameters = [] if part.is_stub_optimizer else part.get_parameters()
+        if clip_norm > 0 and parameters:
+            clip_grad_by_total_norm_fp32(
+                parameters,
+                clip_norm,
+                norm,
+                use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+            )
+    optimizer.step_with_ready_grads()
 
 
 RESOLUTION = 1 << 30

@@ -26,6 +26,9 @@ from himix_megatron import cpu, kernels
 from himix_megatron.config import Config, ParallelConfig, RankError, check_layout, check_ranks
 
 _LOOPBACK = "127.0.0.1"
+GRACE_SECONDS = 15.0
+"""A collective gives up so much later than `parallel.timeout_seconds`: the watch over the ranks, which can name the one that
+hangs and show where all of them are, comes first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,12 +137,13 @@ def start(config: ParallelConfig, *, seed: int, launch: Launch | None = None) ->
     from megatron.core import parallel_state, tensor_parallel  # after the redirections of cpu.py
 
     device = _device(launch)
-    _join(launch, device, timedelta(seconds=config.timeout_seconds))
+    timeout = timedelta(seconds=config.timeout_seconds + GRACE_SECONDS)
+    _join(launch, device, timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
-        distributed_timeout_minutes=config.timeout_seconds / 60,
+        distributed_timeout_minutes=timeout.total_seconds() / 60,
     )
     topology = _topology(config, launch, device)
     # Stages hold different layers: with one seed they would all start as copies of stage 0's.
@@ -184,7 +188,7 @@ def _topology(config: ParallelConfig, launch: Launch, device: torch.device) -> T
     tensor, pipeline = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_pipeline_model_parallel_group()
     data, replica = parallel_state.get_data_parallel_group(), parallel_state.get_model_parallel_group()
     encoding, _ = dist.new_subgroups_by_enumeration(
-        _replicas(config, launch.world_size), timeout=timedelta(seconds=config.timeout_seconds)
+        _replicas(config, launch.world_size), timeout=timedelta(seconds=config.timeout_seconds + GRACE_SECONDS)
     )
     assert dist.get_process_group_ranks(encoding) == dist.get_process_group_ranks(replica)
     return Topology(

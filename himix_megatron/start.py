@@ -13,17 +13,10 @@ from pathlib import Path
 
 import torch
 
+from . import attempt, faults
 from .adapter import attention_backend, check_fp8
-from .checkpoint import (
-    Checkpoints,
-    Position,
-    check_architecture,
-    complete_checkpoints,
-    find_checkpoint,
-    position_of,
-    publish,
-    tower_hash,
-)
+from .agreement import Agreement
+from .checkpoint import Checkpoints, Position, check_architecture, position_of, tower_hash
 from .config import Config, DataConfig, differences, from_json, to_json
 from .data.conversation import check_tokenizer
 from .data.features import FeatureCache, feature_key
@@ -31,6 +24,14 @@ from .data.plan import START, Datasets, End, Plan
 from .data.shards import ShardDataset
 from .data.stream import Stream
 from .data.tokenizer import load_tokenizer
+from .envelope import (
+    NEWEST,
+    candidates,
+    complete_checkpoints,
+    first_plausible,
+    newest_whole,
+    publish,
+)
 from .kernels import Kernels, detect
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,8 @@ class Start:
     previous: Config | None
     """The settings that the run folder holds."""
     kernels: Kernels
+    attempt: attempt.Attempt | None = None
+    """The right to write into the run folder; None before ranks have met."""
 
 
 def prepare(config: Config, data_size: int) -> Start:
@@ -72,7 +75,7 @@ def prepare(config: Config, data_size: int) -> Start:
     held_out = None
     if config.data.validation_path is not None:
         held_out = make_plan(config, replace(config.data, path=(config.data.validation_path,), weights=(), stream=()))
-    own, initial = complete_checkpoints(config.run_dir), config.checkpoint.initial
+    own, folders = saved(config)
     settings = config.run_dir / "config.json"
     start = Start(
         plan=plan,
@@ -80,14 +83,61 @@ def prepare(config: Config, data_size: int) -> Start:
         features=open_features(config, plan, config.data.features),
         held_out_features=open_features(config, held_out, config.data.validation_features),
         end=end_of(config, plan),
-        checkpoint=own[-1] if own else find_checkpoint(initial) if initial is not None else None,
-        continues=bool(own),
+        checkpoint=first_plausible(folders) if folders else None,
+        continues=own,
         previous=from_json(settings.read_text()) if settings.is_file() else None,
         kernels=kernels,
     )
     if start.checkpoint is not None:
         check_checkpoint(config, start, start.checkpoint)
     return start
+
+
+def saved(config: Config) -> tuple[bool, list[Path]]:
+    """Whether the run has checkpoints of its own, and those that it may start from, best first.
+
+    Raises: ValueError if `checkpoint.initial` holds none.
+    """
+    own, initial = complete_checkpoints(config.run_dir)[::-1], config.checkpoint.initial
+    return bool(own), own if own or initial is None else candidates(initial)
+
+
+def claim(config: Config, start: Start) -> Start:
+    """Make this start the only one that writes into the run folder; all ranks call it.
+
+    Raises: ValueError while another run does, or if the folder cannot be written.
+    """
+    return replace(start, attempt=attempt.claim(config.run_dir, Agreement(config.checkpoint.group_timeout_seconds)))
+
+
+def settle(config: Config, start: Start) -> Start:
+    """Verify every byte of the checkpoint to start from, and fall back to the newest one that is as it was written.
+
+    All ranks call it, after `claim`. Raises: ValueError listing what is wrong with each, if none is left.
+    """
+    ranks = Agreement(config.checkpoint.group_timeout_seconds)
+    own, folders = ranks.first(lambda: saved(config))
+    if not folders:
+        return replace(start, checkpoint=None, continues=False)
+    folder = newest_whole(folders, ranks)
+    start = replace(start, checkpoint=folder, continues=own)
+    check_checkpoint(config, start, folder)
+    if own and ranks.rank == 0:
+        _put_aside(config.run_dir, folders[: folders.index(folder)])
+    return start
+
+
+def _put_aside(run_dir: Path, damaged: list[Path]) -> None:
+    """Give damaged checkpoints another name, under which they neither count nor go: somebody may want to look at them."""
+    home = run_dir / "checkpoints"
+    for folder in damaged:
+        aside = folder.with_name(f"damaged-{folder.name}")
+        if not aside.exists():
+            folder.rename(aside)
+            logger.warning("it is kept as %s: remove it when you have seen enough", aside)
+    newest = home / NEWEST
+    if not damaged and newest.is_file() and not (home / newest.read_text(errors="replace").strip()).is_dir():
+        logger.warning("%s names %s, which is gone", newest, newest.read_text(errors="replace").strip())
 
 
 def open_features(
@@ -194,17 +244,19 @@ def begin(config: Config, start: Start, checkpoints: Checkpoints) -> Position:
     Returns: where the run stands.
     """
     position = Position(step=0, place=START, data=start.plan.fixed())
+    faults.reach("start/restore")
     if start.continues:
         assert start.checkpoint is not None
-        position = checkpoints.restore(start.checkpoint)
+        position = checkpoints.restore(start.checkpoint, verified=True)
         for name, old, new in differences(start.previous, config) if start.previous else []:
             logger.warning("continuing with another %s: %s, it was %s", name, new, old)
         if start.end.reached(position.step, position.place):
             logger.info("nothing to do: %s has ended with step %d", config.run_dir, position.step)
     elif start.checkpoint is not None:
-        checkpoints.load_weights(start.checkpoint)
+        checkpoints.load_weights(start.checkpoint, verified=True)
     elif "language" not in config.train.parts:
         logger.warning("the language model is fresh and frozen: give pretrained weights with --checkpoint.initial")
+    faults.reach("start/restored")
     check_tower(start, checkpoints)
     if torch.distributed.get_rank() == 0:
         publish(config.run_dir / "config.json", to_json(config).encode())

@@ -1,139 +1,200 @@
 """Training: from a configuration to a trained run folder, at any layout of ranks.
 
-`pretrain` reads as the list of what happens. One step: read this rank's texts and image share, encode the share and gather
-the replica's features, run megatron-core's schedule over the micro-batches, clip, update, report, and now and then save.
+`pretrain` reads as the list of what happens; `run_until` is the loop. One step: read this rank's texts and image share, encode
+the share and gather the replica's features, run megatron-core's schedule over the micro-batches, clip, update, report, and now
+and then save.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import torch
-from megatron.core.distributed import DistributedDataParallel
-from torch import Tensor
-
-from . import log, parallel
-from .adapter import overlaps, params_dtype, text_multiple
-from .checkpoint import Checkpoints, Position, publish
+from . import faults, log, out_of_memory, parallel, progress
+from .build import Run, batches_from, build_run, describe
+from .checkpoint import Position
 from .config import Config, check_ranks
-from .data.batch import StepBatch, without_loss
-from .data.features import FeatureCache
-from .data.loader import Reads, StepReader, step_loader
-from .data.plan import End, Plan, StepPlan
-from .data.stream import Stream, stream_steps
-from .data.vision_reader import FeatureReader
+from .data.plan import Place
+from .envelope import publish
+from .health import Health
+from .journal import Journal
 from .ledger import Ledger
+from .liveness import Watch
 from .metrics import Metrics, StepCounts
-from .model.encoder import Ahead, ReplicaEncoder, encoding_place
-from .model.himix import build_stage, finalize_gradients
-from .model.vision import build_tower
-from .optim import Schedule, apply_settings, build_optimizer
-from .parallel import Topology
-from .signals import REQUEUE, STOPPED, StopRequest
-from .start import Start, begin, prepare, stop_file
-from .step import run_losses, stage_inputs
+from .optim import Schedule, apply_settings
+from .pictures import Pictures
+from .profiling import profiled
+from .replicas import check_replicas
+from .signals import REQUEUE, STOPPED, StopRequest, leave
+from .start import Start, begin, claim, prepare, settle, stop_file
+from .steps import together, train_step
+from .supervision import Supervision, in_vain, supervise
+from .validation import Validation
 
 logger = logging.getLogger(__name__)
 
 
-def pretrain(config: Config) -> int:
-    """Train one run to its last step, or continue it.
+def pretrain(config: Config, request: StopRequest | None = None) -> int:
+    """Train one run to its last step, or continue it. `request`: where it has been listened for longer already.
 
     Returns: 0 at the last step; 85 (`signals.REQUEUE`) if it was asked to stop and saved; 3 (`signals.STOPPED`) if it gave up
     on purpose, with the reason in RUN/STOP. Raises: ValueError for a user's mistake, before ranks meet.
     """
+    request = request or StopRequest()
     launch = parallel.check_launch(config)
-    request = StopRequest()
+    faults.plan(config.run.faults, launch.rank)
     start = prepare(config, check_ranks(config, launch.world_size))
+    journal = Journal(config.run_dir)
+    if reason := in_vain(config, start, journal):
+        request.leave_in_peace()
+        return give_up(config, reason, launch.rank)
     topology = parallel.start(config.parallel, seed=config.train.seed, launch=launch)
+    start = claim(config, start)
     log.start(config.run_dir, topology.rank, topology.world_size)
-    with log.failures():
+    start = settle(config, start)
+    watch = Watch.over(config, topology, launch.host, request)
+    with log.failures(), watch, out_of_memory.explained(config):
+        supervision = supervise(config, start, journal, watch, request)
+        progress.at("start/load")
         run = build_run(config, start, topology)
         describe(config, start, run)
+        run.checkpoints.check_room()
         position = begin(config, start, run.checkpoints)
         apply_settings(config, run.optimizer)
-        code = run_steps(config, start, run, position, request)
-    request.leave_in_peace()
+        code = run_steps(config, start, run, position, supervision)
+        run.checkpoints.close()
+    if not run.ahead.settle(seconds=2):
+        leave(code)  # a read or a peer of the next step is stuck, and nobody needs that step
     return code
 
 
-def run_steps(config: Config, start: Start, run: Run, position: Position, request: StopRequest) -> int:
-    """From a position to the last step. Returns: the exit code."""
+def run_steps(config: Config, start: Start, run: Run, position: Position, supervision: Supervision) -> int:
+    """From a position to the last step; each rollback begins anew from an earlier position. Returns: the exit code."""
+    supervision.watch.begin_steps()
+    while not isinstance(end := run_until(config, start, run, position, supervision), int):
+        position = roll_back(config, run, supervision, end)
+    return end
+
+
+@dataclass(frozen=True, slots=True)
+class Rollback:
+    """The loop ended at a spike."""
+
+    place: Place
+    """Where the data goes on behind it."""
+    reason: str
+
+
+def run_until(config: Config, start: Start, run: Run, position: Position, supervision: Supervision) -> int | Rollback:
+    """From a position to the last step, a stop or a rollback. Returns: the exit code, or what to roll back."""
+    request, goodput, journal = supervision.request, supervision.goodput, supervision.journal
+    detours = journal.detours()
     schedule = Schedule(config, run.optimizer)
-    total_steps = start.plan.expected_steps(start.end)
-    metrics = Metrics(config.run_dir, run.topology, position.step, total_steps, config.log.interval_steps)
+    metrics = Metrics(config, start, run, position.step)
+    pictures = Pictures(config, start, run)
     ledger = Ledger(config, start.plan.sources, run.topology)
-    validation = Validation(config, start, run)
+    validation = Validation(config, start, run, supervision)
     tolerance = Tolerance(config)
-    code = 0
-    for batch, images in encoded(run, batches_from(config, start, run.topology, position)):
-        metrics.data_ready()
+    health = Health(config.health, journal.health_at(position.step), num_rollbacks=journal.num_rollbacks)
+    saver = Saver(config, run, supervision, health, metrics, position.step)
+    end: int | Rollback = 0
+    goodput.switch("data")
+    for batch, images in together(run, batches_from(config, start, run.topology, position, detours), request):
+        metrics.data_ready(batch)
+        goodput.switch("step")
+        faults.begin_step(position.step + 1)
+        progress.at("step/begin")
+        position = replace(position, place=detours.get(position.step, position.place))
         learning_rate = schedule.set(start.end.progress(position.step, position.place))
-        counts, grad_norm, stop = train_step(config, run, batch, images, request)
+        health.expect(position.step + 1, can_roll_back=saver.can_go_back and not start.end.reached(saver.step, batch.after))
+        with profiled(config, run.topology, position.step + 1):
+            counts, grad_norm, verdict = train_step(config, run, batch, images, health.judge)
+        if verdict.action == "rollback":
+            end = Rollback(batch.after, verdict.reason)
+            break
         position = replace(position, step=position.step + 1, place=batch.after)
-        metrics.step_done(position.step, counts, learning_rate, grad_norm, last=batch.is_last)
-        ledger.note(position.step, batch)
-        if tolerance.exceeded(counts, batch.num_samples):
-            code = give_up(config, tolerance.reason, run.topology)
+        if metrics.step_done(position.step, counts, learning_rate, grad_norm, last=batch.is_last):
+            metrics.add(position.step, goodput.points() | health.points())
+            goodput.note_alive(position.step)
+        ledger.note(position.step, batch, counts.loss, grad_norm)
+        run.checkpoints.poll()
+        reason = verdict.stop_reason or tolerance.exceeded(counts, batch.num_samples)
+        if not reason:
+            with goodput.doing("validation"):
+                loss = validation.measure(position.step, last=batch.is_last)
+            if loss is not None:
+                metrics.validation(position.step, loss)
+            with goodput.doing("validation"):
+                metrics.pictures(position.step, pictures.look(position.step, last=batch.is_last))
+            reason = saver.visit(position, loss, due=batch.is_last or validation.is_best(loss))
+        if reason:
+            end = give_up(config, reason, run.topology.rank)
             break
-        loss = None if stop else validation.measure(position.step, last=batch.is_last)
-        if loss is not None:
-            metrics.validation(position.step, loss)
-        if batch.is_last or stop or position.step % config.checkpoint.interval_steps == 0 or validation.is_best(loss):
-            run.checkpoints.save(position, validation_loss=loss)
         metrics.resume_clock()
-        if stop and not batch.is_last:
-            code = REQUEUE
+        progress.at("step/end")
+        supervision.watch.mark("waiting for data")
+        goodput.switch("data")
+        if batch.is_last or request.is_agreed:
             break
-    run.ahead.settle()
+    if request.is_agreed:
+        reason = saver.visit(position, None, due=True)
+        end = give_up(config, reason, run.topology.rank) if reason else REQUEUE
+    with goodput.doing("save"):
+        run.checkpoints.finish()
+    if end == REQUEUE:
+        logger.info("asked to stop (%s): step %d is saved", request.received, saver.step)
     metrics.close()
     ledger.close()
-    return code
+    if isinstance(end, int):
+        goodput.note_end(position.step, end)
+    return end
 
 
-class Validation:
-    """The loss on the held-out set, at the intervals that `log` says."""
+def roll_back(config: Config, run: Run, supervision: Supervision, spike: Rollback) -> Position:
+    """Go back to the newest checkpoint, and on from there behind the spike. Returns: the position there."""
+    logger.warning("%s: going back to the newest checkpoint, and on behind the spike", spike.reason)
+    supervision.goodput.switch("recovery")
+    position = run.checkpoints.roll_back()
+    apply_settings(config, run.optimizer)
+    supervision.journal.note_rollback(position.step, spike.place, spike.reason)
+    supervision.goodput.note_rollback(position.step)
+    return position
 
-    def __init__(self, config: Config, start: Start, run: Run):
-        self.config, self.run, self.best = config, run, run.checkpoints.best_validation_loss()
-        self.plan = start.held_out
-        self.reader = (
-            None if start.held_out is None else step_reader(config, start.held_out, run.topology, start.held_out_features)
-        )
 
-    @torch.no_grad()
-    def measure(self, step: int, *, last: bool) -> float | None:
-        """Mean loss over the answer tokens of the set's first samples, in its own fixed order; None: not now, or no answers."""
-        if self.plan is None or self.reader is None:
-            return None
-        if not (last or step % self.config.log.validation_interval_steps == 0):
-            return None
-        total = tokens = 0.0
-        for batch, images in encoded(self.run, step_loader(self.reader, self._steps(self.plan), self.config.data.num_workers)):
-            reported = run_schedule(self.run, batch, images, forward_only=True)
-            counts, _ = count(self.config, self.run.topology, batch, reported, asked=False)
-            if counts.answer_tokens:
-                total, tokens = total + counts.loss * counts.answer_tokens, tokens + counts.answer_tokens
-        return total / tokens if tokens else None
+class Saver:
+    """Saves when it is time, and only what replicas agree on."""
 
-    def _steps(self, plan: Plan) -> Iterator[StepPlan]:
-        """Whole batches, as many as the samples to look at fill, but at least one."""
-        available = min(self.config.log.validation_samples, plan.epoch_samples)
-        for step in plan.steps(End(None, available)):
-            if step.step and step.after.samples > available:
-                return
-            yield step
+    def __init__(self, config: Config, run: Run, supervision: Supervision, health: Health, metrics: Metrics, step: int):
+        """`step`: of the checkpoint that the run goes on from, 0 if there is none."""
+        self.config, self.run, self.supervision, self.health = config, run, supervision, health
+        self.metrics, self.step = metrics, step
 
-    def is_best(self, loss: float | None) -> bool:
-        """Whether this is the lowest loss of the run so far; remembers it."""
-        better = loss is not None and (self.best is None or loss < self.best)
-        if better:
-            self.best = loss
-        return better
+    @property
+    def can_go_back(self) -> bool:
+        """Whether there is a checkpoint of this run."""
+        return self.step > 0
+
+    def visit(self, position: Position, validation_loss: float | None, *, due: bool) -> str | None:
+        """After a step: check and save if it is time, or `due` for another reason; a step is saved once.
+
+        Returns: why the run must not go on; None: all is well.
+        """
+        checkpoint, health = self.config.checkpoint, self.config.health
+        due = (due or position.step % checkpoint.interval_steps == 0) and position.step > self.step
+        if due or position.step % health.replica_check_steps == 0:
+            difference = check_replicas(self.run.topology, self.run.stages, self.run.checkpoints.frozen_tower)
+            if difference:
+                return (
+                    f"after step {position.step} {difference}. A machine may be broken: find it before you go on, from the "
+                    f"checkpoint of step {self.step}"
+                )
+        if due:
+            with self.supervision.goodput.doing("save"):
+                self.supervision.goodput.note_save(position.step, self.health.state())
+                stall_seconds = self.run.checkpoints.save(position, validation_loss=validation_loss)
+            self.metrics.save_stall(position.step, stall_seconds)
+            self.step = position.step
+        return None
 
 
 class Tolerance:
@@ -143,226 +204,20 @@ class Tolerance:
         self.fraction = config.data.max_bad_fraction
         self.bad = self.seen = 0
 
-    def exceeded(self, counts: StepCounts, num_samples: int) -> bool:
-        """Note a step; the same answer on every rank."""
+    def exceeded(self, counts: StepCounts, num_samples: int) -> str | None:
+        """Note a step. Returns: that there were too many, in one line for RUN/STOP; the same on every rank."""
         self.bad, self.seen = self.bad + counts.bad_samples, self.seen + num_samples
-        return self.bad > self.fraction * max(self.seen, 1000)
-
-    @property
-    def reason(self) -> str:
-        """One line for RUN/STOP."""
+        if self.bad <= self.fraction * max(self.seen, 1000):
+            return None
         return (
             f"{self.bad} of {self.seen} samples could not be read, more than data.max_bad_fraction {self.fraction}: "
             "RUN/log names them"
         )
 
 
-def give_up(config: Config, reason: str, topology: Topology) -> int:
+def give_up(config: Config, reason: str, rank: int) -> int:
     """Stop on purpose: say why in RUN/STOP. Nothing is saved, so going on starts from the last good checkpoint."""
-    logger.error("stopped: %s", reason)
-    if topology.rank == 0:
+    if rank == 0:
+        logger.error("stopped: %s", reason)
         publish(stop_file(config), f"{reason}\n".encode())
     return STOPPED
-
-
-# ---- before the first step -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """What training works with on this rank."""
-
-    topology: Topology
-    stages: list[DistributedDataParallel]
-    """One model chunk, or several with an interleaved pipeline."""
-    encoder: ReplicaEncoder
-    ahead: Ahead
-    optimizer: Any
-    checkpoints: Checkpoints
-
-
-def build_run(config: Config, start: Start, topology: Topology) -> Run:
-    """Tower, model chunks, optimizer and checkpoints of this rank."""
-    trainable = "tower" in config.train.parts
-    tower = build_tower(config.vision, seed=config.train.seed, dtype=params_dtype(config))
-    if not start.features or (start.held_out is not None and not start.held_out_features):
-        tower = tower.to(topology.device)  # else it stays where it costs least, for checkpoints to refer to
-    stages = build_stage(config, start.kernels, topology, tower)
-    optimizer = build_optimizer(config, stages)
-    mcore_config = stages[0].config
-    mcore_config.grad_scale_func = optimizer.scale_loss
-    mcore_config.finalize_model_grads_func = finalize_gradients
-    if overlaps(config):
-        # Gradients are summed over data ranks in the last micro-batch's backward pass only.
-        syncs = [stage.no_sync for stage in stages]
-        mcore_config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
-    return Run(
-        topology=topology,
-        stages=stages,
-        encoder=ReplicaEncoder(
-            tower,
-            None if config.vision.placement == "replicated" else topology.encoding,
-            trainable=trainable,
-            dtype=params_dtype(config),
-            device=topology.device,
-            place=encoding_place(config.vision.placement, topology),
-        ),
-        ahead=Ahead(topology.device, enabled=config.vision.encode_ahead),
-        optimizer=optimizer,
-        checkpoints=Checkpoints(config, stages, optimizer, None if trainable else tower),
-    )
-
-
-def step_reader(config: Config, plan: Plan, topology: Topology, features: Sequence[FeatureCache] = ()) -> StepReader:
-    """What this rank reads of a plan; `features` instead of images where there are any."""
-    return StepReader(
-        plan,
-        vision_config=config.vision,
-        micro_batch=config.micro_batch,
-        reads=reads_of(config, topology),
-        pad_multiple=text_multiple(config),
-        features=FeatureReader(features, params_dtype(config)) if features else None,
-    )
-
-
-def reads_of(config: Config, topology: Topology) -> Reads:
-    """Which samples and images this rank reads."""
-    image_rank, image_size = encoding_place(config.vision.placement, topology)
-    return Reads(
-        data_rank=topology.data_rank,
-        data_size=topology.data_size,
-        texts=topology.is_first_stage or topology.is_last_stage,
-        image_rank=image_rank,
-        image_size=image_size,
-    )
-
-
-def batches_from(config: Config, start: Start, topology: Topology, position: Position) -> Iterator[StepBatch]:
-    """The steps that are left of the run, as this rank sees them."""
-    if isinstance(start.plan, Stream):
-        return stream_steps(
-            start.plan,
-            vision_config=config.vision,
-            micro_batch=config.micro_batch,
-            reads=reads_of(config, topology),
-            end=start.end,
-            place=position.place,
-            step=position.step,
-            pad_multiple=text_multiple(config),
-        )
-    steps = start.plan.steps(start.end, position.place, position.step)
-    return step_loader(step_reader(config, start.plan, topology, start.features), steps, config.data.num_workers)
-
-
-def describe(config: Config, start: Start, run: Run) -> None:
-    """Say what runs: layout, what trains, which kernels."""
-    parallel_config, topology = config.parallel, run.topology
-    trained = sum(p.numel() for stage in run.stages for p in stage.parameters() if p.requires_grad)
-    logger.info(
-        "%s: %d ranks (tensor %d%s, pipeline %d x %d, data %d), %s, %d steps of %d %s",
-        config.recipe, topology.world_size, parallel_config.tensor, " + sequence" if parallel_config.sequence else "",
-        parallel_config.pipeline, parallel_config.virtual_pipeline, topology.data_size, config.train.precision,
-        start.plan.expected_steps(start.end), config.global_batch, "packs" if config.data.packs else "samples",
-    )  # fmt: skip
-    logger.info("training %s: %d parameters on this rank", ", ".join(config.train.parts), trained)
-    vision = config.vision
-    logger.info("images: %s", f"features in {' '.join(config.data.features)}" if start.features else
-                f"{vision.tower} tower, {vision.placement}{', a step ahead' if vision.encode_ahead else ''}")  # fmt: skip
-    for line in start.kernels.reasons():
-        logger.info("%s", line)
-
-
-# ---- one step ------------------------------------------------------------------------------------------------------
-
-
-def encoded(run: Run, batches: Iterable[StepBatch]) -> Iterator[tuple[StepBatch, Tensor]]:
-    """Each step with its images, features or pixels, made while the step before it trains."""
-
-    def encode(batch: StepBatch) -> tuple[StepBatch, Tensor]:
-        batch = agree_on_bad(batch, run.topology)
-        return batch, run.encoder.encode(batch.pixels, batch.blank, len(batch.blank))
-
-    return run.ahead.steps(batches, encode)
-
-
-def train_step(
-    config: Config, run: Run, batch: StepBatch, images: Tensor, request: StopRequest
-) -> tuple[StepCounts, float, bool]:
-    """One optimizer step.
-
-    Returns: what it processed over all ranks, the gradient's global norm before clipping, and whether any rank was asked to
-    stop (all ranks learn it at the same step).
-    """
-    for stage in run.stages:
-        stage.zero_grad_buffer()
-    run.optimizer.zero_grad()
-    reported = run_schedule(run, batch, images, forward_only=False)
-    _, grad_norm, _ = run.optimizer.step()
-    counts, stop = count(config, run.topology, batch, reported, asked=request.received is not None)
-    return counts, float(grad_norm or 0.0), stop
-
-
-def run_schedule(run: Run, batch: StepBatch, images: Tensor, *, forward_only: bool) -> list[Tensor]:
-    """Forward (and backward) over a step's micro-batches. `images`: as `encoded` gives them.
-
-    Returns: on the last stage float64[2] per micro-batch: summed loss, answer tokens; elsewhere nothing.
-    """
-    return run_losses(run.stages, stage_inputs(batch, images, run.topology.device), forward_only=forward_only)
-
-
-def agree_on_bad(batch: StepBatch, topology: Topology) -> StepBatch:
-    """The same step on every rank of a replica: an image that one rank could not read is blank and silent on all."""
-    if topology.replica_size == 1:
-        return batch
-    num_samples = sum(len(m.keys) for m in batch.micro_batches)
-    marks = torch.zeros(len(batch.blank) + num_samples, dtype=torch.uint8, device=topology.device)
-    marks[: len(batch.blank)] = batch.blank
-    marks[[len(batch.blank) + sample for sample in batch.bad_samples]] = 1
-    torch.distributed.all_reduce(marks, op=torch.distributed.ReduceOp.MAX, group=topology.encoding)
-    marks = marks.cpu()
-    bad = marks[len(batch.blank) :].nonzero().flatten().tolist()
-    keys = [key for m in batch.micro_batches for key in m.keys]
-    agreed = replace(
-        batch,
-        blank=marks[: len(batch.blank)].bool(),
-        bad_samples=tuple(bad),
-        bad_keys=tuple(keys[sample] for sample in bad),
-    )
-    return without_loss(agreed, bad)
-
-
-def count(
-    config: Config, topology: Topology, batch: StepBatch, reported: list[Tensor], *, asked: bool
-) -> tuple[StepCounts, bool]:
-    """Add the step up over all ranks: the loss from the last stages, the counts once from each replica.
-
-    Returns: the counts, and whether any rank was `asked` to stop; one collective for both.
-    """
-    if batch.bad_keys:
-        logger.warning("could not read %s: no loss from them", ", ".join(batch.bad_keys))
-    totals = torch.zeros(7, dtype=torch.float64, device=topology.device)
-    if topology.is_last_stage and topology.tensor_rank == 0:
-        totals[:2] = torch.stack(reported).sum(0)
-    if topology.replica_rank == 0:
-        totals[2] = sum(int(m.text_lengths.sum()) for m in batch.micro_batches)
-        totals[3] = images_seen(batch)
-        totals[4] = len(batch.bad_keys)
-        totals[5] = batch.num_cut
-    totals[6] = asked
-    torch.distributed.all_reduce(totals)
-    loss, answer_tokens, text_tokens, images, bad, cut, num_asked = totals.tolist()
-    counts = StepCounts(
-        loss=loss / answer_tokens if answer_tokens else math.nan,
-        answer_tokens=int(answer_tokens),
-        text_tokens=int(text_tokens),
-        vision_tokens=int(images) * config.vision.tokens_per_image,
-        images=int(images),
-        bad_samples=int(bad),
-        cut_samples=int(cut),
-    )
-    return counts, num_asked > 0
-
-
-def images_seen(batch: StepBatch) -> int:
-    """Real images of a step on this replica; those that stand for "no image" are not counted."""
-    return int((~batch.blank).sum())

@@ -161,7 +161,8 @@ def _store_tower(config: Config, folder: Path) -> Path:
     cpu.activate_if_needed()  # before megatron-core
     from himix_megatron import parallel
     from himix_megatron.adapter import params_dtype
-    from himix_megatron.checkpoint import Checkpoints, find_checkpoint, store_tower
+    from himix_megatron.checkpoint import Checkpoints, store_tower
+    from himix_megatron.envelope import find_checkpoint
 
     tower = build_tower(config.vision, seed=config.train.seed, dtype=params_dtype(config))
     if config.checkpoint.initial is not None:

@@ -27,16 +27,17 @@ import torch
 import tyro
 
 from himix_megatron import log, parallel
-from himix_megatron.checkpoint import check_architecture, find_checkpoint
+from himix_megatron.checkpoint import check_architecture
 from himix_megatron.config import Config, ParallelConfig, VisionConfig, from_json
 from himix_megatron.data import conversation, image
 from himix_megatron.data.order import permutation
 from himix_megatron.data.schema import BadSampleError
 from himix_megatron.data.shards import ShardDataset
 from himix_megatron.data.tokenizer import Piece, load_tokenizer
+from himix_megatron.envelope import find_checkpoint
 from himix_megatron.generate import Answerer, Prompt
 from himix_megatron.kernels import detect
-from himix_megatron.metrics import clock
+from himix_megatron.log import clock
 from pipelines import benchmark
 from pipelines.cli import parse_settings, run_main
 

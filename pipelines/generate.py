@@ -20,11 +20,12 @@ import torch
 import tyro
 
 from himix_megatron import log, parallel
-from himix_megatron.checkpoint import check_architecture, find_checkpoint
+from himix_megatron.checkpoint import check_architecture
 from himix_megatron.config import Config, ParallelConfig
 from himix_megatron.data import conversation, image
 from himix_megatron.data.schema import BadSampleError
 from himix_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from himix_megatron.envelope import find_checkpoint
 from himix_megatron.generate import Answerer, Prompt
 from himix_megatron.kernels import detect
 from himix_megatron.sampling import Sampling

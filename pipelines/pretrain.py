@@ -10,13 +10,18 @@ USR2 the run saves after its current step and leaves with exit code 85: start th
 
 from __future__ import annotations
 
-import dataclasses
-import sys
+from himix_megatron.signals import StopRequest
 
-from himix_megatron.config import Config
-from himix_megatron.train import pretrain
-from pipelines.cli import parse, run_main
-from pipelines.scenes import ensure_scene_data
+# Before the libraries are loaded, which takes seconds, or a minute on a busy file system: who asks then is heard too.
+REQUEST = StopRequest() if __name__ == "__main__" else None
+
+import dataclasses  # noqa: E402
+import sys  # noqa: E402
+
+from himix_megatron.config import Config  # noqa: E402
+from himix_megatron.train import pretrain  # noqa: E402
+from pipelines.cli import parse, run_main  # noqa: E402
+from pipelines.scenes import ensure_scene_data  # noqa: E402
 
 
 def with_data(config: Config) -> Config:
@@ -29,7 +34,7 @@ def with_data(config: Config) -> Config:
 
 
 def main() -> int:
-    return pretrain(with_data(parse(sys.argv[1:])))
+    return pretrain(with_data(parse(sys.argv[1:])), REQUEST)
 
 
 if __name__ == "__main__":

@@ -6,3 +6,4 @@ cpu.activate_if_needed()
 
 import himix_megatron.generate  # noqa: E402
 import himix_megatron.train  # noqa: E402, F401
+import pipelines.cli  # noqa: E402, F401

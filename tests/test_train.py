@@ -19,10 +19,11 @@ from typing import Any
 import pytest
 import torch
 
-from himix_megatron.checkpoint import Checkpoints, complete_checkpoints, find_checkpoint
+from himix_megatron.checkpoint import Checkpoints
 from himix_megatron.config import Config
 from himix_megatron.data.lengths import text_lengths
 from himix_megatron.data.shards import ShardDataset
+from himix_megatron.envelope import complete_checkpoints, find_checkpoint
 from tests.datasets import make_mixed_dataset
 from tests.distributed import free_port, run_ranks
 from tests.runs import history, small_config, train
@@ -210,7 +211,7 @@ def test_a_step_tells_what_it_did(mixed_dataset: Path, tmp_path: Path) -> None:
     config = small_config(mixed_dataset, tmp_path, parts=LANGUAGE, steps=4)
     config = replace(config, log=replace(config.log, ledger=True))
     run_ranks(train, 2, config, start_gloo=False)
-    lines = [json.loads(line) for file in (tmp_path / "ledger").iterdir() for line in file.read_text().splitlines()]
+    lines = [json.loads(line) for file in (tmp_path / "ledger").glob("rank-*") for line in file.read_text().splitlines()]
     points = history(tmp_path)
     assert len(lines) == 4 * 8
     assert len({(line["shard"], line["key"]) for line in lines}) == 32  # less than an epoch: nobody comes twice

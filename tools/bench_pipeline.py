@@ -116,19 +116,19 @@ def settings(arguments: Arguments, data: Path, folder: Path) -> Config:
 
 def calibrate(config: Config) -> dict[str, Any]:
     """One rank: the width of the tower's MLP at which its forward pass costs as much CPU time as the decoder's passes."""
-    from himix_megatron import train as training
+    from himix_megatron import build, steps
     from himix_megatron.model.vision import build_tower
     from himix_megatron.start import prepare
 
     start = prepare(config, 1)
     topology = parallel.start(config.parallel, seed=config.train.seed)
-    run = training.build_run(config, start, topology)
-    reader = training.step_reader(config, start.plan, topology)
+    run = build.build_run(config, start, topology)
+    reader = build.step_reader(config, start.plan, topology)
     batch = reader[next(start.plan.steps(start.end))]
     images = run.encoder.encode(batch.pixels, batch.blank, len(batch.blank))
 
     def decoder() -> None:
-        training.run_schedule(run, batch, images, forward_only=False)
+        steps.run_schedule(run, batch, images, forward_only=False)
 
     def tower(width: int) -> Callable[[], object]:
         built = build_tower(replace(config.vision, ffn_hidden_size=width), seed=0, dtype=torch.float32)
@@ -156,25 +156,25 @@ def cpu_seconds(*pieces: Callable[[], object], repetitions: int = 5) -> list[flo
 
 def measure(config: Config, topology: parallel.Topology) -> dict[str, Any]:
     """Train. Returns: CPU and wall seconds a step of each rank, and the losses."""
-    from himix_megatron import train as training
+    from himix_megatron import build, steps
     from himix_megatron.data.loader import step_loader
-    from himix_megatron.signals import StopRequest
+    from himix_megatron.health import UPDATE
     from himix_megatron.start import prepare
 
-    start, request = prepare(config, topology.data_size), StopRequest()
-    run = training.build_run(config, start, topology)
-    reader = training.step_reader(config, start.plan, topology, start.features)
+    start = prepare(config, topology.data_size)
+    run = build.build_run(config, start, topology)
+    reader = build.step_reader(config, start.plan, topology, start.features)
     losses = []
     begun = wall = 0.0
-    for number, (batch, images) in enumerate(training.encoded(run, step_loader(reader, start.plan.steps(start.end), 0))):
+    for number, (batch, images) in enumerate(steps.encoded(run, step_loader(reader, start.plan.steps(start.end), 0))):
         if number == 1:  # the first step warmed up
             torch.distributed.barrier()
             begun, wall = time.process_time(), time.perf_counter()
-        counts, _, _ = training.train_step(config, run, batch, images, request)
+        counts, _, _ = steps.train_step(config, run, batch, images, lambda *_: UPDATE)
         losses.append(counts.loss)
     run.ahead.settle()
-    steps = len(losses) - 1
-    own = ((time.process_time() - begun) / steps, (time.perf_counter() - wall) / steps)
+    count = len(losses) - 1
+    own = ((time.process_time() - begun) / count, (time.perf_counter() - wall) / count)
     ranks: list[Any] = [None] * topology.world_size
     torch.distributed.all_gather_object(ranks, own)
     return {"cpu": [cpu for cpu, _ in ranks], "wall": max(wall for _, wall in ranks), "losses": losses}

@@ -29,7 +29,7 @@ import tyro
 from torch import Tensor
 
 from himix_megatron import log, parallel
-from himix_megatron.checkpoint import architecture, find_checkpoint
+from himix_megatron.checkpoint import architecture
 from himix_megatron.config import (
     Config,
     DataConfig,
@@ -40,6 +40,7 @@ from himix_megatron.config import (
     TrainConfig,
     VisionConfig,
 )
+from himix_megatron.envelope import find_checkpoint, problems
 from himix_megatron.interop.authors import AsAuthors
 from himix_megatron.interop.authors_folder import read_authors, write_authors
 from himix_megatron.interop.folder import StoredWeights, read_config, stored_tower, write_run
@@ -268,6 +269,8 @@ def _plain_config(model: ModelConfig, vision: VisionConfig, template: Template, 
 
 def _read_checkpoint(path: Path) -> tuple[Path, Config]:
     checkpoint = find_checkpoint(str(path))
+    if wrong := problems(checkpoint):
+        raise ValueError(f"checkpoint {checkpoint} cannot be trusted: {'; '.join(wrong)}")
     return checkpoint, dataclasses.replace(read_config(checkpoint), parallel=ParallelConfig(), run=RunConfig())
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from himix_megatron import faults
 from himix_megatron.config import VisionConfig
 from himix_megatron.data import conversation
 from himix_megatron.data.batch import StepBatch, collate, share_of, without_loss
@@ -80,6 +81,7 @@ class StepReader(Dataset[StepBatch]):
 
     def __getitem__(self, step: StepPlan) -> StepBatch:
         """Read one step. Raises: OSError when the machine fails, naming the sample."""
+        faults.reach("data/read")
         reads = self.reads
         parts = step.share(reads.data_rank, reads.data_size, self.micro_batch)
         samples = np.concatenate([pack for part in parts for pack in part]).tolist()
@@ -100,6 +102,7 @@ class StepReader(Dataset[StepBatch]):
             blank[share.start + n] = True
         bad = sorted(bad_texts | {places[share.start + n][0] for n in bad_images})
 
+        faults.reach("data/collate")
         lengths = self.text_tokens[samples]
         longest = max(self._width(part) for part in parts)
         padded = -(-longest // self.pad_multiple) * self.pad_multiple
@@ -120,6 +123,7 @@ class StepReader(Dataset[StepBatch]):
             num_samples=step.num_samples,
             bad_samples=tuple(bad),
             num_cut=int((self.datasets.text_tokens[samples] > lengths).sum()),
+            num_sources=len(self.datasets.parts),
         )
         return without_loss(batch, bad)
 

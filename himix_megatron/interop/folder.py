@@ -17,9 +17,13 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 from torch import Tensor
 
+from ..agreement import Agreement
 from ..checkpoint import Position, check_architecture, read_tower, store_tower, write_description
 from ..config import Config, ModelConfig, from_json, to_json
 from ..data.plan import START
+from ..data.storage import sync_folder
+from ..envelope import NEWEST, publish, sync_and_digest, write_manifest
+from ..snapshot import describe_state, own_files, write
 from .authors import join, layout
 from .mapped import Scratch
 from .stages import TE_NAMES
@@ -69,7 +73,8 @@ def write_run(
     out.mkdir()
     (out / "config.json").write_text(to_json(config))
     checkpoint = out / "checkpoints" / "step-00000000"
-    checkpoint.mkdir(parents=True)
+    writing = checkpoint.with_name(f"{checkpoint.name}.writing")
+    writing.mkdir(parents=True)
     scratch = Scratch(out)
     state: dict[str, Any] = {}
     for number, (ours, parts) in enumerate(layout(config.model).items()):
@@ -78,9 +83,13 @@ def write_run(
         state |= _described(ours, [weights[name] for name, _ in parts], [heads for _, heads in parts], config.model, scratch)
     state |= _extra_states(config.model)
     progress("writing the checkpoint")
-    dist_checkpointing.save({"model0": state}, str(checkpoint))
+    write(describe_state({"model0": state}, validate=True), writing, Agreement(config.checkpoint.timeout_seconds))
     # Nothing trained: a run that would continue in this folder is told to start a new one from it.
-    write_description(checkpoint, config, Position(step=0, place=START, data={}), (), store_tower(out, tower), None)
+    write_description(writing, config, Position(step=0, place=START, data={}), (), store_tower(out, tower), None)
+    write_manifest(writing, sync_and_digest(writing, own_files(writing, rank=0)))
+    writing.rename(checkpoint)
+    sync_folder(checkpoint.parent)
+    publish(checkpoint.with_name(NEWEST), f"{checkpoint.name}\n".encode())
     return checkpoint
 
 

@@ -11,7 +11,7 @@ Shapes: K images of a step, N tokens of one image, V width of the features (Vh).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Literal, TypeVar
 
 import torch
@@ -19,12 +19,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from himix_megatron.background import Background, WaitInterruptedError, wait_for
 from himix_megatron.data.batch import share_of
 from himix_megatron.model.vision import Tower
 from himix_megatron.parallel import Topology
 
 Placement = Literal["replica_sharded", "replicated", "first_stage"]
 Batch = TypeVar("Batch")
+Result = TypeVar("Result")
 
 
 def encoding_place(placement: Placement, topology: Topology) -> tuple[int, int]:
@@ -114,37 +116,60 @@ class Ahead:
     """
 
     def __init__(self, device: torch.device, *, enabled: bool = True) -> None:
-        self._pool = ThreadPoolExecutor(1, "encode-ahead") if enabled and device.type == "cpu" else None
+        self._thread = Background("encode-ahead") if enabled and device.type == "cpu" else None
         self._stream = torch.cuda.Stream(device) if enabled and device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._reader = Background("read")
+        """Reads where `_thread` does not, so that the wait for it can be broken off."""
 
     def steps(
-        self, batches: Iterable[Batch], encode: Callable[[Batch], tuple[Batch, Tensor]]
+        self,
+        batches: Iterable[Batch],
+        encode: Callable[[Batch], tuple[Batch, Tensor]],
+        asked: Callable[[], bool] = lambda: False,
+        go_on: Callable[[], bool] = lambda: True,
     ) -> Iterator[tuple[Batch, Tensor]]:
         """`encode` of each batch in order; of the next one while the caller works on this one.
 
-        What `batches` or `encode` raise is raised here, when that step's turn comes.
+        What `batches` or `encode` raise is raised here, when that step's turn comes. A wait is broken off when `asked` turns
+        true. `go_on`, for all ranks to agree in, is called on this thread once for each step, when this rank has its data or
+        has broken the wait off: where it says no, the steps end. So no rank waits in `encode` for one that is still reading,
+        but on a thread that can be left behind.
         """
         source = iter(batches)
 
-        def work() -> tuple[Batch, Tensor] | None:
-            batch = next(source, None)
+        def read() -> Batch | None:
+            return next(source, None)
+
+        def read_together() -> Batch | None:
+            return agreed(self._reader.start(read))
+
+        def agreed(future: Future[Result | None]) -> Result | None:
+            try:
+                result = wait_for(future, asked)
+            except WaitInterruptedError:
+                result = None
+            return result if go_on() else None
+
+        def work(read: Callable[[], Batch | None]) -> tuple[Batch, Tensor] | None:
+            batch = read()
             return None if batch is None else encode(batch)
 
-        waiting = self._start(work)
+        def begin() -> Callable[[], tuple[Batch, Tensor] | None]:
+            if self._thread is not None:
+                future = self._thread.start(lambda: work(read))
+                return lambda: agreed(future)
+            if self._stream is not None:
+                return self._start_on_stream(self._stream, lambda: work(read_together))
+            return lambda: work(read_together)
+
+        waiting = begin()
         while (step := waiting()) is not None:
-            waiting = self._start(work)
+            waiting = begin()
             yield step
 
-    def settle(self) -> None:
-        """Wait until nothing is under way: process groups may end after it, not before."""
-        if self._pool is not None:
-            self._pool.submit(int).result()
-
-    def _start(self, work: Callable[[], tuple[Batch, Tensor] | None]) -> Callable[[], tuple[Batch, Tensor] | None]:
-        """Begin. Returns: a function that waits for the result."""
-        if self._pool is not None:
-            return self._pool.submit(work).result
-        return work if self._stream is None else self._start_on_stream(self._stream, work)
+    def settle(self, seconds: float | None = None) -> bool:
+        """Wait until nothing is under way: process groups may end after it, not before. Returns: whether that came in time."""
+        return (self._thread or self._reader).settle(seconds)
 
     def _start_on_stream(
         self, stream: torch.cuda.Stream, work: Callable[[], tuple[Batch, Tensor] | None]

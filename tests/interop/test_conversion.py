@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from himix_megatron.checkpoint import find_checkpoint
 from himix_megatron.config import ParallelConfig
 from himix_megatron.data.plan import START
+from himix_megatron.envelope import find_checkpoint
 from himix_megatron.generate import Answerer
 from himix_megatron.interop.authors import AsAuthors, is_new
 from himix_megatron.interop.folder import StoredWeights, read_config
@@ -125,6 +125,7 @@ def test_files_on_disk_are_those_of_a_saved_model(tmp_path: Path, tower: Path) -
 def save_again(checkpoint: Path, run: Path) -> Path:
     """Load a checkpoint into a model, and save that."""
     from himix_megatron import parallel
+    from himix_megatron.attempt import take
     from himix_megatron.checkpoint import Checkpoints, Position
     from himix_megatron.config import RunConfig
     from himix_megatron.model.himix import build_stage
@@ -135,10 +136,10 @@ def save_again(checkpoint: Path, run: Path) -> Path:
     topology = parallel.start(config.parallel, seed=1)
     tower = build_tower(config.vision, seed=1, dtype=torch.float32)
     stages = build_stage(config, detect(), topology, tower)
-    checkpoints = Checkpoints(config, stages, build_optimizer(config, stages), tower)
+    checkpoints = Checkpoints(config, stages, build_optimizer(config, stages), tower, take(run))
     checkpoints.load_weights(checkpoint)
-    run.mkdir()
     checkpoints.save(Position(step=1, place=START, data={}))
+    checkpoints.close()
     parallel.shutdown()
     return run / "checkpoints" / "step-00000001"
 

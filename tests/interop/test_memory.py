@@ -72,7 +72,7 @@ def make_siglip(folder: Path) -> Path:
 
 def stream(folder: Path, out: Path) -> None:
     """Write a checkpoint of 0.9 GB and read it back, as a conversion does; nothing is computed."""
-    from himix_megatron.checkpoint import find_checkpoint
+    from himix_megatron.envelope import find_checkpoint
     from himix_megatron.interop.authors import AsAuthors
     from himix_megatron.interop.folder import StoredWeights, write_run
     from himix_megatron.interop.mapped import open_folder

@@ -194,22 +194,21 @@ def test_every_placement_trains_alike(
 
 def _tower_gradients(config: Config) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and the tower's gradients of one step; the gradients as every rank has them before its optimizer."""
-    from himix_megatron import log, parallel
-    from himix_megatron import train as training
+    from himix_megatron import build, log, parallel, steps
     from himix_megatron.model.himix import bare
     from himix_megatron.start import begin, prepare
 
     start = prepare(config, 1)
     topology = parallel.start(config.parallel, seed=config.train.seed)
     log.start(config.run_dir, topology.rank, topology.world_size)
-    run = training.build_run(config, start, topology)
+    run = build.build_run(config, start, topology)
     begin(config, start, run.checkpoints)
-    reader = training.step_reader(config, start.plan, topology)
-    batch, images = next(training.encoded(run, [reader[next(start.plan.steps(start.end))]]))
+    reader = build.step_reader(config, start.plan, topology)
+    batch, images = next(steps.encoded(run, [reader[next(start.plan.steps(start.end))]]))
     for stage in run.stages:
         stage.zero_grad_buffer()
-    reported = training.run_schedule(run, batch, images, forward_only=False)
-    counts, _ = training.count(config, topology, batch, reported, asked=False)
+    reported = steps.run_schedule(run, batch, images, forward_only=False)
+    counts, _ = steps.count(config, topology, batch, reported)
     gradients = {name: p.main_grad.clone() for name, p in bare(run.stages[0]).tower.named_parameters()}
     return counts.loss, gradients
 

@@ -1,0 +1,135 @@
+"""The state of a step, taken out of training, and written in megatron-core's format.
+
+Flows in: megatron-core's sharded state; out: a `Snapshot`, which shares no memory with parameters and optimizer if it was
+copied, and its files in a folder: `*.distcp` and `.metadata` (torch's distributed checkpoint), `common.pt`, `metadata.json`.
+
+megatron-core plans a save by collectives of the training's group, and on a CPU hands the writer the very tensors that the
+optimizer goes on to change. So its sharded state and its planner are used, and torch's distributed checkpoint is called with a
+group of its own: all of planning and writing may then happen beside training.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch import Tensor
+from torch.distributed import checkpoint as torch_checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import SavePlan
+
+from . import faults
+from .agreement import Agreement, SaveError
+from .envelope import write_synced
+
+COMMON, CONFIG = "common.pt", "metadata.json"
+"""megatron-core's names."""
+
+
+@dataclass(slots=True)
+class Snapshot:
+    """What one rank contributes to a checkpoint."""
+
+    shards: dict[str, list[ShardedBase]]
+    """By their keys in the checkpoint; only what no other rank contributes."""
+    common: dict[str, Any]
+    """What is alike on all ranks; rank 0 writes it."""
+
+
+def describe_state(state: dict[str, Any], *, validate: bool) -> Snapshot:
+    """The rank's part of a sharded state, still sharing its memory; all ranks call it where training's group is idle.
+
+    `validate`: let megatron-core check, over all ranks, that each part of each tensor is there exactly once.
+    """
+    sharded, common = save_preprocess(state, validate)
+    shards, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+    return Snapshot(dict(shards), common)
+
+
+class HostCopies:
+    """Copies snapshots into host memory that is kept from one to the next: fresh pages cost more than the copy itself.
+
+    Pinned where there is a GPU, so that the copy runs at the speed of the bus.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[Any, ...], Tensor] = {}
+
+    def take(self, snapshot: Snapshot) -> None:
+        """Let a snapshot hold the state as of now, sharing no memory with training."""
+        for key, parts in snapshot.shards.items():
+            for number, part in enumerate(parts):
+                if not isinstance(part, ShardedTensor):
+                    part.data = copy.deepcopy(part.data)
+                elif part.data is not None:
+                    part.data = self._copy((key, number, tuple(part.global_offset)), part.data.detach())
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
+        snapshot.common = copy.deepcopy(snapshot.common)
+
+    def _copy(self, name: tuple[Any, ...], tensor: Tensor) -> Tensor:
+        kept = self._kept.get(name)
+        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+            kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=torch.cuda.is_available())
+            self._kept[name] = kept
+        return kept.copy_(tensor, non_blocking=True)
+
+
+class _Writer(torch_checkpoint.FileSystemWriter):  # type: ignore[misc]
+    """Writes into a folder that is there: a folder that was taken away from this attempt must not come back."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def write_data(self, plan: SavePlan, planner: MCoreSavePlanner) -> Any:
+        faults.reach("save/tensors")
+        # One thread: torch loses the errors of further ones, and the tensors with them.
+        return super().write_data(plan, planner)
+
+
+def write(snapshot: Snapshot, folder: Path, ranks: Agreement) -> None:
+    """Write a snapshot into a folder, synced; all ranks call it. Raises: SaveError on all ranks if one could not."""
+    state = mcore_to_pyt_state_dict(snapshot.shards, False)
+    planner = MCoreSavePlanner(flatten_state_dict=False)
+    try:
+        torch_checkpoint.save(state, storage_writer=_Writer(folder, thread_count=1), planner=planner, process_group=ranks.group)
+    except CheckpointException as error:
+        raise SaveError(_one_line(error.failures)) from error
+    ranks.first(lambda: _write_common(snapshot, folder))
+
+
+def _write_common(snapshot: Snapshot, folder: Path) -> None:
+    common = io.BytesIO()
+    torch.save(snapshot.common, common)
+    write_synced(folder / COMMON, common.getvalue())
+    write_synced(folder / CONFIG, json.dumps(asdict(CheckpointingConfig("torch_dist", 1))).encode())
+
+
+def _one_line(failures: Mapping[int, Any]) -> str:
+    """torch's errors by rank, each with its traceback, as one line that names the first."""
+    rank, (error, _) = min(failures.items())
+    return f"rank {rank}: {type(error).__name__}: {error}"
+
+
+def own_files(folder: Path, rank: int) -> list[str]:
+    """The files of a folder that a rank looks after: the tensors that it has written; rank 0 also all that are not tensors."""
+    names = [path.name for path in folder.iterdir()]
+    return [name for name in names if (_writer_of(name) or 0) == rank]
+
+
+def _writer_of(name: str) -> int | None:
+    return int(name.split("_")[2]) if name.endswith(".distcp") else None

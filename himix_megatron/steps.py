@@ -1,0 +1,177 @@
+"""One step, and how ranks come to it together: its data read and encoded, the pass, the verdict, the update.
+
+Flows in: batches as this rank reads them; out: what the step processed over all ranks, and what became of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from . import faults, progress
+from .build import Run
+from .config import Config
+from .data.batch import StepBatch, without_loss
+from .health import Verdict
+from .metrics import StepCounts
+from .optim import gradient_norm, update
+from .parallel import Topology
+from .signals import StopRequest
+from .step import run_losses, stage_inputs
+
+logger = logging.getLogger(__name__)
+
+
+def encoded(
+    run: Run,
+    batches: Iterable[StepBatch],
+    asked: Callable[[], bool] = lambda: False,
+    go_on: Callable[[], bool] = lambda: True,
+) -> Iterator[tuple[StepBatch, Tensor]]:
+    """Each step with its images, features or pixels, made while the step before it trains. `asked`, `go_on`: see `Ahead`."""
+
+    def encode(batch: StepBatch) -> tuple[StepBatch, Tensor]:
+        batch = agree_on_bad(batch, run.topology)
+        return batch, run.encoder.encode(batch.pixels, batch.blank, len(batch.blank))
+
+    return run.ahead.steps(_read(batches), encode, asked, go_on)
+
+
+def _read(batches: Iterable[StepBatch]) -> Iterator[StepBatch]:
+    source = iter(batches)
+    while True:
+        faults.reach("data/wait")
+        if (batch := next(source, None)) is None:
+            return
+        yield batch
+
+
+def together(run: Run, batches: Iterable[StepBatch], request: StopRequest) -> Iterator[tuple[StepBatch, Tensor]]:
+    """As `encoded`, each step once all ranks have it; no more of them, on all ranks alike, once any has been asked to stop.
+
+    A rank that is asked while it waits for data, its own or another's, breaks the wait off: nobody waits for a slow disk in
+    order to stop.
+    """
+
+    def go_on() -> bool:
+        asked = torch.tensor(float(request.asked), device=run.topology.device)
+        torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
+        if asked.item():
+            request.note("another rank was asked")
+            request.is_agreed = True
+        return not request.is_agreed
+
+    return encoded(run, batches, lambda: request.asked, go_on)
+
+
+def train_step(
+    config: Config, run: Run, batch: StepBatch, images: Tensor, judge: Callable[[float, bool], Verdict]
+) -> tuple[StepCounts, float, Verdict]:
+    """One optimizer step, unless `judge(loss, finite)`, which is the same on every rank, says otherwise.
+
+    Returns: what it processed over all ranks, the gradient's global norm before clipping, and the verdict.
+    """
+    for stage in run.stages:
+        stage.zero_grad_buffer()
+    run.optimizer.zero_grad()
+    reported = run_schedule(run, batch, images, forward_only=False)
+    faults.spoil("step/gradient", *(buffer.grad_data for stage in run.stages for buffer in stage.buffers))
+    norm = gradient_norm(run.optimizer)
+    progress.at("step/collective")
+    counts, finite = count(config, run.topology, batch, reported, finite=has_finite_gradients(run, norm))
+    verdict = judge(counts.loss, finite)
+    if verdict.action == "update":
+        progress.at("step/optimizer")
+        update(run.optimizer, norm, config.optimizer.clip_norm)
+    return counts, norm, verdict
+
+
+def has_finite_gradients(run: Run, norm: float) -> bool:
+    """Whether all gradients that this rank holds are finite, those that its norm leaves to another rank too."""
+    largest = [
+        torch.linalg.vector_norm(buffer.grad_data, ord=math.inf)
+        for stage in run.stages
+        for buffer in stage.buffers + stage.expert_parallel_buffers
+        if buffer.grad_data.numel()
+    ]
+    return math.isfinite(norm) and (not largest or bool(torch.stack(largest).isfinite().all()))
+
+
+def run_schedule(run: Run, batch: StepBatch, images: Tensor, *, forward_only: bool) -> list[Tensor]:
+    """Forward (and backward) over a step's micro-batches. `images`: as `encoded` gives them.
+
+    Returns: on the last stage per micro-batch what `loss.answer_loss` reports; elsewhere nothing.
+    """
+    return run_losses(run.stages, stage_inputs(batch, images, run.topology.device), forward_only=forward_only)
+
+
+def agree_on_bad(batch: StepBatch, topology: Topology) -> StepBatch:
+    """The same step on every rank of a replica: an image that one rank could not read is blank and silent on all."""
+    if topology.replica_size == 1:
+        return batch
+    num_samples = sum(len(m.keys) for m in batch.micro_batches)
+    marks = torch.zeros(len(batch.blank) + num_samples, dtype=torch.uint8, device=topology.device)
+    marks[: len(batch.blank)] = batch.blank
+    marks[[len(batch.blank) + sample for sample in batch.bad_samples]] = 1
+    torch.distributed.all_reduce(marks, op=torch.distributed.ReduceOp.MAX, group=topology.encoding)
+    marks = marks.cpu()
+    bad = marks[len(batch.blank) :].nonzero().flatten().tolist()
+    keys = [key for m in batch.micro_batches for key in m.keys]
+    agreed = replace(
+        batch,
+        blank=marks[: len(batch.blank)].bool(),
+        bad_samples=tuple(bad),
+        bad_keys=tuple(keys[sample] for sample in bad),
+    )
+    return without_loss(agreed, bad)
+
+
+def count(
+    config: Config, topology: Topology, batch: StepBatch, reported: list[Tensor], *, finite: bool = True
+) -> tuple[StepCounts, bool]:
+    """Add the step up over all ranks: the loss from the last stages, the counts once from each replica.
+
+    Returns: the counts, and whether the loss is finite and all ranks find their gradients `finite`; one collective for both.
+    """
+    if batch.bad_keys:
+        logger.warning("could not read %s: no loss from them", ", ".join(batch.bad_keys))
+    num_sources = batch.num_sources if batch.num_sources > 1 else 0
+    totals = torch.zeros(7 + 2 * num_sources, dtype=torch.float64, device=topology.device)
+    if topology.is_last_stage and topology.tensor_rank == 0:
+        found = torch.stack(reported).sum(0)
+        totals[:2], totals[7:] = found[:2], found[2:]
+    if topology.replica_rank == 0:
+        totals[2] = text_tokens_read(batch)
+        totals[3] = images_seen(batch)
+        totals[4] = len(batch.bad_keys)
+        totals[5] = batch.num_cut
+    totals[6] = not finite
+    torch.distributed.all_reduce(totals)
+    loss, answer_tokens, text_tokens, images, bad, cut, not_finite, *apart = totals.tolist()
+    counts = StepCounts(
+        loss=loss / answer_tokens if answer_tokens else math.nan,
+        answer_tokens=int(answer_tokens),
+        text_tokens=int(text_tokens),
+        vision_tokens=int(images) * config.vision.tokens_per_image,
+        images=int(images),
+        bad_samples=int(bad),
+        cut_samples=int(cut),
+        sources=tuple(zip(apart[::2], apart[1::2], strict=True)),
+    )
+    return counts, not_finite == 0 and (not answer_tokens or math.isfinite(loss))
+
+
+def text_tokens_read(batch: StepBatch) -> int:
+    """Text tokens of a step on this replica, without padding and without samples that could not be read."""
+    lengths = torch.cat([m.text_lengths for m in batch.micro_batches])
+    return int(lengths.sum() - lengths[list(batch.bad_samples)].sum())
+
+
+def images_seen(batch: StepBatch) -> int:
+    """Real images of a step on this replica; those that stand for "no image" are not counted."""
+    return int((~batch.blank).sum())
