@@ -186,6 +186,4 @@ def rank_memory(
         logits=logits,
         features=features,
     )
-    if not on_gpu:
-        return found
-    return replace(found, allowance=FIXED_BYTES + FRAGMENTS * found.total)
+    return replace(found, allowance=FIXED_BYTES + FRAGMENTS * found.total) if on_gpu else found

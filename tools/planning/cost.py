@@ -6,7 +6,7 @@ are in docs/planner.md, in the order of this file. No torch, no measurement: ari
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from himix_megatron.config import ModelConfig, Part
@@ -206,13 +206,10 @@ def step_time(machine: Machine, layout: Layout, job: Job) -> StepTime:
 
 
 def _hop_seconds(machine: Machine, layout: Layout, job: Job) -> float:
-    size = (
-        job.number_bytes
-        * job.micro_batch.text_tokens
-        * job.model.hidden_size
-        / (layout.tensor if layout.sequence or layout.split_hops else 1)
-    )
-    within = layout.tensor * layout.pipeline <= machine.node_size
+    shares = layout.tensor if layout.sequence or layout.split_hops else 1
+    size = job.number_bytes * job.micro_batch.text_tokens * job.model.hidden_size / shares
+    # megatron-core puts data-parallel ranks next to each other and stages far apart.
+    within = layout.ranks <= machine.node_size
     return size / (machine.link_bytes_per_second if within else machine.network_bytes_per_second) + machine.latency_seconds
 
 
@@ -232,13 +229,19 @@ def _data_seconds(machine: Machine, layout: Layout, job: Job, *, window: float) 
     return max(0.0, seconds - window) if layout.overlap_data else seconds, states
 
 
-def _shared(machine: Machine, layout: Layout, alone: StepTime, work: float) -> StepTime:
-    """On a CPU whose ranks share its cores: no sooner than the cores can do all ranks' work, messages included, which are
-    work too; while a rank waits another may run, so that only what is left of a bubble is one."""
+def _shared(machine: Machine, layout: Layout, apart: StepTime, work: float) -> StepTime:
+    """On a CPU whose ranks share its cores. `apart`: with a core for each rank; `work`: of one tensor rank of all stages.
+
+    A step takes no less than all ranks' work, messages included, over the number of cores. Where there are more ranks than
+    cores, others' work fills a bubble; where there are not, the rank that works in it does so alone, and faster.
+    """
     assert machine.cores is not None
-    busy = layout.data * work + layout.ranks * (alone.pipeline + alone.data + alone.optimizer + alone.tower)
-    least = busy / machine.cores
-    if least <= alone.total:
-        return alone
-    scale = least / (alone.total - alone.bubble)
-    return StepTime(*(getattr(alone, item.name) * (0 if item.name == "bubble" else scale) for item in fields(alone)))
+    if layout.ranks == 1:
+        return StepTime(*(getattr(apart, item.name) / machine.alone for item in fields(apart)))
+    apart = replace(apart, bubble=apart.bubble / (machine.alone if layout.ranks <= machine.cores else 1.0))
+    each = apart.pipeline + apart.data + apart.optimizer + apart.tower
+    least = (layout.data * layout.tensor * work + layout.ranks * each) / machine.cores
+    if least <= apart.total:
+        return apart
+    scale = least / (apart.total - apart.bubble)
+    return StepTime(*(getattr(apart, item.name) * (0 if item.name == "bubble" else scale) for item in fields(apart)))
