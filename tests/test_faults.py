@@ -88,6 +88,8 @@ def test_a_pattern_is_the_first_of_several_points(plan: Path) -> None:
         ("nonsense", "line 1 is no fault: Expecting value"),
         ('{"kind": "kill"}', "line 1 is no fault: .*point"),
         ('{"kind": "kill", "point": "a/b", "when": 3}', "line 1 is no fault: .*when"),
+        ('{"kind": "kill", "point": "a/b", "step": "3"}', "line 1 is no fault: step is '3'"),
+        ("[1]", "line 1 is no fault: "),
         ('{"kind": "flood", "point": "a/b"}', "line 1: kind is flood: wanted one of kill, "),
     ],
 )
