@@ -21,7 +21,7 @@ find_python = $(shell for python in $(1); do \
     "$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, $(2)))' 2>/dev/null && echo "$$python" && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint test-py312 campaign-convert-7b campaign-data campaign-faults bench-data bench-model bench-pipeline tensorboard clean
+.PHONY: help setup quickstart test lint test-py312 campaign-convert-7b campaign-data campaign-faults campaign-saves bench-checkpoint bench-data bench-model bench-pipeline tensorboard clean campaign-slurm bench-plan
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,12 +42,19 @@ lint: $(VENV)/complete ## Format, lint and types
 test-py312: $(VENV_PY312)/complete ## Parity, layouts and specs on Python 3.12 or newer, with its newer megatron-core
 	$(VENV_PY312)/bin/python -m pytest $(PY312_TESTS) $(PYTEST_ARGS)
 
+campaign-slurm: $(VENV)/complete ## Every scenario on a private Slurm of two nodes (half an hour on 2 cores)
+	$(VENV)/bin/python -m pytest -m 'campaign or not campaign' tests/slurm $(PYTEST_ARGS)
+
 campaign-data: $(VENV)/complete ## Kill preprocessing, and interrupt reading, very often (KILLS=50 SEED=1 EMOJI=DIR; half an hour)
 	KILLS="$(KILLS)" SEED="$(SEED)" EMOJI="$(EMOJI)" $(VENV)/bin/python -m pytest -m campaign -s \
 	    tests/campaigns/test_kill_preprocess.py tests/campaigns/test_draws.py $(PYTEST_ARGS)
 
 campaign-faults: $(VENV)/complete ## Let random real faults happen to runs, each of which must recover by itself (FAULTS=500 SEED=1 REPORT=DIR)
 	FAULTS="$(FAULTS)" SEED="$(SEED)" REPORT="$(REPORT)" $(VENV)/bin/python -m pytest -m campaign -s --show-capture=no tests/campaigns/test_faults.py $(PYTEST_ARGS)
+
+campaign-saves: $(VENV)/complete ## Kill ranks at every point of a save, and damage every file of one (288 kills, 1,300 damages; half an hour)
+	LAYOUTS="$(LAYOUTS)" FLIPS="$(FLIPS)" CUTS="$(CUTS)" SEED="$(SEED)" $(VENV)/bin/python -m pytest -m campaign -s \
+	    tests/campaigns/test_save_kills.py tests/campaigns/test_save_damage.py $(PYTEST_ARGS)
 
 campaign-convert-7b: $(VENV)/complete ## Convert a 7B model's shapes, and measure the memory (5 minutes, 30 GB of disk)
 	$(VENV)/bin/python -m pytest -m campaign -rP tests/interop/test_memory.py $(PYTEST_ARGS)
@@ -58,8 +65,14 @@ bench-data: $(VENV_BENCH)/complete ## Reading, decoding, preprocessing and packi
 bench-model: $(VENV)/complete ## The decoder beside concatenation and padding (10 minutes on 2 cores)
 	$(VENV)/bin/python -m tools.bench_model $(BENCH_ARGS)
 
+bench-checkpoint: $(VENV)/complete ## How long a save keeps training waiting (2 minutes on 2 cores, 4 GB of disk)
+	$(VENV)/bin/python -m tools.bench_checkpoint $(BENCH_ARGS)
+
 bench-pipeline: $(VENV)/complete ## How evenly pipeline stages work, by where the tower runs (5 minutes on 2 cores)
 	$(VENV)/bin/python -m tools.bench_pipeline
+
+bench-plan: $(VENV)/complete ## Measure this CPU and 13 layouts on it, beside the planner's predictions (3 minutes, alone on 2 cores)
+	$(VENV)/bin/python -m tools.plan --measure
 
 tensorboard: $(VENV)/complete ## TensorBoard over all runs, on this machine only
 	$(VENV)/bin/tensorboard --logdir runs --host 127.0.0.1

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from .agreement import Agreement
 from .envelope import write_synced
 
 logger = logging.getLogger(__name__)
@@ -98,11 +99,12 @@ class Attempt:
     def __init__(self, folder: Path, *, owned: bool):
         self.folder, self.number, self.owned = folder, int(folder.name.removeprefix("attempt-")), owned
         self._ended = threading.Event()
-        self._lost = False
+        self.is_lost = False
+        """Whether the owner has noticed, while it touched its file, that another start has taken over."""
 
     def check(self) -> None:
         """Raises: StaleAttemptError if a later start has taken over."""
-        if self._lost or not self.folder.is_dir():
+        if self.is_lost or not self.folder.is_dir():
             raise StaleAttemptError(f"another start has taken over {self.folder.parent.parent}: attempt {self.number} ends")
 
     def end(self) -> None:
@@ -119,14 +121,36 @@ class Attempt:
             try:
                 os.utime(self.folder / "owner.json")
             except FileNotFoundError:
-                self._lost = not self._ended.is_set()
+                self.is_lost = not self._ended.is_set()
                 return
             except OSError as error:  # the file system is away: saves will say so
                 logger.warning("could not touch %s: %s", self.folder, error)
 
 
+def claim(run_dir: Path, ranks: Agreement) -> Attempt:
+    """All ranks together become the ones that write into a run folder.
+
+    Raises: ValueError, on all, while another run does, or if the folder cannot be written.
+    """
+    taken: list[Attempt] = []
+
+    def take_or_say() -> tuple[Path | None, str]:
+        try:
+            taken.append(take(run_dir))
+            return taken[0].folder, ""
+        except ValueError as error:
+            return None, str(error)
+        except OSError as error:
+            return None, f"{run_dir} cannot be written: {error}"
+
+    folder, refusal = ranks.first(take_or_say)
+    if folder is None:
+        raise ValueError(refusal)
+    return taken[0] if taken else Attempt(folder, owned=False)
+
+
 def take(run_dir: Path) -> Attempt:
-    """Become the one that writes into a run folder.
+    """Become the one that writes into a run folder, by one process.
 
     Raises: ValueError while another process does; OSError if the folder cannot be written.
     """

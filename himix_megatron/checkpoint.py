@@ -27,15 +27,16 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from . import faults
+from . import progress
 from .agreement import Agreement
-from .attempt import Attempt
+from .attempt import Attempt, claim
 from .config import Config, Part
 from .data.plan import Place
 from .envelope import (
     DESCRIPTION,
     DamagedError,
     complete_checkpoints,
+    newest_whole,
     problems_seen_together,
     publish,
     read_description,
@@ -184,7 +185,7 @@ class Checkpoints:
 
     `frozen_tower` is the tower where it does not train: it is stored once in RUN/towers/ under its hash, and checkpoints
     refer to it. Where it trains (None here) it is in the model, and in every checkpoint. `attempt`: the right to write into
-    the run's folder; not needed to load.
+    the run's folder; None: it is taken when something is to be saved.
     """
 
     def __init__(
@@ -206,13 +207,13 @@ class Checkpoints:
     @cached_property
     def ranks(self) -> Agreement:
         """The ranks' own group; all ranks must come to the first use together."""
-        # A little later than the watch on saves, which can say more.
-        return Agreement(self.config.checkpoint.timeout_seconds + 60)
+        return Agreement(self.config.checkpoint.group_timeout_seconds)
 
     @cached_property
     def saves(self) -> Saves:
-        """What is being saved."""
-        assert self.attempt is not None
+        """What is being saved; all ranks must come to the first use together."""
+        if self.attempt is None:
+            self.attempt = claim(self.run_dir, self.ranks)
         return Saves(self.config.checkpoint, self.attempt)
 
     def save(self, position: Position, *, validation_loss: float | None = None) -> float:
@@ -243,14 +244,19 @@ class Checkpoints:
         self.saves.poll()
 
     def finish(self) -> None:
-        """Complete the save in flight before leaving. Raises: RuntimeError if the last one failed."""
+        """Complete the save in flight. Raises: RuntimeError if the last one failed."""
         begun = time.perf_counter()
         self.saves.finish()
         self.stall_seconds += time.perf_counter() - begun
 
+    def close(self) -> None:
+        """The run has ended: the next start may take its folder without looking whether we live."""
+        self.finish()
+        self.saves.attempt.end()
+
     def _snapshot(self) -> Callable[[], Snapshot]:
         """This rank's state as of now. An error of this rank is kept for all to agree on."""
-        failure = _error_of(lambda: faults.reach("save/begin"))
+        failure = _error_of(lambda: progress.at("save/begin"))
         for stage in self.stages:
             if stage.ddp_config.overlap_param_gather:
                 stage.start_param_sync(force_sync=True)  # else they are gathered in the next forward pass
@@ -260,7 +266,7 @@ class Checkpoints:
         self._validated = True
         if self.config.checkpoint.mode == "async":
             failure = failure or _error_of(lambda: self._copies.take(snapshot))
-        failure = failure or _error_of(lambda: faults.reach("save/snapshot"))
+        failure = failure or _error_of(lambda: progress.at("save/snapshot"))
         return partial(_or_raise, snapshot, failure)
 
     def _describe(self, folder: Path, position: Position, validation_loss: float | None) -> None:
@@ -273,14 +279,14 @@ class Checkpoints:
 
     def _size_bytes(self) -> int:
         """About what one checkpoint takes, over all ranks; a frozen tower included."""
-        own = 0
+        own, is_divided = 0, self.config.parallel.distributed_optimizer
         trained = {id(p) for stage in self.stages for p in stage.parameters() if p.requires_grad}
         for chunk in _model_state(self.stages).values():
             for part in chunk.values():
                 if not isinstance(part, ShardedObject) and is_main_replica(part.replica_id):
                     width = part.data.element_size()
-                    # Two moments and, beside weights of fewer bits, the weights themselves: in fp32.
-                    optimizer = (8 if width == 4 else 12) if id(part.data) in trained else 0
+                    # Two moments and, beside weights of fewer bits or divided among ranks, the weights themselves: in fp32.
+                    optimizer = (12 if width < 4 or is_divided else 8) if id(part.data) in trained else 0
                     own += part.data.numel() * (width + optimizer)
         if self.frozen_tower is not None and self.ranks.rank == 0:
             own += sum(tensor.nbytes for tensor in self.frozen_tower.state_dict().values())
@@ -303,6 +309,15 @@ class Checkpoints:
         self._load_tower(folder, description["tower"])
         logger.info("restored %s", folder)
         return position_of(description)
+
+    def roll_back(self) -> Position:
+        """Go back to the newest of the run's checkpoints that is whole, after the save in flight; all ranks call it.
+
+        Raises: DamagedError if none is; RuntimeError as `poll`.
+        """
+        self.saves.wait()
+        folders = self.ranks.first(lambda: complete_checkpoints(self.run_dir)[::-1])
+        return self.restore(newest_whole(folders, self.ranks), verified=True)
 
     def load_weights(self, folder: Path, *, verified: bool = False) -> None:
         """Weights only, as a fresh run's start; the tower's too. Raises: ValueError for a damaged checkpoint, or one of another

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +29,8 @@ class StartError(ValueError):
 
 def _positive(**values: float) -> None:
     for name, value in values.items():
-        if value <= 0:
-            raise ValueError(f"{name.replace('__', '.')} is {value}: it must be above 0")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name.replace('__', '.')} is {value}: it must be above 0{' and finite' if value > 0 else ''}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,11 +76,20 @@ class ModelConfig:
             model__num_attention_heads=self.num_attention_heads,
             model__num_query_groups=self.num_query_groups,
             model__vocab_size=self.vocab_size,
+            model__head_dim=1 if self.head_dim is None else self.head_dim,
+            model__rope_theta=self.rope_theta,
+            model__rope_scaling_factor=1.0 if self.rope_scaling_factor is None else self.rope_scaling_factor,
+            model__norm_eps=self.norm_eps,
+            model__init_std=self.init_std,
         )
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"model.hidden_size ({self.hidden_size}) does not divide into model.num_attention_heads "
                 f"({self.num_attention_heads}): change one, or give model.head_dim"
+            )
+        if self.channels_per_head % 2:
+            raise ValueError(
+                f"model.head_dim is {self.channels_per_head}: rotary position embedding turns pairs, so it must be even"
             )
         if self.num_attention_heads % self.num_query_groups:
             raise ValueError(
@@ -136,6 +146,19 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         _positive(vision__image_size=self.image_size, vision__patch_size=self.patch_size, vision__hidden_size=self.hidden_size)
+        _positive(
+            vision__num_layers=self.num_layers,
+            vision__num_attention_heads=self.num_attention_heads,
+            vision__ffn_hidden_size=self.ffn_hidden_size,
+            vision__pixel_std=min(self.pixel_std),
+        )
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"vision.hidden_size ({self.hidden_size}) does not divide into vision.num_attention_heads "
+                f"({self.num_attention_heads})"
+            )
+        if self.image_size < self.patch_size:
+            raise ValueError(f"vision.image_size ({self.image_size}) is below vision.patch_size ({self.patch_size})")
         if self.tower == "tiny" and self.image_size % self.patch_size:
             raise ValueError(
                 f"vision.image_size ({self.image_size}) is not a multiple of vision.patch_size ({self.patch_size})"
@@ -316,6 +339,8 @@ class TrainConfig:
             train__epochs=self.epochs,
             train__micro_batch_samples=self.micro_batch_samples,
         )
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"train.seed is {self.seed}: wanted 0 to {2**32 - 1}")
         if self.fp8 != "none" and self.precision != "bf16":
             raise ValueError(f"train.fp8 is {self.fp8}, which keeps everything else in bf16: use --train.precision bf16")
         for name, size in (("samples", self.global_batch_samples), ("packs", self.global_batch_packs)):
@@ -347,10 +372,16 @@ class OptimizerConfig:
     """Gradients are scaled down to this global norm; 0: never."""
 
     def __post_init__(self) -> None:
-        _positive(optimizer__learning_rate=self.learning_rate)
+        _positive(optimizer__learning_rate=self.learning_rate, optimizer__eps=self.eps)
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}: wanted 0 to below 1")
+        for name in ("weight_decay", "min_learning_rate"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}: wanted 0 or more")
         if not 0 <= self.warmup_fraction < 1:
             raise ValueError(f"optimizer.warmup_fraction is {self.warmup_fraction}: wanted 0 to below 1")
-        if self.clip_norm < 0:
+        if not 0 <= self.clip_norm < math.inf:
             raise ValueError(f"optimizer.clip_norm is {self.clip_norm}: wanted 0 (never clip) or more")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
@@ -389,6 +420,11 @@ class CheckpointConfig:
             _positive(checkpoint__keep_every=self.keep_every)
         if self.max_failures < 0:
             raise ValueError(f"checkpoint.max_failures is {self.max_failures}: it must be 0 or above")
+
+    @property
+    def group_timeout_seconds(self) -> float:
+        """For the messages of a save: a little more than the save itself has, since the watch on it can say more."""
+        return self.timeout_seconds + 60
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -179,6 +179,23 @@ def problems_seen_together(folder: Path, ranks: Agreement) -> list[str]:
     return [line for found in ranks.each(lambda: wrong_hashes(folder, share)) for line in found]
 
 
+def newest_whole(folders: Iterable[Path], ranks: Agreement) -> Path:
+    """The first one of which each byte is as it was written; the same on all ranks.
+
+    Raises: DamagedError listing what is wrong with each.
+    """
+    wrong: list[str] = []
+    for folder in folders:
+        found = problems_seen_together(folder, ranks)
+        if not found:
+            if wrong:
+                logger.warning("falling back to %s", folder)
+            return folder
+        logger.warning("checkpoint %s is passed over: %s", folder, "; ".join(found))
+        wrong += found
+    raise _none_left(wrong)
+
+
 def _sizes_or_problems(folder: Path) -> tuple[dict[Path, int], list[str]]:
     try:
         return to_hash(folder), []
@@ -241,10 +258,10 @@ def first_plausible(folders: Iterable[Path]) -> Path:
             return folder
         except DamagedError as error:
             wrong.append(str(error))
-    raise none_left(wrong)
+    raise _none_left(wrong)
 
 
-def none_left(wrong: Iterable[str]) -> DamagedError:
+def _none_left(wrong: Iterable[str]) -> DamagedError:
     """What to say when there is no checkpoint to fall back to."""
     return DamagedError(f"no checkpoint can be trusted: {'; '.join(wrong)}")
 

@@ -24,11 +24,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import envelope, faults
+from . import envelope, faults, progress
 from .agreement import Agreement, SaveError
 from .attempt import Attempt
 from .config import CheckpointConfig
@@ -163,7 +163,8 @@ class Saves:
 
     def poll(self) -> None:
         """Look, without waiting, what has become of the save in flight. Raises: RuntimeError if the run should end."""
-        self.attempt.check()
+        if self.attempt.is_lost:
+            self.attempt.check()
         if self._flight is None:
             return
         if self._flight.done():
@@ -175,10 +176,12 @@ class Saves:
         """Until no save is in flight. Raises: as `poll`."""
         if self._flight is None:
             return
-        try:
-            self._flight.exception(timeout=max(0.0, self._started + self.settings.timeout_seconds - time.monotonic()))
-        except TimeoutError:
-            self._give_up()
+        while not self._flight.done():
+            progress.at("wait/save")  # this rank waits, and does not hang: the watch here knows for how long it may
+            left = self._started + self.settings.timeout_seconds - time.monotonic()
+            if left <= 0:
+                self._give_up()
+            wait([self._flight], timeout=min(left, 1.0))
         self._settle(self._flight)
 
     def _settle(self, flight: Future[Path]) -> None:
@@ -214,4 +217,3 @@ class Saves:
         self.wait()
         if self.failures:
             raise RuntimeError(f"{self._name}, the last save, failed: the run ends without it")
-        self.attempt.end()

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import torch
 
-from . import faults
+from . import attempt, faults
 from .adapter import attention_backend, check_fp8
 from .agreement import Agreement
-from .attempt import Attempt, take
 from .checkpoint import Checkpoints, Position, check_architecture, position_of, tower_hash
 from .config import Config, DataConfig, differences, from_json, to_json
 from .data.conversation import check_tokenizer
@@ -30,8 +29,7 @@ from .envelope import (
     candidates,
     complete_checkpoints,
     first_plausible,
-    none_left,
-    problems_seen_together,
+    newest_whole,
     publish,
 )
 from .kernels import Kernels, detect
@@ -56,7 +54,7 @@ class Start:
     previous: Config | None
     """The settings that the run folder holds."""
     kernels: Kernels
-    attempt: Attempt | None = None
+    attempt: attempt.Attempt | None = None
     """The right to write into the run folder; None before ranks have met."""
 
 
@@ -109,46 +107,19 @@ def claim(config: Config, start: Start) -> Start:
 
     Raises: ValueError while another run does, or if the folder cannot be written.
     """
-    ranks = Agreement(config.checkpoint.timeout_seconds + 60)
-    attempts: list[Attempt] = []
-
-    def take_or_say() -> tuple[str, str]:
-        try:
-            attempts.append(take(config.run_dir))
-            return str(attempts[0].folder), ""
-        except ValueError as error:
-            return "", str(error)
-        except OSError as error:
-            return "", f"{config.run_dir} cannot be written: {error}"
-
-    folder, refusal = ranks.first(take_or_say)
-    if refusal:
-        raise ValueError(refusal)
-    return replace(start, attempt=attempts[0] if attempts else Attempt(Path(folder), owned=False))
+    return replace(start, attempt=attempt.claim(config.run_dir, Agreement(config.checkpoint.group_timeout_seconds)))
 
 
 def settle(config: Config, start: Start) -> Start:
     """Verify every byte of the checkpoint to start from, and fall back to the newest one that is as it was written.
 
-    All ranks call it, after `claim`.
-
-    Raises: ValueError listing what is wrong with each, if none is left.
+    All ranks call it, after `claim`. Raises: ValueError listing what is wrong with each, if none is left.
     """
-    ranks = Agreement(config.checkpoint.timeout_seconds + 60)
+    ranks = Agreement(config.checkpoint.group_timeout_seconds)
     own, folders = ranks.first(lambda: saved(config))
-    wrong: list[str] = []
-    for folder in folders:
-        found = problems_seen_together(folder, ranks)
-        if not found:
-            break
-        logger.warning("checkpoint %s is passed over: %s", folder, "; ".join(found))
-        wrong += found
-    else:
-        if folders:
-            raise none_left(wrong)
+    if not folders:
         return replace(start, checkpoint=None, continues=False)
-    if wrong:
-        logger.warning("falling back to %s", folder)
+    folder = newest_whole(folders, ranks)
     start = replace(start, checkpoint=folder, continues=own)
     check_checkpoint(config, start, folder)
     if own and ranks.rank == 0:

@@ -28,16 +28,18 @@ logger = logging.getLogger(__name__)
 
 
 def encoded(
-    run: Run, batches: Iterable[StepBatch], asked: Callable[[], bool] = lambda: False
+    run: Run,
+    batches: Iterable[StepBatch],
+    asked: Callable[[], bool] = lambda: False,
+    go_on: Callable[[], bool] = lambda: True,
 ) -> Iterator[tuple[StepBatch, Tensor]]:
-    """Each step with its images, features or pixels, made while the step before it trains. They end early when `asked` turns
-    true while one is waited for."""
+    """Each step with its images, features or pixels, made while the step before it trains. `asked`, `go_on`: see `Ahead`."""
 
     def encode(batch: StepBatch) -> tuple[StepBatch, Tensor]:
         batch = agree_on_bad(batch, run.topology)
         return batch, run.encoder.encode(batch.pixels, batch.blank, len(batch.blank))
 
-    return run.ahead.steps(_read(batches), encode, asked)
+    return run.ahead.steps(_read(batches), encode, asked, go_on)
 
 
 def _read(batches: Iterable[StepBatch]) -> Iterator[StepBatch]:
@@ -55,18 +57,16 @@ def together(run: Run, batches: Iterable[StepBatch], request: StopRequest) -> It
     A rank that is asked while it waits for data, its own or another's, breaks the wait off: nobody waits for a slow disk in
     order to stop.
     """
-    steps = encoded(run, batches, lambda: request.asked)
-    while True:
-        step = next(steps, None)
+
+    def go_on() -> bool:
         asked = torch.tensor(float(request.asked), device=run.topology.device)
         torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
         if asked.item():
-            request.note("asked on another rank")
+            request.note("another rank was asked")
             request.is_agreed = True
-            return
-        if step is None:
-            return
-        yield step
+        return not request.is_agreed
+
+    return encoded(run, batches, lambda: request.asked, go_on)
 
 
 def train_step(

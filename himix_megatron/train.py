@@ -10,12 +10,12 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 
-from . import faults, log, memory, parallel, progress
+from . import faults, log, out_of_memory, parallel, progress
 from .build import Run, batches_from, build_run, describe
 from .checkpoint import Position
 from .config import Config, check_ranks
 from .data.plan import Place
-from .envelope import complete_checkpoints, publish
+from .envelope import publish
 from .health import Health
 from .journal import Journal
 from .ledger import Ledger
@@ -46,13 +46,14 @@ def pretrain(config: Config, request: StopRequest | None = None) -> int:
     start = prepare(config, check_ranks(config, launch.world_size))
     journal = Journal(config.run_dir)
     if reason := in_vain(config, start, journal):
+        request.leave_in_peace()
         return give_up(config, reason, launch.rank)
     topology = parallel.start(config.parallel, seed=config.train.seed, launch=launch)
     start = claim(config, start)
     log.start(config.run_dir, topology.rank, topology.world_size)
     start = settle(config, start)
     watch = Watch.over(config, topology, launch.host, request)
-    with log.failures(), watch, memory.explained(config):
+    with log.failures(), watch, out_of_memory.explained(config):
         supervision = supervise(config, start, journal, watch, request)
         progress.at("start/load")
         run = build_run(config, start, topology)
@@ -61,6 +62,7 @@ def pretrain(config: Config, request: StopRequest | None = None) -> int:
         position = begin(config, start, run.checkpoints)
         apply_settings(config, run.optimizer)
         code = run_steps(config, start, run, position, supervision)
+        run.checkpoints.close()
     if not run.ahead.settle(seconds=2):
         leave(code)  # a read or a peer of the next step is stuck, and nobody needs that step
     return code
@@ -93,9 +95,7 @@ def run_until(config: Config, start: Start, run: Run, position: Position, superv
     ledger = Ledger(config, start.plan.sources, run.topology)
     validation = Validation(config, start, run, supervision)
     tolerance = Tolerance(config)
-    health = Health(
-        config.health, supervision.journal.health_at(position.step), num_rollbacks=supervision.journal.num_rollbacks
-    )
+    health = Health(config.health, journal.health_at(position.step), num_rollbacks=journal.num_rollbacks)
     saver = Saver(config, run, supervision, health, metrics, position.step)
     end: int | Rollback = 0
     goodput.switch("data")
@@ -120,7 +120,8 @@ def run_until(config: Config, start: Start, run: Run, position: Position, superv
         run.checkpoints.poll()
         reason = verdict.stop_reason or tolerance.exceeded(counts, batch.num_samples)
         if not reason:
-            loss = validation.measure(position.step, last=batch.is_last)
+            with goodput.doing("validation"):
+                loss = validation.measure(position.step, last=batch.is_last)
             if loss is not None:
                 metrics.validation(position.step, loss)
             with goodput.doing("validation"):
@@ -131,6 +132,7 @@ def run_until(config: Config, start: Start, run: Run, position: Position, superv
             break
         metrics.resume_clock()
         progress.at("step/end")
+        supervision.watch.mark("waiting for data")
         goodput.switch("data")
         if batch.is_last or request.is_agreed:
             break
@@ -139,6 +141,8 @@ def run_until(config: Config, start: Start, run: Run, position: Position, superv
         end = give_up(config, reason, run.topology.rank) if reason else REQUEUE
     with goodput.doing("save"):
         run.checkpoints.finish()
+    if end == REQUEUE:
+        logger.info("asked to stop (%s): step %d is saved", request.received, saver.step)
     metrics.close()
     ledger.close()
     if isinstance(end, int):
@@ -150,8 +154,7 @@ def roll_back(config: Config, run: Run, supervision: Supervision, spike: Rollbac
     """Go back to the newest checkpoint, and on from there behind the spike. Returns: the position there."""
     logger.warning("%s: going back to the newest checkpoint, and on behind the spike", spike.reason)
     supervision.goodput.switch("recovery")
-    run.checkpoints.finish()
-    position = run.checkpoints.restore(complete_checkpoints(config.run_dir)[-1])
+    position = run.checkpoints.roll_back()
     apply_settings(config, run.optimizer)
     supervision.journal.note_rollback(position.step, spike.place, spike.reason)
     supervision.goodput.note_rollback(position.step)
@@ -187,7 +190,6 @@ class Saver:
                 )
         if due:
             with self.supervision.goodput.doing("save"):
-                progress.at("save/begin")
                 self.supervision.goodput.note_save(position.step, self.health.state())
                 stall_seconds = self.run.checkpoints.save(position, validation_loss=validation_loss)
             self.metrics.save_stall(position.step, stall_seconds)

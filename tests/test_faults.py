@@ -13,7 +13,8 @@ import torch
 from himix_megatron import faults
 from himix_megatron.faults import Fault
 from himix_megatron.ledger import open_whole
-from tests.chains import AREAS, LENGTH, Bench, cards, deck
+from tests.chains import LENGTH, Bench
+from tests.drawn_faults import AREAS, cards, deck
 
 
 @pytest.fixture

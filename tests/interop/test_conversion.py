@@ -139,7 +139,7 @@ def save_again(checkpoint: Path, run: Path) -> Path:
     checkpoints = Checkpoints(config, stages, build_optimizer(config, stages), tower, take(run))
     checkpoints.load_weights(checkpoint)
     checkpoints.save(Position(step=1, place=START, data={}))
-    checkpoints.finish()
+    checkpoints.close()
     parallel.shutdown()
     return run / "checkpoints" / "step-00000001"
 

@@ -69,7 +69,7 @@ def work_slowly(rank: int, point: str, count: int) -> None:
     time.sleep(0.1)
 
 
-def test_the_time_of_all_starts_adds_up(mixed_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_of_all_starts_adds_up(mixed_dataset: Path, tmp_path: Path) -> None:
     config = manners_config(
         mixed_dataset,
         tmp_path,
@@ -87,7 +87,7 @@ def test_the_time_of_all_starts_adds_up(mixed_dataset: Path, tmp_path: Path, mon
     events = Journal(tmp_path).events
     total = account([*events, {"event": "start", "step": 6, "began": time.time()}])
     assert sum(total.values()) == pytest.approx(events[-1]["time"] - events[0]["began"], rel=0.01)
-    assert sum(total.values()) == pytest.approx(elapsed, abs=1.0)  # starting and ending processes
+    assert sum(total.values()) == pytest.approx(elapsed, abs=3.0)  # starting and ending processes
     assert all(total[cause] > 0 for cause in CAUSES)
     assert total["recovery"] > 2
     points = history(tmp_path)

@@ -76,7 +76,9 @@ def save_again(config: Config, folder: Path) -> None:
     run = build_run(config, start, topology)
     position = begin(config, start, run.checkpoints)
     elsewhere = replace(config, run=RunConfig(dir=str(folder)))
-    Checkpoints(elsewhere, run.stages, run.optimizer, run.checkpoints.frozen_tower).save(position)
+    checkpoints = Checkpoints(elsewhere, run.stages, run.optimizer, run.checkpoints.frozen_tower)
+    checkpoints.save(position)
+    checkpoints.close()
     parallel.shutdown()
 
 
