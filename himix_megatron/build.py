@@ -26,6 +26,7 @@ from .model.himix import build_stage, finalize_gradients
 from .model.vision import build_tower
 from .optim import build_optimizer
 from .parallel import Topology
+from .passes import PassClock
 from .start import Start
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class Run:
     ahead: Ahead
     optimizer: Any
     checkpoints: Checkpoints
+    passes: PassClock
 
 
 def build_run(config: Config, start: Start, topology: Topology) -> Run:
@@ -54,7 +56,9 @@ def build_run(config: Config, start: Start, topology: Topology) -> Run:
     optimizer = build_optimizer(config, stages)
     mcore_config = stages[0].config
     mcore_config.grad_scale_func = optimizer.scale_loss
-    mcore_config.finalize_model_grads_func = finalize_gradients
+    passes = PassClock(topology.device)
+    mcore_config.timers = passes
+    mcore_config.finalize_model_grads_func = passes.ends_with(finalize_gradients)
     if overlaps(config):
         # Gradients are summed over data ranks in the last micro-batch's backward pass only.
         syncs = [stage.no_sync for stage in stages]
@@ -73,6 +77,7 @@ def build_run(config: Config, start: Start, topology: Topology) -> Run:
         ahead=Ahead(topology.device, enabled=config.vision.encode_ahead),
         optimizer=optimizer,
         checkpoints=Checkpoints(config, stages, optimizer, None if trainable else tower, start.attempt),
+        passes=passes,
     )
 
 
@@ -142,6 +147,8 @@ def describe(config: Config, start: Start, run: Run) -> None:
         parallel_config.pipeline, parallel_config.virtual_pipeline, topology.data_size, config.train.precision,
         start.plan.expected_steps(start.end), config.global_batch, "packs" if config.data.packs else "samples",
     )  # fmt: skip
+    if config.run.faults is not None:
+        logger.warning("this is a rehearsal: faults are planned by run.faults %s", config.run.faults)
     logger.info("training %s: %d parameters on this rank", ", ".join(config.train.parts), trained)
     vision = config.vision
     logger.info("images: %s", f"features in {' '.join(config.data.features)}" if start.features else

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +29,8 @@ class StartError(ValueError):
 
 def _positive(**values: float) -> None:
     for name, value in values.items():
-        if value <= 0:
-            raise ValueError(f"{name.replace('__', '.')} is {value}: it must be above 0")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name.replace('__', '.')} is {value}: it must be above 0{' and finite' if value > 0 else ''}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,11 +76,20 @@ class ModelConfig:
             model__num_attention_heads=self.num_attention_heads,
             model__num_query_groups=self.num_query_groups,
             model__vocab_size=self.vocab_size,
+            model__head_dim=1 if self.head_dim is None else self.head_dim,
+            model__rope_theta=self.rope_theta,
+            model__rope_scaling_factor=1.0 if self.rope_scaling_factor is None else self.rope_scaling_factor,
+            model__norm_eps=self.norm_eps,
+            model__init_std=self.init_std,
         )
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"model.hidden_size ({self.hidden_size}) does not divide into model.num_attention_heads "
                 f"({self.num_attention_heads}): change one, or give model.head_dim"
+            )
+        if self.channels_per_head % 2:
+            raise ValueError(
+                f"model.head_dim is {self.channels_per_head}: rotary position embedding turns pairs, so it must be even"
             )
         if self.num_attention_heads % self.num_query_groups:
             raise ValueError(
@@ -136,6 +146,19 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         _positive(vision__image_size=self.image_size, vision__patch_size=self.patch_size, vision__hidden_size=self.hidden_size)
+        _positive(
+            vision__num_layers=self.num_layers,
+            vision__num_attention_heads=self.num_attention_heads,
+            vision__ffn_hidden_size=self.ffn_hidden_size,
+            vision__pixel_std=min(self.pixel_std),
+        )
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"vision.hidden_size ({self.hidden_size}) does not divide into vision.num_attention_heads "
+                f"({self.num_attention_heads})"
+            )
+        if self.image_size < self.patch_size:
+            raise ValueError(f"vision.image_size ({self.image_size}) is below vision.patch_size ({self.patch_size})")
         if self.tower == "tiny" and self.image_size % self.patch_size:
             raise ValueError(
                 f"vision.image_size ({self.image_size}) is not a multiple of vision.patch_size ({self.patch_size})"
@@ -316,6 +339,8 @@ class TrainConfig:
             train__epochs=self.epochs,
             train__micro_batch_samples=self.micro_batch_samples,
         )
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"train.seed is {self.seed}: wanted 0 to {2**32 - 1}")
         if self.fp8 != "none" and self.precision != "bf16":
             raise ValueError(f"train.fp8 is {self.fp8}, which keeps everything else in bf16: use --train.precision bf16")
         for name, size in (("samples", self.global_batch_samples), ("packs", self.global_batch_packs)):
@@ -347,10 +372,16 @@ class OptimizerConfig:
     """Gradients are scaled down to this global norm; 0: never."""
 
     def __post_init__(self) -> None:
-        _positive(optimizer__learning_rate=self.learning_rate)
+        _positive(optimizer__learning_rate=self.learning_rate, optimizer__eps=self.eps)
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}: wanted 0 to below 1")
+        for name in ("weight_decay", "min_learning_rate"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}: wanted 0 or more")
         if not 0 <= self.warmup_fraction < 1:
             raise ValueError(f"optimizer.warmup_fraction is {self.warmup_fraction}: wanted 0 to below 1")
-        if self.clip_norm < 0:
+        if not 0 <= self.clip_norm < math.inf:
             raise ValueError(f"optimizer.clip_norm is {self.clip_norm}: wanted 0 (never clip) or more")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
@@ -408,13 +439,28 @@ class LogConfig:
     """Samples per validation, rounded down to whole batches (at least one; a smaller set is gone through again)."""
     ledger: bool = False
     """Write RUN/ledger/rank-000.jsonl: samples of each step; steps.jsonl: each step's loss and gradient norm, in hex."""
+    pictures_interval_steps: int = 0
+    """Steps between looks at a few samples in TensorBoard: picture, question, expected and given answer (held-out samples where
+    data.validation_path is given); 0: none."""
+    pictures_samples: int = 4
+    """Samples of such a look."""
+    peak_tflops: float | None = None
+    """Dense peak of one GPU in the run's precision, in TFLOP/s: what MFU is a share of. None: by the GPU's name, where it is
+    known; else there is no MFU."""
+    profile_steps: tuple[int, ...] = ()
+    """Steps whose trace each pipeline stage's first rank writes into RUN/profile, to be opened at ui.perfetto.dev."""
 
     def __post_init__(self) -> None:
         _positive(
             log__interval_steps=self.interval_steps,
             log__validation_interval_steps=self.validation_interval_steps,
             log__validation_samples=self.validation_samples,
+            log__pictures_samples=self.pictures_samples,
         )
+        if self.pictures_interval_steps < 0:
+            raise ValueError(f"log.pictures_interval_steps is {self.pictures_interval_steps}: wanted 0 (none) or more")
+        if self.peak_tflops is not None:
+            _positive(log__peak_tflops=self.peak_tflops)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -512,6 +558,11 @@ class Config:
             raise ValueError(
                 "parallel.overlap is on, but the tower trains: its gradients are summed over pipeline stages before they are "
                 "over data-parallel ranks, so leave --parallel.overlap auto"
+            )
+        if self.log.pictures_interval_steps and self.data.stream and self.data.validation_path is None:
+            raise ValueError(
+                "log.pictures_interval_steps is given, but a stream has no samples to choose from: give "
+                "--data.validation-path, or leave it at 0"
             )
         if model.num_layers < chunks or (parallel.split == "even" and model.num_layers % chunks):
             raise ValueError(

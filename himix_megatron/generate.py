@@ -23,9 +23,9 @@ from .config import Config
 from .data.batch import share_of
 from .kernels import Kernels
 from .model.encoder import ReplicaEncoder
-from .model.himix import arrange_features, build_stage
+from .model.himix import arrange_features, bare, build_stage
 from .model.kv_cache import KVCache
-from .model.vision import build_tower
+from .model.vision import Tower, build_tower
 from .parallel import Topology
 from .sampling import Sampling, choose
 from .step import StageInput, run_logits
@@ -57,20 +57,32 @@ class _Part:
 class Answerer:
     """A model ready to answer: its weights loaded, its tower frozen. Every rank of a replica makes the same calls."""
 
-    def __init__(self, config: Config, kernels: Kernels, topology: Topology):
-        """Fresh weights; `load` replaces them. `train.parts` must leave the tower frozen."""
+    def __init__(self, config: Config, kernels: Kernels, topology: Topology, tower: Tower | None = None):
+        """Fresh weights; `load` or `share` replaces them. `train.parts` must leave the tower frozen.
+
+        Args: tower: one to use as it is; None: fresh too.
+        """
         assert "tower" not in config.train.parts
         # One token cannot be split over the tensor ranks, and the outcome is the same.
         self.config = config = replace(config, parallel=replace(config.parallel, sequence=False))
         self.topology = topology
         dtype = params_dtype(config)
-        self.tower = build_tower(config.vision, seed=config.train.seed, dtype=dtype).to(topology.device).eval()
+        if tower is None:
+            tower = build_tower(config.vision, seed=config.train.seed, dtype=dtype).eval()
+        self.tower = tower.to(topology.device)
         self.stages: list[Any] = [stage.eval() for stage in build_stage(config, kernels, topology, self.tower, trains=False)]
         self.encoder = ReplicaEncoder(self.tower, topology.replica, trainable=False, dtype=dtype)
 
     def load(self, checkpoint: Any) -> None:
         """Take a checkpoint's weights. Raises: ValueError for another architecture."""
         Checkpoints(self.config, self.stages, None, self.tower).load_weights(checkpoint)
+
+    def share(self, stages: Sequence[Any]) -> None:
+        """Answer with the weights of a model in training, of the same layout: they are not copied."""
+        for own, training in zip(self.stages, stages, strict=True):
+            weights = dict(bare(training).named_parameters())
+            for name, parameter in bare(own).named_parameters():
+                parameter.data = weights[name].data
 
     @torch.no_grad()
     def answer(

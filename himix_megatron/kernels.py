@@ -58,6 +58,11 @@ def prepare_import() -> None:
         sys.modules["apex"] = None  # type: ignore[assignment]  # from now on `import apex` is an ImportError
 
 
+def hidden_apex() -> str | None:
+    """Why an `apex` that is installed was kept from being imported; None if none was."""
+    return _hidden_apex
+
+
 def detect(has_gpu: bool | None = None) -> Kernels:
     """Try the functions that would be called. `has_gpu` None asks torch."""
     if has_gpu is None:

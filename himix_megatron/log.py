@@ -76,6 +76,12 @@ def _one_line(message: Warning | str, category: type[Warning], filename: str, li
     return f"{filename}:{lineno}: {category.__name__}: {' '.join(str(message).split())}"
 
 
+def clock(seconds: float) -> str:
+    """h:mm:ss."""
+    minutes, second = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"
+
+
 @contextmanager
 def failures() -> Iterator[None]:
     """Within it every error is written to this rank's log with its traceback before it goes on.

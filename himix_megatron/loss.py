@@ -46,15 +46,25 @@ def token_losses(
     return losses.index_put((rows, columns), losses_M[:, 0].float())
 
 
-def answer_loss(labels: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def answer_loss(
+    labels: Tensor, losses: Tensor, *, token_sources: Tensor | None = None, num_sources: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Loss of one micro-batch, in the form of mcore's loss functions.
 
     Args:
         labels: int64[B, S], -100 for no loss.
         losses: float[B, S], 0 where the label is -100.
+        token_sources: int64[B, S], the dataset of each token, 0 to num_sources - 1.
     Returns:
-        the summed loss (its gradient is taken), the number of answer tokens (int32), and both as float64[2] to report.
+        the summed loss (its gradient is taken), the number of answer tokens (int32), and to report, as float64[2 + 2 x
+        num_sources], both, and then both for each dataset.
     """
+    counted = labels >= 0
     total = losses.float().sum()
-    num_tokens = (labels >= 0).sum().to(torch.int32)
-    return total, num_tokens, torch.stack((total.detach().double(), num_tokens.double()))
+    num_tokens = counted.sum().to(torch.int32)
+    report = torch.stack((total.detach().double(), num_tokens.double()))
+    if token_sources is not None:
+        both = torch.stack((losses.detach().double(), counted.double()), dim=-1).flatten(0, 1)
+        apart = both.new_zeros(num_sources, 2).index_add_(0, token_sources.flatten(), both)
+        report = torch.cat((report, apart.flatten()))
+    return total, num_tokens, report

@@ -37,6 +37,9 @@ class StageInput:
     """int64[B, S], -100 for no loss; None: logits are wanted."""
     packed_lengths: tuple[int, ...] | None = None
     """Text tokens of each sample, where B is 1 and the row holds n samples one after the other; None: a row is a sample."""
+    token_sources: Tensor | None = None
+    """int64[B, S]: which of `num_sources` datasets each token is from, where their losses are wanted apart."""
+    num_sources: int = 0
     cache: KVCache | None = None
     """Generation: the images and the text before `text_ids`; `images` is not read then."""
 
@@ -55,6 +58,8 @@ def stage_inputs(batch: StepBatch, images: Tensor, device: torch.device) -> list
                 images_per_sample=micro_batch.images_per_sample,
                 labels=micro_batch.labels.to(device),
                 packed_lengths=tuple(micro_batch.text_lengths.tolist()) if micro_batch.packed else None,
+                token_sources=micro_batch.token_sources().to(device) if batch.num_sources > 1 else None,
+                num_sources=batch.num_sources if batch.num_sources > 1 else 0,
             )
         )
     return inputs
@@ -63,7 +68,7 @@ def stage_inputs(batch: StepBatch, images: Tensor, device: torch.device) -> list
 def run_losses(stages: list[DistributedDataParallel], inputs: Sequence[StageInput], *, forward_only: bool) -> list[Tensor]:
     """Forward, and backward unless `forward_only`, over micro-batches of equal shape.
 
-    Returns: on the last stage float64[2] per micro-batch: summed loss, answer tokens; elsewhere nothing.
+    Returns: on the last stage per micro-batch what `answer_loss` reports; elsewhere nothing.
     """
     return _run(stages, inputs, _loss, forward_only=forward_only)
 
@@ -83,7 +88,7 @@ def run_logits(
 
 def _loss(given: StageInput) -> Callable[[Tensor], Any]:
     assert given.labels is not None
-    return partial(answer_loss, given.labels)
+    return partial(answer_loss, given.labels, token_sources=given.token_sources, num_sources=given.num_sources)
 
 
 def _run(

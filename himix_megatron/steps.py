@@ -28,16 +28,18 @@ logger = logging.getLogger(__name__)
 
 
 def encoded(
-    run: Run, batches: Iterable[StepBatch], asked: Callable[[], bool] = lambda: False
+    run: Run,
+    batches: Iterable[StepBatch],
+    asked: Callable[[], bool] = lambda: False,
+    go_on: Callable[[], bool] = lambda: True,
 ) -> Iterator[tuple[StepBatch, Tensor]]:
-    """Each step with its images, features or pixels, made while the step before it trains. They end early when `asked` turns
-    true while one is waited for."""
+    """Each step with its images, features or pixels, made while the step before it trains. `asked`, `go_on`: see `Ahead`."""
 
     def encode(batch: StepBatch) -> tuple[StepBatch, Tensor]:
         batch = agree_on_bad(batch, run.topology)
         return batch, run.encoder.encode(batch.pixels, batch.blank, len(batch.blank))
 
-    return run.ahead.steps(_read(batches), encode, asked)
+    return run.ahead.steps(_read(batches), encode, asked, go_on)
 
 
 def _read(batches: Iterable[StepBatch]) -> Iterator[StepBatch]:
@@ -55,18 +57,16 @@ def together(run: Run, batches: Iterable[StepBatch], request: StopRequest) -> It
     A rank that is asked while it waits for data, its own or another's, breaks the wait off: nobody waits for a slow disk in
     order to stop.
     """
-    steps = encoded(run, batches, lambda: request.asked)
-    while True:
-        step = next(steps, None)
+
+    def go_on() -> bool:
         asked = torch.tensor(float(request.asked), device=run.topology.device)
         torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
         if asked.item():
-            request.note("asked on another rank")
+            request.note("another rank was asked")
             request.is_agreed = True
-            return
-        if step is None:
-            return
-        yield step
+        return not request.is_agreed
+
+    return encoded(run, batches, lambda: request.asked, go_on)
 
 
 def train_step(
@@ -105,7 +105,7 @@ def has_finite_gradients(run: Run, norm: float) -> bool:
 def run_schedule(run: Run, batch: StepBatch, images: Tensor, *, forward_only: bool) -> list[Tensor]:
     """Forward (and backward) over a step's micro-batches. `images`: as `encoded` gives them.
 
-    Returns: on the last stage float64[2] per micro-batch: summed loss, answer tokens; elsewhere nothing.
+    Returns: on the last stage per micro-batch what `loss.answer_loss` reports; elsewhere nothing.
     """
     return run_losses(run.stages, stage_inputs(batch, images, run.topology.device), forward_only=forward_only)
 
@@ -140,17 +140,19 @@ def count(
     """
     if batch.bad_keys:
         logger.warning("could not read %s: no loss from them", ", ".join(batch.bad_keys))
-    totals = torch.zeros(7, dtype=torch.float64, device=topology.device)
+    num_sources = batch.num_sources if batch.num_sources > 1 else 0
+    totals = torch.zeros(7 + 2 * num_sources, dtype=torch.float64, device=topology.device)
     if topology.is_last_stage and topology.tensor_rank == 0:
-        totals[:2] = torch.stack(reported).sum(0)
+        found = torch.stack(reported).sum(0)
+        totals[:2], totals[7:] = found[:2], found[2:]
     if topology.replica_rank == 0:
-        totals[2] = sum(int(m.text_lengths.sum()) for m in batch.micro_batches)
+        totals[2] = text_tokens_read(batch)
         totals[3] = images_seen(batch)
         totals[4] = len(batch.bad_keys)
         totals[5] = batch.num_cut
     totals[6] = not finite
     torch.distributed.all_reduce(totals)
-    loss, answer_tokens, text_tokens, images, bad, cut, not_finite = totals.tolist()
+    loss, answer_tokens, text_tokens, images, bad, cut, not_finite, *apart = totals.tolist()
     counts = StepCounts(
         loss=loss / answer_tokens if answer_tokens else math.nan,
         answer_tokens=int(answer_tokens),
@@ -159,8 +161,15 @@ def count(
         images=int(images),
         bad_samples=int(bad),
         cut_samples=int(cut),
+        sources=tuple(zip(apart[::2], apart[1::2], strict=True)),
     )
     return counts, not_finite == 0 and (not answer_tokens or math.isfinite(loss))
+
+
+def text_tokens_read(batch: StepBatch) -> int:
+    """Text tokens of a step on this replica, without padding and without samples that could not be read."""
+    lengths = torch.cat([m.text_lengths for m in batch.micro_batches])
+    return int(lengths.sum() - lengths[list(batch.bad_samples)].sum())
 
 
 def images_seen(batch: StepBatch) -> int:

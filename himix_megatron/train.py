@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 
-from . import faults, log, memory, parallel, progress
+from . import faults, log, out_of_memory, parallel, progress
 from .build import Run, batches_from, build_run, describe
 from .checkpoint import Position
 from .config import Config, check_ranks
@@ -22,6 +22,8 @@ from .ledger import Ledger
 from .liveness import Watch
 from .metrics import Metrics, StepCounts
 from .optim import Schedule, apply_settings
+from .pictures import Pictures
+from .profiling import profiled
 from .replicas import check_replicas
 from .signals import REQUEUE, STOPPED, StopRequest, leave
 from .start import Start, begin, claim, prepare, settle, stop_file
@@ -44,13 +46,14 @@ def pretrain(config: Config, request: StopRequest | None = None) -> int:
     start = prepare(config, check_ranks(config, launch.world_size))
     journal = Journal(config.run_dir)
     if reason := in_vain(config, start, journal):
+        request.leave_in_peace()
         return give_up(config, reason, launch.rank)
     topology = parallel.start(config.parallel, seed=config.train.seed, launch=launch)
     start = claim(config, start)
     log.start(config.run_dir, topology.rank, topology.world_size)
     start = settle(config, start)
     watch = Watch.over(config, topology, launch.host, request)
-    with log.failures(), watch, memory.explained(config):
+    with log.failures(), watch, out_of_memory.explained(config):
         supervision = supervise(config, start, journal, watch, request)
         progress.at("start/load")
         run = build_run(config, start, topology)
@@ -87,26 +90,25 @@ def run_until(config: Config, start: Start, run: Run, position: Position, superv
     request, goodput, journal = supervision.request, supervision.goodput, supervision.journal
     detours = journal.detours()
     schedule = Schedule(config, run.optimizer)
-    total_steps = start.plan.expected_steps(start.end)
-    metrics = Metrics(config.run_dir, run.topology, position.step, total_steps, config.log.interval_steps)
+    metrics = Metrics(config, start, run, position.step)
+    pictures = Pictures(config, start, run)
     ledger = Ledger(config, start.plan.sources, run.topology)
     validation = Validation(config, start, run, supervision)
     tolerance = Tolerance(config)
-    health = Health(
-        config.health, supervision.journal.health_at(position.step), num_rollbacks=supervision.journal.num_rollbacks
-    )
+    health = Health(config.health, journal.health_at(position.step), num_rollbacks=journal.num_rollbacks)
     saver = Saver(config, run, supervision, health, metrics, position.step)
     end: int | Rollback = 0
     goodput.switch("data")
     for batch, images in together(run, batches_from(config, start, run.topology, position, detours), request):
-        metrics.data_ready()
+        metrics.data_ready(batch)
         goodput.switch("step")
         faults.begin_step(position.step + 1)
         progress.at("step/begin")
         position = replace(position, place=detours.get(position.step, position.place))
         learning_rate = schedule.set(start.end.progress(position.step, position.place))
         health.expect(position.step + 1, can_roll_back=saver.can_go_back and not start.end.reached(saver.step, batch.after))
-        counts, grad_norm, verdict = train_step(config, run, batch, images, health.judge)
+        with profiled(config, run.topology, position.step + 1):
+            counts, grad_norm, verdict = train_step(config, run, batch, images, health.judge)
         if verdict.action == "rollback":
             end = Rollback(batch.after, verdict.reason)
             break
@@ -118,15 +120,19 @@ def run_until(config: Config, start: Start, run: Run, position: Position, superv
         run.checkpoints.poll()
         reason = verdict.stop_reason or tolerance.exceeded(counts, batch.num_samples)
         if not reason:
-            loss = validation.measure(position.step, last=batch.is_last)
+            with goodput.doing("validation"):
+                loss = validation.measure(position.step, last=batch.is_last)
             if loss is not None:
                 metrics.validation(position.step, loss)
+            with goodput.doing("validation"):
+                metrics.pictures(position.step, pictures.look(position.step, last=batch.is_last))
             reason = saver.visit(position, loss, due=batch.is_last or validation.is_best(loss))
         if reason:
             end = give_up(config, reason, run.topology.rank)
             break
         metrics.resume_clock()
         progress.at("step/end")
+        supervision.watch.mark("waiting for data")
         goodput.switch("data")
         if batch.is_last or request.is_agreed:
             break
@@ -135,6 +141,8 @@ def run_until(config: Config, start: Start, run: Run, position: Position, superv
         end = give_up(config, reason, run.topology.rank) if reason else REQUEUE
     with goodput.doing("save"):
         run.checkpoints.finish()
+    if end == REQUEUE:
+        logger.info("asked to stop (%s): step %d is saved", request.received, saver.step)
     metrics.close()
     ledger.close()
     if isinstance(end, int):

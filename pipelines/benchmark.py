@@ -26,7 +26,7 @@ from himix_megatron.data import conversation, image
 from himix_megatron.data.schema import BadSampleError
 from himix_megatron.data.tokenizer import load_tokenizer
 from himix_megatron.generate import Answerer, Prompt
-from himix_megatron.metrics import clock
+from himix_megatron.log import clock
 from himix_megatron.scoring import gqa, mme, mmmu, mmvet, pope, textvqa, vqav2
 from himix_megatron.scoring.intervals import with_intervals
 from himix_megatron.scoring.question import Answered, Question, Tally

@@ -37,7 +37,7 @@ from himix_megatron.data.tokenizer import Piece, load_tokenizer
 from himix_megatron.envelope import find_checkpoint
 from himix_megatron.generate import Answerer, Prompt
 from himix_megatron.kernels import detect
-from himix_megatron.metrics import clock
+from himix_megatron.log import clock
 from pipelines import benchmark
 from pipelines.cli import parse_settings, run_main
 

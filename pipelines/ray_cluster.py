@@ -35,7 +35,9 @@ from himix_megatron.signals import REQUEUE
 from pipelines.cli import parse_settings, run_main
 from pipelines.preprocess import Settings
 
-MEET_SECONDS = 120.0
+MEET_SECONDS = 180.0
+START_ATTEMPTS = 3
+"""Ray gives its daemons 30 seconds, which a busy node may not be able to keep; and a free port may be gone a moment later."""
 END_SECONDS = 5.0
 OBJECT_STORE_BYTES = 256 << 20
 """It holds the texts of the tasks under way, nothing else."""
@@ -53,7 +55,8 @@ def main() -> int:
     for number in _ASKING:
         signal.signal(number, _leave)
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    folder = Path(tempfile.mkdtemp(prefix="ray-"))
+    # The path of a Unix socket ends at 107 characters, and Ray adds 62 to this one.
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir=None if len(tempfile.gettempdir()) <= 30 else "/tmp"))
     try:
         return lead(launch, arguments, folder) if launch.rank == 0 else follow(launch, folder)
     finally:
@@ -125,12 +128,23 @@ def start_ray(folder: Path, own: str, *arguments: str) -> None:
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", *arguments]
     command += ["--node-ip-address", own, "--num-cpus", os.environ.get("SLURM_CPUS_ON_NODE", str(os.cpu_count()))]
     command += ["--temp-dir", str(folder), "--object-store-memory", str(OBJECT_STORE_BYTES), "--disable-usage-stats"]
-    for name in ("dashboard-agent-listen", "dashboard-agent-grpc", "metrics-export", "runtime-env-agent"):
-        command += [f"--{name}-port", str(_free_port(own))]  # the fixed defaults would collide with another job's
-    # No worker-port range: each worker takes any free port.
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"ray start failed: {' '.join(done.stdout.split())[-1000:]}")
+    for _ in range(START_ATTEMPTS):
+        # Workers take any free port; these daemons have fixed ones, which would collide with another job's.
+        names = ("dashboard-agent-listen", "dashboard-agent-grpc", "metrics-export", "runtime-env-agent")
+        ports = [f"--{name}-port={_free_port(own)}" for name in names]
+        done = subprocess.run([*command, *ports], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        if done.returncode == 0:
+            return
+        words = " ".join(done.stdout.split())[-300:]
+        print(f"ray start failed on {socket.gethostname()}: {words} {_raylet_words(folder)}", file=sys.stderr, flush=True)
+        end_children()
+    raise RuntimeError(f"ray start failed {START_ATTEMPTS} times on {socket.gethostname()}")
+
+
+def _raylet_words(folder: Path) -> str:
+    """The last lines of Ray's daemon of this node."""
+    logs = [log.read_text(errors="replace").splitlines()[-3:] for log in sorted(folder.glob("session_2*/logs/raylet.*"))]
+    return "; ".join(line for lines in logs for line in lines)[-1000:]
 
 
 def end_children() -> None:

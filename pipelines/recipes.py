@@ -35,6 +35,7 @@ from himix_megatron.config import (
     CheckpointConfig,
     Config,
     DataConfig,
+    LogConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -227,6 +228,7 @@ def _tiny(recipe: str, parts: tuple[Part, ...], steps: int) -> Config:
         train=TrainConfig(parts=parts, steps=steps, global_batch_samples=64, micro_batch_samples=16, precision="fp32"),
         optimizer=OptimizerConfig(learning_rate=1e-3),
         checkpoint=CheckpointConfig(interval_steps=100),
+        log=LogConfig(pictures_interval_steps=50),
     )
 
 

@@ -73,7 +73,7 @@ if [[ -n ${HIMIX_CONTAINER:-} ]]; then
     fi
 else
     venv=${HIMIX_VENV:-$root/.venv}
-    [[ -f $venv/bin/activate && -x $venv/bin/python ]] || fail "no environment in $venv: run 'make setup', or name one with HIMIX_VENV"
+    [[ -x $venv/bin/python ]] || fail "no environment in $venv: run 'make setup', or name one with HIMIX_VENV"
     # By its path, not by sourcing bin/activate: that file may be anybody's.
     export VIRTUAL_ENV=$venv PATH=$venv/bin:$PATH
     python=("$venv/bin/python")
@@ -93,9 +93,44 @@ case $code in 138 | 140 | 143) exit 85 ;; 1 | 2 | 3) exit $((code + 100)) ;; *) 
 run_and_leave() {
     "${step[@]}" bash -c "$rank" rank "${python[@]}" "$@"
     local code=$?
-    case $code in 101 | 102 | 103) code=$((code - 100)) ;; esac
-    if [[ $code -eq 85 ]] && ! scontrol requeue "$SLURM_JOB_ID"; then
-        echo "error: the work is saved, but the job cannot be put back into the queue: submit the same command again" >&2
-    fi
+    case $code in
+        101 | 102 | 103) code=$((code - 100)) ;;
+        85) requeue ;;
+    esac
+    [[ $code -eq 0 || $code -eq 2 || $code -eq 3 || $code -eq 85 ]] || wait_for_lost_nodes
     exit "$code"
+}
+
+requeue() {
+    # A signal that always comes at once (sent earlier than the time limit allows) would requeue the job for ever. The job's
+    # comment counts, unless the user has written one.
+    local known early=0
+    known=$(scontrol show job --oneliner "$SLURM_JOB_ID")
+    if [[ $known != *" Comment="* || $known =~ \ Comment=himix-early-([0-9]+) ]]; then
+        ((SECONDS >= 60)) || early=$((${BASH_REMATCH[1]:-0} + 1))
+        if ((early > 5)); then
+            echo "error: asked to stop within a minute of its start, $early times in a row: the job is not requeued again" \
+                "(does --signal come earlier than --time allows?)" >&2
+            exit 3
+        fi
+        scontrol update "JobId=$SLURM_JOB_ID" "Comment=himix-early-$early"
+    fi
+    scontrol requeue "$SLURM_JOB_ID" ||
+        echo "error: the work is saved, but the job cannot be put back into the queue: submit the same command again" >&2
+}
+
+# Where a node is lost, the ranks on the others fail long before Slurm has noticed. It will put the job back into the queue, on
+# other nodes, if the job is there when it does.
+wait_for_lost_nodes() {
+    local nodes=$SLURM_JOB_NUM_NODES
+    [[ $nodes -gt 1 ]] || return
+    # All nodes must answer; if not even this one does, it is srun that fails, and there is nothing to wait for.
+    answers "$nodes" || { answers 1 --nodelist="$SLURMD_NODENAME" && {
+        echo "a node of this job does not answer: waiting until Slurm requeues the job, ten minutes at most" >&2
+        sleep 600
+    }; }
+}
+
+answers() {
+    timeout 20 srun --overlap --nodes="$1" --ntasks="$1" --ntasks-per-node=1 "${@:2}" true >/dev/null 2>&1
 }

@@ -104,14 +104,15 @@ class Stage:
         """Where the job's script, save file and output lie: RUN/slurm."""
         return self.run_dir / "slurm"
 
-    def check_folder(self) -> None:
-        """Raises: ValueError for a run folder whose name Slurm's output patterns or its script's header cannot say."""
-        bad = re.search(r"""[%"'\\\x00-\x1f\x7f]|\s$""", str(self.run_dir))
-        if bad:
-            raise ValueError(
-                f"{self.name}: the run folder {str(self.run_dir)!r} has {bad.group()!r} in its name, which Slurm reads as "
-                "something else: give another --run.dir"
-            )
+    def check_folders(self) -> None:
+        """Raises: ValueError for a folder whose name Slurm's output patterns or its script's header cannot say."""
+        for what, folder in (("the run folder", self.run_dir), ("this folder", Path.cwd())):
+            bad = re.search(r"""[%"'\\\x00-\x1f\x7f]|\s$""", str(folder))
+            if bad:
+                raise ValueError(
+                    f"{self.name}: {what} {str(folder)!r} has {bad.group()!r} in its name, which Slurm reads as something "
+                    f"else: {'give another --run.dir' if folder == self.run_dir else 'submit from another one'}"
+                )
 
     def output(self, job_id: str) -> Path:
         """What a job prints, over all its attempts."""
@@ -135,23 +136,21 @@ def training_command(words: tuple[str, ...]) -> list[str]:
     return [sys.executable, "-m", "pipelines.pretrain", *words]
 
 
-PYTHON = '"${step[@]}" "${python[@]}"'
-"""How the batch script starts Python on every rank: with srun and the Python that slurm/environment.sh has found."""
-
-_REQUEUE = [
-    "code=$?",
-    'if [[ $code -eq 85 ]] && ! scontrol requeue "$SLURM_JOB_ID"; then',
-    '    echo "error: the run is saved, but the job cannot be put back into the queue: submit the same command again" >&2',
-    "fi",
-    'exit "$code"',
-]
-"""The batch script after the ranks: 85 is `saved, please start me again`; every other code is the job's own."""
+PYTHON = "run_and_leave"
+"""How the batch script starts Python: in every task, and with a requeue after 85. A function of slurm/environment.sh."""
 
 
 def _environment() -> list[str]:
-    """The batch script before the ranks. Without HIMIX_CONTAINER or HIMIX_VENV it is the environment that runs this."""
-    venv = os.environ.get("HIMIX_VENV") or ("" if os.environ.get("HIMIX_CONTAINER") else sys.prefix)
-    return [*([f"export HIMIX_VENV={shlex.quote(venv)}"] if venv else []), "source slurm/environment.sh"]
+    """The batch script before it starts Python: by default in the virtual environment of this process.
+
+    Raises: ValueError if there is none.
+    """
+    if os.environ.get("HIMIX_CONTAINER"):
+        return ["source slurm/environment.sh"]
+    venv = os.environ.get("HIMIX_VENV") or sys.prefix
+    if not (Path(venv) / "bin" / "activate").is_file():
+        raise ValueError(f"{venv} is no virtual environment: run this with .venv/bin/python, or name one with HIMIX_VENV")
+    return [f"export HIMIX_VENV={shlex.quote(venv)}", "source slurm/environment.sh"]
 
 
 def sbatch_parameters(stage: Stage, cluster: Cluster, after: str | None) -> dict[str, Any]:
@@ -178,8 +177,7 @@ def sbatch_parameters(stage: Stage, cluster: Cluster, after: str | None) -> dict
         "dependency": None if after is None else f"afterok:{after}",
         "wckey": None,
         "stderr_to_stdout": True,
-        "use_srun": False,  # PYTHON brings its own
+        "use_srun": False,  # run_and_leave does
         "additional_parameters": further,
         "setup": _environment(),
-        "teardown": _REQUEUE,
     }

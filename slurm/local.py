@@ -20,6 +20,9 @@ from slurm.job import Stage, training_command
 KILL_SECONDS = 30.0
 """What ranks get to save and leave once they are told to, as Slurm's KillWait."""
 
+_AGAIN = (REQUEUE, -signal.SIGTERM, -signal.SIGUSR1, -signal.SIGUSR2)
+"""Saved; or met by a signal before Python could listen, with nothing to save."""
+
 
 class Local:
     """Runs a chain; watches for signals from its creation on."""
@@ -57,25 +60,25 @@ class Local:
             print(f"{stage.name} saved and is started again", flush=True)
 
     def _attempt(self, stage: Stage) -> int:
-        """Start the ranks once. Returns: the code of the first that left with one, or 0."""
+        """Start the ranks once. Returns: the code of the first that failed; 85 if none did and one left with that; or 0."""
         # Their own session: the terminal's Ctrl-C comes to us alone, and the ranks are told in the way they understand.
         command = training_command(stage.words)
         self._processes = [subprocess.Popen(command, env=env, start_new_session=True) for env in _environments(self.ranks)]
         if self.asked:  # while they were being started
             self._tell(signal.SIGTERM)
-        code, deadline = 0, float("inf")
+        codes, deadline = [], float("inf")
         while any(process.poll() is None for process in self._processes):
-            left = [process.returncode for process in self._processes if process.returncode]
-            if left and not code:
-                code, deadline = left[0], time.monotonic() + KILL_SECONDS
+            codes = codes or [process.returncode for process in self._processes if process.returncode]
+            if codes and deadline == float("inf"):
+                deadline = time.monotonic() + KILL_SECONDS
                 self._tell(signal.SIGTERM)
             if time.monotonic() > deadline:
                 self._tell(signal.SIGKILL)
             time.sleep(0.2)
-        code = code or next((process.returncode for process in self._processes if process.returncode), 0)
+        codes += [process.returncode for process in self._processes if process.returncode]
         self._processes = []
-        if self.asked and code == -signal.SIGTERM:
-            return REQUEUE  # told before it could listen: the newest checkpoint is where it goes on
+        failed = [code for code in codes if code not in _AGAIN]
+        code = failed[0] if failed else REQUEUE if codes else 0
         return 128 - code if code < 0 else code
 
     def _tell(self, number: signal.Signals) -> None:

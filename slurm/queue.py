@@ -20,6 +20,10 @@ _SECONDS = 60
 """Most that one of Slurm's commands may take: a controller that is starting again answers late."""
 
 
+class NoAnswerError(RuntimeError):
+    """The controller does not answer, or refuses; it may be starting again."""
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """One job as the controller sees it."""
@@ -50,14 +54,15 @@ def parse_jobs(text: str) -> list[Job]:
     """The jobs of `scontrol show job --oneliner`."""
     jobs = []
     for line in text.splitlines():
-        # Only the last fields hold what users chose freely; the first ones end at a space.
-        known = dict(re.findall(r"\b(JobId|JobState|Reason|ExitCode|Restarts)=(\S+)", line.split(" Command=")[0]))
-        if "JobId" in known and "JobState" in known:
+        first = re.match(r"JobId=(\d+) ", line)
+        # Fields in which anybody may write anything come behind these, but for the name, which comes before them.
+        known = dict(re.findall(r" (JobState|Reason|ExitCode|Restarts)=(\S+)", line.split(" Command=")[0]))
+        if first and "JobState" in known:
             code, signal = (int(number) for number in known.get("ExitCode", "0:0").split(":"))
             output = re.search(r" StdOut=(.*?)(?: Power=| [A-Z]\w*=|$)", line)
             jobs.append(
                 Job(
-                    job_id=known["JobId"],
+                    job_id=first[1],
                     state=known["JobState"],
                     reason=known.get("Reason", "None"),
                     exit_code=128 + signal if signal else code,
@@ -69,13 +74,12 @@ def parse_jobs(text: str) -> list[Job]:
 
 
 def show(job_id: str | None = None) -> list[Job]:
-    """One job, or all that the controller knows. Raises: RuntimeError if it does not answer."""
-    command = ["scontrol", "show", "job", "--oneliner", *([] if job_id is None else [job_id])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    """One job, or all that the controller knows. Raises: NoAnswerError."""
+    done = _ask("scontrol", "show", "job", "--oneliner", *([] if job_id is None else [job_id]))
     if done.returncode and job_id is not None and "Invalid job id" in done.stderr:
         return []
     if done.returncode:
-        raise RuntimeError(f"Slurm does not answer: {' '.join(done.stderr.split())}")
+        raise NoAnswerError(f"Slurm does not answer: {' '.join(done.stderr.split())}")
     return parse_jobs(done.stdout)
 
 
@@ -86,10 +90,17 @@ def jobs_of(folder: Path) -> list[Job]:
 
 
 def cancel(job_id: str) -> None:
-    """End a job, running or waiting. Raises: RuntimeError if Slurm refuses."""
-    done = subprocess.run(["scancel", job_id], capture_output=True, text=True, timeout=_SECONDS, check=False)
+    """End a job, running or waiting. Raises: NoAnswerError if Slurm refuses."""
+    done = _ask("scancel", job_id)
     if done.returncode:
-        raise RuntimeError(f"job {job_id} could not be cancelled: {' '.join(done.stderr.split())}")
+        raise NoAnswerError(f"job {job_id} could not be cancelled: {' '.join(done.stderr.split())}")
+
+
+def _ask(*command: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, input=text, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise NoAnswerError(f"Slurm does not answer: {command[0]} has waited for {_SECONDS} s") from error
 
 
 def check_here() -> None:
@@ -103,7 +114,7 @@ def check_here() -> None:
 
 def check_script(text: str) -> None:
     """Ask the controller whether a batch script could ever run; nothing is submitted. Raises: ValueError with its answer."""
-    done = subprocess.run(["sbatch", "--test-only"], input=text, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    done = _ask("sbatch", "--test-only", text=text)
     if done.returncode:
         lines = [line.split(": ", 1)[-1].strip() for line in done.stderr.splitlines() if line.strip()]
         raise ValueError(f"Slurm refuses: {'; '.join(dict.fromkeys(lines)) or f'sbatch left with {done.returncode}'}")

@@ -107,15 +107,14 @@ def main() -> int:
     queue.check_here()
     if settings.cancel:
         return cancel(stages)
-    again = f"python -m slurm.submit {shlex.join(word for word in words if word != '--watch')}"
-    chain = waiting(stages, settings, again) or submit(settings, stages)
+    chain = waiting(stages, settings) or submit(settings, stages)
     if not settings.watch:
-        print(f"follow: {again} --watch\nend:    {again} --cancel")
+        print("the same command with --watch follows them, with --cancel it ends them")
         return 0
     try:
         return watch(chain)
     except KeyboardInterrupt:
-        print(f"\nthe jobs go on (to follow again: {again} --watch; to end them: {again} --cancel)")
+        print("\nthe jobs go on: --watch follows them again, --cancel ends them")
         return 0
 
 
@@ -207,7 +206,8 @@ def check_stage(stage: Stage, ranks: int, before: Stage | None) -> None:
             f"use a multiple of {parallel.tensor * parallel.pipeline}"
         )
     data_size = check_ranks(stage.config, ranks)
-    from himix_megatron.checkpoint import architecture, complete_checkpoints  # torch takes seconds: after the cheap checks
+    from himix_megatron.checkpoint import architecture  # torch takes seconds: after the cheap checks
+    from himix_megatron.envelope import complete_checkpoints
     from himix_megatron.start import prepare
     from pipelines.pretrain import with_data
 
@@ -226,14 +226,14 @@ def check_stage(stage: Stage, ranks: int, before: Stage | None) -> None:
     prepare(config, data_size)
 
 
-def waiting(stages: Sequence[Stage], settings: Settings, again: str) -> list[tuple[Stage, str]]:
+def waiting(stages: Sequence[Stage], settings: Settings) -> list[tuple[Stage, str]]:
     """The chain's jobs that are in the queue. Raises: ValueError if there are any and they are not to be watched."""
     found = [(stage, job) for stage in stages for job in queue.jobs_of(stage.folder)]
     if found and not settings.watch:
         stage, job = found[0]
         raise ValueError(
             f"job {job.job_id} ({job.state.lower()}) has the run folder {stage.config.run_dir}: "
-            f"follow it with {again} --watch, or end it with --cancel"
+            "the same command with --watch follows it, with --cancel it ends it"
         )
     for stage, job in found:
         print(f"{stage.name} is in the queue as job {job.job_id}, with the settings that it was submitted with")
@@ -254,7 +254,7 @@ def script(settings: Settings, stage: Stage, after: str | None) -> str:
 def dry_run(settings: Settings, stages: Sequence[Stage]) -> int:
     """Check all, print the batch scripts. Returns: 0."""
     for stage in stages:
-        stage.check_folder()
+        stage.check_folders()
     check(settings, stages)
     for number, stage in enumerate(stages):
         print(f"# ---- {stage.name}: each rank runs {shlex.join(training_command(stage.words))}")
@@ -265,7 +265,7 @@ def dry_run(settings: Settings, stages: Sequence[Stage]) -> int:
 def submit(settings: Settings, stages: Sequence[Stage]) -> list[tuple[Stage, str]]:
     """All stages, or none. Returns: each with its job id. Raises: ValueError for what cannot run."""
     for stage in stages:
-        stage.check_folder()
+        stage.check_folders()
     check(settings, stages)
     for stage in stages:
         queue.check_script(script(settings, stage, None))

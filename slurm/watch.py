@@ -7,6 +7,7 @@ No accounting database is asked, and nothing waits for a result that a killed jo
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -54,19 +55,25 @@ class StageWatch:
     def __init__(self, stage: Stage, job_id: str):
         self.stage, self.job_id = stage, job_id
         self.job: Job | None = None
-        self.has_ended = False
+        self.has_ended = self.is_silent = False
 
     def look(self) -> None:
         """Ask the controller. An end counts when it is seen twice: a job that is being requeued passes through some."""
-        before, found = self.job, queue.show(self.job_id)
+        before = self.job
+        try:
+            found = queue.show(self.job_id)
+        except queue.NoAnswerError:
+            self.is_silent = True
+            return
+        self.is_silent = False
         self.job = found[0] if found else Job(self.job_id, _GONE, "None", 0, 0, "")
         self.has_ended = self.job.has_ended and before is not None and before.state == self.job.state
 
     @property
     def state(self) -> str:
         """In the reader's terms."""
-        if self.job is None:
-            return "?"
+        if self.job is None or self.is_silent:
+            return "unknown (Slurm does not answer)" if self.is_silent else "?"
         waits = f" ({self.job.reason})" if self.job.state == "PENDING" and self.job.reason != "None" else ""
         again = f", requeued {self.job.restarts} times" if self.job.restarts > 1 else ", requeued once"
         return f"{self.job.state.lower()}{waits}{again if self.job.restarts else ''}"
@@ -136,7 +143,8 @@ class _Screen:
         """`lines`: (state, whole line) of each stage."""
         if self.is_terminal:
             back = f"\x1b[{len(self._shown)}F" if self._shown else ""
-            self._shown = [line for _, line in lines]
+            width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be found again
+            self._shown = [line[:width] for _, line in lines]
             print(back + "\n".join(f"\x1b[2K{line}" for line in self._shown), flush=True)
             return
         for number, (state, line) in enumerate(lines):

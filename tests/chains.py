@@ -12,22 +12,21 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from himix_megatron.checkpoint import complete_checkpoints
 from himix_megatron.config import Config
+from himix_megatron.envelope import complete_checkpoints
 from himix_megatron.faults import Fault
+from tests.drawn_faults import DAMAGES, DISK, INTERVAL, SIGNALS, Card, place
 from tests.runs import small_config
 from tests.scheduler import Attempt, Ended
 from tests.traces import Trace, hash_of, lines_of, samples_of, steps_of
 
 LENGTH = 8
 """Faults in a chain."""
-INTERVAL = 2
-"""Steps between checkpoints."""
 STEPS = 32
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "1 rank": (1, {}),
@@ -38,101 +37,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 TIMEOUT_SECONDS = 8.0
 """Of a collective: how long a frozen rank holds the others up."""
-
-
-# ---- what can happen -----------------------------------------------------------------------------------------------
-
-
-def flip(run: Path, draw: random.Random) -> str:
-    """One bit of the newest checkpoint."""
-    file = draw.choice(files_of(run))
-    content = bytearray(file.read_bytes())
-    bit = draw.randrange(8 * len(content))
-    content[bit // 8] ^= 1 << bit % 8
-    file.write_bytes(content)
-    return f"bit {bit} of {file.name}"
-
-
-def truncate(run: Path, draw: random.Random) -> str:
-    file = draw.choice(files_of(run))
-    size = draw.randrange(file.stat().st_size)
-    with file.open("rb+") as opened:
-        opened.truncate(size)
-    return f"{file.name} to {size} bytes"
-
-
-def delete(run: Path, draw: random.Random) -> str:
-    file = draw.choice(files_of(run))
-    file.unlink()
-    return file.name
-
-
-def litter(run: Path, draw: random.Random) -> str:
-    """What a save that was killed in the middle leaves behind."""
-    newest = complete_checkpoints(run)[-1]
-    step = int(newest.name.removeprefix("step-")) + INTERVAL
-    half = newest.with_name(f"step-{step:08d}.writing")
-    shutil.copytree(newest, half, dirs_exist_ok=True)
-    (draw.choice([file for file in half.iterdir() if file.is_file()])).unlink()
-    return half.name
-
-
-def files_of(run: Path) -> list[Path]:
-    """Of the newest checkpoint, those that hold anything."""
-    found = sorted(file for file in complete_checkpoints(run)[-1].rglob("*") if file.is_file() and file.stat().st_size)
-    assert found
-    return found
-
-
-DAMAGES: dict[str, Callable[[Path, random.Random], str]] = {
-    "flipped bit": flip,
-    "truncated file": truncate,
-    "deleted file": delete,
-    "half-written checkpoint": litter,
-}
-"""What a disk may do to a run folder while nobody runs."""
-AREAS = {
-    "kill": "start data step save save save validation",
-    "kill_node": "data step save",
-    "exit": "data step save",
-    "error": "start data step save validation",
-    "crash": "step save",
-    "abort": "step",
-    "out_of_memory": "data step save",
-    "term": "data step validation",
-    "usr1": "step save",
-    "usr2": "step save",
-    "freeze": "data step save",
-    "freeze_node": "step save",
-    "no_space": "save save",
-    "io_error": "data save",
-    "full_disk": "save",
-    "cut_network": "step save",
-    "slow": "data step save",
-}
-"""Kinds of `himix_megatron.faults`, and where each is drawn: its share of a deck."""
-SIGNALS = ("term", "usr1", "usr2")
-
-
-@dataclass(frozen=True, slots=True)
-class Card:
-    """A kind of fault."""
-
-    kind: str
-    area: str
-    damage: str | None = None
-    """What is done to the run folder afterwards."""
-
-    def name(self, area: str) -> str:
-        """How the report counts it."""
-        return self.damage or f"{self.kind} in {area}"
-
-
-def deck() -> list[Card]:
-    """Every kind, as often as it shall come."""
-    cards = [Card(kind, area) for kind, areas in AREAS.items() for area in areas.split()]
-    cards += [Card("kill", "step", damage) for damage in DAMAGES]
-    return [*cards, Card("kill_worker", "step"), Card("nan", "gradient"), Card("bad_image", "shard")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +50,8 @@ class Case:
     """A shard has an image that cannot be read."""
     workers: bool = False
     """Samples are read by worker processes."""
+    mode: Literal["async", "sync"] = "async"
+    """Of saves."""
 
 
 NAN = Fault(kind="nan", point="step/gradient", step=9, once=False)
@@ -180,16 +86,6 @@ class Outcome:
     seconds: float = 0.0
 
 
-# ---- drawing -------------------------------------------------------------------------------------------------------
-
-
-def cards(seed: int, numbers: Sequence[int]) -> list[Card]:
-    """The kinds of the faults with these numbers: a shuffled deck, and another one when it is used up."""
-    size = len(deck())
-    decks = {number // size: random.Random(f"{seed} deck {number // size}").sample(deck(), size) for number in numbers}
-    return [decks[number // size][number % size] for number in numbers]
-
-
 def case_of(seed: int, chain: int, drawn: Sequence[Card]) -> Case:
     """Layouts take turns."""
     kinds = {card.kind for card in drawn}
@@ -198,31 +94,8 @@ def case_of(seed: int, chain: int, drawn: Sequence[Card]) -> Case:
         nan="nan" in kinds,
         bad_image="bad_image" in kinds,
         workers="kill_worker" in kinds,
+        mode="sync" if chain % 3 == 0 else "async",
     )
-
-
-def place(drawn: Sequence[Card], draw: random.Random, reached: dict[str, list[int]]) -> Iterator[tuple[Card, Fault]]:
-    """Give each kind its point, rank and step, in the order of steps; nothing for those that are part of the case."""
-    step = draw.randint(1, 2)
-    # A fault of the start needs a start: the first one, or that after a fault that ends the attempt.
-    first = [card for card in drawn if card.area == "start"]
-    later = [card for card in drawn if card.area not in ("start", "gradient", "shard")]
-    # Damage comes when there is an older checkpoint to fall back to.
-    later.sort(key=lambda card: (card.damage is not None) * draw.randint(0, 1))
-    for card in [*first, *later]:
-        # Samples that worker processes read pass no point of the training process.
-        area = card.area if card.area != "data" or "data/read" in reached else "step"
-        point = draw.choice([point for point in reached if point.startswith(f"{area}/")])
-        if card.area != "start":
-            step += draw.randint(2, 3)
-        if card.damage:
-            step = max(step, 3 * INTERVAL + 1)
-        delay = round(draw.uniform(0.0, 0.3), 3) if card.kind in (*SIGNALS, "kill") and draw.random() < 0.5 else 0.0
-        rank = draw.choice(reached[point])
-        yield card, Fault(kind=card.kind, point=point, step=0 if card.area == "start" else step, rank=rank, delay_seconds=delay)
-
-
-# ---- running -------------------------------------------------------------------------------------------------------
 
 
 class Bench:
@@ -242,7 +115,9 @@ class Bench:
             data=replace(config.data, num_workers=int(case.workers), validation_path=str(self.data)),
             train=replace(config.train, global_batch_samples=4),
             parallel=replace(config.parallel, timeout_seconds=TIMEOUT_SECONDS),
-            checkpoint=replace(config.checkpoint, interval_steps=INTERVAL, keep_last=3),
+            checkpoint=replace(config.checkpoint, interval_steps=INTERVAL, keep_last=3, mode=case.mode),
+            # Faults follow each other more closely than trouble does: several may fall between two saves.
+            health=replace(config.health, max_fruitless_starts=LENGTH),
             log=replace(config.log, ledger=True, validation_interval_steps=5, validation_samples=8),
             run=replace(config.run, faults=str(planned)),
         )
@@ -291,9 +166,11 @@ class Bench:
         run = self.folder / f"chain-{seed}-{chain}"
         shutil.rmtree(run, ignore_errors=True)
         write_plan(run, [*(fault for _, fault in placed), *([NAN] if case.nan else [])])
-        error = self._attempts(case, run, placed, outcomes, draw)
-        if error is None:
-            error = difference(run, wanted)
+        config = self.config(case, run, run / "faults.jsonl")
+        try:
+            error = Journey(config, LAYOUTS[case.layout][0], placed, outcomes, draw).go() or difference(run, wanted)
+        except (AssertionError, TimeoutError) as problem:
+            error = str(problem)
         if case.nan:
             outcomes.append(Outcome(0, "nan in gradient", asdict(NAN), case.layout, happened=True))
         if case.bad_image:
@@ -307,54 +184,86 @@ class Bench:
             shutil.rmtree(run)
         return outcomes
 
-    def _attempts(
-        self, case: Case, run: Path, placed: Sequence[tuple[Card, Fault]], outcomes: list[Outcome], draw: random.Random
-    ) -> str | None:
+
+class Journey:
+    """One run on its way through its faults."""
+
+    def __init__(
+        self, config: Config, ranks: int, placed: Sequence[tuple[Card, Fault]], outcomes: Sequence[Outcome], draw: random.Random
+    ) -> None:
+        self.config, self.ranks, self.run, self.draw = config, ranks, config.run_dir, draw
+        self.open = {number: (card, outcome) for number, ((card, _), outcome) in enumerate(zip(placed, outcomes, strict=True))}
+        """What has not happened yet."""
+        self.starts = 0
+
+    def go(self) -> str | None:
         """Start the run until it has ended. Returns: what was wrong on the way."""
-        config, ranks = self.config(case, run, run / "faults.jsonl"), LAYOUTS[case.layout][0]
-        open_faults, happened = dict(enumerate(placed)), list[int]()
-        for number in range(0, 4 * len(placed) + 8, 2):
-            before = steps_in(run)
-            attempt = Attempt(config, ranks, run / "attempts" / f"{number:02d}", restarts=number)
-            if open_faults and next(iter(open_faults.values()))[0].kind == "freeze_node" and attempt.freezes(60):
-                # Taken for dead, it comes back in the middle of the next attempt.
-                index, _ = next(iter(open_faults.items()))
-                del open_faults[index]
-                outcomes[index].happened = True
-                stale = attempt
-                attempt = Attempt(config, ranks, run / "attempts" / f"{number:02d}-again", restarts=number + 1)
-                time.sleep(draw.uniform(0.0, 1.5))
-                stale.thaw()
-                outcomes[index].codes = list(stale.wait(60).codes)
-                if 0 in outcomes[index].codes:
+        happened: list[tuple[Card, Outcome]] = []
+        for _ in range(2 * len(self.open) + 4):
+            before, number = steps_in(self.run), self.starts
+            attempt = self._start()
+            if any(card.kind == "freeze_node" for card, _ in self.open.values()) and attempt.freezes(60):
+                happened = self._note_happened()
+                replaced, attempt, before = attempt, self._start(), []
+                codes = come_back(replaced, attempt, after_seconds=self.draw.uniform(0.0, 1.5))
+                for _, outcome in happened:
+                    outcome.codes = codes
+                if 0 in codes:
                     attempt.kill()
-                    return f"attempt {number} was replaced, and ended with {outcomes[index].codes}"
-                before = []
+                    return f"start {number} was replaced, and ended with {codes}"
             ended = attempt.wait(120)
-            if error := self._count_lost(before, steps_in(run), [(placed[index][0], outcomes[index]) for index in happened]):
-                return f"attempt {number}: {error}"
-            happened = [index for index in open_faults if (run / "faults.jsonl.done" / f"{index:03d}").exists()]
-            for index in happened:
-                card, _ = open_faults.pop(index)
-                outcomes[index].happened, outcomes[index].codes = True, list(ended.codes)
+            if error := count_lost(before, steps_in(self.run), happened, self.config.checkpoint.mode):
+                return f"start {number}: {error}"
+            happened = self._note_happened()
+            for card, outcome in happened:
+                outcome.codes = list(ended.codes)
                 if card.damage:
-                    outcomes[index].damage = DAMAGES[card.damage](run, draw)
-            if error := verdict(ended, [placed[index][0] for index in happened]):
-                return f"attempt {number} (after step {max(before, default=0)}): {error}"
+                    outcome.damage = DAMAGES[card.damage](self.run, self.draw)
+            if error := verdict(ended, [card for card, _ in happened]):
+                return f"start {number} (after step {max(before, default=0)}): {error}"
             if ended.done:
                 return None
         return "it was started again and again, and did not end"
 
-    @staticmethod
-    def _count_lost(before: list[int], now: list[int], happened: Sequence[tuple[Card, Outcome]]) -> str | None:
-        """Steps that an attempt did again, for the faults that ended the one before. Returns: what is wrong with them."""
-        if not before or len(now) == len(before):
-            return None
-        lost = max(before) - (now[len(before)] - 1)
+    def _start(self) -> Attempt:
+        self.starts += 1
+        return Attempt(self.config, self.ranks, self.run / "starts" / f"{self.starts - 1:02d}", restarts=self.starts - 1)
+
+    def _note_happened(self) -> list[tuple[Card, Outcome]]:
+        """Faults since the last look."""
+        done = self.run / "faults.jsonl.done"
+        happened = [self.open.pop(number) for number in list(self.open) if (done / f"{number:03d}").exists()]
         for _, outcome in happened:
-            outcome.lost_steps = lost
-        bounds = [0 if card.kind in SIGNALS else INTERVAL * (2 if card.damage else 1) for card, _ in happened]
-        return None if lost <= max(bounds, default=0) else f"{lost} steps were lost, {bounds} are allowed"
+            outcome.happened = True
+        return happened
+
+
+def count_lost(before: list[int], now: list[int], happened: Sequence[tuple[Card, Outcome]], mode: str) -> str | None:
+    """Steps that a start did again, by what ended the one before it. Returns: what is wrong with their number.
+
+    An interval may be lost; another one where a save was under way beside it, failed, or was damaged.
+    """
+    if not before or len(now) == len(before):
+        return None
+    lost = max(before) - (now[len(before)] - 1)
+    for _, outcome in happened:
+        outcome.lost_steps = lost
+    kinds = [card for card, _ in happened]
+    more = sum(bool(card.damage) or (card.area == "save" and card.kind in DISK) for card in kinds)
+    allowed = 0 if all(card.kind in SIGNALS for card in kinds) else INTERVAL * (1 + (mode == "async") + more)
+    return None if lost <= allowed else f"{lost} steps were lost, {allowed} may be"
+
+
+def come_back(replaced: Attempt, newer: Attempt, after_seconds: float) -> list[int]:
+    """A frozen attempt, taken for dead, goes on while a newer one runs. Returns: the exit codes that it comes to."""
+    try:
+        time.sleep(after_seconds)
+        replaced.thaw()
+        return list(replaced.wait(120).codes)
+    except BaseException:
+        replaced.kill()
+        newer.kill()
+        raise
 
 
 def verdict(ended: Ended, happened: Sequence[Card]) -> str | None:

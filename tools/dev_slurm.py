@@ -68,7 +68,7 @@ MailProg=/bin/true
 ReturnToService=2
 SlurmctldTimeout=10
 SlurmdTimeout=10
-KillWait=10
+KillWait=30
 MinJobAge=3600
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2

@@ -38,6 +38,15 @@ class MicroBatch:
     """Which dataset of `data.path` each sample is from."""
     packed: bool = False
 
+    def token_sources(self) -> Tensor:
+        """int64 as text_ids: which dataset each token is from; 0 for padding."""
+        sources = torch.tensor(self.sources)
+        if not self.packed:
+            return sources[:, None].expand(self.text_ids.shape)
+        found = torch.zeros_like(self.text_ids)
+        found[0, : int(self.text_lengths.sum())] = sources.repeat_interleave(self.text_lengths)
+        return found
+
     def answer_tokens(self) -> list[int]:
         """Tokens with loss of each sample."""
         counted = self.labels != NO_LOSS
@@ -73,6 +82,8 @@ class StepBatch:
     apply `without_loss`."""
     num_cut: int = 0
     """Samples whose text was cut to data.max_text_tokens."""
+    num_sources: int = 1
+    """Datasets that the run reads: what `MicroBatch.sources` counts."""
 
 
 def share_of(num_images: int, replica_rank: int, replica_size: int) -> range:

@@ -123,6 +123,7 @@ class StepReader(Dataset[StepBatch]):
             num_samples=step.num_samples,
             bad_samples=tuple(bad),
             num_cut=int((self.datasets.text_tokens[samples] > lengths).sum()),
+            num_sources=len(self.datasets.parts),
         )
         return without_loss(batch, bad)
 

@@ -11,6 +11,7 @@ Shapes: K images of a step, N tokens of one image, V width of the features (Vh).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from typing import Literal, TypeVar
 
 import torch
@@ -25,6 +26,7 @@ from himix_megatron.parallel import Topology
 
 Placement = Literal["replica_sharded", "replicated", "first_stage"]
 Batch = TypeVar("Batch")
+Result = TypeVar("Result")
 
 
 def encoding_place(placement: Placement, topology: Topology) -> tuple[int, int]:
@@ -124,43 +126,50 @@ class Ahead:
         batches: Iterable[Batch],
         encode: Callable[[Batch], tuple[Batch, Tensor]],
         asked: Callable[[], bool] = lambda: False,
+        go_on: Callable[[], bool] = lambda: True,
     ) -> Iterator[tuple[Batch, Tensor]]:
         """`encode` of each batch in order; of the next one while the caller works on this one.
 
-        What `batches` or `encode` raise is raised here, when that step's turn comes. The steps end early when `asked` turns
-        true while one is waited for.
+        What `batches` or `encode` raise is raised here, when that step's turn comes. A wait is broken off when `asked` turns
+        true. `go_on`, for all ranks to agree in, is called on this thread once for each step, when this rank has its data or
+        has broken the wait off: where it says no, the steps end. So no rank waits in `encode` for one that is still reading,
+        but on a thread that can be left behind.
         """
         source = iter(batches)
 
         def read() -> Batch | None:
-            if self._thread is not None:
-                return next(source, None)  # it runs on that thread
-            return wait_for(self._reader.start(lambda: next(source, None)), asked)
+            return next(source, None)
 
-        def work() -> tuple[Batch, Tensor] | None:
+        def read_together() -> Batch | None:
+            return agreed(self._reader.start(read))
+
+        def agreed(future: Future[Result | None]) -> Result | None:
+            try:
+                result = wait_for(future, asked)
+            except WaitInterruptedError:
+                result = None
+            return result if go_on() else None
+
+        def work(read: Callable[[], Batch | None]) -> tuple[Batch, Tensor] | None:
             batch = read()
             return None if batch is None else encode(batch)
 
-        try:
-            waiting = self._start(work, asked)
-            while (step := waiting()) is not None:
-                waiting = self._start(work, asked)
-                yield step
-        except WaitInterruptedError:
-            return
+        def begin() -> Callable[[], tuple[Batch, Tensor] | None]:
+            if self._thread is not None:
+                future = self._thread.start(lambda: work(read))
+                return lambda: agreed(future)
+            if self._stream is not None:
+                return self._start_on_stream(self._stream, lambda: work(read_together))
+            return lambda: work(read_together)
+
+        waiting = begin()
+        while (step := waiting()) is not None:
+            waiting = begin()
+            yield step
 
     def settle(self, seconds: float | None = None) -> bool:
         """Wait until nothing is under way: process groups may end after it, not before. Returns: whether that came in time."""
         return (self._thread or self._reader).settle(seconds)
-
-    def _start(
-        self, work: Callable[[], tuple[Batch, Tensor] | None], asked: Callable[[], bool]
-    ) -> Callable[[], tuple[Batch, Tensor] | None]:
-        """Begin. Returns: a function that waits for the result."""
-        if self._thread is not None:
-            future = self._thread.start(work)
-            return lambda: wait_for(future, asked)
-        return work if self._stream is None else self._start_on_stream(self._stream, work)
 
     def _start_on_stream(
         self, stream: torch.cuda.Stream, work: Callable[[], tuple[Batch, Tensor] | None]

@@ -20,13 +20,14 @@ from typing import Any
 
 import pytest
 
-from tests.chains import LENGTH, Bench, cards
+from tests.chains import LENGTH, Bench
+from tests.drawn_faults import cards
 
 ROOT = Path(__file__).parents[2]
 SEED = int(os.environ.get("SEED") or 1)
 FAULTS = int(os.environ.get("FAULTS") or 500)
 FOLDER = Path(os.environ.get("REPORT") or ROOT / "runs" / "campaign-faults")
-TESTS = ("chains.py", "scheduler.py", "runs.py", "traces.py", "datasets.py")
+TESTS = ("chains.py", "drawn_faults.py", "scheduler.py", "runs.py", "traces.py", "datasets.py")
 
 pytestmark = pytest.mark.campaign
 

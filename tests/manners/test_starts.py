@@ -59,6 +59,21 @@ def test_a_line_cut_short_spoils_no_other(tmp_path: Path) -> None:
     assert [event["step"] for event in Journal(tmp_path).events] == [1, 3]
 
 
+def test_a_journal_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    journal = Journal(tmp_path)
+    journal.open(writes=True)
+    journal.note("save", 1, health={})
+    journal.path.rename(tmp_path / "kept")
+    journal.path.mkdir()
+    journal.note("save", 2, health={"skipped": [2]})
+    assert "journal.jsonl misses a line" in caplog.text
+    assert journal.health_at(2) == {"skipped": [2]}
+    journal.path.rmdir()
+    (tmp_path / "kept").rename(journal.path)
+    journal.note("save", 3, health={})
+    assert [event["step"] for event in Journal(tmp_path).events] == [1, 3]
+
+
 def die_in_step_5(rank: int, point: str, count: int) -> None:
     time.sleep(0.1)
     if point == "step/begin" and count == 5:
@@ -69,7 +84,7 @@ def work_slowly(rank: int, point: str, count: int) -> None:
     time.sleep(0.1)
 
 
-def test_the_time_of_all_starts_adds_up(mixed_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_of_all_starts_adds_up(mixed_dataset: Path, tmp_path: Path) -> None:
     config = manners_config(
         mixed_dataset,
         tmp_path,
@@ -87,7 +102,7 @@ def test_the_time_of_all_starts_adds_up(mixed_dataset: Path, tmp_path: Path, mon
     events = Journal(tmp_path).events
     total = account([*events, {"event": "start", "step": 6, "began": time.time()}])
     assert sum(total.values()) == pytest.approx(events[-1]["time"] - events[0]["began"], rel=0.01)
-    assert sum(total.values()) == pytest.approx(elapsed, abs=1.0)  # starting and ending processes
+    assert sum(total.values()) == pytest.approx(elapsed, abs=3.0)  # starting and ending processes
     assert all(total[cause] > 0 for cause in CAUSES)
     assert total["recovery"] > 2
     points = history(tmp_path)

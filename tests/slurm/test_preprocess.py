@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import psutil
@@ -32,7 +35,8 @@ def test_two_nodes_write_the_bytes_of_a_local_run_and_leave_no_ray(
     slurm: Slurm, mixed_dataset: Path, tmp_path: Path, ended_with_test: None
 ) -> None:
     """Two jobs at once, that share both nodes; one is cancelled once its Ray runs, and the other does not notice."""
-    job = submit(slurm, mixed_dataset, tmp_path / "slurm", "--nodes=2", f"--export=ALL,TMPDIR={tmp_path}")
+    temporary = Path(tempfile.mkdtemp(prefix="job-"))  # a short path: sockets lie in it
+    job = submit(slurm, mixed_dataset, tmp_path / "slurm", "--nodes=2", f"--export=ALL,TMPDIR={temporary}")
     other = submit(slurm, mixed_dataset, tmp_path / "cancelled", "--nodes=1")
     source = mixed_dataset.parent
     settings = Settings(
@@ -49,7 +53,7 @@ def test_two_nodes_write_the_bytes_of_a_local_run_and_leave_no_ray(
     assert "Ray runs on 2 nodes" in job.text
     assert files(tmp_path / "slurm") == files(tmp_path / "local")
     assert not processes_of(job)
-    assert not list(tmp_path.glob("ray-*"))
+    temporary.rmdir()  # it is empty
 
 
 @pytest.mark.campaign
@@ -80,9 +84,6 @@ def test_a_killed_ray_daemon_is_an_error_or_harmless_and_leaves_nothing(
 def test_a_stranger_without_the_token_is_not_served(
     slurm: Slurm, mixed_dataset: Path, tmp_path: Path, ended_with_test: None
 ) -> None:
-    import subprocess
-    import sys
-
     job = submit(slurm, mixed_dataset, tmp_path / "out", "--nodes=1", "--hold")
     slurm.run("scontrol", "release", job.id)
     job.wait_for("Ray runs on 1 nodes")
@@ -94,6 +95,7 @@ def test_a_stranger_without_the_token_is_not_served(
     job.cancel()
 
 
+@pytest.mark.campaign
 def test_a_mistake_is_one_line_and_exit_code_2(
     slurm: Slurm, mixed_dataset: Path, tmp_path: Path, ended_with_test: None
 ) -> None:

@@ -55,17 +55,17 @@ def test_a_job_trains_one_rank_per_gpu_on_two_nodes(train: Train, tmp_path: Path
     "how", ["scancel --signal=USR1", "scontrol requeue", pytest.param("scancel --signal=USR2", marks=pytest.mark.campaign)]
 )
 def test_a_signalled_job_saves_is_requeued_and_loses_no_step(train: Train, slurm: Slurm, tmp_path: Path, how: str) -> None:
-    job = train(steps=120)
+    job = train(steps=100)
     wait_for_step(tmp_path / "run", 5, job)
     slurm.run(*how.split(), job.id)
     assert job.wait(timeout_seconds=180) == "COMPLETED", job.text
     assert job.field("Restarts") == "1"
-    assert steps_taken(tmp_path / "run") == list(range(1, 121))
-    assert 5 <= min(int(folder.name.removeprefix("step-")) for folder in complete_checkpoints(tmp_path / "run")) < 120
+    assert steps_taken(tmp_path / "run") == list(range(1, 101))
+    assert 5 <= min(int(folder.name.removeprefix("step-")) for folder in complete_checkpoints(tmp_path / "run")) < 100
 
 
 def test_a_preempted_job_saves_makes_room_and_loses_no_step(train: Train, slurm: Slurm, tmp_path: Path) -> None:
-    job = train(steps=120)
+    job = train(steps=100)
     wait_for_step(tmp_path / "run", 5, job)
     urgent = slurm.submit(
         tmp_path / "urgent.out", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap", "scontrol show job -o"
@@ -73,16 +73,16 @@ def test_a_preempted_job_saves_makes_room_and_loses_no_step(train: Train, slurm:
     assert urgent.wait() == "COMPLETED", urgent.text
     assert job.wait(timeout_seconds=180) == "COMPLETED", job.text
     assert job.field("Restarts") == "1"
-    assert steps_taken(tmp_path / "run") == list(range(1, 121))
+    assert steps_taken(tmp_path / "run") == list(range(1, 101))
 
 
 @pytest.mark.campaign
 def test_a_job_that_meets_its_time_limit_saves_and_goes_on(train: Train, tmp_path: Path) -> None:
     """Slurm sends USR1 by itself; it may come up to a minute early, so the first attempts may not get far."""
-    job = train("--time=1", "--signal=USR1@15", steps=1500)
+    job = train("--time=1", "--signal=USR1@15", "--comment=many short attempts", steps=1000)
     assert job.wait(timeout_seconds=900) == "COMPLETED", job.text
     assert int(job.field("Restarts")) >= 1
-    assert steps_taken(tmp_path / "run") == list(range(1, 1501))
+    assert steps_taken(tmp_path / "run") == list(range(1, 1001))
 
 
 def test_a_killed_rank_ends_the_job_and_costs_one_interval_at_most(train: Train, tmp_path: Path) -> None:
@@ -126,11 +126,11 @@ def test_a_mistake_ends_the_job_with_one_line_and_is_not_requeued(train: Train, 
 @pytest.mark.campaign
 def test_loader_processes_do_not_die_of_the_signal_that_the_ranks_answer(train: Train, slurm: Slurm, tmp_path: Path) -> None:
     """Slurm signals every process of the step."""
-    job = train(steps=120, flags=("--data.num-workers", "2"))
+    job = train(steps=100, flags=("--data.num-workers", "2"))
     wait_for_step(tmp_path / "run", 5, job)
     job.cancel("--signal=USR1")
     assert job.wait(timeout_seconds=180) == "COMPLETED", job.text
-    assert steps_taken(tmp_path / "run") == list(range(1, 121))
+    assert steps_taken(tmp_path / "run") == list(range(1, 101))
 
 
 @pytest.mark.campaign
@@ -145,7 +145,7 @@ def test_a_signal_before_python_listens_is_a_requeue(train: Train, tmp_path: Pat
 
 @pytest.mark.campaign
 def test_training_does_not_notice_that_the_controller_is_killed(train: Train, slurm: Slurm, tmp_path: Path) -> None:
-    job = train(steps=120)
+    job = train(steps=100)
     wait_for_step(tmp_path / "run", 5, job)
     os.kill(int((slurm.folder / "slurmctld.pid").read_text()), signal.SIGKILL)
     before = step_now(tmp_path / "run")
@@ -153,26 +153,100 @@ def test_training_does_not_notice_that_the_controller_is_killed(train: Train, sl
     slurm.dev("up")
     assert job.wait() == "COMPLETED", job.text
     assert job.field("Restarts") == "0"
-    assert steps_taken(tmp_path / "run") == list(range(1, 121))
+    assert steps_taken(tmp_path / "run") == list(range(1, 101))
+
+
+def on_second_node(job: Job) -> list[psutil.Process]:
+    """A job's processes there, Slurm's own one for the step first."""
+    ranks = [process for process in processes_of(job) if process.environ().get("SLURMD_NODENAME") == "n2"]
+    parents = [process.parent() for process in ranks]
+    return [*{parent for parent in parents if parent is not None and parent.name() == "slurmstepd"}, *ranks]
 
 
 @pytest.mark.campaign
-def test_a_dead_node_requeues_the_job_and_costs_one_interval_at_most(train: Train, slurm: Slurm, tmp_path: Path) -> None:
-    """The node's daemon and all its processes end at once, as with a power cut; later it comes back."""
+def test_a_killed_node_daemon_requeues_the_job_and_costs_one_interval_at_most(
+    train: Train, slurm: Slurm, tmp_path: Path
+) -> None:
+    """Ranks go on until the controller misses the node; it comes back once the job waits for it."""
     run = tmp_path / "run"
-    job = train(steps=120, flags=("--checkpoint.interval-steps", "20"))
+    job = train(steps=1500, flags=("--checkpoint.interval-steps", "20"))
     wait_for_step(run, 25, job)
-    on_node = [process for process in processes_of(job) if process.environ().get("SLURMD_NODENAME") == "n2"]
     os.kill(int((slurm.folder / "n2.pid").read_text()), signal.SIGKILL)
-    for process in on_node:
-        process.kill()
     wait_until(lambda: job.state == "PENDING", lambda: job.text, 90)
+    reached = step_now(run)
+    slurm.dev("up")
+    wait_for_step(run, reached + 5, job)
+    job.cancel()
+    steps = steps_taken(run)
+    assert sorted(set(steps)) == list(range(1, max(steps) + 1))
+    assert len(steps) - max(steps) <= 20
+    assert job.field("Restarts") == "1"
+
+
+@pytest.mark.campaign
+def test_a_node_without_power_is_waited_for_and_costs_one_interval_at_most(train: Train, slurm: Slurm, tmp_path: Path) -> None:
+    """The node's daemon, Slurm's process of the step and the rank end at once. The job is not failed by the rank that is left:
+    it waits until Slurm has noticed and requeues it."""
+    run = tmp_path / "run"
+    job = train(steps=100, flags=("--checkpoint.interval-steps", "20"))
+    wait_for_step(run, 25, job)
+    there = on_second_node(job)
+    assert there[0].name() == "slurmstepd"
+    os.kill(int((slurm.folder / "n2.pid").read_text()), signal.SIGKILL)
+    for process in there:
+        process.kill()
+    known = time.monotonic()
+    job.wait_for("a node of this job does not answer")
+    assert time.monotonic() - known < KNOWN_SECONDS + 10
+    wait_until(lambda: job.state == "PENDING", lambda: f"{job.state}: {job.text}", 90)
     slurm.dev("up")
     assert job.wait(timeout_seconds=240) == "COMPLETED", job.text
     assert job.field("Restarts") == "1"
     steps = steps_taken(run)
-    assert sorted(set(steps)) == list(range(1, 121))
-    assert len(steps) - 120 <= 20
+    assert sorted(set(steps)) == list(range(1, 101))
+    assert len(steps) - 100 <= 20
+
+
+def test_a_second_job_of_one_run_folder_is_refused_and_harms_nothing(train: Train, tmp_path: Path) -> None:
+    job = train(steps=100)
+    wait_for_step(tmp_path / "run", 1, job)
+    os.kill(rank_process(job, 0).pid, signal.SIGSTOP)  # however slow the second one is
+    second = train(steps=100)
+    assert second.wait() == "FAILED"
+    os.kill(rank_process(job, 0).pid, signal.SIGCONT)
+    assert second.code == 2
+    assert second.text.count("is in use by another run") == 1
+    assert f"job {job.id}" in second.text
+    assert job.wait() == "COMPLETED", job.text
+    assert steps_taken(tmp_path / "run") == list(range(1, 101))
+
+
+@pytest.mark.campaign
+def test_three_starts_without_a_new_step_stop_the_run_with_the_reason(train: Train, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for _ in range(3):
+        job = train(steps=400, flags=("--checkpoint.interval-steps", "400"))
+        job.wait_for("step 2/400")
+        rank_process(job, 1).kill()
+        assert job.wait() == "FAILED", job.text
+    in_vain = train(steps=400)
+    assert in_vain.wait() == "FAILED"
+    assert in_vain.code == 3
+    assert in_vain.field("Restarts") == "0"
+    assert "3 starts in a row have saved no step beyond 0" in (run / "STOP").read_text()
+    assert train(steps=400).wait() == "FAILED"
+    asked = train(steps=5, flags=("--run.resume-after-stop",))
+    assert asked.wait() == "COMPLETED", asked.text
+
+
+@pytest.mark.campaign
+def test_a_job_that_is_always_asked_to_stop_at_once_ends(train: Train, tmp_path: Path) -> None:
+    """As with a --signal that comes earlier than the time limit allows: requeued for ever, no step would ever be taken."""
+    job = train("--time=1", "--signal=USR1@300", steps=20)
+    assert job.wait(timeout_seconds=300) == "FAILED", job.text
+    assert job.code == 3
+    assert job.field("Restarts") == "5"
+    assert "asked to stop within a minute of its start, 6 times in a row" in job.text
 
 
 @pytest.mark.campaign
