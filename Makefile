@@ -21,7 +21,7 @@ find_python = $(shell for python in $(1); do \
     "$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, $(2)))' 2>/dev/null && echo "$$python" && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint test-py312 campaign-convert-7b campaign-data campaign-faults campaign-saves bench-checkpoint bench-data bench-model bench-pipeline tensorboard clean campaign-slurm
+.PHONY: help setup quickstart test lint test-py312 campaign-convert-7b campaign-data campaign-faults campaign-saves bench-checkpoint bench-data bench-model bench-pipeline tensorboard clean campaign-slurm bench-plan
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,6 +70,9 @@ bench-checkpoint: $(VENV)/complete ## How long a save keeps training waiting (2 
 
 bench-pipeline: $(VENV)/complete ## How evenly pipeline stages work, by where the tower runs (5 minutes on 2 cores)
 	$(VENV)/bin/python -m tools.bench_pipeline
+
+bench-plan: $(VENV)/complete ## Measure this CPU and 13 layouts on it, beside the planner's predictions (3 minutes, alone on 2 cores)
+	$(VENV)/bin/python -m tools.plan --measure
 
 tensorboard: $(VENV)/complete ## TensorBoard over all runs, on this machine only
 	$(VENV)/bin/tensorboard --logdir runs --host 127.0.0.1

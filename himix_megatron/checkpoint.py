@@ -279,14 +279,14 @@ class Checkpoints:
 
     def _size_bytes(self) -> int:
         """About what one checkpoint takes, over all ranks; a frozen tower included."""
-        own = 0
+        own, is_divided = 0, self.config.parallel.distributed_optimizer
         trained = {id(p) for stage in self.stages for p in stage.parameters() if p.requires_grad}
         for chunk in _model_state(self.stages).values():
             for part in chunk.values():
                 if not isinstance(part, ShardedObject) and is_main_replica(part.replica_id):
                     width = part.data.element_size()
-                    # Two moments and, beside weights of fewer bits, the weights themselves: in fp32.
-                    optimizer = (8 if width == 4 else 12) if id(part.data) in trained else 0
+                    # Two moments and, beside weights of fewer bits or divided among ranks, the weights themselves: in fp32.
+                    optimizer = (12 if width < 4 or is_divided else 8) if id(part.data) in trained else 0
                     own += part.data.numel() * (width + optimizer)
         if self.frozen_tower is not None and self.ranks.rank == 0:
             own += sum(tensor.nbytes for tensor in self.frozen_tower.state_dict().values())

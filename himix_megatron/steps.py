@@ -33,7 +33,7 @@ def encoded(
     asked: Callable[[], bool] = lambda: False,
     go_on: Callable[[], bool] = lambda: True,
 ) -> Iterator[tuple[StepBatch, Tensor]]:
-    """Each step with its images, features or pixels, made while the step before it trains. The rest: as `Ahead.steps`."""
+    """Each step with its images, features or pixels, made while the step before it trains. `asked`, `go_on`: see `Ahead`."""
 
     def encode(batch: StepBatch) -> tuple[StepBatch, Tensor]:
         batch = agree_on_bad(batch, run.topology)

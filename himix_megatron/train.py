@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 
-from . import faults, log, memory, parallel, progress
+from . import faults, log, out_of_memory, parallel, progress
 from .build import Run, batches_from, build_run, describe
 from .checkpoint import Position
 from .config import Config, check_ranks
@@ -53,7 +53,7 @@ def pretrain(config: Config, request: StopRequest | None = None) -> int:
     log.start(config.run_dir, topology.rank, topology.world_size)
     start = settle(config, start)
     watch = Watch.over(config, topology, launch.host, request)
-    with log.failures(), watch, memory.explained(config):
+    with log.failures(), watch, out_of_memory.explained(config):
         supervision = supervise(config, start, journal, watch, request)
         progress.at("start/load")
         run = build_run(config, start, topology)

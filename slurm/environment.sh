@@ -107,9 +107,9 @@ requeue() {
     local known early=0
     known=$(scontrol show job --oneliner "$SLURM_JOB_ID")
     if [[ $known != *" Comment="* || $known =~ \ Comment=himix-early-([0-9]+) ]]; then
-        ((SECONDS >= 15)) || early=$((${BASH_REMATCH[1]:-0} + 1))
+        ((SECONDS >= 60)) || early=$((${BASH_REMATCH[1]:-0} + 1))
         if ((early > 5)); then
-            echo "error: asked to stop within 15 seconds of its start, $early times in a row: the job is not requeued again" \
+            echo "error: asked to stop within a minute of its start, $early times in a row: the job is not requeued again" \
                 "(does --signal come earlier than --time allows?)" >&2
             exit 3
         fi
@@ -122,8 +122,15 @@ requeue() {
 # Where a node is lost, the ranks on the others fail long before Slurm has noticed. It will put the job back into the queue, on
 # other nodes, if the job is there when it does.
 wait_for_lost_nodes() {
-    [[ $SLURM_JOB_NUM_NODES -gt 1 ]] || return
-    timeout 20 srun --overlap --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 true && return
-    echo "a node of this job does not answer: waiting until Slurm requeues the job, ten minutes at most" >&2
-    sleep 600
+    local nodes=$SLURM_JOB_NUM_NODES
+    [[ $nodes -gt 1 ]] || return
+    # All nodes must answer; if not even this one does, it is srun that fails, and there is nothing to wait for.
+    answers "$nodes" || { answers 1 --nodelist="$SLURMD_NODENAME" && {
+        echo "a node of this job does not answer: waiting until Slurm requeues the job, ten minutes at most" >&2
+        sleep 600
+    }; }
+}
+
+answers() {
+    timeout 20 srun --overlap --nodes="$1" --ntasks="$1" --ntasks-per-node=1 "${@:2}" true >/dev/null 2>&1
 }

@@ -6,12 +6,11 @@ Flows in: a seed; out: cards (kinds), and for each its `himix_megatron.faults.Fa
 from __future__ import annotations
 
 import random
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from himix_megatron.checkpoint import complete_checkpoints
+from himix_megatron.envelope import NEWEST, complete_checkpoints
 from himix_megatron.faults import Fault
 
 INTERVAL = 2
@@ -42,14 +41,14 @@ def delete(run: Path, draw: random.Random) -> str:
     return file.name
 
 
-def litter(run: Path, draw: random.Random) -> str:
-    """What a save that was killed in the middle leaves behind."""
-    newest = complete_checkpoints(run)[-1]
-    step = int(newest.name.removeprefix("step-")) + INTERVAL
-    half = newest.with_name(f"step-{step:08d}.writing")
-    shutil.copytree(newest, half, dirs_exist_ok=True)
-    (draw.choice([file for file in half.iterdir() if file.is_file()])).unlink()
-    return half.name
+def lose_tracker(run: Path, draw: random.Random) -> str:
+    """The file that names the newest checkpoint is gone, or names none."""
+    newest = run / "checkpoints" / NEWEST
+    if draw.random() < 0.5:
+        newest.unlink()
+        return "gone"
+    newest.write_bytes(draw.randbytes(8))
+    return "noise"
 
 
 def files_of(run: Path) -> list[Path]:
@@ -63,7 +62,7 @@ DAMAGES: dict[str, Callable[[Path, random.Random], str]] = {
     "flipped bit": flip,
     "truncated file": truncate,
     "deleted file": delete,
-    "half-written checkpoint": litter,
+    "lost tracker": lose_tracker,
 }
 """What a disk may do to a run folder while nobody runs."""
 AREAS = {
@@ -87,6 +86,8 @@ AREAS = {
 }
 """Kinds of `himix_megatron.faults`, and where each is drawn: its share of a deck."""
 SIGNALS = ("term", "usr1", "usr2")
+DISK = ("no_space", "io_error", "full_disk")
+"""In a save these cost that save, and not the run."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,6 +88,8 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
             self.output_layer.gradient_accumulation_fusion = False
         self.real_vocab_size = config.model.vocab_size
         self.mixture_mask = (TransformerEngineMixtureAttention if backend == "te" else TorchMixtureAttention).mixture_mask
+        for layer in self.decoder.layers:
+            layer.vision_is_frozen = tower is None
         if tower is not None:
             self.tower = tower
             for parameter in tower.parameters():

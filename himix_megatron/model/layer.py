@@ -19,6 +19,10 @@ from .layout import Layout
 class HiMixLayer(TransformerLayer):  # type: ignore[misc]
     """norm, Mixture Attention, add; norm, MLP, add (the second half is megatron-core's own)."""
 
+    vision_is_frozen = False
+    """Whether the features need no gradient. Under full recompute they would look as if they did: what a recomputed layer
+    hands on asks for one."""
+
     def _forward_attention(
         self,
         hidden_states: Tensor,
@@ -29,7 +33,8 @@ class HiMixLayer(TransformerLayer):  # type: ignore[misc]
     ) -> tuple[Tensor, Tensor | KVCache | None]:
         """float[S, B, H] text and its `context`, handed on: the block gives each layer what the one before returned."""
         normed = self.input_layernorm(hidden_states)
-        update_and_bias = self.self_attention(normed, attention_mask, context, packed_seq_params)
+        seen = context.detach() if self.vision_is_frozen and isinstance(context, Tensor) else context
+        update_and_bias = self.self_attention(normed, attention_mask, seen, packed_seq_params)
         add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
         hidden_states = add(update_and_bias, hidden_states, self.hidden_dropout)
         return hidden_states, context

@@ -17,7 +17,7 @@ from tests.runs import small_config, train
 POINTS = ("begin", "snapshot", "tensors", "description", "sync", "manifest", "rename", "tracker", "prune")
 LAYOUTS: dict[str, dict[str, Any]] = {
     "data 2": {},
-    "data 2, distributed": {"distributed_optimizer": True},
+    "data 2 distributed": {"distributed_optimizer": True},
     "tensor 2": {"tensor": 2},
     "pipeline 2": {"pipeline": 2},
 }
@@ -31,6 +31,7 @@ def saving_config(data: Path, run: Path, *, steps: int, layout: dict[str, Any] |
         model=replace(config.model, num_layers=2),
         train=replace(config.train, global_batch_samples=2, micro_batch_samples=1),
         checkpoint=replace(config.checkpoint, **({"interval_steps": 1} | checkpoint)),
+        health=replace(config.health, max_fruitless_starts=1000),
     )
 
 

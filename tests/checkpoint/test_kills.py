@@ -10,7 +10,7 @@ from tests.checkpoint.kills import Kill, chain
 from tests.checkpoint.runs import POINTS
 
 
-@pytest.mark.parametrize(("layout", "shift"), [("tensor 2", 0), ("data 2, distributed", 1)], ids=["tensor 2", "data 2"])
+@pytest.mark.parametrize(("layout", "shift"), [("tensor 2", 0), ("data 2 distributed", 1)], ids=["tensor 2", "data 2"])
 def test_a_kill_in_a_save_costs_at_most_the_interval(mixed_dataset: Path, tmp_path: Path, layout: str, shift: int) -> None:
     """Each point once; who is killed and how it saves takes turns. All combinations: tests/campaigns/test_save_kills.py."""
     kills = [

@@ -28,7 +28,7 @@ def saved_steps(run: Path) -> list[int]:
     return [int(folder.name.removeprefix("step-")) for folder in found]
 
 
-@pytest.mark.parametrize("layout", ["data 2, distributed", "tensor 2", "pipeline 2"])
+@pytest.mark.parametrize("layout", ["data 2 distributed", "tensor 2", "pipeline 2"])
 def test_saved_beside_training_it_is_the_state_of_its_step(mixed_dataset: Path, tmp_path: Path, layout: str) -> None:
     """The same bytes as when training waits, though the optimizer has stepped before they are written."""
     digests = {}
@@ -46,11 +46,11 @@ def test_saved_beside_training_it_is_the_state_of_its_step(mixed_dataset: Path, 
     assert len(digests["sync"][0]) == 2
     assert digests["sync"] == digests["async"]
     stalls = {mode: history(tmp_path / mode)["time/save_stall_seconds"] for mode in digests}
-    assert stalls["async"][0] < 0.7 < stalls["sync"][0]
+    assert stalls["async"][0] < 1.2 <= stalls["sync"][0]
 
 
 def train_with_slow_writes(config: Config) -> None:
-    at("tensors", lambda _: time.sleep(0.7))  # a few steps of training
+    at("tensors", lambda _: time.sleep(1.2))  # a few steps of training
     train(config)
 
 
@@ -79,8 +79,8 @@ def test_a_rank_that_cannot_save_fails_the_save_on_all_and_training_goes_on(
 
 def train_failing_by_turns(config: Config) -> None:
     for number, point in enumerate(POINTS):
-        # An earlier save that failed before this point did not come to it.
-        missed = sum(POINTS.index(earlier) < POINTS.index(point) for earlier in POINTS[:number])
+        # The saves that failed before it did not come to this point; training's own thread always comes to its two.
+        missed = 0 if point in ("begin", "snapshot") else number
 
         def fail(times: int, first: int = 2 * number + 1 - missed) -> None:
             if times == first:
@@ -116,7 +116,7 @@ def train_failing_from(config: Config, save: int) -> None:
 
 def test_a_file_that_cannot_grow_fails_its_save_alone(mixed_dataset: Path, tmp_path: Path) -> None:
     """A real error of a real write, as with a full disk or a quota: rank 1 may not write large files in the second save."""
-    config = saving_config(mixed_dataset, tmp_path, steps=3, keep_last=9)
+    config = saving_config(mixed_dataset, tmp_path, steps=3, layout={"tensor": 2}, keep_last=9)
     run_ranks(train_without_room, 2, config, start_gloo=False)
     assert saved_steps(tmp_path) == [1, 3]
     assert "step-00000002 was not saved (rank 1: " in (tmp_path / "log" / "rank-001.log").read_text()

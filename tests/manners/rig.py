@@ -38,9 +38,9 @@ class Ranks:
     def __init__(self, config: Config, world_size: int, plan: Plan | None = None, *, only: list[int] | None = None):
         self.config = config
         context = multiprocessing.get_context("forkserver")
-        port = free_port()
+        self.port = free_port()
         self.processes = {
-            rank: context.Process(target=_rank, args=(config, rank, world_size, port, plan))
+            rank: context.Process(target=_rank, args=(config, rank, world_size, self.port, plan))
             for rank in only or range(world_size)
         }
         self.ended_at: dict[int, float] = {}

@@ -87,7 +87,7 @@ def test_the_time_of_all_starts_adds_up(mixed_dataset: Path, tmp_path: Path) -> 
     events = Journal(tmp_path).events
     total = account([*events, {"event": "start", "step": 6, "began": time.time()}])
     assert sum(total.values()) == pytest.approx(events[-1]["time"] - events[0]["began"], rel=0.01)
-    assert sum(total.values()) == pytest.approx(elapsed, abs=1.0)  # starting and ending processes
+    assert sum(total.values()) == pytest.approx(elapsed, abs=3.0)  # starting and ending processes
     assert all(total[cause] > 0 for cause in CAUSES)
     assert total["recovery"] > 2
     points = history(tmp_path)

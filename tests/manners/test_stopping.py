@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from himix_megatron.checkpoint import complete_checkpoints
@@ -111,7 +112,11 @@ def test_a_signal_before_the_first_step_leaves_nothing(mixed_dataset: Path, tmp_
 def test_a_signal_while_peers_are_waited_for_is_heard(mixed_dataset: Path, tmp_path: Path) -> None:
     """Rank 1 never comes, and rank 0 is inside torch's rendezvous."""
     with Ranks(manners_config(mixed_dataset, tmp_path), 2, only=[0]) as ranks:
-        time.sleep(4)
+        rank_0 = psutil.Process(ranks.processes[0].pid)
+        deadline = time.monotonic() + 60
+        while not any(own.laddr.port == ranks.port for own in rank_0.net_connections("tcp")):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
         asked_at = time.monotonic()
         ranks.send(0, signal.SIGTERM)
         assert ranks.codes(timeout_seconds=10) == [85]

@@ -51,7 +51,7 @@ def train(slurm: Slurm, mixed_dataset: Path, tmp_path: Path, ended_with_test: No
         arguments = [
             "tiny_instruct", "--run.dir", run, "--data.path", mixed_dataset, "--train.steps", steps,
             "--train.global-batch-samples", 4, "--train.micro-batch-samples", 2, "--checkpoint.interval-steps", 100,
-            "--log.interval-steps", 1, "--log.ledger", "--parallel.timeout-seconds", 60, *flags,
+            "--log.interval-steps", 1, "--log.ledger", "--parallel.timeout-seconds", 120, *flags,
         ]  # fmt: skip
         layout = () if any(option.startswith(("--nodes", "--ntasks")) for option in options) else ("--nodes=2",)
         name = f"{run.name}-{len(list(tmp_path.glob('*.out')))}.out"

@@ -1,0 +1,87 @@
+"""`python -m tools.flops`: the paper's figures by model name, tables of recipes and of sizes, a plot, mistakes in one line."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from himix_megatron.flops import tower_flops
+from pipelines.recipes import RECIPES
+from tools.flops import PAPER, compare, paper_lines
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tools.flops", *words], capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+def test_the_papers_models_cost_what_is_published() -> None:
+    lines = list(paper_lines())
+    assert [line.split()[0] for line in lines] == ["Qwen2-0.5B", "TinyLlama-1.1B", "Llama-3.2-1B", "Llama-3.2-3B", "Vicuna-7B"]
+    for line, (vanilla, himix) in zip(lines, ((837, 78), (1750, 161), (2040, 192)), strict=False):
+        found = re.match(r"\S+ +(\d+) -> +(\d+) GFLOP", line)
+        assert found is not None
+        assert float(found[1]) == pytest.approx(vanilla, rel=0.01)
+        assert float(found[2]) == pytest.approx(himix, rel=0.01)
+    assert all(re.search(r"honest \d+\.\d times, with the tower \d+\.\d$", line) for line in lines)
+
+
+def test_every_recipe_has_its_line() -> None:
+    assert {recipe.removesuffix("_align") for recipe, _ in PAPER.values()} == {
+        name.removesuffix("_align").removesuffix("_instruct") for name in RECIPES if not name.startswith("tiny")
+    }
+
+
+def test_the_honest_ratio_is_smaller_and_the_tower_makes_it_smaller_still() -> None:
+    for recipe, _ in PAPER.values():
+        config = RECIPES[recipe]()
+        found = compare(config, 64, 1, 32)
+        ratios = [vanilla / himix for himix, vanilla in (found.paper, found.honest, found.with_tower)]
+        assert ratios == sorted(ratios, reverse=True)
+        assert found.with_tower[0] - found.honest[0] == pytest.approx(tower_flops(config.vision))
+
+
+def test_without_images_himix_is_vanilla() -> None:
+    found = compare(RECIPES["llama3_2_1b_instruct"](), 300, 0, 150)
+    assert found.paper[0] == found.paper[1]
+    assert found.honest[0] == found.honest[1]
+    assert found.step[0] == found.step[1]
+
+
+def test_a_recipes_table_and_plot(tmp_path: Path) -> None:
+    done = run("llama3_2_3b_instruct", "--images", "2", "--plot", str(tmp_path / "flops.png"))
+    assert done.returncode == 0, done.stderr
+    assert "314 text tokens, 2 images of 729 tokens" in done.stdout
+    for what in ("parameters: 3.68 B", "the paper's way", "honest", "hardware FLOPs", "optimizer", "total"):
+        assert what in done.stdout
+    assert (tmp_path / "flops.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_sizes_alone_are_enough() -> None:
+    sizes = ("--layers", "12", "--hidden", "768", "--ffn", "2048", "--heads", "12", "--groups", "4", "--vocab", "32000")
+    done = run(*sizes)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("sizes: 64 text tokens, 1 image of 729 tokens (siglip)")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("llama",), "unknown recipe llama: there are tiny_align"),
+        (("--layers", "3"), "--hidden, --ffn, --heads, --groups, --vocab missing"),
+        (("tiny_align", "--text-tokens", "0"), "--text-tokens is 0: wanted 1 or more"),
+        (("tiny_align", "--plot", "nowhere/x.png"), "there is no folder nowhere"),
+        (("tiny_align", "--paper"), "--paper has its own models"),
+        (("tiny_align", "--hidden", "100", "--heads", "3"), "does not divide into model.num_attention_heads"),
+    ],
+)
+def test_mistakes_are_one_line(words: tuple[str, ...], said: str) -> None:
+    done = run(*words)
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert said in line

@@ -1,0 +1,286 @@
+"""What a model costs: parameters, FLOPs by the paper's way of counting and by the honest one, memory; beside vanilla.
+
+    python -m tools.flops --paper                          the paper's five models, one line each
+    python -m tools.flops qwen2_0_5b_align                 a recipe's table, for a sample of its usual length
+    python -m tools.flops qwen2_0_5b_align --text-tokens 300 --images 2 --plot flops.png
+    python -m tools.flops --layers 12 --hidden 768 --ffn 2048 --heads 12 --groups 4 --vocab 32000
+
+Vanilla is the same decoder with the vision tokens in its text, as in LLaVA. The paper counts the forward pass, attention as
+full rectangles, and the LM head on every token, vision tokens included. The honest count: text sees only what comes before it,
+and the head runs on text alone (in training: on the tokens with a label). `step` is forward and backward of one sample.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from himix_megatron.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from himix_megatron.flops import StepFlops, Work, forward_flops, step_flops, tower_flops
+from himix_megatron.memory import GIB, MicroBatch, RankMemory, model_parameters, rank_memory
+from pipelines.cli import parse_settings, run_main
+from pipelines.recipes import RECIPES, clip_large_336, siglip_so400m_384
+
+PAPER = {
+    "Qwen2-0.5B": ("qwen2_0_5b_align", (837, 78)),
+    "TinyLlama-1.1B": ("tinyllama_1_1b_align", (1750, 161)),
+    "Llama-3.2-1B": ("llama3_2_1b_align", (2040, 192)),
+    "Llama-3.2-3B": ("llama3_2_3b_align", None),
+    "Vicuna-7B": ("vicuna_7b_align", None),
+}
+"""Recipe, and the published GFLOP of the decoder, vanilla and HiMix, where the text at hand has them."""
+PAPER_TEXT_TOKENS = 64
+TOWERS = {"siglip": siglip_so400m_384, "clip": clip_large_336}
+SIZES = {
+    "layers": "num_layers",
+    "hidden": "hidden_size",
+    "ffn": "ffn_hidden_size",
+    "heads": "num_attention_heads",
+    "groups": "num_query_groups",
+    "vocab": "vocab_size",
+}
+"""A flag, and the field of ModelConfig that it sets."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a model costs: parameters, FLOPs, memory."""
+
+    recipe: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")] = None
+    """A recipe; sizes given beside it take the place of its own."""
+    paper: bool = False
+    """The paper's five models at 64 text tokens and one image, and nothing else."""
+    text_tokens: int | None = None
+    """Of a sample; None: the recipe's usual, else 64."""
+    images: int = 1
+    """Of a sample."""
+    label_share: float = 0.5
+    """Of the text tokens, how many have a label and go through the head in training."""
+    micro_batch: int | None = None
+    """Samples of a forward pass, for the memory; None: the recipe's, else 1."""
+    layers: int | None = None
+    """Decoder layers."""
+    hidden: int | None = None
+    """Width of the decoder."""
+    ffn: int | None = None
+    """Inner width of its SwiGLU MLP."""
+    heads: int | None = None
+    """Query heads."""
+    groups: int | None = None
+    """Key/value heads."""
+    vocab: int | None = None
+    """Rows of the embedding."""
+    tower: Literal["siglip", "clip"] | None = None
+    """Vision tower; None: the recipe's, else siglip."""
+    plot: Path | None = None
+    """A PNG to write: FLOPs over text length and over the number of images."""
+
+
+def config_of(arguments: Arguments) -> Config:
+    """The recipe with the sizes given, or the sizes alone. Raises: ValueError."""
+    given = {name: getattr(arguments, name) for name in SIZES if getattr(arguments, name) is not None}
+    if arguments.recipe is None:
+        missing = [f"--{name}" for name in SIZES if name not in given]
+        if missing:
+            raise ValueError(
+                f"name a recipe ({', '.join(RECIPES)}), or give all sizes: {', '.join(missing)} missing; or --paper"
+            )
+        config = _bare(given)
+    else:
+        name = arguments.recipe.replace("-", "_")
+        if name not in RECIPES:
+            raise ValueError(f"unknown recipe {arguments.recipe}: there are {', '.join(RECIPES)}")
+        config = RECIPES[name]()
+        config = replace(config, model=replace(config.model, **{SIZES[name]: value for name, value in given.items()}))
+    return config if arguments.tower is None else replace(config, vision=TOWERS[arguments.tower]())
+
+
+def _bare(sizes: dict[str, Any]) -> Config:
+    model = ModelConfig(family="llama", **{field: sizes[name] for name, field in SIZES.items()})
+    return Config(
+        recipe="sizes",
+        model=model,
+        vision=siglip_so400m_384(),
+        data=DataConfig(template="plain", max_text_tokens=2048),
+        train=TrainConfig(parts=("language", "vision_kv"), global_batch_samples=1, precision="bf16"),
+        optimizer=OptimizerConfig(learning_rate=1e-4),
+    )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """HiMix and vanilla on one sample."""
+
+    paper: tuple[float, float]
+    """Forward of the decoder and its head, FLOPs."""
+    honest: tuple[float, float]
+    with_tower: tuple[float, float]
+    step: tuple[StepFlops, StepFlops]
+
+
+def compare(config: Config, text: float, images: float, labels: float) -> Comparison:
+    """The four counts. `labels`: tokens that go through the head in a training step."""
+    vision = images * config.vision.tokens_per_image
+    lengths = ([text], [vision])
+    full = (
+        Work.of(*lengths, head_tokens=text, causal=False),
+        Work.concatenated(*lengths, head_tokens=text + vision, causal=False),
+    )
+    causal = Work.of(*lengths, head_tokens=text), Work.concatenated(*lengths, head_tokens=text)
+    tower = images * tower_flops(config.vision)
+    trained = (
+        Work.of(*lengths, head_tokens=labels, images=images),
+        Work.concatenated(*lengths, head_tokens=labels, images=images),
+    )
+    himix, vanilla = (forward_flops(config, work).language for work in causal)
+    return Comparison(
+        paper=tuple(forward_flops(config, work).language for work in full),  # type: ignore[arg-type]
+        honest=(himix, vanilla),
+        with_tower=(himix + tower, vanilla + tower),
+        step=(step_flops(config, trained[0]), step_flops(config, trained[1], inputs_train=True)),
+    )
+
+
+def paper_lines() -> Iterator[str]:
+    """One line for each of the five models."""
+    for name, (recipe, published) in PAPER.items():
+        found = compare(RECIPES[recipe](), PAPER_TEXT_TOKENS, 1, PAPER_TEXT_TOKENS)
+        himix, vanilla = found.paper
+        said = f"published {published[0]} -> {published[1]}" if published else "published: no figure at hand"
+        yield (
+            f"{name:<15}{vanilla / 1e9:8.0f} ->{himix / 1e9:5.0f} GFLOP, {vanilla / himix:4.1f} times ({said}); honest "
+            f"{_ratio(found.honest):.1f} times, with the tower {_ratio(found.with_tower):.1f}"
+        )
+
+
+def _ratio(pair: tuple[float, float]) -> float:
+    return pair[1] / pair[0]
+
+
+def table(config: Config, text: int, images: int, label_share: float, micro_batch: int) -> Iterator[str]:
+    """A recipe's or given sizes' table."""
+    vision, own = config.vision, model_parameters(config)
+    yield (
+        f"{config.recipe}: {text} text tokens, {images} image{'' if images == 1 else 's'} of {vision.tokens_per_image} tokens "
+        f"({vision.tower}), trains {', '.join(config.train.parts)}"
+    )
+    yield (
+        f"parameters: {_count(own.total)}: language {_count(own.language)}, vision K/V {_count(own.vision_kv)}, tower "
+        f"{_count(own.tower)}; trained {_count(own.trained(config))}"
+    )
+    found = compare(config, text, images, label_share * text)
+    yield f"{'GFLOP of one sample':<44}{'HiMix':>10}{'vanilla':>10}{'ratio':>7}"
+    steps = found.step
+    for what, himix, vanilla in (
+        ("forward, decoder, the paper's way", *found.paper),
+        ("forward, decoder, honest", *found.honest),
+        ("forward, with the tower, honest", *found.with_tower),
+        ("step, decoder", steps[0].language, steps[1].language),
+        ("step, with the tower: model FLOPs", steps[0].model, steps[1].model),
+        ("step, with what is recomputed: hardware FLOPs", steps[0].hardware, steps[1].hardware),
+    ):
+        yield f"{what:<44}{himix / 1e9:>10.1f}{vanilla / 1e9:>10.1f}{vanilla / himix:>7.1f}"
+    yield from _memory(config, text, images, micro_batch)
+
+
+def _memory(config: Config, text: int, images: int, micro_batch: int) -> Iterator[str]:
+    """Of one rank that holds the whole model."""
+    tokens = images * config.vision.tokens_per_image
+    single = replace(
+        config,
+        parallel=replace(config.parallel, tensor=1, pipeline=1, virtual_pipeline=1, sequence=False),
+        train=replace(config.train, global_batch_samples=micro_batch, micro_batch_samples=micro_batch),
+    )
+    himix, vanilla = (
+        rank_memory(
+            single, 0, data_size=1, images_per_step=images * micro_batch,
+            micro_batch=MicroBatch(text_tokens=micro_batch * s, vision_tokens=micro_batch * n, rows=micro_batch),
+        )
+        for s, n in ((text, tokens), (text + tokens, 0))
+    )  # fmt: skip
+    yield f"{f'GiB on one GPU, micro-batch of {micro_batch}':<44}{'HiMix':>10}{'vanilla':>10}{'ratio':>7}"
+    for what in (*RankMemory.__dataclass_fields__, "total"):
+        ours, theirs = getattr(himix, what), getattr(vanilla, what)
+        ratio = f"{theirs / ours:>7.1f}" if ours else ""
+        yield f"{what:<44}{ours / GIB:>10.2f}{theirs / GIB:>10.2f}{ratio}"
+
+
+def _count(number: float) -> str:
+    """1.24 B, 494 M."""
+    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"
+
+
+def plot(config: Config, text: int, images: int, path: Path) -> None:
+    """Decoder FLOPs of a sample's forward pass: over its text's length, and over its number of images."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    lengths, counts = [16 * 2 ** (k / 4) for k in range(29)], list(range(1, 17))
+    for axis, places, samples, title in (
+        (left, lengths, [(s, images) for s in lengths], f"text tokens ({images} image{'' if images == 1 else 's'})"),
+        (right, counts, [(text, k) for k in counts], f"images ({text} text tokens)"),
+    ):
+        found = [compare(config, s, k, s) for s, k in samples]
+        for way, style in (("paper", "--"), ("honest", "-")):
+            for which, name, colour in ((1, "vanilla", "tab:red"), (0, "HiMix", "tab:blue")):
+                values = [getattr(item, way)[which] / 1e9 for item in found]
+                label = f"{name}, {'honest' if way == 'honest' else 'the way of the paper'}"
+                axis.plot(places, values, style, color=colour, label=label)
+        axis.plot(places, [k * tower_flops(config.vision) / 1e9 for _, k in samples], ":", color="grey", label="tower")
+        axis.set_xlabel(title)
+        axis.set_yscale("log")
+        axis.grid(visible=True, alpha=0.3)
+    left.set_xscale("log", base=2)
+    left.set_ylabel("GFLOP, forward, one sample")
+    left.legend()
+    figure.suptitle(f"{config.recipe}: decoder with head")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def check(arguments: Arguments) -> None:
+    """Raises: ValueError naming the flag."""
+    for name in ("text_tokens", "micro_batch", *SIZES):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}: wanted 1 or more")
+    if arguments.images < 0:
+        raise ValueError(f"--images is {arguments.images}: wanted 0 or more")
+    if not 0 < arguments.label_share <= 1:
+        raise ValueError(f"--label-share is {arguments.label_share}: wanted above 0, at most 1")
+    if arguments.paper and arguments.recipe is not None:
+        raise ValueError(f"--paper has its own models: leave {arguments.recipe} out, or --paper")
+    if arguments.plot is not None and not arguments.plot.parent.is_dir():
+        raise ValueError(f"--plot {arguments.plot}: there is no folder {arguments.plot.parent}")
+
+
+def main() -> int:
+    """The command line."""
+    arguments = parse_settings(Arguments, sys.argv[1:], "python -m tools.flops", __doc__)
+    check(arguments)
+    if arguments.paper:
+        for line in paper_lines():
+            print(line)
+        return 0
+    config = config_of(arguments)
+    text = arguments.text_tokens or (config.parallel.split_text_tokens if arguments.recipe else PAPER_TEXT_TOKENS)
+    micro_batch = arguments.micro_batch or config.micro_batch
+    for line in table(config, text, arguments.images, arguments.label_share, micro_batch):
+        print(line)
+    if arguments.plot is not None:
+        plot(config, text, arguments.images, arguments.plot)
+        print(f"plot: {arguments.plot}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

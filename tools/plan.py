@@ -1,0 +1,274 @@
+"""Which layout for so many GPUs: what fits, how long a step takes and why, what it costs; and the command that runs it.
+
+    python -m tools.plan llama3_2_3b_instruct --gpus 64 --gpu h100-80gb --global-batch 128
+    python -m tools.plan vicuna_7b_instruct --gpus 8 --gpu a100-80gb --price-per-gpu-hour 1.8
+    python -m tools.plan --compare published        the model beside published speeds of text-only GPTs, row by row
+    python -m tools.plan --compare cpu              and beside layouts that were measured on a CPU
+    python -m tools.plan --measure                  measure this machine's CPU and its layouts (three minutes, alone)
+
+The model is described in docs/planner.md. It is arithmetic: believe its order more than its seconds. Memory is that of a
+micro-batch of the longest texts; time that of usual ones.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Literal
+
+import tyro
+
+from himix_megatron.config import Config
+from himix_megatron.memory import GIB, RankMemory
+from pipelines.cli import parse_settings, run_main
+from pipelines.recipes import RECIPES
+from tools.planning.layouts import Plan, Sample, plans
+from tools.planning.machine import Machine, machine_named
+
+REMEDIES = {
+    "weights": "more GPUs, so that tensor or pipeline parallelism may split them further",
+    "gradients": "more GPUs, so that tensor or pipeline parallelism may split them further",
+    "optimizer": "more GPUs: each data-parallel one takes a share of it",
+    "activations": "shorter texts (--longest-text), or packing",
+    "logits": "shorter texts (--longest-text)",
+    "features": "a smaller --global-batch, or more GPUs",
+    "allowance": "a larger GPU",
+}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """List layouts that fit, the fastest first, and print the command of the best one."""
+
+    recipe: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")] = None
+    """A recipe of pipelines.pretrain."""
+    gpus: int | None = None
+    """How many."""
+    gpu: str = "h100-80gb"
+    """Which: a100-40gb, a100-80gb, h100-80gb, h100-80gb-pcie, h200-141gb, b200-180gb; cpu is what --measure measured."""
+    interconnect: str | None = None
+    """Between nodes: ib-hdr-200, ib-ndr-400, ethernet-100, ethernet-400; None: what such GPUs usually come with."""
+    gpus_per_node: int = 8
+    """GPUs that share a node's fast links."""
+    global_batch: int | None = None
+    """Samples (packs, with packing) of a step; None: the recipe's."""
+    pack_text_tokens: int | None = None
+    """Text tokens of a pack; None: as the recipe says."""
+    pack_images: int | None = None
+    """Images of a pack."""
+    text_tokens: float | None = None
+    """Of a usual sample; None: the recipe's."""
+    longest_text: int | None = None
+    """Of the longest sample; None: the recipe's data.max_text_tokens."""
+    images: float = 1.0
+    """Of a usual sample."""
+    label_share: float = 0.5
+    """Of the text tokens, how many have a label."""
+    price_per_gpu_hour: float = 2.0
+    """In any currency."""
+    show: int = 10
+    """Layouts to list."""
+    compare: Literal["published", "cpu"] | None = None
+    """Show the model's predictions beside published step times, or beside measured ones, and nothing else."""
+    measure: bool = False
+    """Measure this CPU and its layouts into docs/planner_cpu.json; leave the machine alone meanwhile."""
+
+
+def check(arguments: Arguments) -> None:
+    """Raises: ValueError naming the flag."""
+    if arguments.recipe is None:
+        raise ValueError(f"no recipe given: there are {', '.join(RECIPES)}; or --compare published, --compare cpu, --measure")
+    if arguments.recipe.replace("-", "_") not in RECIPES:
+        raise ValueError(f"unknown recipe {arguments.recipe}: there are {', '.join(RECIPES)}")
+    if arguments.gpus is None:
+        raise ValueError("--gpus must be given: how many GPUs there are")
+    for name in (
+        "gpus",
+        "gpus_per_node",
+        "global_batch",
+        "text_tokens",
+        "longest_text",
+        "show",
+        "price_per_gpu_hour",
+        "pack_text_tokens",
+        "pack_images",
+    ):
+        value = getattr(arguments, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be above 0")
+    if (arguments.pack_text_tokens is None) != (arguments.pack_images is None):
+        raise ValueError("packing has two budgets: give both --pack-text-tokens and --pack-images, or neither")
+    if not 0 <= arguments.images < math.inf:
+        raise ValueError(f"--images is {arguments.images}: wanted 0 or more")
+    if not 0 < arguments.label_share <= 1:
+        raise ValueError(f"--label-share is {arguments.label_share}: wanted above 0, at most 1")
+    if arguments.gpus > arguments.gpus_per_node and arguments.gpus % arguments.gpus_per_node:
+        raise ValueError(
+            f"--gpus is {arguments.gpus}: on more than one node it must be a multiple of --gpus-per-node "
+            f"({arguments.gpus_per_node})"
+        )
+
+
+def settings(arguments: Arguments) -> tuple[Config, Sample]:
+    """The recipe with the batch given, and what its samples are like."""
+    assert arguments.recipe is not None
+    config = RECIPES[arguments.recipe.replace("-", "_")]()
+    batch, data = arguments.global_batch, config.data
+    if arguments.pack_text_tokens is not None:
+        longest = min(data.max_text_tokens, arguments.pack_text_tokens)
+        data = replace(
+            data, pack_text_tokens=arguments.pack_text_tokens, pack_images=arguments.pack_images, max_text_tokens=longest
+        )
+        if batch is None and not config.data.packs:
+            raise ValueError("--pack-text-tokens packs samples: give the batch in packs, --global-batch")
+    field = "global_batch_packs" if data.packs else "global_batch_samples"
+    if batch is not None:
+        config = replace(config, data=data, train=replace(config.train, **{field: batch}))
+    text = arguments.text_tokens or float(config.parallel.split_text_tokens)
+    longest = arguments.longest_text or config.data.max_text_tokens
+    if longest < text:
+        raise ValueError(f"--longest-text ({longest}) is below --text-tokens ({text:g})")
+    config = replace(config, parallel=replace(config.parallel, split_text_tokens=max(1, round(text))))
+    sample = Sample(text_tokens=text, longest_text=longest, images=arguments.images, label_share=arguments.label_share)
+    return config, sample
+
+
+def choose(config: Config, machine: Machine, gpus: int, sample: Sample) -> list[Plan]:
+    """Those that fit, fastest first; of equal ones the one with less memory.
+
+    Raises: ValueError, one line, where none does: what is too big, by how much, what to change.
+    """
+    found = list(plans(config, machine, gpus, sample))
+    room = machine.memory_gib if machine.cores is None else machine.memory_gib / gpus
+    fitting = sorted((plan for plan in found if plan.peak_gib <= room), key=lambda plan: (plan.seconds, plan.peak_gib))
+    if fitting:
+        return fitting
+    flag, _ = config.batch_flags
+    if not found:
+        raise ValueError(
+            f"{gpus} GPUs cannot share {config.recipe} with {flag} {config.global_batch}: no split of them divides heads, "
+            "layers and the batch; use another number of GPUs, or a --global-batch that is a multiple of it"
+        )
+    least = min(found, key=lambda plan: plan.peak_gib)
+    fullest = max(least.memory, key=lambda stage: stage.total)
+    part = max((item.name for item in fields(RankMemory)), key=lambda name: float(getattr(fullest, name)))
+    raise ValueError(
+        f"{config.recipe} does not fit on {gpus} x {machine.name}: at the least ({described(least)}) a rank holds "
+        f"{least.peak_gib:.1f} GiB, {least.peak_gib - room:.1f} more than the {room:.1f} there are; the most are {part} "
+        f"({getattr(fullest, part) / GIB:.1f} GiB): use {REMEDIES[part]}"
+    )
+
+
+def described(plan: Plan) -> str:
+    """TP2 PP4 VPP2 DP8, micro-batch 4, full recompute."""
+    layout, config = plan.layout, plan.config
+    return (
+        f"TP{layout.tensor} PP{layout.pipeline} VPP{layout.virtual_pipeline} DP{layout.data}, "
+        f"{'a pack' if config.data.packs else f'micro-batch {config.micro_batch}'}, {layout.recompute} recompute"
+    )
+
+
+def table(found: Sequence[Plan], machine: Machine, price: float, show: int) -> Iterator[str]:
+    """The layouts, one a line: seconds of a step by what they go to."""
+    yield (
+        f"{'TP':>3}{'PP':>4}{'VPP':>4}{'DP':>5}{'micro':>6}{'recompute':>10}{'GiB':>7}{'step s':>9}{'compute':>9}{'tower':>8}"
+        f"{'tensor':>8}{'pipeline':>9}{'data':>8}{'optim.':>8}{'bubble':>8}{'MFU':>7}{'decoder':>8}{'cost/M':>9}"
+    )
+    for plan in found[:show]:
+        layout, time = plan.layout, plan.time
+        yield (
+            f"{layout.tensor:>3}{layout.pipeline:>4}{layout.virtual_pipeline:>4}{layout.data:>5}{plan.config.micro_batch:>6}"
+            f"{layout.recompute:>10}{plan.peak_gib:>7.1f}{plan.seconds:>9.4f}{time.compute:>9.4f}{time.tower:>8.4f}"
+            f"{time.tensor:>8.4f}{time.pipeline:>9.4f}{time.data:>8.4f}{time.optimizer:>8.4f}{time.bubble:>8.4f}"
+            f"{100 * plan.utilisation(machine, tower=True):>6.1f}%{100 * plan.utilisation(machine, tower=False):>7.1f}%"
+            f"{plan.cost_per_million(price):>9.2f}"
+        )
+
+
+def stages(plan: Plan) -> Iterator[str]:
+    """Memory of each stage of the chosen layout."""
+    for number, stage in enumerate(plan.memory):
+        parts = ", ".join(f"{item.name} {getattr(stage, item.name) / GIB:.1f}" for item in fields(stage))
+        yield f"  stage {number}: {stage.total / GIB:.1f} GiB: {parts}"
+
+
+def command(plan: Plan, node_size: int) -> str:
+    """What runs it: torchrun on one node, sbatch on several."""
+    config, layout = plan.config, plan.layout
+    size = "packs" if config.data.packs else "samples"
+    flags = [
+        f"--train.global-batch-{size} {config.global_batch}",
+        *(
+            [f"--data.pack-text-tokens {config.data.pack_text_tokens}", f"--data.pack-images {config.data.pack_images}"]
+            if config.data.packs
+            else []
+        ),
+        *([f"--data.max-text-tokens {config.data.max_text_tokens}"] if config.data.packs else []),
+        *([] if config.data.packs else [f"--train.micro-batch-samples {config.micro_batch}"]),
+        f"--train.recompute {layout.recompute}",
+        f"--parallel.tensor {layout.tensor}",
+        f"--parallel.pipeline {layout.pipeline}",
+        f"--parallel.virtual-pipeline {layout.virtual_pipeline}",
+        f"--parallel.split {config.parallel.split}",
+        f"--parallel.split-text-tokens {config.parallel.split_text_tokens}",
+        "--parallel.sequence" if layout.sequence else "--parallel.no-sequence",
+        "--parallel.distributed-optimizer" if layout.distributed_optimizer else "--parallel.no-distributed-optimizer",
+    ]
+    nodes = max(1, layout.ranks // node_size)
+    if nodes == 1:
+        start = f"torchrun --nproc-per-node {layout.ranks} -m pipelines.pretrain"
+    else:
+        start = f"sbatch --nodes {nodes} --ntasks-per-node {node_size} --gpus-per-node {node_size} slurm/pretrain_himix.sh"
+    return f"{start} {config.recipe} {' '.join(flags)}"
+
+
+def plan(arguments: Arguments) -> None:
+    """The list, the choice and its command."""
+    check(arguments)
+    assert arguments.gpus is not None
+    machine = machine_named(arguments.gpu, arguments.interconnect, arguments.gpus_per_node)
+    config, sample = settings(arguments)
+    found = choose(config, machine, arguments.gpus, sample)
+    batch = f"{config.global_batch} {'packs' if config.data.packs else 'samples'}"
+    print(
+        f"{config.recipe} on {arguments.gpus} x {machine.name}: {batch} a step, {sample.text_tokens:g} text tokens (longest "
+        f"{sample.longest_text}) and {sample.images:g} images a sample; {len(found)} layouts fit"
+    )
+    for line in table(found, machine, arguments.price_per_gpu_hour, arguments.show):
+        print(line)
+    best, price = found[0], arguments.price_per_gpu_hour
+    print(
+        f"best: {described(best)}: {best.samples / best.seconds:.1f} samples/s, {best.cost_per_million(price):.2f} for a "
+        f"million samples at {price:g} a GPU hour"
+    )
+    for line in stages(best):
+        print(line)
+    print(command(best, machine.node_size))
+
+
+def main() -> int:
+    """The command line."""
+    arguments = parse_settings(Arguments, sys.argv[1:], "python -m tools.plan", __doc__)
+    if arguments.measure:
+        from tools.planning.measured import measure
+
+        measure(print)
+    elif arguments.compare == "published":
+        from tools.planning.published import compared
+
+        for line in compared():
+            print(line)
+    elif arguments.compare == "cpu":
+        from tools.planning.measured import compared as compared_with_measured
+
+        for line in compared_with_measured():
+            print(line)
+    else:
+        plan(arguments)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
