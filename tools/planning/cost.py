@@ -129,13 +129,18 @@ def layer_pass(machine: Machine, layout: Layout, job: Job, *, first: bool = Fals
     mixing = _attention(machine, job, ranks)
     elements = 10 * text * hidden / sequence + text * (6 * (query + key_value) + 3 * inner) / ranks
     passing = size * elements / machine.memory_bytes_per_second
-    forward = max(forward + mixing.forward + passing, machine.layer_seconds)
+    forward = _started(machine, forward + mixing.forward + passing)
     again = {"none": 0.0, "selective": mixing.forward, "full": forward}[layout.recompute]
-    backward = max(backward + mixing.backward + 2 * passing, machine.layer_seconds) + again
+    backward = _started(machine, backward + mixing.backward + 2 * passing) + again
     message = _ring(machine, layout, size * text * hidden, ranks, collectives=2) * (1 - layout.overlap_tensor)
     # Under sequence parallelism the inputs of weight gradients are gathered again.
     once_more = 1.5 if layout.sequence and weights else 1.0
     return _Pass(forward, backward, 2 * message, 2 * message * (once_more + (layout.recompute == "full")))
+
+
+def _started(machine: Machine, busy: float) -> float:
+    """With what the host needs to start the kernels: beside them on a GPU, before each of them on a CPU."""
+    return max(busy, machine.layer_seconds) if machine.cores is None else busy + machine.layer_seconds
 
 
 def _attention(machine: Machine, job: Job, ranks: int) -> _Pass:
