@@ -24,6 +24,7 @@ BATCH_SCRIPTS = {"slurm/pretrain_himix.sh": "pipelines.pretrain", "slurm/preproc
 
 def commands(text: str) -> list[str]:
     """The lines of code blocks, continued ones joined."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)  # what they print
     blocks = re.findall(r"(?:^ {4}.*\n)+", text, re.MULTILINE)
     return [line.strip() for block in blocks for line in re.sub(r" *\\\n *", " ", block).split("\n") if line.strip()]
 
