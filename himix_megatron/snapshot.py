@@ -100,8 +100,15 @@ class _Writer(torch_checkpoint.FileSystemWriter):  # type: ignore[misc]
 
     def write_data(self, plan: SavePlan, planner: MCoreSavePlanner) -> Any:
         faults.reach("save/tensors")
-        # One thread: torch loses the errors of further ones, and the tensors with them.
-        return super().write_data(plan, planner)
+        try:
+            # One thread: torch loses the errors of further ones, and the tensors with them.
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            # torch closes its archive after a failed write, and complains of that instead.
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            raise (cause or error) from None
 
 
 def write(snapshot: Snapshot, folder: Path, ranks: Agreement) -> None:
