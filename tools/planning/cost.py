@@ -235,8 +235,8 @@ def _data_seconds(machine: Machine, layout: Layout, job: Job, *, window: float) 
 
 
 def _shared(machine: Machine, layout: Layout, apart: StepTime, work: tuple[float, float]) -> StepTime:
-    """On a CPU whose ranks share its cores. `apart`: with a core for each rank; `work`: products and messages of one tensor rank
-    of all stages.
+    """On a CPU whose ranks share its cores. `apart`: with a core for each rank; `work`: products and messages of one tensor
+    rank of all stages.
 
     A step takes no less than all ranks' work, messages included, over the number of cores. Where there are more ranks than
     cores, others' work fills a bubble, and a message waits until all its ranks have had their turn; where there are not, the
