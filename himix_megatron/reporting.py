@@ -150,7 +150,7 @@ def _hyper_parameters(config: Config, topology: Topology) -> tuple[list[Any], An
         "tensor": parallel.tensor,
         "pipeline": parallel.pipeline,
         "virtual_pipeline": parallel.virtual_pipeline,
-        "data": topology.data_size,
+        "data_parallel": topology.data_size,
         "sequence": _yes(parallel.sequence),
         "distributed_optimizer": _yes(parallel.distributed_optimizer),
         "recompute": train.recompute,
