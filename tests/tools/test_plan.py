@@ -7,7 +7,6 @@ import shlex
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -64,12 +63,11 @@ def test_every_published_row_says_what_it_counts_and_where_it_is_from() -> None:
 
 
 def test_measured_layouts_are_ordered_as_predicted() -> None:
+    """Recorded on a CPU of 2 cores by `make bench-plan`, which measures again; the file says under which conditions."""
     recorded = json.loads(CPU_FILE.read_text())
-    assert recorded["conditions"]
-    seconds = recorded["seconds"]
-    assert len(seconds) >= 6
-    predicted = measured.predicted(machine_named("cpu", None))
-    assert measured.kendall(list(seconds.values()), [predicted[name] for name in seconds]) >= 0.7
+    assert "cores" in recorded["conditions"]
+    assert len(recorded["seconds"]) >= 6
+    assert measured.tau_of() >= 0.7
 
 
 def test_kendalls_tau() -> None:
@@ -231,11 +229,3 @@ def test_cuda_names_are_known() -> None:
         assert device.name == name
     assert device_of("Tesla V100-SXM2-16GB") is None
     assert all(device.source for device in DEVICES)
-
-
-@pytest.mark.campaign
-def test_layouts_measured_now_are_ordered_as_predicted(tmp_path: Path) -> None:
-    """Three minutes, on a machine that does nothing else."""
-    said: list[str] = []
-    measured.measure(said.append, tmp_path / "cpu.json")
-    assert float(said[-1].rsplit(" ", 1)[1]) >= 0.7

@@ -207,7 +207,7 @@ def step_time(machine: Machine, layout: Layout, job: Job) -> StepTime:
         optimizer=optimizer,
         bubble=others / layout.virtual_pipeline,
     )
-    return found if machine.cores is None else _shared(machine, layout, found, count * (sum(compute) + sum(tensor)))
+    return found if machine.cores is None else _shared(machine, layout, found, (count * sum(compute), count * sum(tensor)))
 
 
 def _hop_seconds(machine: Machine, layout: Layout, job: Job) -> float:
@@ -234,18 +234,21 @@ def _data_seconds(machine: Machine, layout: Layout, job: Job, *, window: float) 
     return max(0.0, seconds - window) if layout.overlap_data else seconds, states
 
 
-def _shared(machine: Machine, layout: Layout, apart: StepTime, work: float) -> StepTime:
-    """On a CPU whose ranks share its cores. `apart`: with a core for each rank; `work`: of one tensor rank of all stages.
+def _shared(machine: Machine, layout: Layout, apart: StepTime, work: tuple[float, float]) -> StepTime:
+    """On a CPU whose ranks share its cores. `apart`: with a core for each rank; `work`: products and messages of one tensor
+    rank of all stages.
 
     A step takes no less than all ranks' work, messages included, over the number of cores. Where there are more ranks than
-    cores, others' work fills a bubble; where there are not, the rank that works in it does so alone, and faster.
+    cores, others' work fills a bubble, and a message waits until all its ranks have had their turn; where there are not, the
+    rank that works in a bubble does so alone, and faster.
     """
     assert machine.cores is not None
     if layout.ranks == 1:
         return StepTime(*(getattr(apart, item.name) / machine.alone for item in fields(apart)))
-    apart = replace(apart, bubble=apart.bubble / (machine.alone if layout.ranks <= machine.cores else 1.0))
+    turns = max(1.0, layout.ranks / machine.cores)
+    apart = replace(apart, bubble=apart.bubble / (machine.alone if turns == 1 else 1.0), tensor=apart.tensor * turns)
     each = apart.pipeline + apart.data + apart.optimizer + apart.tower
-    least = (layout.data * layout.tensor * work + layout.ranks * each) / machine.cores
+    least = (layout.data * layout.tensor * (work[0] + work[1] * turns) + layout.ranks * each) / machine.cores
     if least <= apart.total:
         return apart
     scale = least / (apart.total - apart.bubble)
