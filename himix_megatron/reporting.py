@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -70,23 +71,39 @@ class Report:
         self.total_steps = start.plan.expected_steps(start.end)
         self.fixed = fixed_points(start)
         self._recent_seconds: list[float] = []
-        purge = first_step + 1 if first_step else None
-        self.writer = SummaryWriter(str(config.run_dir / "tensorboard"), purge_step=purge, max_queue=100, flush_secs=10)
-        self.writer.add_custom_scalars(
-            {page: {chart: ["Multiline", tags] for chart, tags in charts.items()} for page, charts in PAGES.items()}
-        )
-        self.writer.add_text("run/settings", settings_table(config), first_step)
-        self.writer.add_text(
-            "run/environment", table(("what", "value"), describe_environment(config, start, topology)), first_step
-        )
         begins, self._ends = _hyper_parameters(config, topology)
-        for summary in begins:
-            self._write(summary)
+        self.writer = self._open(purge_step=first_step + 1 if first_step else None)
+        with self._whatever_the_disk():
+            self.writer.add_custom_scalars(
+                {page: {chart: ["Multiline", tags] for chart, tags in charts.items()} for page, charts in PAGES.items()}
+            )
+            self.writer.add_text("run/settings", settings_table(config), first_step)
+            self.writer.add_text(
+                "run/environment", table(("what", "value"), describe_environment(config, start, topology)), first_step
+            )
+            for summary in begins:
+                self._write(summary)
+
+    def _open(self, purge_step: int | None = None) -> SummaryWriter:
+        folder = str(self.config.run_dir / "tensorboard")
+        return SummaryWriter(folder, purge_step=purge_step, max_queue=100, flush_secs=10)
+
+    @contextmanager
+    def _whatever_the_disk(self) -> Iterator[None]:
+        """Within it a disk that is full or away costs what was to be written, and no more: the next time a new file is tried.
+        (The library writes on a thread of its own, which ends at its first error and is heard of at a later call.)"""
+        try:
+            yield
+        except OSError as error:
+            logger.error("TensorBoard's points are lost until its file can be written again: %s", error)
+            with suppress(OSError):
+                self.writer = self._open()
 
     def points(self, step: int, points: Mapping[str, float], at: float | None = None) -> None:
         """Numbers by tag, as one event. `at`: when they held, in seconds since 1970; None: now."""
         values = [scalar(tag, value).value[0] for tag, value in points.items()]  # type: ignore[no-untyped-call]
-        self._write(Summary(value=values), step, at)
+        with self._whatever_the_disk():
+            self._write(Summary(value=values), step, at)
 
     def _write(self, summary: Any, step: int | None = None, at: float | None = None) -> None:
         """Through the writer's own door for finished summaries: its methods write an event for each number, and make another
@@ -115,15 +132,17 @@ class Report:
 
     def pictures(self, step: int, answered: Sequence[Answered]) -> None:
         """Samples with question, expected and given answer: as pictures, and as text that can be searched and copied."""
-        for number, one in enumerate(answered):
-            self.writer.add_image(f"pictures/sample_{number}", one.drawn(), step, dataformats="HWC")
         rows = [(str(number), one.key, one.question, one.expected, one.given) for number, one in enumerate(answered)]
-        self.writer.add_text("pictures/answers", table(("sample", "key", "question", "expected", "given"), rows), step)
+        with self._whatever_the_disk():
+            for number, one in enumerate(answered):
+                self.writer.add_image(f"pictures/sample_{number}", one.drawn(), step, dataformats="HWC")
+            self.writer.add_text("pictures/answers", table(("sample", "key", "question", "expected", "given"), rows), step)
 
     def close(self) -> None:
         """Write out what is pending."""
-        self._write(self._ends)
-        self.writer.close()
+        with self._whatever_the_disk():
+            self._write(self._ends)
+            self.writer.close()
 
 
 def fixed_points(start: Start) -> dict[str, float]:
