@@ -26,10 +26,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 
 from himix_megatron.config import Config, check_ranks
-from himix_megatron.signals import REQUEUE, StopRequest
+from himix_megatron.signals import REQUEUE
 from pipelines.cli import parse, parse_settings, run_main
 from pipelines.pretrain import with_data
 from pipelines.ranks import run_ranks
@@ -80,7 +81,7 @@ class Member:
     @property
     def finished(self) -> bool:
         """Whether its run folder holds the checkpoint of the last step."""
-        from himix_megatron.checkpoint import complete_checkpoints
+        from himix_megatron.envelope import complete_checkpoints
 
         saved = complete_checkpoints(self.config.run_dir)
         return bool(saved) and int(saved[-1].name.removeprefix("step-")) >= (self.config.train.steps or 0)
@@ -234,8 +235,7 @@ def nodes_of(world_size: int, gpus_per_node: int) -> tuple[int, int]:
 
 def run(series: Series, members: Sequence[Member]) -> int:
     """One size after the other on this machine. Returns: the exit code."""
-    request = StopRequest()
-    signal.signal(signal.SIGINT, signal.getsignal(signal.SIGTERM))  # Ctrl-C, too, lets the ranks save
+    request = Asked()
     unfinished: list[str] = []
     for number, member in enumerate(members, 1):
         title = f"[{number}/{len(members)}] {member}"
@@ -245,7 +245,7 @@ def run(series: Series, members: Sequence[Member]) -> int:
         elif outcome := run_one(series, member, title, request):
             unfinished.append(f"{title}: {outcome}")
         if request.received:
-            print(f"asked to stop ({request.received.name}): the same command continues the series", flush=True)
+            print(f"asked to stop ({request.received}): the same command continues the series", flush=True)
             return REQUEUE
     for line in unfinished:
         print(f"not finished: {line}", flush=True)
@@ -253,7 +253,19 @@ def run(series: Series, members: Sequence[Member]) -> int:
     return 1 if unfinished else 0
 
 
-def run_one(series: Series, member: Member, title: str, request: StopRequest) -> str | None:
+class Asked:
+    """Whether this process has been asked to stop; from its creation on, that lets the ranks save first."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+
+
+def run_one(series: Series, member: Member, title: str, request: Asked) -> str | None:
     """One run from start to end. Returns: None if it has finished, else what became of it."""
     command = [sys.executable, "-m", "pipelines.pretrain", *member.words]
     output = series.folder / f"output-{member.world_size:03d}.txt"

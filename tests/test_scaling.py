@@ -42,7 +42,15 @@ def start(data: Path, runs: Path) -> subprocess.Popen[str]:
     )
 
 
-def wait_for_step(log: Path, step: int, seconds: float = 120.0) -> None:
+def end(series: subprocess.Popen[str]) -> None:
+    """With its ranks, where a test failed."""
+    if series.poll() is None:
+        for process in (*psutil.Process(series.pid).children(), series):
+            process.kill()
+        series.communicate()
+
+
+def wait_for_step(log: Path, step: int, seconds: float = 300.0) -> None:
     deadline = time.monotonic() + seconds
     while not (log.is_file() and f"step {step}/" in log.read_text()):
         assert time.monotonic() < deadline, f"{log} has no step {step}"
@@ -75,9 +83,9 @@ def test_a_series_with_a_killed_run_goes_on_says_which_and_continues(
     try:
         wait_for_step(tmp_path / "tiny_align-weak-002" / "log" / "rank-000.log", 5)
         kill_rank(series.pid, 1, signal.SIGKILL)
-        shown, _ = series.communicate(timeout=180)
+        shown, _ = series.communicate(timeout=400)
     finally:
-        series.kill()
+        end(series)
     assert series.returncode == 1, shown
     assert "[2/3] 2 ranks, 12 samples a step: killed: rank 1 got SIGKILL" in shown
     assert "[3/3] 4 ranks, 24 samples a step: finished" in shown
@@ -91,7 +99,7 @@ def test_a_series_with_a_killed_run_goes_on_says_which_and_continues(
     assert table["1"][2] == table["4"][2] == str(STEPS - 3), "steps measured"
 
     again = start(mixed_dataset, tmp_path)
-    shown, _ = again.communicate(timeout=180)
+    shown, _ = again.communicate(timeout=400)
     assert again.returncode == 0, shown
     assert shown.count("has finished before") == 2
     assert "[2/3] 2 ranks, 12 samples a step: finished" in shown
@@ -116,9 +124,9 @@ def test_a_series_that_is_asked_to_stop_saves_and_leaves_with_85(mixed_dataset: 
     try:
         wait_for_step(tmp_path / "tiny_align-weak-001" / "log" / "rank-000.log", 2)
         series.send_signal(signal.SIGINT)
-        shown, _ = series.communicate(timeout=120)
+        shown, _ = series.communicate(timeout=300)
     finally:
-        series.kill()
+        end(series)
     assert series.returncode == 85, shown
     assert "1 rank, 6 samples a step: asked to stop: saved, to be continued" in shown
     assert "asked to stop (SIGINT): the same command continues the series" in shown

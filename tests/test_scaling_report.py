@@ -34,8 +34,9 @@ def make_run(
                 for tag, value in tags.items():
                     writer.add_scalar(tag.replace("__", "/"), value, step)
                 lines.append(f"2026-01-01 00:00:00,000 [0/{ranks}] INFO himix_megatron.metrics: step {step}/{steps}  loss 1.0")
-        time.sleep(1.1)  # event files are named by the second
-    (folder / "log" / "rank-000.log").write_text("\n".join(lines) + "\n")
+        if number + 1 < len(starts):
+            time.sleep(1.1)  # event files are named by the second
+    (folder / "log" / "rank-000.log").write_text("".join(f"{line}\n" for line in lines))
     return folder
 
 
@@ -98,6 +99,12 @@ def test_an_unfinished_run_says_why(tmp_path: Path) -> None:
     (folder / "log" / "rank-001.log").write_text(TRACEBACK.format(rank=1, words="other"))
     assert read_run(folder, 3).state.startswith("failed: rank 0: ")
     assert read_run(folder, 3, {"state": "killed: rank 1 got SIGKILL"}).state == "killed: rank 1 got SIGKILL at step 7 of 10"
+    verdict = "2026-01-01 00:00:09,000 [0/2] ERROR himix_megatron.liveness: rank 1 died: this rank ends too\n"
+    log.write_text(log.read_text() + verdict)
+    assert read_run(folder, 3).state == "killed: rank 1 died at step 7 of 10"
+    log.write_text(log.read_text() + "2026-01-01 00:01:00,000 [0/2] INFO himix_megatron.train: small: 2 ranks (tensor 1, ...\n")
+    (folder / "log" / "rank-001.log").unlink()
+    assert read_run(folder, 3).state == "saved at step 7 of 10, and not continued", "errors of an earlier start are over"
     (folder / "STOP").write_text("too many bad samples\n")
     assert read_run(folder, 3).state == "stopped on purpose: too many bad samples"
 
@@ -130,10 +137,10 @@ def test_missing_tags_are_dashes_with_a_note_and_loose_runs_are_compared(
     monkeypatch.setattr("sys.argv", ["scaling_report", *map(str, folders), "--out", str(tmp_path / "out")])
     scaling_report.main()
     shown = capsys.readouterr().out
-    rows = [line.split() for line in shown.splitlines() if line.strip()[:1].isdigit()]
+    rows = [line.split() for line in shown.splitlines() if line.strip()[:1].isdigit() or line.endswith("no log")]
     assert rows[0][-4:] == ["1.000", "0.500", "-", "finished"]
     assert rows[1][-4:] == ["0.900", "-", "-", "finished"]
-    assert rows[2][3:10] == ["-"] * 7, rows[2]
+    assert rows[2][:11] == ["-", "8", "0", *"--------"], rows[2]
     assert "the runs differ in model.num_layers: 4, 8" in shown
     assert "compute/model_mfu was not written by b, which takes a GPU whose peak is known" in shown
     assert "c has not finished: never began" in shown

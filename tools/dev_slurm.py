@@ -70,6 +70,8 @@ SlurmctldTimeout=10
 SlurmdTimeout=10
 KillWait=30
 MinJobAge=3600
+# Ranks and Ray derive the port at which they meet from the job's number: jobs of two clusters should not have the same.
+FirstJobId={first_job}
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
 SelectType=select/cons_tres
@@ -237,6 +239,7 @@ def write_files(cluster: Cluster) -> None:
             folder=cluster.folder,
             controller_port=controller_port,
             node_ports=",".join(map(str, node_ports)),
+            first_job=1000 + secrets.randbelow(1024),
         )
     )
 

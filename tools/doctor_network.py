@@ -98,7 +98,9 @@ def meet(launch: Launch, own: list[Finding], folder: Path, seconds: float) -> Me
         return Met([*own, Finding("network", "broken", detail, remedy, needed=True)], 1, alone=True)
     board = Board(store, seconds)
     with socket.create_server(("::" if ":" in address else "", 0), family=_family(address), backlog=16) as listener:
-        here = Member(launch.rank, node_name(), local_address(address, launch.port), listener.getsockname()[1])
+        # Rank 0 goes by the name that the others know it by: on its own node that may be a loopback address.
+        mine = local_address(address, launch.port) if launch.rank else address
+        here = Member(launch.rank, node_name(), mine, listener.getsockname()[1])
         board.put(f"here/{launch.rank}", {"member": asdict(here), "versions": versions()})
         board.put(f"own/{launch.rank}", [asdict(finding) for finding in own])
         if launch.rank == 0:
@@ -123,9 +125,7 @@ def join(launch: Launch, address: str, seconds: float) -> dist.Store:
 # ---- who does what -----------------------------------------------------------------------------------------------------
 
 
-def lead(
-    board: Board, launch: Launch, here: Member, listener: socket.socket, own: list[Finding], folder: Path
-) -> Met:  # fmt: skip
+def lead(board: Board, launch: Launch, here: Member, listener: socket.socket, own: list[Finding], folder: Path) -> Met:
     """Rank 0: plan, measure along, judge."""
     came = board.gather("here", range(launch.world_size))
     findings = absent(launch.world_size, came)

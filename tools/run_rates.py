@@ -26,7 +26,10 @@ MEANS = {"data_wait_seconds": "time/data_wait_seconds"}
 """Seconds of a step: their mean over steps."""
 LOG_RANKS = re.compile(r"\[0/(\d+)\] ")
 LOG_STEP = re.compile(r"step (\d+)/(\d+) ")
+LOG_START = re.compile(r"\d ranks? \(tensor ")
+LOG_RECORD = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} \[")
 FAILED = "this rank failed"
+VERDICT = re.compile(r": (.*): this rank ends too$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,9 +165,10 @@ def state_of(run: Run, lines: Sequence[str], known: dict[str, Any]) -> str:
     if run.planned_steps and run.last_step >= run.planned_steps:
         return "finished"
     told, where = known.get("state"), f" at step {run.last_step} of {run.planned_steps or '?'}"
-    if told and told not in ("running", "submitted", "finished"):
+    failure = last_failure(run.folder)
+    if told and told not in ("running", "submitted", "finished") and not (failure and told.startswith("failed")):
         return f"{told}{where}"
-    if failure := last_failure(run.folder):
+    if failure:
         return f"{failure}{where}"
     if not lines:
         return f"{told}, job {known['job']}" if "job" in known else told or "never began: it wrote no log"
@@ -179,19 +183,33 @@ def last_failure(folder: Path) -> str | None:
     failed, silent = [], []
     for file in sorted((folder / "log").glob("rank-*.log")):
         lines = file.read_text(errors="replace").splitlines()
-        rank = int(file.stem.removeprefix("rank-"))
-        at = max((number for number, line in enumerate(lines) if line.endswith(FAILED)), default=None)
-        if at is None or any(LOG_STEP.search(line) for line in lines[at:]):
+        lines = lines[max((number for number, line in enumerate(lines) if LOG_START.search(line)), default=0) :]
+        if verdict := next((found[1] for line in lines if (found := VERDICT.search(line))), None):
+            return f"killed: {verdict}" if " died" in verdict else f"failed: {verdict}"
+        rank, error = int(file.stem.removeprefix("rank-")), logged_error(lines)
+        if error is None:
             silent.append(rank)
         else:
-            words = next((line for line in reversed(lines) if line.strip() and not line.startswith(" ")), "")
-            failed.append((lines[at][:23], rank, " ".join(words.split())[:160]))
+            failed.append((error[0], rank, error[1]))
     if not failed:
         return None
     _, rank, words = min(failed)
     if silent:
         return f"killed: rank {_words(silent)} ended without a word (then rank {rank}: {words})"
     return f"failed: rank {rank}: {words}"
+
+
+def logged_error(lines: Sequence[str]) -> tuple[str, str] | None:
+    """When a rank failed, and the last line of its traceback."""
+    at = max((number for number, line in enumerate(lines) if line.endswith(FAILED)), default=None)
+    if at is None:
+        return None
+    words = ""
+    for line in lines[at + 1 :]:
+        if LOG_RECORD.match(line):
+            break
+        words = line if line.strip() and not line.startswith(" ") else words
+    return lines[at][:23], " ".join(words.split())[:160]
 
 
 def _words(numbers: Iterable[int]) -> str:

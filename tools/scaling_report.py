@@ -13,6 +13,7 @@ report.md, PNG plots, and tensorboard/, where a step is a number of GPUs. Exit c
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ def groups(arguments: Arguments) -> Iterator[Group]:
         for file in series:
             yield read_series(file, arguments)
     if loose:
-        runs = sorted((read_run(folder, arguments.warmup_steps) for folder in loose), key=lambda run: run.num_gpus or 0)
+        runs = sorted((read_run(folder, arguments.warmup_steps) for folder in loose), key=lambda run: run.num_gpus or math.inf)
         out = (arguments.out or Path("runs")) / "scaling_report"
         yield Group("runs", out, runs, differing(runs))
 
