@@ -21,7 +21,7 @@ find_python = $(shell for python in $(1); do \
     "$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, $(2)))' 2>/dev/null && echo "$$python" && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint test-py312 campaign-convert-7b campaign-data campaign-faults campaign-saves bench-checkpoint bench-data bench-model bench-pipeline tensorboard clean campaign-slurm bench-plan
+.PHONY: help newcomer setup quickstart test lint test-py312 campaign-convert-7b campaign-data campaign-faults campaign-saves bench-checkpoint bench-data bench-model bench-pipeline tensorboard clean campaign-slurm bench-plan
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ lint: $(VENV)/complete ## Format, lint and types
 
 test-py312: $(VENV_PY312)/complete ## Parity, layouts and specs on Python 3.12 or newer, with its newer megatron-core
 	$(VENV_PY312)/bin/python -m pytest $(PY312_TESTS) $(PYTEST_ARGS)
+
+newcomer: $(VENV)/complete ## A fresh clone, and README's commands in their order (20 minutes on 2 cores)
+	$(VENV)/bin/python -m pytest -m campaign -rP tests/campaigns/test_newcomer.py $(PYTEST_ARGS)
 
 campaign-slurm: $(VENV)/complete ## Every scenario on a private Slurm of two nodes (half an hour on 2 cores)
 	$(VENV)/bin/python -m pytest -m 'campaign or not campaign' tests/slurm $(PYTEST_ARGS)

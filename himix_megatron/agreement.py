@@ -26,7 +26,8 @@ class Agreement:
     """
 
     def __init__(self, timeout_seconds: float):
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        self.timeout = timedelta(seconds=timeout_seconds)
+        self.group = dist.new_group(backend="gloo", timeout=self.timeout)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def each(self, part: Callable[[], T]) -> list[T]:

@@ -147,6 +147,8 @@ def describe(config: Config, start: Start, run: Run) -> None:
         parallel_config.pipeline, parallel_config.virtual_pipeline, topology.data_size, config.train.precision,
         start.plan.expected_steps(start.end), config.global_batch, "packs" if config.data.packs else "samples",
     )  # fmt: skip
+    if config.run.faults is not None:
+        logger.warning("this is a rehearsal: faults are planned by run.faults %s", config.run.faults)
     logger.info("training %s: %d parameters on this rank", ", ".join(config.train.parts), trained)
     vision = config.vision
     logger.info("images: %s", f"features in {' '.join(config.data.features)}" if start.features else

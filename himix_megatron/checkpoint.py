@@ -32,6 +32,7 @@ from .agreement import Agreement
 from .attempt import Attempt, claim
 from .config import Config, Part
 from .data.plan import Place
+from .divided import Divided, divided_part
 from .envelope import (
     DESCRIPTION,
     DamagedError,
@@ -55,6 +56,8 @@ _ARCHITECTURE = (
     "family", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size",
     "rope_theta", "rope_scaling_factor", "norm_eps", "tie_embeddings",
 )  # fmt: skip
+_SHARDING = "fully_reshardable"
+"""How megatron-core describes a distributed optimizer: as one that is not divided, so that it loads at any layout."""
 _TOWER = (
     "tower", "hidden_size", "image_size", "patch_size", "num_layers", "num_attention_heads", "ffn_hidden_size", "feature_layer",
 )  # fmt: skip
@@ -116,7 +119,7 @@ def write_description(
 
 def _metadata() -> dict[str, Any]:
     return {
-        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_sharding_type": _SHARDING,
         "chained_optim_avoid_prefix": True,
         "singleton_local_shards": False,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
@@ -139,8 +142,12 @@ def _tower_state(tower: nn.Module) -> dict[str, Any]:
 def _optimizer_state(optimizer: Any, model_state: dict[str, Any], *, loading: bool) -> Any:
     if loading:
         _allocate(optimizer)
-    merged = {name: value for chunk in model_state.values() for name, value in _flat(chunk)}
-    return optimizer.sharded_state_dict(merged, is_loading=loading, metadata=_metadata())
+    return optimizer.sharded_state_dict(_merged(model_state), is_loading=loading, metadata=_metadata())
+
+
+def _merged(model_state: dict[str, Any]) -> dict[str, Any]:
+    """All chunks' parameters; their names mean nothing."""
+    return {name: value for chunk in model_state.values() for name, value in _flat(chunk)}
 
 
 def _divided_torch_optimizers(optimizer: Any) -> list[DistributedOptimizer]:
@@ -260,14 +267,26 @@ class Checkpoints:
         for stage in self.stages:
             if stage.ddp_config.overlap_param_gather:
                 stage.start_param_sync(force_sync=True)  # else they are gathered in the next forward pass
-        state = _model_state(self.stages)
-        state["optimizer"] = _optimizer_state(self.optimizer, state, loading=False)
+        state, mode = _model_state(self.stages), self.config.checkpoint.mode
+        divided = self._divided if mode == "async" else None
+        if divided is None:
+            state["optimizer"] = _optimizer_state(self.optimizer, state, loading=False)
+        else:
+            assert self.optimizer is not None
+            state["optimizer"] = self.optimizer.state_dict() | {"param_state_sharding_type": _SHARDING}
         snapshot = describe_state(state, validate=not self._validated)
         self._validated = True
-        if self.config.checkpoint.mode == "async":
+        if divided is not None:
+            snapshot.later = divided.take(self._copies, _merged(_model_state(self.stages)))
+        if mode == "async":
             failure = failure or _error_of(lambda: self._copies.take(snapshot))
         failure = failure or _error_of(lambda: progress.at("save/snapshot"))
         return partial(_or_raise, snapshot, failure)
+
+    @cached_property
+    def _divided(self) -> Divided | None:
+        part = divided_part(self.optimizer)
+        return None if part is None else Divided(part, self.ranks)
 
     def _describe(self, folder: Path, position: Position, validation_loss: float | None) -> None:
         write_description(folder, self.config, position, self.config.train.parts, self._store_tower(), validation_loss)

@@ -28,7 +28,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,12 @@ class Fault:
     """How long after the point it happens, wherever the process is then."""
     once: bool = True
     """False: in that step alone, but each time that it is done, as with a bad batch; lines below do not wait for it."""
+
+    def __post_init__(self) -> None:
+        for name, wanted in get_type_hints(Fault).items():
+            value = getattr(self, name)
+            if not isinstance(value, (int, float) if wanted is float else wanted):
+                raise TypeError(f"{name} is {value!r}")
 
 
 def reach(point: str) -> None:
@@ -74,9 +80,7 @@ def plan(file: str | None, rank: int) -> None:
     global _plan
     _plan = None
     if file is not None:
-        faults = read_plan(Path(file))
-        logger.warning("%d faults are planned by run.faults %s: this run is a rehearsal", len(faults), file)
-        _plan = Plan(faults, Path(file), rank)
+        _plan = Plan(read_plan(Path(file)), Path(file), rank)
 
 
 def read_plan(file: Path) -> list[Fault]:

@@ -8,6 +8,7 @@ it, rank 0 writes it, a line at a time and synced; a line that a kill cut short 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from dataclasses import asdict, replace
@@ -18,6 +19,8 @@ from .config import Config, RunConfig, to_json
 from .data.plan import Place
 from .data.schema import hash_of
 
+logger = logging.getLogger(__name__)
+
 Event = dict[str, Any]
 
 
@@ -27,13 +30,13 @@ class Journal:
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / "journal.jsonl"
         self.events = _read(self.path)
-        self._writes = False
+        self._writes = self._is_torn = False
 
     def open(self, *, writes: bool) -> None:
         """Ranks have met, so all have read: from now on one of them `writes`."""
         self._writes = writes
-        if writes and self.path.is_file() and not self.path.read_bytes().endswith(b"\n"):
-            self._append("\n")  # the last writer was killed within a line
+        # Else the last writer was killed within a line.
+        self._is_torn = writes and self.path.is_file() and not self.path.read_bytes().endswith(b"\n")
 
     def note(self, event: str, step: int, **facts: Any) -> None:
         """Something happened after `step` steps. All ranks call it alike, with what all know."""
@@ -43,11 +46,17 @@ class Journal:
             self._append(json.dumps(noted) + "\n")
 
     def _append(self, text: str) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        """A full disk costs the line, not the run."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("\n" * self._is_torn + text)
+                file.flush()
+                os.fsync(file.fileno())
+            self._is_torn = False
+        except OSError as error:
+            self._is_torn = True
+            logger.warning("%s misses a line: %s", self.path, error)
 
     def fruitless_starts(self, step: int, settings: str) -> int:
         """How many of the last starts in a row began at this saved step with these settings. One that went on after a stop on

@@ -15,9 +15,9 @@ from himix_megatron.flops import chunk_layers
 
 GIB = 2**30
 VOCAB_MULTIPLE = 128
-"""As in adapter.py."""
+"""As in adapter.py, which takes torch."""
 HEAD_CHUNK_LOGITS = 2**26
-"""As in loss.py."""
+"""As in loss.py, which takes torch."""
 FIXED_BYTES = 2.5 * GIB
 """CUDA context, NCCL's buffers and cuBLAS's workspaces: an allowance, not measured here."""
 FRAGMENTS = 0.05
@@ -186,6 +186,4 @@ def rank_memory(
         logits=logits,
         features=features,
     )
-    if not on_gpu:
-        return found
-    return replace(found, allowance=FIXED_BYTES + FRAGMENTS * found.total)
+    return replace(found, allowance=FIXED_BYTES + FRAGMENTS * found.total) if on_gpu else found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -70,28 +70,38 @@ class Report:
         self.total_steps = start.plan.expected_steps(start.end)
         self.fixed = fixed_points(start)
         self._recent_seconds: list[float] = []
-        purge = first_step + 1 if first_step else None
-        self.writer = SummaryWriter(str(config.run_dir / "tensorboard"), purge_step=purge, max_queue=100, flush_secs=10)
-        self.writer.add_custom_scalars(
-            {page: {chart: ["Multiline", tags] for chart, tags in charts.items()} for page, charts in PAGES.items()}
-        )
-        self.writer.add_text("run/settings", settings_table(config), first_step)
-        self.writer.add_text(
-            "run/environment", table(("what", "value"), describe_environment(config, start, topology)), first_step
-        )
         begins, self._ends = _hyper_parameters(config, topology)
-        for summary in begins:
-            self._write(summary)
+        self._writer: SummaryWriter | None = None
+        self._purge_step = first_step + 1 if first_step else None
+        pages = {page: {chart: ["Multiline", tags] for chart, tags in charts.items()} for page, charts in PAGES.items()}
+        environment = table(("what", "value"), describe_environment(config, start, topology))
+
+        def begin(writer: SummaryWriter) -> None:
+            writer.add_custom_scalars(pages)
+            writer.add_text("run/settings", settings_table(config), first_step)
+            writer.add_text("run/environment", environment, first_step)
+            for summary in begins:
+                _add(writer, summary)
+
+        self._write(begin)
+
+    def _write(self, write: Callable[[SummaryWriter], None]) -> None:
+        """A disk that is full or away costs what was to be written, and no more: the next time a new file is tried. (The
+        library writes on a thread of its own, which ends at its first error and is heard of at a later call.)"""
+        try:
+            if self._writer is None:
+                folder = str(self.config.run_dir / "tensorboard")
+                self._writer = SummaryWriter(folder, purge_step=self._purge_step, max_queue=100, flush_secs=10)
+                self._purge_step = None  # a later file takes nothing back
+            write(self._writer)
+        except OSError as error:
+            logger.error("TensorBoard's points are lost until its file can be written again: %s", error)
+            self._writer = None
 
     def points(self, step: int, points: Mapping[str, float], at: float | None = None) -> None:
         """Numbers by tag, as one event. `at`: when they held, in seconds since 1970; None: now."""
         values = [scalar(tag, value).value[0] for tag, value in points.items()]  # type: ignore[no-untyped-call]
-        self._write(Summary(value=values), step, at)
-
-    def _write(self, summary: Any, step: int | None = None, at: float | None = None) -> None:
-        """Through the writer's own door for finished summaries: its methods write an event for each number, and make another
-        run of hyper-parameters."""
-        self.writer._get_file_writer().add_summary(summary, step, at)  # type: ignore[no-untyped-call]
+        self._write(lambda writer: _add(writer, Summary(value=values), step, at))
 
     def step(self, step: int, points: dict[str, float], at: float) -> None:
         """An interval's numbers; a line of them on the log. `at`: when its last step ended."""
@@ -115,15 +125,29 @@ class Report:
 
     def pictures(self, step: int, answered: Sequence[Answered]) -> None:
         """Samples with question, expected and given answer: as pictures, and as text that can be searched and copied."""
-        for number, one in enumerate(answered):
-            self.writer.add_image(f"pictures/sample_{number}", one.drawn(), step, dataformats="HWC")
         rows = [(str(number), one.key, one.question, one.expected, one.given) for number, one in enumerate(answered)]
-        self.writer.add_text("pictures/answers", table(("sample", "key", "question", "expected", "given"), rows), step)
+
+        def add(writer: SummaryWriter) -> None:
+            for number, one in enumerate(answered):
+                writer.add_image(f"pictures/sample_{number}", one.drawn(), step, dataformats="HWC")
+            writer.add_text("pictures/answers", table(("sample", "key", "question", "expected", "given"), rows), step)
+
+        self._write(add)
 
     def close(self) -> None:
         """Write out what is pending."""
-        self._write(self._ends)
-        self.writer.close()
+
+        def end(writer: SummaryWriter) -> None:
+            _add(writer, self._ends)
+            writer.close()
+
+        self._write(end)
+
+
+def _add(writer: SummaryWriter, summary: Any, step: int | None = None, at: float | None = None) -> None:
+    """Through the writer's own door for finished summaries: its methods write an event for each number, and make another run of
+    hyper-parameters."""
+    writer._get_file_writer().add_summary(summary, step, at)  # type: ignore[no-untyped-call]
 
 
 def fixed_points(start: Start) -> dict[str, float]:
@@ -150,7 +174,7 @@ def _hyper_parameters(config: Config, topology: Topology) -> tuple[list[Any], An
         "tensor": parallel.tensor,
         "pipeline": parallel.pipeline,
         "virtual_pipeline": parallel.virtual_pipeline,
-        "data": topology.data_size,
+        "data_parallel": topology.data_size,
         "sequence": _yes(parallel.sequence),
         "distributed_optimizer": _yes(parallel.distributed_optimizer),
         "recompute": train.recompute,

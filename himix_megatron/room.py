@@ -55,7 +55,7 @@ def _check_reading(folder: Path, num_ranks: int) -> None:
 def _check_space(settings: CheckpointConfig, run_dir: Path, size_bytes: int) -> None:
     kept = settings.keep_last + 1  # the newest, and the best
     more = max(1, kept + 1 - len(complete_checkpoints(run_dir)))  # and the one that is being written
-    free = shutil.disk_usage(run_dir).free
+    free = shutil.disk_usage(run_dir / "checkpoints").free
     if free < more * size_bytes:
         raise OSError(
             f"it will need {more} x {_gib(size_bytes)} for checkpoints (keep_last {settings.keep_last}, the best one, and the "

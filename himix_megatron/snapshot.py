@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,8 @@ class Snapshot:
     """By their keys in the checkpoint; only what no other rank contributes."""
     common: dict[str, Any]
     """What is alike on all ranks; rank 0 writes it."""
+    later: Callable[[], Any] | None = None
+    """Gathers the optimizer's state, of which only this rank's part has been copied."""
 
 
 def describe_state(state: dict[str, Any], *, validate: bool) -> Snapshot:
@@ -76,12 +78,13 @@ class HostCopies:
                 if not isinstance(part, ShardedTensor):
                     part.data = copy.deepcopy(part.data)
                 elif part.data is not None:
-                    part.data = self._copy((key, number, tuple(part.global_offset)), part.data.detach())
+                    part.data = self.copy((key, number, tuple(part.global_offset)), part.data.detach())
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
         snapshot.common = copy.deepcopy(snapshot.common)
 
-    def _copy(self, name: tuple[Any, ...], tensor: Tensor) -> Tensor:
+    def copy(self, name: tuple[Any, ...], tensor: Tensor) -> Tensor:
+        """A tensor's copy, in the memory that is kept under this name. On a GPU it is complete after `take`."""
         kept = self._kept.get(name)
         if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
             kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=torch.cuda.is_available())
@@ -97,12 +100,21 @@ class _Writer(torch_checkpoint.FileSystemWriter):  # type: ignore[misc]
 
     def write_data(self, plan: SavePlan, planner: MCoreSavePlanner) -> Any:
         faults.reach("save/tensors")
-        # One thread: torch loses the errors of further ones, and the tensors with them.
-        return super().write_data(plan, planner)
+        try:
+            # One thread: torch loses the errors of further ones, and the tensors with them.
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            # torch closes its archive after a failed write, and complains of that instead.
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            raise (cause or error) from None
 
 
 def write(snapshot: Snapshot, folder: Path, ranks: Agreement) -> None:
     """Write a snapshot into a folder, synced; all ranks call it. Raises: SaveError on all ranks if one could not."""
+    if snapshot.later is not None:
+        ranks.each(lambda: _gather(snapshot))
     state = mcore_to_pyt_state_dict(snapshot.shards, False)
     planner = MCoreSavePlanner(flatten_state_dict=False)
     try:
@@ -110,6 +122,13 @@ def write(snapshot: Snapshot, folder: Path, ranks: Agreement) -> None:
     except CheckpointException as error:
         raise SaveError(_one_line(error.failures)) from error
     ranks.first(lambda: _write_common(snapshot, folder))
+
+
+def _gather(snapshot: Snapshot) -> None:
+    assert snapshot.later is not None
+    state = snapshot.later()
+    if state is not None:
+        snapshot.shards |= describe_state({"optimizer": {"param_state": state}}, validate=False).shards
 
 
 def _write_common(snapshot: Snapshot, folder: Path) -> None:

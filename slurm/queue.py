@@ -112,9 +112,12 @@ def check_here() -> None:
         )
 
 
-def check_script(text: str) -> None:
-    """Ask the controller whether a batch script could ever run; nothing is submitted. Raises: ValueError with its answer."""
+def check_script(name: str, text: str) -> None:
+    """Ask the controller whether a stage's batch script could ever run; nothing is submitted.
+
+    Raises: ValueError with its answer.
+    """
     done = _ask("sbatch", "--test-only", text=text)
     if done.returncode:
         lines = [line.split(": ", 1)[-1].strip() for line in done.stderr.splitlines() if line.strip()]
-        raise ValueError(f"Slurm refuses: {'; '.join(dict.fromkeys(lines)) or f'sbatch left with {done.returncode}'}")
+        raise ValueError(f"{name}: Slurm refuses: {'; '.join(dict.fromkeys(lines)) or f'sbatch left with {done.returncode}'}")

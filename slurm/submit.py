@@ -268,7 +268,7 @@ def submit(settings: Settings, stages: Sequence[Stage]) -> list[tuple[Stage, str
         stage.check_folders()
     check(settings, stages)
     for stage in stages:
-        queue.check_script(script(settings, stage, None))
+        queue.check_script(stage.name, script(settings, stage, None))
     chain: list[tuple[Stage, str]] = []
     for stage in stages:
         sweep(stage)

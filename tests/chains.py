@@ -116,6 +116,8 @@ class Bench:
             train=replace(config.train, global_batch_samples=4),
             parallel=replace(config.parallel, timeout_seconds=TIMEOUT_SECONDS),
             checkpoint=replace(config.checkpoint, interval_steps=INTERVAL, keep_last=3, mode=case.mode),
+            # Faults follow each other more closely than trouble does: several may fall between two saves.
+            health=replace(config.health, max_fruitless_starts=LENGTH),
             log=replace(config.log, ledger=True, validation_interval_steps=5, validation_samples=8),
             run=replace(config.run, faults=str(planned)),
         )
@@ -165,9 +167,10 @@ class Bench:
         shutil.rmtree(run, ignore_errors=True)
         write_plan(run, [*(fault for _, fault in placed), *([NAN] if case.nan else [])])
         config = self.config(case, run, run / "faults.jsonl")
-        error = Journey(config, LAYOUTS[case.layout][0], placed, outcomes, draw).go()
-        if error is None:
-            error = difference(run, wanted)
+        try:
+            error = Journey(config, LAYOUTS[case.layout][0], placed, outcomes, draw).go() or difference(run, wanted)
+        except (AssertionError, TimeoutError) as problem:
+            error = str(problem)
         if case.nan:
             outcomes.append(Outcome(0, "nan in gradient", asdict(NAN), case.layout, happened=True))
         if case.bad_image:

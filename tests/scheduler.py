@@ -22,7 +22,7 @@ from himix_megatron.config import Config
 from himix_megatron.signals import REQUEUE
 from tests.distributed import free_port
 
-GRACE_SECONDS = 20.0
+GRACE_SECONDS = 10.0
 """For the other ranks to leave by themselves when one is dead; then they are killed, as `srun --kill-on-bad-exit` does."""
 
 
@@ -76,8 +76,12 @@ class Attempt:
         killed: tuple[int, ...] = ()
         try:
             while alive:
-                wait([process.sentinel for process in alive.values()], timeout=max(0.0, deadline - time.monotonic()))
+                left = max(0.0, deadline - time.monotonic())
+                # After a death, ranks that stand still are looked for: they cannot leave by themselves.
+                wait([process.sentinel for process in alive.values()], timeout=left if first is None else min(left, 0.5))
                 over = [rank for rank, process in alive.items() if not process.is_alive()]
+                if not over and left > 0 and first is not None and not all(map(_stands_still, alive.values())):
+                    continue
                 if not over:
                     if first is None:
                         raise TimeoutError(f"ranks {sorted(alive)} still run after {timeout_seconds:.0f} s: {self.out}")
@@ -100,7 +104,7 @@ class Attempt:
         took too long."""
         deadline = time.monotonic() + timeout_seconds
         while time.monotonic() < deadline and all(process.is_alive() for process in self.processes):
-            if all(psutil.Process(process.pid).status() == psutil.STATUS_STOPPED for process in self.processes):
+            if all(map(_stands_still, self.processes)):
                 return True
             time.sleep(0.1)
         return False
@@ -115,6 +119,13 @@ class Attempt:
             os.killpg(self.group, signal.SIGKILL)
         for process in self.processes:
             process.join()
+
+
+def _stands_still(process: BaseProcess) -> bool:
+    try:
+        return bool(psutil.Process(process.pid).status() == psutil.STATUS_STOPPED)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _leads(pid: int) -> bool:

@@ -144,3 +144,10 @@ def test_a_distributed_optimizer_holds_its_share() -> None:
     # fp32 main weights and two moments, beside bf16 weights and fp32 gradients.
     trained = rank_parameters(config, 0).trained(config)
     assert (one.optimizer, one.gradients) == (12 * trained, 4 * trained)
+
+
+def test_constants_are_those_of_the_model() -> None:
+    from himix_megatron import adapter, loss, memory
+
+    assert memory.VOCAB_MULTIPLE == adapter.VOCAB_MULTIPLE
+    assert memory.HEAD_CHUNK_LOGITS == loss.CHUNK_LOGITS

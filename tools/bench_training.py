@@ -17,9 +17,11 @@ import torch
 
 from himix_megatron import parallel
 from himix_megatron.config import Config
+from himix_megatron.devices import device_of
+from himix_megatron.flops import tower_flops
 from pipelines.recipes import RECIPES
 from tools.bench_model import Arguments
-from tools.measure import DENSE_TFLOPS, Line, decoder_flops, product, report, take_turns
+from tools.measure import Line, decoder_flops, product, report, take_turns
 
 WANTED_MFU = {"llama3_2_3b": 0.45, "vicuna_7b": 0.45}
 """Of the decoder alone, by family, on a GPU whose peak is known."""
@@ -135,10 +137,10 @@ def peak_flops(arguments: Arguments, seconds: dict[str, list[float]]) -> tuple[f
         return arguments.peak_tflops * 1e12, "as given", True
     if not torch.cuda.is_available():
         return 2 * 2048**3 / statistics.median(seconds["product"]), "the median 2048^3 product", False
-    found = [peak for name, peak in DENSE_TFLOPS.items() if all(word in torch.cuda.get_device_name() for word in name.split())]
-    if not found:
+    found = device_of(torch.cuda.get_device_name())
+    if found is None:
         raise ValueError(f"no peak is known for {torch.cuda.get_device_name()}: give --peak-tflops")
-    return found[0] * 1e12, "NVIDIA's data sheet", True
+    return found.bf16_flops, "NVIDIA's data sheet", True
 
 
 def lines_of(arguments: Arguments, config: Config, inputs: list[Any], seconds: dict[str, list[float]]) -> list[Line]:
@@ -160,7 +162,7 @@ def lines_of(arguments: Arguments, config: Config, inputs: list[Any], seconds: d
         )
     ]
     if "tower" in time:
-        with_tower = needed + tower_flops(config) * len(texts)
+        with_tower = needed + tower_flops(config.vision) * len(texts)
         lines.append(Line("MFU with the tower", with_tower / (time["decoder"] + time["tower"]) / peak))
     if "optimizer" in time:
         lines.append(
@@ -168,11 +170,3 @@ def lines_of(arguments: Arguments, config: Config, inputs: list[Any], seconds: d
         )
     lines.append(Line("real text tokens a second, decoder alone", sum(texts) / time["decoder"]))
     return lines
-
-
-def tower_flops(config: Config) -> float:
-    """Forward of one image, patch embedding and attention's full rectangles included."""
-    vision = config.vision
-    tokens, width = vision.tokens_per_image, vision.hidden_size
-    layer = 2 * tokens * (4 * width**2 + 2 * width * vision.ffn_hidden_size) + 4 * tokens**2 * width
-    return layer * (vision.num_layers + 1 + vision.feature_layer) + 2 * tokens * 3 * vision.patch_size**2 * width

@@ -70,6 +70,8 @@ SlurmctldTimeout=10
 SlurmdTimeout=10
 KillWait=30
 MinJobAge=3600
+# Ranks and Ray derive the port at which they meet from the job's number: jobs of two clusters should not have the same.
+FirstJobId={first_job}
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
 SelectType=select/cons_tres
@@ -237,6 +239,7 @@ def write_files(cluster: Cluster) -> None:
             folder=cluster.folder,
             controller_port=controller_port,
             node_ports=",".join(map(str, node_ports)),
+            first_job=1000 + secrets.randbelow(1024),
         )
     )
 
@@ -321,12 +324,21 @@ def leftovers(cluster: Cluster) -> list[psutil.Process]:
     found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            environment = process.environ()
+            environment = environment_of(process)
             # A shell in which SLURM_CONF was exported is no job.
             if marks & environment.items() and (MARK in environment or "SLURM_JOB_ID" in environment):
                 found |= {one.pid: one for one in (process, *process.children(recursive=True))}
     ours = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
     return [process for pid, process in found.items() if pid not in ours]
+
+
+def environment_of(process: psutil.Process) -> dict[str, str]:
+    """What a process was started with; nothing if it may not be read. slurmstepd writes its title over the first part, where
+    psutil would stop."""
+    with contextlib.suppress(OSError):
+        words = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
+        return dict(word.decode(errors="replace").split("=", 1) for word in words if b"=" in word)
+    return {}
 
 
 def status(cluster: Cluster) -> int:

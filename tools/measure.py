@@ -14,9 +14,6 @@ import torch
 from himix_megatron.config import ModelConfig
 from himix_megatron.flops import head_flops, layer_flops
 
-DENSE_TFLOPS = {"H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
-"""bf16 matrix peak without sparsity, by a part of the device's name. Source: NVIDIA's data sheets."""
-
 
 @dataclass(frozen=True)
 class Line:

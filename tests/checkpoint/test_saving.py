@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -166,10 +167,25 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_costs_saves_until_there_is_room(mixed_dataset: Path, tmp_path: Path, small_disk: Path) -> None:
-    config = saving_config(mixed_dataset, small_disk / "run", steps=4)
-    run_ranks(train_on_a_disk_that_fills, 2, config, small_disk / "filler", start_gloo=False)
-    assert saved_steps(small_disk / "run") == [1, 4]
-    assert "No space left on device" in (small_disk / "run" / "log" / "rank-000.log").read_text()
+    run = small_disk / "run"
+    run_ranks(
+        train_on_a_disk_that_fills, 2, saving_config(mixed_dataset, run, steps=4), small_disk / "filler", start_gloo=False
+    )
+    assert saved_steps(run) == [1, 4]
+
+
+def test_a_disk_without_room_for_tensorboard_costs_its_points_only(
+    mixed_dataset: Path, tmp_path: Path, small_disk: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "tensorboard").symlink_to(small_disk)
+    with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as filler:
+        while True:
+            filler.write(bytes(4096))
+    run_ranks(train, 1, saving_config(mixed_dataset, run, steps=4), start_gloo=False)
+    assert 4 in saved_steps(run)
+    assert "points are lost until its file can be written again" in (run / "log" / "rank-000.log").read_text()
 
 
 def train_on_a_disk_that_fills(config: Config, filler: Path) -> None:

@@ -59,6 +59,21 @@ def test_a_line_cut_short_spoils_no_other(tmp_path: Path) -> None:
     assert [event["step"] for event in Journal(tmp_path).events] == [1, 3]
 
 
+def test_a_journal_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    journal = Journal(tmp_path)
+    journal.open(writes=True)
+    journal.note("save", 1, health={})
+    journal.path.rename(tmp_path / "kept")
+    journal.path.mkdir()
+    journal.note("save", 2, health={"skipped": [2]})
+    assert "journal.jsonl misses a line" in caplog.text
+    assert journal.health_at(2) == {"skipped": [2]}
+    journal.path.rmdir()
+    (tmp_path / "kept").rename(journal.path)
+    journal.note("save", 3, health={})
+    assert [event["step"] for event in Journal(tmp_path).events] == [1, 3]
+
+
 def die_in_step_5(rank: int, point: str, count: int) -> None:
     time.sleep(0.1)
     if point == "step/begin" and count == 5:

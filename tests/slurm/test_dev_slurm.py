@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import subprocess
@@ -15,7 +14,7 @@ import psutil
 import pytest
 
 from tests.slurm.cluster import ROOT, Slurm, wait_until
-from tools.dev_slurm import checked, program
+from tools.dev_slurm import checked, environment_of, program
 
 
 @pytest.fixture
@@ -29,12 +28,8 @@ def second(slurm: Slurm) -> Iterator[Slurm]:
 
 def of_cluster(slurm: Slurm) -> list[psutil.Process]:
     """Everything that runs with this cluster's slurm.conf in its environment."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get("SLURM_CONF") == str(slurm.folder / "slurm.conf"):
-                found.append(process)
-    return found
+    conf = str(slurm.folder / "slurm.conf")
+    return [process for process in psutil.process_iter() if environment_of(process).get("SLURM_CONF") == conf]
 
 
 def test_two_clusters_do_not_meet_and_down_leaves_nothing_of_one(slurm: Slurm, second: Slurm, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from himix_megatron.envelope import sync_and_digest, write_manifest
 from pipelines.cli import run_main
 from pipelines.recipes import tiny_align
 from slurm import submit
@@ -34,7 +35,8 @@ def places(mixed_dataset: Path, tmp_path: Path) -> dict[str, str]:
     (tmp_path / "STOPPED" / "STOP").write_text("too many bad samples\n")
     checkpoint = tmp_path / "OTHER" / "checkpoints" / "step-00000001"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "himix.json").write_text(json.dumps({"architecture": {"model.num_layers": 7}}))
+    (checkpoint / "himix.json").write_text(json.dumps({"architecture": {"model.num_layers": 7}, "tower": None}))
+    write_manifest(checkpoint, sync_and_digest(checkpoint, ["himix.json"]))
     names = ("EMPTY", "STOPPED", "OTHER", "FILE", "MARK", "A", "B", "GONE")
     return {"DATA": str(mixed_dataset)} | {name: str(tmp_path / name) for name in names}
 
@@ -163,8 +165,8 @@ def test_mistakes_that_are_refused_are_many() -> None:
     [
         ("--cluster.partition nowhere", "align: Slurm refuses: .*[Ii]nvalid partition"),
         ("--cluster.nodes 3", "align: Slurm refuses: .*not available"),
-        ("--cluster.gpus-per-node 5", "align: Slurm refuses: .*not available"),
-        ("--cluster.memory-gib 999999", "align: Slurm refuses: .*emory"),
+        ("--cluster.gpus-per-node 3", "align: Slurm refuses: .*not available"),
+        ("--cluster.memory-gib 999999", "align: Slurm refuses: .*not available"),
         ("--cluster.constraint h100", "align: Slurm refuses: .*feature"),
         ("--cluster.tasks-per-node 1024 --train.global-batch-samples 2048", "align: Slurm refuses: .*not available"),
     ],
@@ -178,7 +180,7 @@ def test_what_the_cluster_can_never_run_is_refused_before_anything_is_submitted(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    usual = "tiny --data.path DATA --align.run.dir A --instruct.run.dir B --train.global-batch-samples 20 "
+    usual = "tiny --data.path DATA --align.run.dir A --instruct.run.dir B --train.global-batch-samples 24 "
     said = refused(
         words_of(usual + "--train.micro-batch-samples 2 " + text, places), monkeypatch, capsys, slurm.environment["SLURM_CONF"]
     )
@@ -304,14 +306,14 @@ class Locally:
 
 
 def test_a_local_chain_starts_a_stage_again_that_was_asked_to_save(places: dict[str, str], tmp_path: Path) -> None:
-    local = Locally(places, tmp_path, steps=60)
+    local = Locally(places, tmp_path, steps=30)
     (rank,) = local.ranks("align", 3)
     rank.send_signal(signal.SIGUSR1)
     code, said = local.end()
     assert code == 0, said
     assert "align saved and is started again" in said
     for name in ("align", "instruct"):
-        assert steps_taken(tmp_path / name) == list(range(1, 61))
+        assert steps_taken(tmp_path / name) == list(range(1, 31))
         assert f"{name} has finished" in said
     assert "weights from" in (tmp_path / "instruct" / "log" / "rank-000.log").read_text()
 

@@ -7,7 +7,6 @@ import shlex
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -64,12 +63,11 @@ def test_every_published_row_says_what_it_counts_and_where_it_is_from() -> None:
 
 
 def test_measured_layouts_are_ordered_as_predicted() -> None:
+    """Recorded on a CPU of 2 cores by `make bench-plan`, which measures again; the file says under which conditions."""
     recorded = json.loads(CPU_FILE.read_text())
-    assert recorded["conditions"]
-    seconds = recorded["seconds"]
-    assert len(seconds) >= 6
-    predicted = measured.predicted(machine_named("cpu", None))
-    assert measured.kendall(list(seconds.values()), [predicted[name] for name in seconds]) >= 0.7
+    assert "cores" in recorded["conditions"]
+    assert len(recorded["seconds"]) >= 6
+    assert measured.tau_of() >= 0.7
 
 
 def test_kendalls_tau() -> None:
@@ -138,17 +136,14 @@ def test_a_slower_network_costs_data_parallelism() -> None:
 
 
 def test_packs_are_planned_too() -> None:
-    config = RECIPES["llama3_2_1b_instruct"]()
-    config = replace(
-        config,
-        data=replace(config.data, pack_text_tokens=4096, pack_images=12),
-        train=replace(config.train, global_batch_samples=None, global_batch_packs=16),
-    )
-    plan = tool.choose(config, machine_named("h100-80gb", None), 8, SAMPLE)[0]
+    arguments = tool.Arguments(recipe="llama3_2_1b_instruct", gpus=8, global_batch=16, pack_text_tokens=4096, pack_images=12)
+    config, sample = tool.settings(arguments)
+    plan = tool.choose(config, machine_named("h100-80gb", None), 8, sample)[0]
     assert plan.config.micro_batch == 1
     # 12 images, or 4096 tokens of text: the images fill a pack first.
     assert plan.samples == pytest.approx(16 * 12)
-    assert "--train.global-batch-packs 16" in tool.command(plan, 8)
+    words = shlex.split(tool.command(plan, 8))
+    assert parse(words[words.index("llama3_2_1b_instruct") :]) == plan.config
 
 
 def test_ranks_that_share_cores_do_not_add_up() -> None:
@@ -182,7 +177,7 @@ def test_the_list_ends_with_memory_of_each_stage_and_the_command() -> None:
     lines = done.stdout.splitlines()
     assert "layouts fit" in lines[0]
     assert lines[1].split()[:4] == ["TP", "PP", "VPP", "DP"]
-    assert all(len(line.split()) == len(lines[1].split()) + 1 for line in lines[2:5])  # "step s" is two words
+    assert all(len(line.split()) + 1 == len(lines[1].split()) for line in lines[2:5])  # "step s" is two words
     assert lines[-1].startswith("torchrun --nproc-per-node 8 -m pipelines.pretrain vicuna_7b_instruct")
     assert any(line.startswith("  stage 0: ") for line in lines)
 
@@ -234,11 +229,3 @@ def test_cuda_names_are_known() -> None:
         assert device.name == name
     assert device_of("Tesla V100-SXM2-16GB") is None
     assert all(device.source for device in DEVICES)
-
-
-@pytest.mark.campaign
-def test_layouts_measured_now_are_ordered_as_predicted(tmp_path: Path) -> None:
-    """Three minutes, on a machine that does nothing else."""
-    said: list[str] = []
-    measured.measure(said.append, tmp_path / "cpu.json")
-    assert float(said[-1].rsplit(" ", 1)[1]) >= 0.7

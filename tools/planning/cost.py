@@ -6,7 +6,7 @@ are in docs/planner.md, in the order of this file. No torch, no measurement: ari
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from himix_megatron.config import ModelConfig, Part
@@ -129,13 +129,18 @@ def layer_pass(machine: Machine, layout: Layout, job: Job, *, first: bool = Fals
     mixing = _attention(machine, job, ranks)
     elements = 10 * text * hidden / sequence + text * (6 * (query + key_value) + 3 * inner) / ranks
     passing = size * elements / machine.memory_bytes_per_second
-    forward = max(forward + mixing.forward + passing, machine.layer_seconds)
+    forward = _started(machine, forward + mixing.forward + passing)
     again = {"none": 0.0, "selective": mixing.forward, "full": forward}[layout.recompute]
-    backward = max(backward + mixing.backward + 2 * passing, machine.layer_seconds) + again
+    backward = _started(machine, backward + mixing.backward + 2 * passing) + again
     message = _ring(machine, layout, size * text * hidden, ranks, collectives=2) * (1 - layout.overlap_tensor)
     # Under sequence parallelism the inputs of weight gradients are gathered again.
     once_more = 1.5 if layout.sequence and weights else 1.0
     return _Pass(forward, backward, 2 * message, 2 * message * (once_more + (layout.recompute == "full")))
+
+
+def _started(machine: Machine, busy: float) -> float:
+    """With what the host needs to start the kernels: beside them on a GPU, before each of them on a CPU."""
+    return max(busy, machine.layer_seconds) if machine.cores is None else busy + machine.layer_seconds
 
 
 def _attention(machine: Machine, job: Job, ranks: int) -> _Pass:
@@ -202,17 +207,14 @@ def step_time(machine: Machine, layout: Layout, job: Job) -> StepTime:
         optimizer=optimizer,
         bubble=others / layout.virtual_pipeline,
     )
-    return found if machine.cores is None else _shared(machine, layout, found, count * (sum(compute) + sum(tensor)))
+    return found if machine.cores is None else _shared(machine, layout, found, (count * sum(compute), count * sum(tensor)))
 
 
 def _hop_seconds(machine: Machine, layout: Layout, job: Job) -> float:
-    size = (
-        job.number_bytes
-        * job.micro_batch.text_tokens
-        * job.model.hidden_size
-        / (layout.tensor if layout.sequence or layout.split_hops else 1)
-    )
-    within = layout.tensor * layout.pipeline <= machine.node_size
+    shares = layout.tensor if layout.sequence or layout.split_hops else 1
+    size = job.number_bytes * job.micro_batch.text_tokens * job.model.hidden_size / shares
+    # megatron-core puts data-parallel ranks next to each other and stages far apart.
+    within = layout.ranks <= machine.node_size
     return size / (machine.link_bytes_per_second if within else machine.network_bytes_per_second) + machine.latency_seconds
 
 
@@ -232,13 +234,22 @@ def _data_seconds(machine: Machine, layout: Layout, job: Job, *, window: float) 
     return max(0.0, seconds - window) if layout.overlap_data else seconds, states
 
 
-def _shared(machine: Machine, layout: Layout, alone: StepTime, work: float) -> StepTime:
-    """On a CPU whose ranks share its cores: no sooner than the cores can do all ranks' work, messages included, which are
-    work too; while a rank waits another may run, so that only what is left of a bubble is one."""
+def _shared(machine: Machine, layout: Layout, apart: StepTime, work: tuple[float, float]) -> StepTime:
+    """On a CPU whose ranks share its cores. `apart`: with a core for each rank; `work`: products and messages of one tensor
+    rank of all stages.
+
+    A step takes no less than all ranks' work, messages included, over the number of cores. Where there are more ranks than
+    cores, others' work fills a bubble, and a message waits until all its ranks have had their turn; where there are not, the
+    rank that works in a bubble does so alone, and faster.
+    """
     assert machine.cores is not None
-    busy = layout.data * work + layout.ranks * (alone.pipeline + alone.data + alone.optimizer + alone.tower)
-    least = busy / machine.cores
-    if least <= alone.total:
-        return alone
-    scale = least / (alone.total - alone.bubble)
-    return StepTime(*(getattr(alone, item.name) * (0 if item.name == "bubble" else scale) for item in fields(alone)))
+    if layout.ranks == 1:
+        return StepTime(*(getattr(apart, item.name) / machine.alone for item in fields(apart)))
+    turns = max(1.0, layout.ranks / machine.cores)
+    apart = replace(apart, bubble=apart.bubble / (machine.alone if turns == 1 else 1.0), tensor=apart.tensor * turns)
+    each = apart.pipeline + apart.data + apart.optimizer + apart.tower
+    least = (layout.data * layout.tensor * (work[0] + work[1] * turns) + layout.ranks * each) / machine.cores
+    if least <= apart.total:
+        return apart
+    scale = least / (apart.total - apart.bubble)
+    return StepTime(*(getattr(apart, item.name) * (0 if item.name == "bubble" else scale) for item in fields(apart)))

@@ -82,7 +82,7 @@ def plans(config: Config, machine: Machine, gpus: int, sample: Sample) -> Iterat
 def candidates(config: Config, machine: Machine, gpus: int) -> Iterator[Config]:
     """Settings that differ in their layout; those that contradict themselves are left out."""
     tensors = [size for size in range(1, min(gpus, machine.node_size) + 1) if gpus % size == 0]
-    micro_batches = (1,) if config.data.packs else MICRO_BATCHES
+    micro_batches = (config.train.micro_batch_samples,) if config.data.packs else MICRO_BATCHES
     for tensor in tensors:
         for pipeline in (size for size in range(1, gpus // tensor + 1) if gpus // tensor % size == 0):
             for virtual in VIRTUAL if pipeline > 1 else (1,):

@@ -47,6 +47,8 @@ class Machine:
     memory_gib: float
     cores: int | None = None
     """CPU: cores that all ranks share."""
+    alone: float = 1.0
+    """CPU: how much faster a rank is while the other cores rest (they may be halves of one)."""
 
 
 def machine_named(gpu: str, interconnect: str | None, node_size: int = 8) -> Machine:

@@ -1,0 +1,102 @@
+"""`make newcomer`: a fresh clone, and README's commands in their order, as somebody types them who has nothing but the page.
+
+Left out are `make test`, commands with a placeholder in capitals, and those that read models or data from elsewhere. Slurm's
+commands need Slurm. TensorBoard, which runs until it is stopped, is started, asked for its page, and stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import free_port
+from tests.test_documents import ROOT, commands
+
+ELSEWHERE = re.compile(r"\b[A-Z]{3,}\b|models/|data/llava|_questions\.json|runs/start")
+SLURM = re.compile(r"\bsbatch\b|slurm\.submit|dev_slurm")
+
+
+def shown() -> list[str]:
+    """What a newcomer can type."""
+    found = [command for command in commands((ROOT / "README.md").read_text()) if not ELSEWHERE.search(command)]
+    if not shutil.which("slurmctld"):
+        found = [command for command in found if not SLURM.search(command)]
+    return [command for command in found if command not in ("make test", "make tensorboard")]
+
+
+def environment() -> dict[str, str]:
+    """Without what this test run has set up for itself."""
+    left = {name: value for name, value in os.environ.items() if not name.startswith(("VIRTUAL_ENV", "PYTHONPATH", "PYTEST"))}
+    return left
+
+
+@pytest.mark.campaign
+def test_readmes_commands_do_what_the_page_says(tmp_path: Path) -> None:
+    clone = tmp_path / "himix-megatron"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    typed = shown()
+    assert typed[0] == "make quickstart"
+    script = "\n".join(["set -eo pipefail", *(f"echo; echo '$' {json.dumps(line)}\n{line}" for line in typed)])
+    begun = time.monotonic()
+    with (tmp_path / "output.txt").open("wb") as output:
+        done = subprocess.run(
+            ["bash", "-c", script],
+            cwd=clone,
+            env=environment(),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            timeout=2400,
+            check=False,
+        )
+    text = (tmp_path / "output.txt").read_text(errors="replace")
+    if shutil.which("slurmctld"):
+        subprocess.run([".venv/bin/python", "-m", "tools.dev_slurm", "down"], cwd=clone, capture_output=True, check=False)
+    assert done.returncode == 0, text[-3000:]
+    print(f"{len(typed)} commands in {time.monotonic() - begun:.0f} s")
+    summary = json.loads((clone / "runs/quickstart/summary.json").read_text())
+    assert summary["answer_accuracy"] > 0.95
+    assert summary["answer_accuracy_shuffled_images"] < 0.3
+    for path in (
+        "runs/tiny_align/checkpoints/step-00000040/himix.json",
+        "runs/tiny_instruct/checkpoints/step-00000040/himix.json",
+        "data/my-set/manifest.json",
+        "runs/tiny_align-weak/efficiency.png",
+        "exported/modeling_himix.py",
+    ):
+        assert (clone / path).is_file(), path
+    if shutil.which("slurmctld"):
+        assert (clone / "runs/chain_instruct/checkpoints/step-00000020/himix.json").is_file()
+    for said in ("hashes, headers, counts and checksums are all right", "step 40/40", "efficiency", "10.7 times"):
+        assert said in text, said
+    look_at_tensorboard(clone)
+
+
+def look_at_tensorboard(clone: Path) -> None:
+    """`make tensorboard`, on a port of its own, serves the runs."""
+    port = free_port()
+    command = (clone / ".venv/bin/tensorboard", "--logdir", "runs", "--host", "127.0.0.1", "--port", str(port))
+    shown_by_make = subprocess.run(["make", "-n", "tensorboard"], cwd=clone, capture_output=True, text=True, check=True).stdout
+    assert " ".join(["tensorboard", *map(str, command[1:5])]) in shown_by_make
+    server = subprocess.Popen(list(map(str, command)), cwd=clone, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                runs = json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/data/runs", timeout=5))
+                if any("quickstart" in run for run in runs):
+                    return
+            except OSError:
+                pass
+            assert time.monotonic() < deadline, "TensorBoard did not serve the runs"
+            time.sleep(1)
+    finally:
+        server.kill()
+        server.wait()
