@@ -76,7 +76,7 @@ def build_run(config: Config, start: Start, topology: Topology) -> Run:
         ),
         ahead=Ahead(topology.device, enabled=config.vision.encode_ahead),
         optimizer=optimizer,
-        checkpoints=Checkpoints(config, stages, optimizer, None if trainable else tower, start.attempt),
+        checkpoints=Checkpoints(config, stages, optimizer, None if trainable else tower, start.attempt, start.ranks),
         passes=passes,
     )
 

@@ -40,6 +40,7 @@ from .envelope import (
     newest_whole,
     problems_seen_together,
     publish,
+    put_aside,
     read_description,
     tower_path,
     validation_loss,
@@ -202,9 +203,10 @@ class Checkpoints:
         optimizer: Any | None,
         frozen_tower: nn.Module | None,
         attempt: Attempt | None = None,
+        ranks: Agreement | None = None,
     ):
         self.config, self.stages, self.optimizer, self.frozen_tower = config, stages, optimizer, frozen_tower
-        self.run_dir, self.attempt = config.run_dir, attempt
+        self.run_dir, self.attempt, self._ranks = config.run_dir, attempt, ranks
         self.stall_seconds = 0.0
         """Training time that saves have taken so far on this rank."""
         self._tower_name: str | None = None
@@ -214,7 +216,7 @@ class Checkpoints:
     @cached_property
     def ranks(self) -> Agreement:
         """The ranks' own group; all ranks must come to the first use together."""
-        return Agreement(self.config.checkpoint.group_timeout_seconds)
+        return self._ranks or Agreement(self.config.checkpoint.group_timeout_seconds)
 
     @cached_property
     def saves(self) -> Saves:
@@ -256,9 +258,13 @@ class Checkpoints:
         self.saves.finish()
         self.stall_seconds += time.perf_counter() - begun
 
+    def wait(self) -> None:
+        """Until no save is in flight, whether it failed or not. Raises: RuntimeError as `poll`."""
+        self.saves.wait()
+
     def close(self) -> None:
         """The run has ended: the next start may take its folder without looking whether we live."""
-        self.finish()
+        self.wait()
         self.saves.attempt.end()
 
     def _snapshot(self) -> Callable[[], Snapshot]:
@@ -319,9 +325,11 @@ class Checkpoints:
         """
         self._verify(folder, verified)
         description = check_architecture(folder, self.config)
+        progress.at("restore/read")
         state = _model_state(self.stages)
         state["optimizer"] = _optimizer_state(self.optimizer, state, loading=True)
         loaded = dist_checkpointing.load(state, str(folder))
+        progress.at("restore/put")
         self._put(loaded)
         assert self.optimizer is not None
         _load_optimizer(self.optimizer, loaded["optimizer"])
@@ -335,8 +343,11 @@ class Checkpoints:
         Raises: DamagedError if none is; RuntimeError as `poll`.
         """
         self.saves.wait()
+        progress.at("recovery/verify")
         folders = self.ranks.first(lambda: complete_checkpoints(self.run_dir)[::-1])
-        return self.restore(newest_whole(folders, self.ranks), verified=True)
+        folder = newest_whole(folders, self.ranks)
+        self.ranks.first(lambda: put_aside(folders[: folders.index(folder)]))
+        return self.restore(folder, verified=True)
 
     def load_weights(self, folder: Path, *, verified: bool = False) -> None:
         """Weights only, as a fresh run's start; the tower's too. Raises: ValueError for a damaged checkpoint, or one of another

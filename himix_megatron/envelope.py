@@ -14,8 +14,10 @@ Flows in: paths; out: lines that name what is wrong.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -152,13 +154,19 @@ def to_hash(folder: Path) -> dict[Path, int]:
 
 def wrong_hashes(folder: Path, paths: Iterable[Path]) -> list[str]:
     """Of these files of a checkpoint, the ones whose content is not what was written."""
-    files = read_manifest(folder)
+    try:
+        files = read_manifest(folder)
+    except (DamagedError, OSError) as error:
+        return [str(error)]
     found = []
     for path in paths:
         inside = path.is_relative_to(folder)
         wanted, who = (files[str(path.relative_to(folder))].sha256, MANIFEST) if inside else (path.stem, "its name")
-        if file_digest(path).sha256 != wanted:
-            found.append(f"{path} is damaged: its SHA-256 is not the one in {who}")
+        try:
+            if file_digest(path).sha256 != wanted:
+                found.append(f"{path} is damaged: its SHA-256 is not the one in {who}")
+        except OSError as error:  # a bad sector, or gone meanwhile: as good as damaged
+            found.append(f"{path} cannot be read: {error}")
     return found
 
 
@@ -166,7 +174,7 @@ def problems(folder: Path) -> list[str]:
     """Everything that is wrong with a checkpoint, by one process; empty: each byte is as it was written."""
     try:
         return wrong_hashes(folder, to_hash(folder))
-    except DamagedError as error:
+    except (DamagedError, OSError) as error:
         return [str(error)]
 
 
@@ -199,7 +207,7 @@ def newest_whole(folders: Iterable[Path], ranks: Agreement) -> Path:
 def _sizes_or_problems(folder: Path) -> tuple[dict[Path, int], list[str]]:
     try:
         return to_hash(folder), []
-    except DamagedError as error:
+    except (DamagedError, OSError) as error:
         return {}, [str(error)]
 
 
@@ -212,6 +220,15 @@ def _shares(sizes: Mapping[Path, int], num_ranks: int) -> list[list[Path]]:
         shares[rank].append(path)
         totals[rank] += size
     return shares
+
+
+def put_aside(damaged: Iterable[Path]) -> None:
+    """Give damaged checkpoints another name, under which they neither count nor go: somebody may want to look at them."""
+    for folder in damaged:
+        names = (f"damaged-{folder.name}{f'.{number}' if number else ''}" for number in itertools.count())
+        aside = next(path for path in map(folder.with_name, names) if not path.exists())
+        folder.rename(aside)
+        logger.warning("it is kept as %s: remove it when you have seen enough", aside)
 
 
 # ---- which ones there are ------------------------------------------------------------------------------------------
@@ -256,7 +273,7 @@ def first_plausible(folders: Iterable[Path]) -> Path:
         try:
             to_hash(folder)
             return folder
-        except DamagedError as error:
+        except (DamagedError, OSError) as error:
             wrong.append(str(error))
     raise _none_left(wrong)
 
@@ -289,6 +306,6 @@ def validation_loss(folder: Path) -> float | None:
     """Of a checkpoint; None if none was measured then, or its description is damaged."""
     try:
         loss: float | None = read_description(folder)["validation_loss"]
-        return loss
-    except DamagedError:
+    except (DamagedError, OSError):
         return None
+    return loss if loss is not None and math.isfinite(loss) else None  # nan would be neither better nor worse than any

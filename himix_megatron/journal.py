@@ -72,8 +72,14 @@ class Journal:
         return count
 
     def detours(self) -> dict[int, Place]:
-        """Where rollbacks made the data go on: after so many steps, at which place."""
-        return {event["step"]: Place(**event["place"]) for event in self.events if event["event"] == "rollback"}
+        """Where rollbacks made the data go on: after so many steps, at which place. One that went further back than those
+        before it has left them behind."""
+        found: dict[int, Place] = {}
+        for event in self.events:
+            if event["event"] == "rollback":
+                found = {step: place for step, place in found.items() if step < event["step"]}
+                found[event["step"]] = Place(**event["place"])
+        return found
 
     @property
     def num_rollbacks(self) -> int:

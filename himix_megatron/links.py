@@ -80,7 +80,7 @@ def meet(topology: Topology, host: str, timeout_seconds: float) -> dict[int, Lin
 
 def accept(listener: socket.socket, world_size: int, secret: str, timeout_seconds: float) -> dict[int, Link]:
     """Rank 0: wait until all others are connected, and stop listening. Raises: RankError naming those that are not."""
-    _allow_files(world_size)
+    allow_files(world_size)
     links: dict[int, Link] = {}
     deadline = time.monotonic() + timeout_seconds
     with selectors.DefaultSelector() as waiting:
@@ -149,9 +149,9 @@ def _settle(connection: socket.socket) -> None:
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def _allow_files(world_size: int) -> None:
+def allow_files(num_sockets: int) -> None:
     """A socket is an open file, of which a process may have 1,024 by default."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = world_size + 1024
+    wanted = num_sockets + 1024
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))

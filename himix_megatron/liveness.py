@@ -111,10 +111,11 @@ class Watch:
 
     def mark(self, point: str) -> None:
         """This rank has come to a point of its work: it does not hang."""
-        self._marks, self._point, self._marked_at = self._marks + 1, point, time.monotonic()
-        if self._marked_at - self._armed_at > 1 or self._marks == 1:
+        # Ranks wait for a save differently often: counted, that would tell nothing of who is behind.
+        self._marks, self._point, self._marked_at = self._marks + (point != "wait/save"), point, time.monotonic()
+        if self._marked_at - self._armed_at > 1 or not self._armed_at:
             # A thread of C: it writes the stacks also where native code holds Python's lock and ours cannot run.
-            later = self.timeout_seconds + _ANSWER_SECONDS + 1
+            later = self.timeout_seconds + 2 * _ANSWER_SECONDS + 3  # after rank 0 has named who is to blame
             faulthandler.dump_traceback_later(later, exit=True, file=self._stack_file)
             self._armed_at = self._marked_at
 

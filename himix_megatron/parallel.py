@@ -228,6 +228,9 @@ def _join(launch: Launch, device: torch.device, timeout: timedelta) -> None:
     if launch.kind == "alone":
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
+    from himix_megatron.links import allow_files  # which takes a Topology of ours
+
+    allow_files(8 * launch.world_size)  # gloo connects each rank with each other one, for every group
     address = address_of(launch.host)
     where = f"tcp://[{address}]:{launch.port}" if ":" in address else f"tcp://{address}:{launch.port}"
     try:

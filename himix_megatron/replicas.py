@@ -64,7 +64,9 @@ def check_replicas(topology: Topology, stages: list[Any], tower: nn.Module | Non
     whole = [(name, p) for name, p in named if not getattr(p, "tensor_model_parallel", False)]
     if tower is not None:
         named += [(f"tower.{name}", p) for name, p in tower.named_parameters() if p.device.type == topology.device.type]
-    found = _compare(named, topology.data, topology) or _compare(whole, topology.tensor, topology)
+    # Both on every rank, also where the first has found something: its neighbours in the second may not have.
+    apart = _compare(named, topology.data, topology), _compare(whole, topology.tensor, topology)
+    found = apart[0] or apart[1]
     told: list[str | None] = [None] * topology.world_size
     differs = torch.tensor(float(found is not None), device=topology.device)
     dist.all_reduce(differs, op=dist.ReduceOp.MAX)

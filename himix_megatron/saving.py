@@ -28,6 +28,8 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from . import envelope, faults, progress
 from .agreement import Agreement, SaveError
 from .attempt import Attempt
@@ -148,9 +150,12 @@ class Saves:
         assert self._flight is None
         self._name, self._started = name, time.monotonic()
         flight: Future[Path] = Future()
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
 
         def run() -> None:
             try:
+                if device is not None:
+                    torch.cuda.set_device(device)  # a new thread is on device 0, whose stream knows nothing of our copies
                 folder = save()
                 self._took = time.monotonic() - self._started
                 flight.set_result(folder)

@@ -31,6 +31,7 @@ from .envelope import (
     first_plausible,
     newest_whole,
     publish,
+    put_aside,
 )
 from .kernels import Kernels, detect
 
@@ -54,6 +55,8 @@ class Start:
     previous: Config | None
     """The settings that the run folder holds."""
     kernels: Kernels
+    ranks: Agreement | None = None
+    """The ranks' own group for everything about checkpoints; None before they have met."""
     attempt: attempt.Attempt | None = None
     """The right to write into the run folder; None before ranks have met."""
 
@@ -107,7 +110,8 @@ def claim(config: Config, start: Start) -> Start:
 
     Raises: ValueError while another run does, or if the folder cannot be written.
     """
-    return replace(start, attempt=attempt.claim(config.run_dir, Agreement(config.checkpoint.group_timeout_seconds)))
+    ranks = Agreement(config.checkpoint.group_timeout_seconds)
+    return replace(start, ranks=ranks, attempt=attempt.claim(config.run_dir, ranks))
 
 
 def settle(config: Config, start: Start) -> Start:
@@ -115,29 +119,21 @@ def settle(config: Config, start: Start) -> Start:
 
     All ranks call it, after `claim`. Raises: ValueError listing what is wrong with each, if none is left.
     """
-    ranks = Agreement(config.checkpoint.group_timeout_seconds)
+    ranks = start.ranks
+    assert ranks is not None
     own, folders = ranks.first(lambda: saved(config))
     if not folders:
         return replace(start, checkpoint=None, continues=False)
     folder = newest_whole(folders, ranks)
     start = replace(start, checkpoint=folder, continues=own)
     check_checkpoint(config, start, folder)
-    if own and ranks.rank == 0:
-        _put_aside(config.run_dir, folders[: folders.index(folder)])
+    if own:
+        ranks.first(lambda: put_aside(folders[: folders.index(folder)]))
+    newest = config.run_dir / "checkpoints" / NEWEST
+    named = newest.read_text(errors="replace").strip() if newest.is_file() else folder.name
+    if own and ranks.rank == 0 and named != folder.name:
+        logger.warning("%s names %s, but %s is the newest whole one", newest, named, folder)
     return start
-
-
-def _put_aside(run_dir: Path, damaged: list[Path]) -> None:
-    """Give damaged checkpoints another name, under which they neither count nor go: somebody may want to look at them."""
-    home = run_dir / "checkpoints"
-    for folder in damaged:
-        aside = folder.with_name(f"damaged-{folder.name}")
-        if not aside.exists():
-            folder.rename(aside)
-            logger.warning("it is kept as %s: remove it when you have seen enough", aside)
-    newest = home / NEWEST
-    if not damaged and newest.is_file() and not (home / newest.read_text(errors="replace").strip()).is_dir():
-        logger.warning("%s names %s, which is gone", newest, newest.read_text(errors="replace").strip())
 
 
 def open_features(

@@ -136,11 +136,14 @@ def run_until(config: Config, start: Start, run: Run, position: Position, superv
         goodput.switch("data")
         if batch.is_last or request.is_agreed:
             break
-    if request.is_agreed:
-        reason = saver.visit(position, None, due=True)
+    if request.is_agreed and end != STOPPED:
+        reason = saver.visit_last(position)
         end = give_up(config, reason, run.topology.rank) if reason else REQUEUE
     with goodput.doing("save"):
-        run.checkpoints.finish()
+        if isinstance(end, Rollback) or end == STOPPED:
+            run.checkpoints.wait()  # there is an older one to go back to, or to go on from
+        else:
+            run.checkpoints.finish()
     if end == REQUEUE:
         logger.info("asked to stop (%s): step %d is saved", request.received, saver.step)
     metrics.close()
@@ -195,6 +198,13 @@ class Saver:
             self.metrics.save_stall(position.step, stall_seconds)
             self.step = position.step
         return None
+
+    def visit_last(self, position: Position) -> str | None:
+        """Before leaving: what is not on the disk, because its save failed, is saved once more. Returns: as `visit`."""
+        self.run.checkpoints.wait()
+        if self.run.checkpoints.saves.failures:
+            self.step = 0
+        return self.visit(position, None, due=True)
 
 
 class Tolerance:

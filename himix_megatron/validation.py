@@ -21,7 +21,9 @@ class Validation:
 
     def __init__(self, config: Config, start: Start, run: Run, supervision: Supervision):
         self.supervision = supervision
-        self.config, self.run, self.best = config, run, run.checkpoints.best_validation_loss()
+        self.config, self.run = config, run
+        # One rank looks for all: what two nodes see of a shared folder may differ for a while, and saving goes by this.
+        self.best = run.checkpoints.ranks.first(run.checkpoints.best_validation_loss)
         self.plan = start.held_out
         self.reader = (
             None if start.held_out is None else step_reader(config, start.held_out, run.topology, start.held_out_features)

@@ -6,6 +6,7 @@ import logging
 import os
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,6 +42,7 @@ def damaged(run: Path, damage: Damage) -> Callable[[], None]:
 def starts(config: Config, found: list[Damage]) -> list[tuple[str, str]]:
     """For each damage: the checkpoint that a start settles on, and what it says; by a rank of a world."""
     from himix_megatron import parallel
+    from himix_megatron.agreement import Agreement
     from himix_megatron.start import prepare, settle
 
     said: list[str] = []
@@ -48,6 +50,7 @@ def starts(config: Config, found: list[Damage]) -> list[tuple[str, str]]:
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("himix_megatron").addHandler(handler)
     parallel.start(config.parallel, seed=1)
+    ranks = Agreement(60)
     results = []
     for damage in found:
         rank = int(os.environ["RANK"])
@@ -55,7 +58,7 @@ def starts(config: Config, found: list[Damage]) -> list[tuple[str, str]]:
         torch.distributed.barrier()
         said.clear()
         try:
-            start = settle(config, prepare(config, 1))
+            start = settle(config, replace(prepare(config, 1), ranks=ranks))
             results.append((start.checkpoint.name if start.checkpoint else "", " ".join(said)))
         except ValueError as error:
             results.append(("refused", str(error)))

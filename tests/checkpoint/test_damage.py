@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,7 +14,8 @@ from typing import Any
 import pytest
 
 from himix_megatron.config import Config
-from himix_megatron.envelope import complete_checkpoints, find_checkpoint, problems
+from himix_megatron.data.schema import file_digest
+from himix_megatron.envelope import complete_checkpoints, find_checkpoint, problems, validation_loss, write_manifest
 from tests.checkpoint.damage import check, damaged, damages, starts
 from tests.checkpoint.runs import saving_config
 from tests.distributed import run_ranks
@@ -165,3 +168,25 @@ def refusals(config: Config, folder: Path) -> list[str]:
         except ValueError as error:
             found.append(str(error))
     return found
+
+
+def test_a_loss_that_is_no_number_is_neither_the_best_nor_in_its_way(run: Path) -> None:
+    newest = complete_checkpoints(run)[-1]
+    description = json.loads((newest / "himix.json").read_text()) | {"validation_loss": math.nan}
+    (newest / "himix.json").write_text(json.dumps(description))
+    files = {path.name: file_digest(path) for path in newest.iterdir() if path.name != "manifest.json"}
+    write_manifest(newest, files)
+    assert problems(newest) == []
+    assert validation_loss(newest) is None
+
+
+def test_a_file_that_cannot_be_read_is_as_good_as_damaged(run: Path) -> None:
+    newest = complete_checkpoints(run)[-1]
+    part = newest / "__0_0.distcp"
+    gone = part.read_bytes()
+    part.unlink()
+    part.symlink_to(part)  # reading it is an error of the system
+    assert any("__0_0.distcp" in line for line in problems(newest))
+    part.unlink()
+    part.write_bytes(gone)
+    assert problems(newest) == []

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from himix_megatron.config import Config, HealthConfig
+from himix_megatron.data.plan import START
 from himix_megatron.health import Health
+from himix_megatron.journal import Journal
 from himix_megatron.replicas import hash_bits
 from tests.distributed import run_ranks
 from tests.manners.rig import Ranks, manners_config
@@ -183,8 +185,12 @@ def flip(config: Config, victim: int, name: str) -> int:
 
 @pytest.mark.parametrize(
     ("ranks", "layout", "who"),
-    [(3, {"train": {"global_batch_samples": 6}}, "rank 2"), (2, {"tensor": 2}, r"one of ranks \[0, 1\]")],
-    ids=["data 3", "tensor 2"],
+    [
+        (3, {"train": {"global_batch_samples": 6}}, "rank 2"),
+        (2, {"tensor": 2}, r"one of ranks \[0, 1\]"),
+        (4, {"tensor": 2}, r"one of ranks \[1, 3\]"),  # two groups of data ranks, one of which finds nothing
+    ],
+    ids=["data 3", "tensor 2", "tensor 2, data 2"],
 )
 def test_a_flipped_bit_is_found_and_named(
     mixed_dataset: Path, tmp_path: Path, ranks: int, layout: dict[str, Any], who: str
@@ -238,3 +244,10 @@ def test_out_of_memory_names_the_settings_to_lower(mixed_dataset: Path, tmp_path
             ):
                 assert flag in line
             assert "Traceback" not in ranks.log(rank)
+
+
+def test_a_rollback_further_back_leaves_later_detours_behind(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    for step, samples in ((1000, 10), (1500, 20), (500, 30), (700, 40)):
+        journal.note_rollback(step, replace(START, samples=samples), "a spike")
+    assert {step: place.samples for step, place in journal.detours().items()} == {500: 30, 700: 40}
