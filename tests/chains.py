@@ -202,7 +202,7 @@ class Journey:
         for _ in range(2 * len(self.open) + 4):
             before, number = steps_in(self.run), self.starts
             attempt = self._start()
-            if any(card.kind == "freeze_node" for card, _ in self.open.values()) and attempt.freezes(60):
+            while any(card.kind == "freeze_node" for card, _ in self.open.values()) and attempt.freezes(60):
                 happened = self._note_happened()
                 replaced, attempt, before = attempt, self._start(), []
                 codes = come_back(replaced, attempt, after_seconds=self.draw.uniform(0.0, 1.5))

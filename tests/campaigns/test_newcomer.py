@@ -17,10 +17,18 @@ from pathlib import Path
 
 import pytest
 
+from himix_megatron.reporting import PAGES
 from tests.distributed import free_port
+from tests.observe.browser import CHROMIUM, DRIVER, browser
 from tests.test_documents import ROOT, commands
 
 ELSEWHERE = re.compile(r"\b[A-Z]{3,}\b|models/|data/llava|_questions\.json|runs/start")
+PAGES_OF_A_RUN = {
+    "custom_scalars": tuple(PAGES),
+    "images": ("pictures/sample_0", "pictures/sample_3"),
+    "hparams": ("pipeline", "tensor", "global_batch", "recipe"),
+}
+"""TensorBoard's tabs, and what is read in each."""
 SLURM = re.compile(r"\bsbatch\b|slurm\.submit|dev_slurm")
 
 
@@ -76,11 +84,11 @@ def test_readmes_commands_do_what_the_page_says(tmp_path: Path) -> None:
         assert (clone / "runs/chain_instruct/checkpoints/step-00000020/himix.json").is_file()
     for said in ("hashes, headers, counts and checksums are all right", "step 40/40", "efficiency", "10.7 times"):
         assert said in text, said
-    look_at_tensorboard(clone)
+    look_at_tensorboard(clone, tmp_path)
 
 
-def look_at_tensorboard(clone: Path) -> None:
-    """`make tensorboard`, on a port of its own, serves the runs."""
+def look_at_tensorboard(clone: Path, pictures: Path) -> None:
+    """`make tensorboard`, on a port of its own, serves the runs; where there is a browser, the quickstart's pages are in it."""
     port = free_port()
     command = (clone / ".venv/bin/tensorboard", "--logdir", "runs", "--host", "127.0.0.1", "--port", str(port))
     shown_by_make = subprocess.run(["make", "-n", "tensorboard"], cwd=clone, capture_output=True, text=True, check=True).stdout
@@ -92,11 +100,17 @@ def look_at_tensorboard(clone: Path) -> None:
             try:
                 runs = json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/data/runs", timeout=5))
                 if any("quickstart" in run for run in runs):
-                    return
+                    break
             except OSError:
                 pass
             assert time.monotonic() < deadline, "TensorBoard did not serve the runs"
             time.sleep(1)
+        if CHROMIUM and DRIVER:
+            with browser(pictures / "chromium") as window:
+                for page, wanted in PAGES_OF_A_RUN.items():
+                    window.open(f"http://127.0.0.1:{port}/?regexInput=quickstart%2Finstruct#{page}")
+                    window.wait_for(*wanted, pictures=4 if page == "images" else 0)
+                    window.screenshot(pictures / f"tensorboard-{page}.png")
     finally:
         server.kill()
         server.wait()
