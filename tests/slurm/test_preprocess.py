@@ -32,6 +32,7 @@ def ray_processes(job: Job) -> list[psutil.Process]:
     return [process for process in processes_of(job) if "ray" in " ".join(process.cmdline())]
 
 
+@pytest.mark.campaign
 def test_two_nodes_write_the_bytes_of_a_local_run_and_leave_no_ray(
     slurm: Slurm, mixed_dataset: Path, tmp_path: Path, ended_with_test: None
 ) -> None:

@@ -318,6 +318,7 @@ def test_a_local_chain_starts_a_stage_again_that_was_asked_to_save(places: dict[
     assert "weights from" in (tmp_path / "instruct" / "log" / "rank-000.log").read_text()
 
 
+@pytest.mark.campaign
 def test_a_local_rank_that_is_killed_ends_the_others_and_the_chain(places: dict[str, str], tmp_path: Path) -> None:
     local = Locally(places, tmp_path, "--cluster.tasks-per-node", "2", steps=100_000)
     ranks = local.ranks("align", 2)

@@ -7,6 +7,8 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.slurm.cluster import Job, Slurm
 
 
@@ -20,6 +22,7 @@ def test_the_doctor_measures_between_nodes_and_sees_one_folder(slurm: Slurm, tmp
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.campaign
 def test_a_series_is_submitted_once_with_its_nodes_computed(
     slurm: Slurm, mixed_dataset: Path, tmp_path: Path, ended_with_test: None
 ) -> None:

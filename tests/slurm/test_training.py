@@ -52,7 +52,11 @@ def test_a_job_trains_one_rank_per_gpu_on_two_nodes(train: Train, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "how", ["scancel --signal=USR1", "scontrol requeue", pytest.param("scancel --signal=USR2", marks=pytest.mark.campaign)]
+    "how",
+    [
+        "scancel --signal=USR1",
+        *(pytest.param(how, marks=pytest.mark.campaign) for how in ("scontrol requeue", "scancel --signal=USR2")),
+    ],
 )
 def test_a_signalled_job_saves_is_requeued_and_loses_no_step(train: Train, slurm: Slurm, tmp_path: Path, how: str) -> None:
     job = train(steps=100)
@@ -102,6 +106,7 @@ def test_a_killed_rank_ends_the_job_and_costs_one_interval_at_most(train: Train,
     assert done - kept <= 20
 
 
+@pytest.mark.campaign
 def test_a_cancelled_job_saves_leaves_nothing_behind_and_stays_cancelled(train: Train, tmp_path: Path) -> None:
     job = train(steps=2000)
     wait_for_step(tmp_path / "run", 5, job)
@@ -114,6 +119,7 @@ def test_a_cancelled_job_saves_leaves_nothing_behind_and_stays_cancelled(train: 
     assert job.state == "CANCELLED"
 
 
+@pytest.mark.campaign
 def test_a_mistake_ends_the_job_with_one_line_and_is_not_requeued(train: Train, tmp_path: Path) -> None:
     job = train(flags=("--train.step", "3"))
     assert job.wait() == "FAILED"
