@@ -21,8 +21,8 @@ from typing import Any
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now: below those that Linux hands out by itself, so that none of gloo's sockets comes to
-    sit on it, or on those after it, before it is used."""
+    """A TCP port that nobody listens on now: below those that Linux hands out by itself, so that none of gloo's sockets comes
+    to sit on it, or on those after it, before it is used."""
     while True:
         port = random.randrange(10_000, 32_000)
         with socket.socket() as listener:
