@@ -13,13 +13,15 @@ import shutil
 import subprocess
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from himix_megatron.reporting import PAGES
 from tests.distributed import free_port
-from tests.observe.browser import CHROMIUM, DRIVER, browser
+from tests.observe.browser import CHROMIUM, DRIVER, answers, browser
 from tests.test_documents import ROOT, commands
 
 ELSEWHERE = re.compile(r"\b[A-Z]{3,}\b|models/|data/llava|_questions\.json|runs/start")
@@ -88,29 +90,29 @@ def test_readmes_commands_do_what_the_page_says(tmp_path: Path) -> None:
 
 
 def look_at_tensorboard(clone: Path, pictures: Path) -> None:
-    """`make tensorboard`, on a port of its own, serves the runs; where there is a browser, the quickstart's pages are in it."""
-    port = free_port()
-    command = (clone / ".venv/bin/tensorboard", "--logdir", "runs", "--host", "127.0.0.1", "--port", str(port))
+    """`make tensorboard` serves the runs; where there is a browser, the pages of the quickstart's run are in it."""
     shown_by_make = subprocess.run(["make", "-n", "tensorboard"], cwd=clone, capture_output=True, text=True, check=True).stdout
-    assert " ".join(["tensorboard", *map(str, command[1:5])]) in shown_by_make
-    server = subprocess.Popen(list(map(str, command)), cwd=clone, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert "tensorboard --logdir runs --host 127.0.0.1" in shown_by_make
+    with tensorboard(clone, "runs") as address:
+        assert any("quickstart" in run for run in json.load(urllib.request.urlopen(f"{address}/data/runs", timeout=30)))
+    if not (CHROMIUM and DRIVER):
+        return
+    with tensorboard(clone, "runs/quickstart/instruct") as address, browser(pictures / "chromium") as window:
+        for page, wanted in PAGES_OF_A_RUN.items():
+            window.open(f"{address}/#{page}")
+            window.wait_for(*wanted, pictures=4 if page == "images" else 0)
+            window.screenshot(pictures / f"tensorboard-{page}.png")
+
+
+@contextmanager
+def tensorboard(clone: Path, folder: str) -> Iterator[str]:
+    """TensorBoard over a folder of the clone, on a port of its own. Gives: its address."""
+    port = free_port()
+    command = [clone / ".venv/bin/tensorboard", "--logdir", folder, "--host", "127.0.0.1", "--port", str(port)]
+    server = subprocess.Popen(command, cwd=clone, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 90
-        while True:
-            try:
-                runs = json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/data/runs", timeout=5))
-                if any("quickstart" in run for run in runs):
-                    break
-            except OSError:
-                pass
-            assert time.monotonic() < deadline, "TensorBoard did not serve the runs"
-            time.sleep(1)
-        if CHROMIUM and DRIVER:
-            with browser(pictures / "chromium") as window:
-                for page, wanted in PAGES_OF_A_RUN.items():
-                    window.open(f"http://127.0.0.1:{port}/?regexInput=quickstart%2Finstruct#{page}")
-                    window.wait_for(*wanted, pictures=4 if page == "images" else 0)
-                    window.screenshot(pictures / f"tensorboard-{page}.png")
+        answers(f"http://127.0.0.1:{port}/data/runs", 90)
+        yield f"http://127.0.0.1:{port}"
     finally:
         server.kill()
         server.wait()
