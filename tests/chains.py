@@ -249,7 +249,7 @@ def count_lost(before: list[int], now: list[int], happened: Sequence[tuple[Card,
     for _, outcome in happened:
         outcome.lost_steps = lost
     kinds = [card for card, _ in happened]
-    more = sum(bool(card.damage) or (card.area == "save" and card.kind in DISK) for card in kinds)
+    more = sum(bool(card.damage) or (card.area == "save" and card.kind in (*DISK, "error")) for card in kinds)
     allowed = 0 if all(card.kind in SIGNALS for card in kinds) else INTERVAL * (1 + (mode == "async") + more)
     return None if lost <= allowed else f"{lost} steps were lost, {allowed} may be"
 
