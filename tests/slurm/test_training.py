@@ -232,17 +232,18 @@ def test_a_second_job_of_one_run_folder_is_refused_and_harms_nothing(train: Trai
 @pytest.mark.campaign
 def test_three_starts_without_a_new_step_stop_the_run_with_the_reason(train: Train, tmp_path: Path) -> None:
     run = tmp_path / "run"
+    rarely = ("--checkpoint.interval-steps", "400")  # the same each time: other settings would be another try
     for _ in range(3):
-        job = train(steps=400, flags=("--checkpoint.interval-steps", "400"))
+        job = train(steps=400, flags=rarely)
         job.wait_for("step 2/400")
         rank_process(job, 1).kill()
         assert job.wait() == "FAILED", job.text
-    in_vain = train(steps=400)
+    in_vain = train(steps=400, flags=rarely)
     assert in_vain.wait() == "FAILED"
     assert in_vain.code == 3
     assert in_vain.field("Restarts") == "0"
     assert "3 starts in a row have saved no step beyond 0" in (run / "STOP").read_text()
-    assert train(steps=400).wait() == "FAILED"
+    assert train(steps=400, flags=rarely).wait() == "FAILED"
     asked = train(steps=5, flags=("--run.resume-after-stop",))
     assert asked.wait() == "COMPLETED", asked.text
 
