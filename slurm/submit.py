@@ -274,7 +274,7 @@ def submit(settings: Settings, stages: Sequence[Stage]) -> list[tuple[Stage, str
         sweep(stage)
         try:
             job_id = submit_stage(settings, stage, chain[-1][1] if chain else None)
-        except Exception:
+        except BaseException:  # Ctrl-C too: no half of a chain stays in the queue
             for _, earlier in reversed(chain):
                 queue.cancel(earlier)
             raise

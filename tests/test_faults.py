@@ -100,9 +100,11 @@ def test_a_plan_that_says_nothing_is_refused(plan: Path, line: str, said: str) -
 
 
 def test_a_run_without_a_plan_passes_all_points() -> None:
+    gradient = torch.ones(1)
     faults.begin_step(1)
     faults.reach("step/forward")
-    faults.spoil("step/gradient", torch.ones(1))
+    faults.spoil("step/gradient", gradient)
+    assert gradient.item() == 1
 
 
 @pytest.mark.parametrize(

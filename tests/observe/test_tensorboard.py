@@ -66,5 +66,7 @@ def test_pictures_show_question_expected_and_given_answer(
 def test_hyper_parameters_have_layout_and_sizes(window: Browser, tensorboard: str, watched_run: Config, tmp_path: Path) -> None:
     window.open(f"{tensorboard}/#hparams")
     names = ("pipeline", "tensor", "global_batch", "num_layers", "recipe", "train/loss")
-    window.wait_for(*names, "run/tensorboard", f"{watched_run.model.hidden_size:.2f}", f"{watched_run.global_batch:.4f}")
+    sizes = f"{watched_run.model.hidden_size:.2f}", f"{watched_run.global_batch:.4f}"
+    shown = window.wait_for(*names, "run/tensorboard", *sizes)
     window.screenshot(tmp_path / "hparams.png")
+    assert all(name in shown for name in (*names, *sizes))
