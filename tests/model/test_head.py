@@ -75,7 +75,7 @@ def test_losses_and_gradients_are_those_of_all_logits(layout: str, tied: bool, c
             assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
-def largest_tensor(chunk_logits: int) -> int:
+def largest_tensor() -> int:
     """Elements of the largest tensor that forward and backward make."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -90,15 +90,14 @@ def largest_tensor(chunk_logits: int) -> int:
             return out
 
     with Largest() as largest:
-        losses_and_gradients_alone(chunk_logits)
+        losses_and_gradients_alone()
     return largest.elements
 
 
-def losses_and_gradients_alone(chunk_logits: int) -> None:
+def losses_and_gradients_alone() -> None:
     """The head by itself over 4,000 tokens and a vocabulary of 1,000."""
     from himix_megatron import loss
 
-    loss.CHUNK_LOGITS = chunk_logits
     weight = torch.randn(1000, 16, requires_grad=True)
     hidden = torch.randn(1000, 4, 16, requires_grad=True)
     labels = torch.randint(1000, (4, 1000))
@@ -111,5 +110,6 @@ def losses_and_gradients_alone(chunk_logits: int) -> None:
     loss.token_losses(hidden, labels, losses_of, num_logits=1000).sum().backward()
 
 
-def test_a_micro_batchs_logits_never_exist_at_once() -> None:
-    assert largest_tensor(50_000) <= 64_000  # the states; all logits were 4 million
+def test_a_micro_batchs_logits_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("himix_megatron.loss.CHUNK_LOGITS", 50_000)
+    assert largest_tensor() <= 64_000  # the states; all logits were 4 million
