@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 
-from pipelines.recipes import QWEN2_0_5B
+from himix_megatron.flops import Work, step_flops
 from tools.bench_model import Arguments, lines_of, sizes
-from tools.measure import Line, decoder_flops
+from tools.measure import Line
 
 
 def bench(*flags: str) -> subprocess.CompletedProcess[str]:
@@ -37,7 +36,7 @@ def test_a_whole_decoder_is_measured_on_a_cpu_too() -> None:
 def test_lines_are_held_to_what_was_wanted() -> None:
     arguments = Arguments(part="concatenation", text_tokens=(64,))
     config = sizes(arguments)
-    needed = decoder_flops(config.model, config.vision.hidden_size, [64] * 8, [729] * 8)
+    needed = step_flops(config, Work.of([64] * 8, [729] * 8, head_tokens=0, causal=False)).decoder
     at_peak = needed / (2 * 2048**3)  # seconds, where a product takes one
     seconds = {"product": [1.0], "himix 64": [at_peak / 0.8], "concatenation 64": [13 * at_peak / 0.8], "align 64": [1.0]}
     seconds["with masks 64"] = [15 * at_peak / 0.8]
@@ -52,14 +51,3 @@ def test_lines_are_held_to_what_was_wanted() -> None:
     assert Line.code([Line("", 0.5, 0.6, at_most=True)]) == 0
     assert Line.code([Line("", 0.7, 0.6, at_most=True)]) == 1
     assert not lines_of(arguments, config, seconds | {"concatenation 64": [11 * at_peak / 0.8]})[0].holds
-
-
-def test_flops_are_counted_as_needed() -> None:
-    model = replace(QWEN2_0_5B, num_layers=4)
-    per_layer = 2 * 512 * 14.942208e6, 2 * 5832 * 1152 * 256, 4 * 896 * 793 * 512
-    text, vision, attention = per_layer
-    full = decoder_flops(model, 1152, [64] * 8, [729] * 8)
-    assert full == pytest.approx(4 * (3 * text + 2 * vision + 3 * attention), rel=0.02)
-    align = decoder_flops(model, 1152, [64] * 8, [729] * 8, trained="vision_kv")
-    qkv = 2 * 512 * 896 * 1152
-    assert align == pytest.approx(4 * (2 * text + 2 * vision + 3 * attention) - qkv - attention / 2, rel=0.02)

@@ -26,10 +26,11 @@ from typing import Any, Literal
 import torch
 
 from himix_megatron import parallel
-from himix_megatron.config import Config
+from himix_megatron.config import Config, Part
+from himix_megatron.flops import Work, step_flops
 from pipelines.cli import parse_settings, run_main
 from pipelines.recipes import RECIPES
-from tools.measure import Line, decoder_flops, product, report, take_turns
+from tools.measure import Line, product, report, take_turns
 
 PARTS = ("concatenation", "tensor", "padding")
 
@@ -79,7 +80,7 @@ WANTED = {
 """Time of concatenation over HiMix, by part and text tokens; model FLOP/s over the product's; align's over the full step's."""
 
 
-def sizes(arguments: Arguments, parts: Any = ("vision_kv", "language")) -> Config:
+def sizes(arguments: Arguments, parts: tuple[Part, ...] = ("vision_kv", "language")) -> Config:
     """The recipe in fp32 on torch's attention, with as many layers and what trains. Raises: ValueError for a bad argument."""
     if arguments.recipe not in RECIPES:
         raise ValueError(f"--recipe is {arguments.recipe}: wanted one of {', '.join(RECIPES)}")
@@ -196,8 +197,10 @@ def lines_of(arguments: Arguments, config: Config, seconds: dict[str, list[float
     time = {name: median(taken) for name, taken in seconds.items()}
     count = arguments.samples
 
-    def flops(text: int, vision: int, trained: Any = "all") -> float:
-        return decoder_flops(config.model, config.vision.hidden_size, [text] * count, [vision] * count, trained=trained)
+    def flops(text: int, vision: int, parts: tuple[Part, ...] = ("vision_kv", "language")) -> float:
+        trained = dataclasses.replace(config, train=dataclasses.replace(config.train, parts=parts))
+        work = Work.of([text] * count, [vision] * count, head_tokens=0, causal=False)
+        return step_flops(trained, work).decoder
 
     lines = []
     for text in arguments.text_tokens:
@@ -209,7 +212,7 @@ def lines_of(arguments: Arguments, config: Config, seconds: dict[str, list[float
         lines.append(Line(f"the same, concatenation's mask spelled out, {text} text tokens", ratio))
     if "product" in time:
         text = arguments.text_tokens[0]
-        full, align = (flops(text, arguments.vision_tokens, trained) for trained in ("all", "vision_kv"))
+        full, align = flops(text, arguments.vision_tokens), flops(text, arguments.vision_tokens, ("vision_kv",))
         of_product = full / time[f"himix {text}"] / (2 * 2048**3 / time["product"])
         lines.append(Line(f"HiMix's model FLOP/s over the 2048^3 product's, {text} text tokens", of_product, WANTED["product"]))
         of_full = align / time[f"align {text}"] / (full / time[f"himix {text}"])

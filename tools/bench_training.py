@@ -18,10 +18,10 @@ import torch
 from himix_megatron import parallel
 from himix_megatron.config import Config
 from himix_megatron.devices import device_of
-from himix_megatron.flops import tower_flops
+from himix_megatron.flops import Work, step_flops, tower_flops
 from pipelines.recipes import RECIPES
 from tools.bench_model import Arguments
-from tools.measure import Line, decoder_flops, product, report, take_turns
+from tools.measure import Line, product, report, take_turns
 
 WANTED_MFU = {"llama3_2_3b": 0.45, "vicuna_7b": 0.45}
 """Of the decoder alone, by family, on a GPU whose peak is known."""
@@ -147,11 +147,10 @@ def lines_of(arguments: Arguments, config: Config, inputs: list[Any], seconds: d
     """MFU of the decoder, and of the whole step."""
     peak, source, known = peak_flops(arguments, seconds)
     time = {name: statistics.median(taken) for name, taken in seconds.items()}
-    trained: Any = "all" if "language" in config.train.parts else "vision_kv"
     texts = [length for given in inputs for length in given.packed_lengths]
     visions = [config.vision.tokens_per_image] * len(texts)
     answers = sum(int((given.labels >= 0).sum()) for given in inputs)
-    needed = decoder_flops(config.model, config.vision.hidden_size, texts, visions, trained=trained, head_tokens=answers)
+    needed = step_flops(config, Work.of(texts, visions, head_tokens=answers, causal=False)).language
     family = config.recipe.rsplit("_", 1)[0]
     wanted = WANTED_MFU.get(family) if known else None
     lines = [

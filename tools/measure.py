@@ -1,4 +1,4 @@
-"""What the model's benchmarks share: taking turns, medians with their spread, counted FLOPs, lines that must hold."""
+"""What the model's benchmarks share: taking turns, medians with their spread, lines that must hold."""
 
 from __future__ import annotations
 
@@ -7,12 +7,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-
-from himix_megatron.config import ModelConfig
-from himix_megatron.flops import head_flops, layer_flops
 
 
 @dataclass(frozen=True)
@@ -90,34 +86,3 @@ def product(size: int = 2048, dtype: torch.dtype = torch.float32, device: str = 
     """A square matrix product."""
     left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     return lambda: left @ right
-
-
-def decoder_flops(
-    model: ModelConfig,
-    vision_width: int,
-    texts: Sequence[int],
-    visions: Sequence[int],
-    *,
-    trained: Literal["all", "vision_kv"] = "all",
-    head_tokens: int = 0,
-) -> float:
-    """FLOPs that forward and backward of the decoder need: counted as in himix_megatron/flops.py.
-
-    The features need no gradient. `vision_kv`: weight gradients of the vision projections alone, and nothing in front of the
-    first layer's. `head_tokens`: tokens that go through the LM head, whose gradient flows on also where it is frozen.
-    """
-    samples = [layer_flops(model, vision_width, text_tokens=s, vision_tokens=n) for s, n in zip(texts, visions, strict=True)]
-    text, vision, attention = (sum(getattr(sample, part) for sample in samples) for part in ("text", "vision", "attention"))
-    head = head_flops(model, text_tokens=head_tokens)
-    layers = model.num_layers
-    forward = layers * (text + vision + attention) + head
-    if trained == "all":
-        return forward + layers * (2 * text + vision + 2 * attention) + 2 * head
-    qkv = (
-        2.0
-        * sum(texts)
-        * model.hidden_size
-        * model.channels_per_head
-        * (model.num_attention_heads + 2 * model.num_query_groups)
-    )
-    return forward + layers * (text + vision + 2 * attention) - qkv - attention / 2 + head
