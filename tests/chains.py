@@ -202,7 +202,7 @@ class Journey:
         for _ in range(2 * len(self.open) + 4):
             before, number = steps_in(self.run), self.starts
             attempt = self._start()
-            while any(card.kind == "freeze_node" for card, _ in self.open.values()) and attempt.freezes(60):
+            while self._node_may_freeze() and attempt.freezes(60):
                 happened = self._note_happened()
                 replaced, attempt, before = attempt, self._start(), []
                 codes = come_back(replaced, attempt, after_seconds=self.draw.uniform(0.0, 1.5))
@@ -228,6 +228,10 @@ class Journey:
     def _start(self) -> Attempt:
         self.starts += 1
         return Attempt(self.config, self.ranks, self.run / "starts" / f"{self.starts - 1:02d}", restarts=self.starts - 1)
+
+    def _node_may_freeze(self) -> bool:
+        """Whether a fault to come leaves no rank that could end the others: a scheduler replaces such an attempt."""
+        return any(card.kind == "freeze_node" or (card.kind == "freeze" and self.ranks == 1) for card, _ in self.open.values())
 
     def _note_happened(self) -> list[tuple[Card, Outcome]]:
         """Faults since the last look."""

@@ -14,7 +14,7 @@ from himix_megatron import faults
 from himix_megatron.faults import Fault
 from himix_megatron.ledger import open_whole
 from tests.chains import LENGTH, Bench
-from tests.drawn_faults import AREAS, cards, deck
+from tests.drawn_faults import AREAS, Card, cards, deck
 
 SEED = 318
 """Its chains 1 and 2 are quick (nothing freezes, and what only a timeout ends takes seconds), and of 16 kinds."""
@@ -132,3 +132,8 @@ def bench(mixed_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Benc
 def test_a_run_recovers_from_a_chain_of_eight_faults(bench: Bench, chain: int) -> None:
     outcomes = bench.chain(SEED, chain, cards(SEED, range(chain * LENGTH, (chain + 1) * LENGTH)))
     assert [(outcome.kind, outcome.error) for outcome in outcomes if outcome.error] == []
+
+
+def test_a_rank_that_freezes_alone_is_replaced(bench: Bench) -> None:
+    outcomes = bench.chain(SEED, 0, [Card("freeze", "step")])  # chain 0: one rank, nobody who could end it
+    assert [(outcome.kind, outcome.error) for outcome in outcomes] == [("freeze in step", None)]
