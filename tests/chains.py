@@ -20,7 +20,7 @@ from typing import Any, Literal
 from himix_megatron.config import Config
 from himix_megatron.envelope import complete_checkpoints
 from himix_megatron.faults import Fault
-from tests.drawn_faults import DAMAGES, DISK, INTERVAL, SIGNALS, Card, place
+from tests.drawn_faults import COSTS_A_SAVE, DAMAGES, INTERVAL, SIGNALS, Card, place
 from tests.runs import small_config
 from tests.scheduler import Attempt, Ended
 from tests.traces import Trace, hash_of, lines_of, samples_of, steps_of
@@ -253,7 +253,7 @@ def count_lost(before: list[int], now: list[int], happened: Sequence[tuple[Card,
     for _, outcome in happened:
         outcome.lost_steps = lost
     kinds = [card for card, _ in happened]
-    more = sum(bool(card.damage) or (card.area == "save" and card.kind in (*DISK, "error")) for card in kinds)
+    more = sum(bool(card.damage) or (card.area == "save" and card.kind in COSTS_A_SAVE) for card in kinds)
     allowed = 0 if all(card.kind in SIGNALS for card in kinds) else INTERVAL * (1 + (mode == "async") + more)
     return None if lost <= allowed else f"{lost} steps were lost, {allowed} may be"
 

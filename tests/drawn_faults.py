@@ -86,7 +86,7 @@ AREAS = {
 }
 """Kinds of `himix_megatron.faults`, and where each is drawn: its share of a deck."""
 SIGNALS = ("term", "usr1", "usr2")
-DISK = ("no_space", "io_error", "full_disk")
+COSTS_A_SAVE = ("no_space", "io_error", "full_disk", "error", "out_of_memory")
 """In a save these cost that save, and not the run."""
 
 

@@ -161,8 +161,9 @@ def test_a_second_run_is_refused_and_takes_over_when_the_first_is_killed(mixed_d
         wait_for(log, "saved ")
         second = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
         assert second.returncode == 2
-        assert f"is in use by another run (process {first.pid} on " in second.stderr
-        assert second.stderr.count("\n") == 1
+        said = [line for line in second.stderr.splitlines() if "cpp_extension" not in line]  # torch for CUDA, without a GPU
+        assert len(said) == 1
+        assert f"is in use by another run (process {first.pid} on " in said[0]
         assert first.poll() is None
     finally:
         first.kill()
