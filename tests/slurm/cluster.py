@@ -143,3 +143,14 @@ def processes_of(job: Job) -> list[psutil.Process]:
             ):
                 found.append(process)
     return found
+
+
+def rank_process(job: Job, rank: int) -> psutil.Process:
+    """The Python process of a rank."""
+    found = [
+        process
+        for process in processes_of(job)
+        if process.environ().get("SLURM_PROCID") == str(rank) and "pipelines.pretrain" in process.cmdline()[1:4]
+    ]
+    assert found, job.text
+    return min(found, key=lambda process: process.create_time())

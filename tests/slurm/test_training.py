@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from himix_megatron.checkpoint import complete_checkpoints
-from tests.slurm.cluster import Job, Slurm, processes_of, step_now, steps_taken, wait_until
+from tests.slurm.cluster import Job, Slurm, processes_of, rank_process, step_now, steps_taken, wait_until
 
 Train = Callable[..., Job]
 KNOWN_SECONDS = 30
@@ -30,17 +30,6 @@ def wait_for_step(run: Path, step: int, job: Job) -> None:
 def saved(run: Path) -> int:
     """The step of the newest checkpoint."""
     return int(complete_checkpoints(run)[-1].name.removeprefix("step-"))
-
-
-def rank_process(job: Job, rank: int) -> psutil.Process:
-    """The Python process of a rank."""
-    found = [
-        process
-        for process in processes_of(job)
-        if process.environ().get("SLURM_PROCID") == str(rank) and "pipelines.pretrain" in process.cmdline()[1:4]
-    ]
-    assert found, job.text
-    return min(found, key=lambda process: process.create_time())
 
 
 def test_a_job_trains_one_rank_per_gpu_on_two_nodes(train: Train, tmp_path: Path) -> None:
@@ -251,8 +240,8 @@ def test_three_starts_without_a_new_step_stop_the_run_with_the_reason(train: Tra
 @pytest.mark.campaign
 def test_a_job_that_is_always_asked_to_stop_at_once_ends(train: Train, tmp_path: Path) -> None:
     """As with a --signal that comes earlier than the time limit allows: requeued for ever, no step would ever be taken."""
-    job = train("--time=1", "--signal=USR1@300", steps=20)
-    assert job.wait(timeout_seconds=300) == "FAILED", job.text
+    job = train("--time=1", "--signal=USR1@300", steps=100_000)  # Slurm looks every half minute
+    assert job.wait(timeout_seconds=900) == "FAILED", job.text
     assert job.code == 3
     assert job.field("Restarts") == "5"
     assert "asked to stop within a minute of its start, 6 times in a row" in job.text

@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from slurm.queue import parse_jobs
 from slurm.watch import progress
-from tests.slurm.cluster import ROOT, Slurm, step_now, steps_taken, wait_until
+from tests.slurm.cluster import ROOT, Job, Slurm, rank_process, step_now, steps_taken, wait_until
 
 # Recorded from Slurm 22.05, cut to the fields around those that are read.
 SHOWN = (
@@ -55,17 +58,18 @@ class Chain:
     def __init__(self, slurm: Slurm, data: Path, folder: Path):
         self.slurm, self.data, self.folder = slurm, data, folder
 
-    def line(self, *words: str, steps: int = 12) -> list[str]:
+    def line(self, *words: str, steps: int = 12, stages: Sequence[str] = ("align", "instruct")) -> list[str]:
+        folders = [word for stage in stages for word in (f"--{stage}.run.dir", str(self.folder / stage))]
         return [
             sys.executable, "-m", "slurm.submit", "tiny", "--data.path", str(self.data), "--train.steps", str(steps),
             "--train.global-batch-samples", "4", "--train.micro-batch-samples", "2", "--log.interval-steps", "1",
             "--log.ledger", "--checkpoint.interval-steps", "100000", "--parallel.timeout-seconds", "60",
-            "--align.run.dir", str(self.folder / "align"), "--instruct.run.dir", str(self.folder / "instruct"), *words,
+            "--stages", *stages, *folders, *words,
         ]  # fmt: skip
 
-    def run(self, *words: str, steps: int = 12) -> subprocess.CompletedProcess[str]:
+    def run(self, *words: str, **how: Any) -> subprocess.CompletedProcess[str]:
         env = {name: value for name, value in self.slurm.environment.items() if name != "HIMIX_VENV"}
-        line = self.line(*words, steps=steps)
+        line = self.line(*words, **how)
         return subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400, check=False)
 
     def submit(self, *words: str, steps: int = 12) -> list[str]:
@@ -183,8 +187,8 @@ def test_a_submitted_job_that_is_interrupted_goes_on_and_loses_no_step(chain: Ch
 @pytest.mark.campaign
 def test_a_submitted_job_goes_on_beyond_its_time_limit(chain: Chain) -> None:
     """A minute each, of which the last 20 s are for saving: more steps than one attempt can take."""
-    words = ("--stages", "align", "--cluster.time-limit-minutes", "1", "--cluster.save-seconds", "20")
-    done = chain.run(*words, "--watch", steps=4000)
+    words = ("--cluster.time-limit-minutes", "1", "--cluster.save-seconds", "20", "--watch")
+    done = chain.run(*words, steps=4000, stages=["align"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "requeued" in done.stdout
     assert steps_taken(chain.folder / "align") == list(range(1, 4001))
@@ -194,7 +198,7 @@ def test_a_submitted_job_goes_on_beyond_its_time_limit(chain: Chain) -> None:
 def test_a_rank_that_is_killed_ends_its_job_and_the_chain(chain: Chain) -> None:
     align, instruct = chain.submit("--cluster.nodes", "2", steps=100_000)
     chain.wait_for_step("align", 5)
-    chain.slurm.run("scancel", "--signal=KILL", align)
+    rank_process(Job(chain.slurm, align, chain.folder / "align"), 1).send_signal(signal.SIGKILL)
     done = chain.run("--cluster.nodes", "2", "--watch", steps=100_000)
     assert done.returncode not in (0, 2, 85), done.stdout + done.stderr
     assert "align failed" in done.stdout
@@ -207,12 +211,17 @@ def test_watching_outlasts_a_controller_that_is_restarted(chain: Chain) -> None:
     chain.wait_for_step("align", 5)
     line = chain.line("--cluster.nodes", "2", "--watch", steps=400)
     watching = subprocess.Popen(line, cwd=ROOT, env=chain.slurm.environment, stdout=subprocess.PIPE, text=True)
-    time.sleep(8)
-    controller = int((chain.slurm.folder / "slurmctld.pid").read_text())
-    os.kill(controller, 9)
-    time.sleep(15)
+    assert watching.stdout is not None
+    os.kill(int((chain.slurm.folder / "slurmctld.pid").read_text()), 9)
+    patience = threading.Timer(150, watching.kill)
+    patience.start()
+    told = ""
+    while "unknown (Slurm does not answer)" not in told:
+        line_told = watching.stdout.readline()
+        assert line_told, told
+        told += line_told
+    patience.cancel()
     chain.slurm.dev("up")
-    told, _ = watching.communicate(timeout=400)
-    assert watching.returncode == 0, told
-    assert "unknown (Slurm does not answer)" in told
+    rest, _ = watching.communicate(timeout=400)
+    assert watching.returncode == 0, told + rest
     assert steps_taken(chain.folder / "instruct") == list(range(1, 401))
