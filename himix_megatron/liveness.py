@@ -27,7 +27,7 @@ from . import progress
 from .config import Config, StartError
 from .links import Link, meet
 from .parallel import Topology
-from .signals import FAILED, REQUEUE, StopRequest, leave
+from .signals import FAILED, StopRequest, leave, leave_unsaved
 
 logger = logging.getLogger(__name__)
 
@@ -220,9 +220,8 @@ class Watch:
                 self._leave_unsaved(reason)
 
     def _leave_unsaved(self, reason: str) -> None:
-        logger.warning("asked to stop (%s) before the first step: nothing to save", reason)
         self._part()
-        leave(REQUEUE)
+        leave_unsaved(reason)
 
     # ---- trouble --------------------------------------------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ class StopRequest:
         """Why, e.g. `SIGUSR1`; None: not asked."""
         self.is_agreed = False
         """All ranks know of it, and have agreed to do no further step."""
-        self._tell: Callable[[str], None] = _leave_unsaved
+        self._tell: Callable[[str], None] = leave_unsaved
         self._inlet, outlet = os.pipe()
         os.set_blocking(outlet, False)
         self._outlet: int | None = outlet
@@ -65,7 +65,7 @@ class StopRequest:
         self.received = self.received or reason
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        if self._tell is not _leave_unsaved:
+        if self._tell is not leave_unsaved:
             self.note(signal.Signals(number).name)
 
     def _hear(self) -> None:
@@ -104,6 +104,13 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _leave_unsaved(reason: str) -> NoReturn:
+def leave_unsaved(reason: str) -> NoReturn:
+    """End this process, which has been asked to stop before there was anything to save."""
     logger.warning("asked to stop (%s) before the first step: nothing to save", reason)
-    leave(REQUEUE)
+    leave(unsaved_code())
+
+
+def unsaved_code() -> int:
+    """85; or what the batch script wants instead of it (HIMIX_UNSAVED_CODE), to tell a run that never begins from one that gets
+    on a little each time: that one is requeued for ever."""
+    return int(os.environ.get("HIMIX_UNSAVED_CODE", REQUEUE))

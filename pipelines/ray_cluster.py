@@ -31,7 +31,7 @@ from typing import NoReturn
 import psutil
 
 from himix_megatron.parallel import Launch, address_of, launch_from_environment
-from himix_megatron.signals import REQUEUE
+from himix_megatron.signals import REQUEUE, unsaved_code
 from pipelines.cli import parse_settings, run_main
 from pipelines.preprocess import Settings
 
@@ -53,7 +53,7 @@ def main() -> int:
         raise ValueError(f"--engine is {settings.engine}: a job of several nodes needs Ray, leave it out")
     launch = launch_from_environment(os.environ)
     for number in _ASKING:
-        signal.signal(number, _leave)
+        signal.signal(number, _leave_unsaved)
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     # The path of a Unix socket ends at 107 characters, and Ray adds 62 to this one.
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir=None if len(tempfile.gettempdir()) <= 30 else "/tmp"))
@@ -80,6 +80,8 @@ def lead(launch: Launch, arguments: Sequence[str], folder: Path) -> int:
             if _line(other) != "ready":
                 raise RuntimeError("Ray did not start on another node of this job: its own lines say why")
         print(f"Ray runs on {launch.world_size} nodes, at {address}", file=sys.stderr, flush=True)
+        for number in _ASKING:
+            signal.signal(number, _leave)
         command = [sys.executable, "-m", "pipelines.preprocess", *arguments]
         code = subprocess.run(command, env={**os.environ, "RAY_ADDRESS": address}, check=False).returncode
     return REQUEUE if -code in _ASKING else code
@@ -160,6 +162,10 @@ def end_children() -> None:
 
 def _leave(number: int, _: object) -> NoReturn:
     raise SystemExit(REQUEUE)
+
+
+def _leave_unsaved(number: int, _: object) -> NoReturn:
+    raise SystemExit(unsaved_code())
 
 
 def _token() -> str:

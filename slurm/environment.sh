@@ -83,11 +83,12 @@ fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 
 # When one rank leaves with a code, srun sends the others TERM, and reports the highest code of all. So that a failure of one is
-# not taken for a wish to be requeued, 1, 2 and 3 travel as 101, 102 and 103; and a rank that a signal met before Python could
-# listen has nothing to save: 85. The shell itself lets signals pass, and waits.
+# not taken for a wish to be requeued, 1, 2 and 3 travel as 101, 102 and 103. A rank that is asked to stop before it has anything
+# to save, or before Python could listen, leaves with 84, below 85. The shell itself lets signals pass, and waits.
+export HIMIX_UNSAVED_CODE=84
 # shellcheck disable=SC2016 # expanded in the tasks
 rank='trap : TERM USR1 USR2; "$@"; code=$?
-case $code in 138 | 140 | 143) exit 85 ;; 1 | 2 | 3) exit $((code + 100)) ;; *) exit $code ;; esac'
+case $code in 138 | 140 | 143) exit 84 ;; 1 | 2 | 3) exit $((code + 100)) ;; *) exit $code ;; esac'
 
 # Python with these arguments in every task; then the job is put back into the queue (85), or ends with the step's code.
 run_and_leave() {
@@ -95,25 +96,25 @@ run_and_leave() {
     local code=$?
     case $code in
         101 | 102 | 103) code=$((code - 100)) ;;
-        85) requeue ;;
+        84 | 85) requeue "$code" && code=85 ;;
     esac
     [[ $code -eq 0 || $code -eq 2 || $code -eq 3 || $code -eq 85 ]] || wait_for_lost_nodes
     exit "$code"
 }
 
 requeue() {
-    # A signal that always comes at once (sent earlier than the time limit allows) would requeue the job for ever. The job's
-    # comment counts, unless the user has written one.
-    local known early=0
+    # A signal that always comes at once (sent earlier than the time limit allows) would requeue the job for ever, and no step
+    # would ever be taken. The job's comment counts, unless the user has written one.
+    local code=$1 known count=0
     known=$(scontrol show job --oneliner "$SLURM_JOB_ID")
-    if [[ $known != *" Comment="* || $known =~ \ Comment=himix-early-([0-9]+) ]]; then
-        ((SECONDS >= 60)) || early=$((${BASH_REMATCH[1]:-0} + 1))
-        if ((early > 5)); then
-            echo "error: asked to stop within a minute of its start, $early times in a row: the job is not requeued again" \
+    if [[ $known != *" Comment="* || $known =~ \ Comment=himix-unbegun-([0-9]+) ]]; then
+        ((code == 85)) || count=$((${BASH_REMATCH[1]:-0} + 1))
+        if ((count > 5)); then
+            echo "error: asked to stop before the first step, $count times in a row: the job is not requeued again" \
                 "(does --signal come earlier than --time allows?)" >&2
             exit 3
         fi
-        scontrol update "JobId=$SLURM_JOB_ID" "Comment=himix-early-$early"
+        scontrol update "JobId=$SLURM_JOB_ID" "Comment=himix-unbegun-$count"
     fi
     scontrol requeue "$SLURM_JOB_ID" ||
         echo "error: the work is saved, but the job cannot be put back into the queue: submit the same command again" >&2

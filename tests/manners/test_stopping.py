@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from dataclasses import replace
@@ -13,7 +14,7 @@ import psutil
 import pytest
 
 from himix_megatron.checkpoint import complete_checkpoints
-from tests.manners.rig import Ranks, manners_config, reached
+from tests.manners.rig import Plan, Ranks, manners_config, reached
 from tests.runs import history
 
 
@@ -97,13 +98,21 @@ def load_slowly(rank: int, point: str, count: int) -> None:
         time.sleep(60)
 
 
+def load_slowly_in_a_job(rank: int, point: str, count: int) -> None:
+    os.environ["HIMIX_UNSAVED_CODE"] = "84"  # as slurm/environment.sh does
+    load_slowly(rank, point, count)
+
+
+@pytest.mark.parametrize(("plan", "code"), [(load_slowly, 85), (load_slowly_in_a_job, 84)], ids=["alone", "in a job"])
 @pytest.mark.parametrize("asked", [0, 1])
-def test_a_signal_before_the_first_step_leaves_nothing(mixed_dataset: Path, tmp_path: Path, asked: int) -> None:
-    with Ranks(manners_config(mixed_dataset, tmp_path), 2, load_slowly) as ranks:
+def test_a_signal_before_the_first_step_leaves_nothing(
+    mixed_dataset: Path, tmp_path: Path, asked: int, plan: Plan, code: int
+) -> None:
+    with Ranks(manners_config(mixed_dataset, tmp_path), 2, plan) as ranks:
         ranks.wait_for("load")
         asked_at = time.monotonic()
         ranks.send(asked, signal.SIGUSR1)
-        assert ranks.codes() == [85, 85]
+        assert ranks.codes() == [code, code]
         assert max(ranks.ended_at.values()) - asked_at <= 2
     assert saved_steps(tmp_path) == []
     assert not (tmp_path / "STOP").exists()

@@ -196,9 +196,9 @@ def test_hostile_settings_are_one_line(words: list[str], tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("step", "job"), [("0", 0), ("101", 1), ("102", 2), ("103", 3), ("85", 85), ("137", 137), ("139", 139)]
+    ("step", "job"), [("0", 0), ("101", 1), ("102", 2), ("103", 3), ("84", 85), ("85", 85), ("137", 137), ("139", 139)]
 )
-def test_only_85_is_requeued(scripts: Scripts, step: str, job: int) -> None:
+def test_only_who_was_asked_to_stop_is_requeued(scripts: Scripts, step: str, job: int) -> None:
     done = scripts.run("tiny_align", SRUN_CODE=step)
     assert done.returncode == job
     requeued = ["scontrol", "requeue", "7"] in scripts.calls
@@ -214,7 +214,7 @@ def test_a_job_that_cannot_be_requeued_says_what_to_do(scripts: Scripts) -> None
 @pytest.mark.parametrize(
     ("shell", "code"),
     [("exit 0", 0), ("exit 1", 101), ("exit 2", 102), ("exit 3", 103), ("exit 85", 85), ("kill -9 $$", 137)]
-    + [(f"kill -{name} $$", 85) for name in ("TERM", "USR1", "USR2")],
+    + [(f"kill -{name} $$", 84) for name in ("TERM", "USR1", "USR2")],
 )
 def test_a_rank_that_fails_outweighs_one_that_was_asked_to_stop(scripts: Scripts, shell: str, code: int) -> None:
     """srun reports the highest code of all ranks: failures must lie above 85."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -240,11 +241,16 @@ def test_three_starts_without_a_new_step_stop_the_run_with_the_reason(train: Tra
 @pytest.mark.campaign
 def test_a_job_that_is_always_asked_to_stop_at_once_ends(train: Train, tmp_path: Path) -> None:
     """As with a --signal that comes earlier than the time limit allows: requeued for ever, no step would ever be taken."""
-    job = train("--time=1", "--signal=USR1@300", steps=100_000)  # Slurm looks every half minute
+    python = tmp_path / "slow" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    # Slurm looks at time limits every half minute: until then a small run would have begun.
+    python.write_text(f'#!/bin/bash\nsleep 45\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    job = train("--time=1", "--signal=USR1@300", HIMIX_VENV=str(tmp_path / "slow"))
     assert job.wait(timeout_seconds=900) == "FAILED", job.text
     assert job.code == 3
     assert job.field("Restarts") == "5"
-    assert "asked to stop within a minute of its start, 6 times in a row" in job.text
+    assert "asked to stop before the first step, 6 times in a row" in job.text
 
 
 @pytest.mark.campaign

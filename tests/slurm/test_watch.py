@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -212,16 +212,22 @@ def test_watching_outlasts_a_controller_that_is_restarted(chain: Chain) -> None:
     line = chain.line("--cluster.nodes", "2", "--watch", steps=400)
     watching = subprocess.Popen(line, cwd=ROOT, env=chain.slurm.environment, stdout=subprocess.PIPE, text=True)
     assert watching.stdout is not None
-    os.kill(int((chain.slurm.folder / "slurmctld.pid").read_text()), 9)
     patience = threading.Timer(150, watching.kill)
     patience.start()
-    told = ""
-    while "unknown (Slurm does not answer)" not in told:
-        line_told = watching.stdout.readline()
-        assert line_told, told
-        told += line_told
+    told = read_until(watching.stdout, " running")
+    os.kill(int((chain.slurm.folder / "slurmctld.pid").read_text()), 9)
+    told += read_until(watching.stdout, "unknown (Slurm does not answer)")
     patience.cancel()
     chain.slurm.dev("up")
     rest, _ = watching.communicate(timeout=400)
     assert watching.returncode == 0, told + rest
     assert steps_taken(chain.folder / "instruct") == list(range(1, 401))
+
+
+def read_until(told: IO[str], words: str) -> str:
+    """The lines up to the first with these words."""
+    lines = []
+    while not lines or words not in lines[-1]:
+        lines.append(told.readline())
+        assert lines[-1], "".join(lines)
+    return "".join(lines)
