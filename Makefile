@@ -45,7 +45,7 @@ test-py312: $(VENV_PY312)/complete ## Parity, layouts and specs on Python 3.12 o
 newcomer: $(VENV)/complete ## A fresh clone, and README's commands in their order (20 minutes on 2 cores)
 	$(VENV)/bin/python -m pytest -m campaign -rP tests/campaigns/test_newcomer.py $(PYTEST_ARGS)
 
-campaign-slurm: $(VENV)/complete ## Every scenario on a private Slurm of two nodes (half an hour on 2 cores)
+campaign-slurm: $(VENV)/complete ## Every scenario on a private Slurm of two nodes (20 minutes on 2 cores)
 	$(VENV)/bin/python -m pytest -m 'campaign or not campaign' tests/slurm $(PYTEST_ARGS)
 
 campaign-data: $(VENV)/complete ## Kill preprocessing, and interrupt reading, very often (KILLS=50 SEED=1 EMOJI=DIR; half an hour)
@@ -55,7 +55,7 @@ campaign-data: $(VENV)/complete ## Kill preprocessing, and interrupt reading, ve
 campaign-faults: $(VENV)/complete ## Let random real faults happen to runs, each of which must recover by itself (FAULTS=500 SEED=1 REPORT=DIR)
 	FAULTS="$(FAULTS)" SEED="$(SEED)" REPORT="$(REPORT)" $(VENV)/bin/python -m pytest -m campaign -s --show-capture=no tests/campaigns/test_faults.py $(PYTEST_ARGS)
 
-campaign-saves: $(VENV)/complete ## Kill ranks at every point of a save, and damage every file of one (288 kills, 1,300 damages; half an hour)
+campaign-saves: $(VENV)/complete ## Kill ranks at every point of a save, and damage every file of one (288 kills, 1,300 damages; 5 minutes)
 	LAYOUTS="$(LAYOUTS)" FLIPS="$(FLIPS)" CUTS="$(CUTS)" SEED="$(SEED)" $(VENV)/bin/python -m pytest -m campaign -s \
 	    tests/campaigns/test_save_kills.py tests/campaigns/test_save_damage.py $(PYTEST_ARGS)
 
