@@ -30,6 +30,7 @@ from typing import NoReturn
 
 import psutil
 
+from himix_megatron.data.storage import Folder, folder_at
 from himix_megatron.parallel import Launch, address_of, launch_from_environment
 from himix_megatron.signals import REQUEUE, unsaved_code
 from pipelines.cli import parse_settings, run_main
@@ -58,7 +59,7 @@ def main() -> int:
     # The path of a Unix socket ends at 107 characters, and Ray adds 62 to this one.
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir=None if len(tempfile.gettempdir()) <= 30 else "/tmp"))
     try:
-        return lead(launch, arguments, folder) if launch.rank == 0 else follow(launch, folder)
+        return lead(launch, arguments, folder_at(str(settings.out)), folder) if launch.rank == 0 else follow(launch, folder)
     finally:
         for number in _ASKING:
             signal.signal(number, signal.SIG_IGN)
@@ -66,8 +67,9 @@ def main() -> int:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def lead(launch: Launch, arguments: Sequence[str], folder: Path) -> int:
-    """The first node: gather the others, start Ray on all, preprocess. Returns: its exit code."""
+def lead(launch: Launch, arguments: Sequence[str], out: Folder, folder: Path) -> int:
+    """The first node: gather the others, start Ray on all, preprocess into `out`. Returns: its exit code."""
+    before = out.receipts()
     with contextlib.ExitStack() as held:
         others = [held.enter_context(other) for other in gathered(launch)]
         # The address at which another node has reached this one; names may resolve to a loopback address here.
@@ -80,11 +82,20 @@ def lead(launch: Launch, arguments: Sequence[str], folder: Path) -> int:
             if _line(other) != "ready":
                 raise RuntimeError("Ray did not start on another node of this job: its own lines say why")
         print(f"Ray runs on {launch.world_size} nodes, at {address}", file=sys.stderr, flush=True)
+
+        def leave(*_: object) -> NoReturn:
+            raise SystemExit(code_when_asked(out, before))
+
         for number in _ASKING:
-            signal.signal(number, _leave)
+            signal.signal(number, leave)
         command = [sys.executable, "-m", "pipelines.preprocess", *arguments]
         code = subprocess.run(command, env={**os.environ, "RAY_ADDRESS": address}, check=False).returncode
-    return REQUEUE if -code in _ASKING else code
+    return code_when_asked(out, before) if -code in _ASKING else code
+
+
+def code_when_asked(out: Folder, before: list[str]) -> int:
+    """85; or, where no further shard is finished, what the batch script wants then: it must not go on like this for ever."""
+    return unsaved_code() if out.receipts() == before else REQUEUE
 
 
 def follow(launch: Launch, folder: Path) -> int:
@@ -158,10 +169,6 @@ def end_children() -> None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 ask(child)
         psutil.wait_procs(children, timeout=END_SECONDS)
-
-
-def _leave(number: int, _: object) -> NoReturn:
-    raise SystemExit(REQUEUE)
 
 
 def _leave_unsaved(number: int, _: object) -> NoReturn:

@@ -12,7 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from himix_megatron.data.storage import LocalFolder
 from pipelines.preprocess import Settings, preprocess
+from pipelines.ray_cluster import code_when_asked
 from tests.slurm.cluster import Job, Slurm, processes_of, wait_until
 
 SCRIPT = "slurm/preprocess_ray.sh"
@@ -68,6 +70,15 @@ def test_a_signalled_job_continues_with_the_shards_that_it_has(
     assert job.wait(timeout_seconds=240) == "COMPLETED", job.text
     assert job.field("Restarts") == "1"
     assert not processes_of(job)
+
+
+def test_a_job_that_finishes_no_shard_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HIMIX_UNSAVED_CODE", "84")
+    assert code_when_asked(LocalFolder(tmp_path), before=[]) == 84
+    (tmp_path / "receipts").mkdir()
+    (tmp_path / "receipts" / "a-000000.json").touch()
+    assert code_when_asked(LocalFolder(tmp_path), before=[]) == 85
+    assert code_when_asked(LocalFolder(tmp_path), before=["a-000000"]) == 84
 
 
 @pytest.mark.campaign
