@@ -19,7 +19,7 @@ import torch.utils._device
 
 _CPU = torch.device("cpu")
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like", "ones_like", "as_tensor")
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 """glibc's names for what mallopt(3) sets."""
 _is_active = False
 
@@ -37,7 +37,7 @@ def activate_if_needed() -> bool:
     _redirect_runtime()
     _redirect_random_state()
     _redirect_weight_gradients()
-    _keep_freed_memory()
+    keep_freed_memory()
     return True
 
 
@@ -141,10 +141,10 @@ def _redirect_weight_gradients() -> None:
     layers.fused_weight_gradient_mlp_cuda, layers._grad_accum_fusion_available = kernel, True
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Where the C library is glibc, let it keep freed blocks for the next step. By default it gives those above 128 KB back to
     the kernel, which clears them page by page when they are asked for again: 8 % of a decoder's training step."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # glibc's own limit; larger blocks still go back
+        mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)

@@ -6,8 +6,7 @@
     python -m tools.bench_model --part padding           packed samples against plain padded ones, LLaVA-like lengths
     python -m tools.bench_model --part training --recipe llama3_2_3b_instruct     a whole decoder; on a GPU its MFU
 
-The concatenating model is built of the same Megatron layers with the same attention, its images as so many more tokens in
-front of the text; beside it the same with its causal mask spelled out, as published code has it, to which no line is held.
+Vanilla concatenation is megatron-core's own layers, the images as so many more tokens in front of the text (tools/vanilla.py).
 Forward and backward of the layers alone, without embedding, head and optimizer; gradients are added up in place on both
 sides. Repetitions take turns; printed are ratios first, then medians with the smallest and largest. Every stated
 line is printed with what was wanted; exit code 1 when one is missed.
@@ -27,10 +26,9 @@ import torch
 
 from himix_megatron import parallel
 from himix_megatron.config import Config, Part
-from himix_megatron.flops import Work, step_flops
 from pipelines.cli import parse_settings, run_main
 from pipelines.recipes import RECIPES
-from tools.measure import Line, product, report, take_turns
+from tools.measure import Line
 
 PARTS = ("concatenation", "tensor", "padding")
 
@@ -67,17 +65,6 @@ class Arguments:
     """`training`: measure the step with the tower too (beside the step without it)."""
     peak_tflops: float | None = None
     """`training`: the chip's dense peak; None: known for H100, H200, A100, B200, else the median 2048x2048x2048 product."""
-
-
-WANTED = {
-    ("concatenation", 64): 12.0,
-    ("concatenation", 256): 4.4,
-    ("tensor", 64): 11.5,
-    ("tensor", 256): 4.1,
-    "product": 0.72,
-    "align": 0.95,
-}
-"""Time of concatenation over HiMix, by part and text tokens; model FLOP/s over the product's; align's over the full step's."""
 
 
 def sizes(arguments: Arguments, parts: tuple[Part, ...] = ("vision_kv", "language")) -> Config:
@@ -135,91 +122,6 @@ def layers_step(
     return step
 
 
-class MaskedAttention(torch.nn.Module):
-    """Causal attention with its mask spelled out, in the place of the core attention."""
-
-    def forward(self, query_SBQD: Any, key_SBGD: Any, value_SBGD: Any, vision_kv_TG2D: Any, layout: Any) -> Any:
-        """float[S, B, Q*D]."""
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBQD, key_SBGD, value_SBGD))
-        mask = torch.ones(len(query_SBQD), len(query_SBQD), dtype=torch.bool).tril()
-        attend = torch.nn.functional.scaled_dot_product_attention
-        return attend(query, key, value, attn_mask=mask, enable_gqa=True).permute(2, 0, 1, 3).flatten(2)
-
-
-def with_masks(model: Any, step: Callable[[], None]) -> Callable[[], None]:
-    """The same step with `MaskedAttention` in every layer."""
-    attentions = [layer.self_attention for layer in model.decoder.layers]
-
-    def masked() -> None:
-        own = [attention.core_attention for attention in attentions]
-        for attention in attentions:
-            attention.core_attention = MaskedAttention()
-        step()
-        for attention, core in zip(attentions, own, strict=True):
-            attention.core_attention = core
-
-    return masked
-
-
-def concatenation(arguments: Arguments) -> list[Line]:
-    """HiMix, the concatenating model, align and the machine's product in turns (align and product on one rank only)."""
-    config = sizes(arguments)
-    width, alone = config.vision.hidden_size, arguments.part == "concatenation"
-    torch.set_num_threads(arguments.threads if alone else max(1, arguments.threads // 2))
-    topology = parallel.start(config.parallel, seed=0)
-    model = build(config, topology)
-    steps: dict[str, Callable[[], None]] = {"product": product()} if alone else {}
-    images = [arguments.vision_tokens] * arguments.samples
-    for text in arguments.text_tokens:
-        steps[f"himix {text}"] = layers_step(model, [text] * arguments.samples, images, width)
-        concatenated = [text + arguments.vision_tokens] * arguments.samples
-        steps[f"concatenation {text}"] = layers_step(model, concatenated, [0] * arguments.samples, width)
-        steps[f"with masks {text}"] = with_masks(model, steps[f"concatenation {text}"])
-    first = arguments.text_tokens[0]
-    if alone:
-        align = build(sizes(arguments, ("vision_kv",)), topology)
-        steps[f"align {first}"] = layers_step(align, [first] * arguments.samples, images, width)
-    seconds = take_turns(steps, arguments.repetitions, often={"product": 6, f"himix {first}": 2, f"align {first}": 2})
-    is_first_rank = topology.rank == 0
-    parallel.shutdown()
-    lines = lines_of(arguments, config, seconds)
-    title = f"{arguments.part}: {arguments.recipe}, {config.model.num_layers} layers, fp32, {arguments.samples} samples, "
-    title += f"{arguments.vision_tokens} vision tokens each, {torch.get_num_threads()} threads a rank"
-    if is_first_rank:
-        report(title, lines, seconds)
-    return lines
-
-
-def lines_of(arguments: Arguments, config: Config, seconds: dict[str, list[float]]) -> list[Line]:
-    """What the lines say, from the seconds of each step's repetitions."""
-    from statistics import median
-
-    time = {name: median(taken) for name, taken in seconds.items()}
-    count = arguments.samples
-
-    def flops(text: int, vision: int, parts: tuple[Part, ...] = ("vision_kv", "language")) -> float:
-        trained = dataclasses.replace(config, train=dataclasses.replace(config.train, parts=parts))
-        work = Work.of([text] * count, [vision] * count, head_tokens=0, causal=False)
-        return step_flops(trained, work).decoder
-
-    lines = []
-    for text in arguments.text_tokens:
-        predicted = flops(text + arguments.vision_tokens, 0) / flops(text, arguments.vision_tokens)
-        ratio = time[f"concatenation {text}"] / time[f"himix {text}"]
-        what = f"concatenation takes so many times longer than HiMix, {text} text tokens (by FLOPs {predicted:.1f})"
-        lines.append(Line(what, ratio, WANTED.get((arguments.part, text))))
-        ratio = time[f"with masks {text}"] / time[f"himix {text}"]
-        lines.append(Line(f"the same, concatenation's mask spelled out, {text} text tokens", ratio))
-    if "product" in time:
-        text = arguments.text_tokens[0]
-        full, align = flops(text, arguments.vision_tokens), flops(text, arguments.vision_tokens, ("vision_kv",))
-        of_product = full / time[f"himix {text}"] / (2 * 2048**3 / time["product"])
-        lines.append(Line(f"HiMix's model FLOP/s over the 2048^3 product's, {text} text tokens", of_product, WANTED["product"]))
-        of_full = align / time[f"align {text}"] / (full / time[f"himix {text}"])
-        lines.append(Line("align's model FLOP/s over the full step's", of_full, WANTED["align"]))
-    return lines
-
-
 def run_parts() -> int:
     """Each part in a process of its own. Returns: 1 if one missed a line."""
     codes = [subprocess.run([sys.executable, "-m", "tools.bench_model", "--part", p, *sys.argv[1:]]).returncode for p in PARTS]
@@ -229,19 +131,16 @@ def run_parts() -> int:
 def main() -> int:
     arguments = parse_settings(Arguments, sys.argv[1:], "python -m tools.bench_model", __doc__)
     sizes(arguments)
-    os.environ["OMP_NUM_THREADS"] = str(max(1, arguments.threads // 2) if arguments.part == "tensor" else arguments.threads)
     if arguments.part == "all":
         return run_parts()
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     if arguments.part == "padding":
-        from tools.bench_padding import padding
-
-        return Line.code(padding(arguments))
-    if arguments.part == "training":
-        from tools.bench_training import training
-
-        return Line.code(training(arguments))
-    parallel.ensure_ranks(2 if arguments.part == "tensor" else 1, "tools.bench_model", sys.argv[1:])
-    return Line.code(concatenation(arguments))
+        from tools.bench_padding import padding as measure
+    elif arguments.part == "training":
+        from tools.bench_training import training as measure
+    else:
+        from tools.bench_concatenation import concatenation as measure
+    return Line.code(measure(arguments))
 
 
 if __name__ == "__main__":

@@ -134,11 +134,12 @@ def calibrate(config: Config) -> dict[str, Any]:
         built = build_tower(replace(config.vision, ffn_hidden_size=width), seed=0, dtype=torch.float32)
         return torch.no_grad()(lambda: built(batch.pixels, batch.blank))
 
-    # Its cost is a straight line in the width.
+    # Its cost is nearly a straight line in the width: drawn once far apart, and once more around the first answer.
     narrow, wide = 2 * config.vision.hidden_size, 8 * config.vision.hidden_size
-    wanted, low, high = cpu_seconds(decoder, tower(narrow), tower(wide))
-    width = narrow + (wanted - low) / (high - low) * (wide - narrow)
-    width = max(16, round(width / 16) * 16)
+    for _ in range(2):
+        wanted, low, high = cpu_seconds(decoder, tower(narrow), tower(wide))
+        width = max(32, round((narrow + (wanted - low) / (high - low) * (wide - narrow)) / 16) * 16)
+        narrow, wide = width // 2, width + width // 2
     decoder_seconds, tower_seconds = cpu_seconds(decoder, tower(width))
     return {"width": width, "decoder_seconds": decoder_seconds, "tower_seconds": tower_seconds}
 

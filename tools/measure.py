@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -56,20 +59,72 @@ def seconds_of(step: Callable[[], object]) -> float:
 
 
 def take_turns(
-    steps: dict[str, Callable[[], object]], repetitions: int, often: dict[str, int] | None = None
+    steps: Mapping[str, Any],
+    repetitions: int,
+    often: dict[str, int] | None = None,
+    measure: Callable[[Any], float] = seconds_of,
 ) -> dict[str, list[float]]:
     """Seconds of every step's repetitions, taken in turns after one of each that is not counted.
 
-    `often`: how many times in a row a short step is measured at each turn.
+    Args:
+        often: how many times in a row a short step is measured at each turn.
+        measure: seconds of one step.
     """
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(repetitions + 1):
         for name, step in steps.items():
             for _ in range((often or {}).get(name, 1) if number else 1):
-                seconds = seconds_of(step)
+                seconds = measure(step)
                 if number:
                     taken[name].append(seconds)
     return taken
+
+
+class OtherProcess:
+    """`python -m module flags`, which answers with `serve`: a side of a comparison that needs a process as it comes."""
+
+    def __init__(self, module: str, flags: Sequence[str]):
+        self._name = " ".join(("python -m", module, *flags))
+        command = [sys.executable, "-m", module, *flags]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __enter__(self) -> OtherProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends it, also when its turn was not over."""
+        self._process.communicate()  # the end of its input ends it
+
+    def seconds_of(self, step: str) -> float:
+        """How long its step of this name takes. Raises: RuntimeError when the process has ended."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(f"{step}\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # its output ends below
+        for line in self._process.stdout:
+            if line.startswith(_ANSWER):
+                return float(line.removeprefix(_ANSWER))
+        raise RuntimeError(f"{self._name} ended with exit code {self._process.wait()} before it measured {step!r}")
+
+
+_ANSWER = "seconds: "
+
+
+def serve(steps: Mapping[str, Callable[[], object]]) -> None:
+    """Measure the steps that standard input names, a line each, until it ends; on all ranks, of which the first reads."""
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    while True:
+        asked = [sys.stdin.readline().strip() if rank == 0 else ""]
+        if torch.distributed.is_initialized():
+            torch.distributed.broadcast_object_list(asked, src=0)
+        if not asked[0]:
+            return
+        seconds = seconds_of(steps[asked[0]])
+        if rank == 0:
+            print(f"{_ANSWER}{seconds}", flush=True)
 
 
 def report(title: str, lines: Sequence[Line], seconds: dict[str, list[float]]) -> None:

@@ -48,6 +48,32 @@ class RMSNorm(torch.nn.RMSNorm):
         # Each tensor rank sees a part of the text: megatron-core sums the weight's gradient over them.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
+    def forward(self, hidden: Tensor) -> Tensor:
+        """float[..., H]. On a CPU torch has no kernel for it, and would compose it, and its gradient, of many passes."""
+        if not hidden.is_cpu or hidden.dtype not in (torch.float32, torch.float64):
+            return super().forward(hidden)
+        normed: Tensor = _RMSNorm.apply(hidden, self.weight, self.eps)  # type: ignore[no-untyped-call]
+        return normed
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = w * x / rms(x). With r = 1 / rms(x) and p = dy * x: dw = p^T r, dx = r * w * dy - x * (p w) * r^3 / H."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+        square_sum = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True).square_()
+        inverse = square_sum.div_(hidden.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(hidden, weight, inverse)
+        return torch.mul(hidden, inverse).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        hidden, weight, inverse = ctx.saved_tensors
+        products = torch.mul(grad, hidden).flatten(0, -2)
+        of_weight = products.t() @ inverse.flatten() if ctx.needs_input_grad[1] else None
+        along = (products @ weight).view_as(inverse) * inverse.pow(3) / -hidden.shape[-1]
+        return torch.mul(grad, weight).mul_(inverse).addcmul_(hidden, along), of_weight, None
+
 
 _ROWS = 32
 """Of one pass of SwiGLU's gradient: 600 KB in fp32 at Qwen2-0.5B's width."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -45,6 +46,23 @@ def test_torch_spec_names_every_vision_parameter() -> None:
 def test_te_spec_builds_the_same_parameters() -> None:
     te, torch_ = (run_ranks(names_and_shapes, 1, name, start_gloo=False)[0] for name in ("te", "torch"))
     assert te == torch_
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_rms_norm_is_torchs(trains: bool) -> None:
+    import torch
+
+    from himix_megatron.model.layer import RMSNorm
+
+    own = RMSNorm(SimpleNamespace(params_dtype=torch.float64, sequence_parallel=False), 5, 1e-6)
+    torch.nn.init.uniform_(own.weight.requires_grad_(trains))
+    given = torch.randn(7, 2, 5, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(own(given), torch.nn.functional.rms_norm(given, (5,), own.weight, 1e-6), rtol=1e-12, atol=0)
+    assert torch.autograd.gradcheck(own, (given,))
+    if trains:
+        assert torch.autograd.gradcheck(lambda weight: torch.func.functional_call(own, {"weight": weight}, given), own.weight)
+    half = RMSNorm(SimpleNamespace(params_dtype=torch.bfloat16, sequence_parallel=False), 5, 1e-6)
+    assert half(given.bfloat16()).dtype == torch.bfloat16
 
 
 def test_swiglu_is_its_formula() -> None:
