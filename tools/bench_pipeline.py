@@ -55,7 +55,7 @@ class Arguments:
 
     stages: tuple[int, ...] = (2, 4)
     """Pipeline sizes, one rank a stage."""
-    steps: int = 6
+    steps: int = 12
     """Measured ones; one more before them is not counted."""
     samples: int = 16
     """Of a step, in micro-batches of 2, each with one image."""
