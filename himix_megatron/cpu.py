@@ -19,7 +19,7 @@ import torch.utils._device
 
 _CPU = torch.device("cpu")
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like", "ones_like", "as_tensor")
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """glibc's names for what mallopt(3) sets."""
 _is_active = False
 
@@ -146,5 +146,5 @@ def keep_freed_memory() -> None:
     the kernel, which clears them page by page when they are asked for again: 8 % of a decoder's training step."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # glibc's own limit; larger blocks still go back
         mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)

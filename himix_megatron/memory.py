@@ -131,8 +131,9 @@ def layer_activations(config: Config, micro_batch: MicroBatch) -> float:
     query, key_value = (heads * model.channels_per_head for heads in (model.num_attention_heads, model.num_query_groups))
     text, sequence = micro_batch.text_tokens, parallel.tensor if parallel.sequence else 1
     trains, plain = "language" in config.train.parts, model.attention == "torch"
-    # The two norms' inputs; where weights train also what comes out of them, and torch's own norm keeps what it scales.
-    whole = text * model.hidden_size * (2 + (2 + 2 * plain) * trains) / sequence
+    # The two norms' inputs; where weights train also what comes out of them, and in 16 bits torch's norm keeps what it scales.
+    scaled = plain and config.train.precision == "bf16"
+    whole = text * model.hidden_size * (2 + (2 + 2 * scaled) * trains) / sequence
     # Queries, keys and values, and what they mix to; torch's backend keeps the projection's output beside turned copies of it.
     heads = (3 * query + 3 * key_value) if plain else (2 * query + 2 * key_value)
     attention = (text * heads + micro_batch.vision_tokens * 2 * key_value) / parallel.tensor
