@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ from pipelines.cli import parse_settings, run_main
 MOST = 1.10
 """Of the slowest rank's CPU time over the fastest's, with the shared tower."""
 SAME_LOSS = 1e-5
+NEAR = 0.05
+"""Of the tower's CPU time to the decoder's, when it is sized."""
 PLACEMENTS = ("replica_sharded", "replicated", "first_stage")
 CACHED = "cached features"
 WORKER = "--worker"
@@ -134,13 +137,13 @@ def calibrate(config: Config) -> dict[str, Any]:
         built = build_tower(replace(config.vision, ffn_hidden_size=width), seed=0, dtype=torch.float32)
         return torch.no_grad()(lambda: built(batch.pixels, batch.blank))
 
-    # Its cost is nearly a straight line in the width: drawn once far apart, and once more around the first answer.
-    narrow, wide = 2 * config.vision.hidden_size, 8 * config.vision.hidden_size
-    for _ in range(2):
-        wanted, low, high = cpu_seconds(decoder, tower(narrow), tower(wide))
-        width = max(32, round((narrow + (wanted - low) / (high - low) * (wide - narrow)) / 16) * 16)
-        narrow, wide = width // 2, width + width // 2
-    decoder_seconds, tower_seconds = cpu_seconds(decoder, tower(width))
+    width = 4 * config.vision.hidden_size
+    for attempts_left in range(4, -1, -1):
+        decoder_seconds, tower_seconds, wider = cpu_seconds(decoder, tower(width), tower(2 * width))
+        if abs(tower_seconds / decoder_seconds - 1) <= NEAR or not attempts_left:
+            break
+        # Its cost is nearly a straight line in the width.
+        width = max(16, round((width + width * (decoder_seconds - tower_seconds) / (wider - tower_seconds)) / 16) * 16)
     return {"width": width, "decoder_seconds": decoder_seconds, "tower_seconds": tower_seconds}
 
 
@@ -156,7 +159,7 @@ def cpu_seconds(*pieces: Callable[[], object], repetitions: int = 5) -> list[flo
 
 
 def measure(config: Config, topology: parallel.Topology) -> dict[str, Any]:
-    """Train. Returns: CPU and wall seconds a step of each rank, and the losses."""
+    """Train. Returns: CPU and wall seconds of each rank's median step, and the losses."""
     from himix_megatron import build, steps
     from himix_megatron.data.loader import step_loader
     from himix_megatron.health import UPDATE
@@ -165,17 +168,14 @@ def measure(config: Config, topology: parallel.Topology) -> dict[str, Any]:
     start = prepare(config, topology.data_size)
     run = build.build_run(config, start, topology)
     reader = build.step_reader(config, start.plan, topology, start.features)
-    losses = []
-    begun = wall = 0.0
-    for number, (batch, images) in enumerate(steps.encoded(run, step_loader(reader, start.plan.steps(start.end), 0))):
-        if number == 1:  # the first step warmed up
-            torch.distributed.barrier()
-            begun, wall = time.process_time(), time.perf_counter()
+    losses, clocks = [], []
+    for batch, images in steps.encoded(run, step_loader(reader, start.plan.steps(start.end), 0)):
         counts, _, _ = steps.train_step(config, run, batch, images, lambda *_: UPDATE)
         losses.append(counts.loss)
+        clocks.append((time.process_time(), time.perf_counter()))
     run.ahead.settle()
-    count = len(losses) - 1
-    own = ((time.process_time() - begun) / count, (time.perf_counter() - wall) / count)
+    # The first step warmed up. Medians: four ranks on two cores are disturbed now and then.
+    own = tuple(statistics.median(after - before for before, after in pairwise(clock)) for clock in zip(*clocks, strict=True))
     ranks: list[Any] = [None] * topology.world_size
     torch.distributed.all_gather_object(ranks, own)
     return {"cpu": [cpu for cpu, _ in ranks], "wall": max(wall for _, wall in ranks), "losses": losses}
@@ -252,13 +252,13 @@ def report(arguments: Arguments, sized: dict[str, Any], taken: dict[int, Any], s
         f"{arguments.steps} steps, 1 thread a rank, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; tower forward over "
         f"decoder forward + backward {sized['tower_seconds'] / sized['decoder_seconds']:.2f} (CPU time)"
     )
-    say(f"{'seconds a step':<34}{'slowest/fastest':>16}{'slowest CPU':>13}{'all CPU':>9}{'wall':>7}")
+    say(f"{'seconds a step':<34}{'slowest/fastest':>16}{'slowest CPU':>13}{'all CPU':>9}{'wall':>7}   CPU by rank")
     for size, found in taken.items():
         for name, values in found.items():
             cpu = values["cpu"]
             say(
                 f"{f'{size} stages, {name}':<34}{max(cpu) / min(cpu):>16.3f}{max(cpu):>13.2f}{sum(cpu):>9.2f}"
-                f"{values['wall']:>7.2f}"
+                f"{values['wall']:>7.2f}   {' '.join(f'{one:.2f}' for one in cpu)}"
             )
     return met
 
