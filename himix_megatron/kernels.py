@@ -67,8 +67,8 @@ def _load_torchs_cudnn() -> None:
     """Load all of the cuDNN that torch's wheels bring, before Transformer Engine looks for one.
 
     It would take the system's first where there is one. Seen with 9.14 in /lib beside torch's 9.19: either its import ends with
-    an undefined symbol, or it imports, cuDNN then finds no kernels ("sublibrary loading failed"), and every attention is computed
-    unfused, ten times slower, without a word. Which of the two happens depends on what torch has run before.
+    an undefined symbol, or cuDNN then finds no kernels ("sublibrary loading failed"), and every attention is computed unfused,
+    ten times slower, without a word. Which of the two happens depends on what torch has run before.
     """
     try:
         spec = importlib.util.find_spec("nvidia.cudnn")

@@ -83,7 +83,7 @@ def variable_length_arguments() -> frozenset[str]:
 
 
 def has_variable_length() -> bool:
-    """Whether torch's variable-length attention can be causal and aligned to the bottom right, which takes a window (from 2.11)."""
+    """Whether torch's variable-length attention can be causal, aligned to the bottom right; that takes a window (from 2.11)."""
     return {"window_size", "scale"} <= variable_length_arguments()
 
 
@@ -91,7 +91,9 @@ def _variable_length(query: Tensor, key: Tensor, value: Tensor, vision_kv: Tenso
     from torch.nn.attention.varlen import varlen_attn
 
     # Where the argument exists, grouped heads must be announced; torch 2.11 has none, and takes them as they are.
-    grouped = {"enable_gqa": query.shape[2] != key.shape[2]} if "enable_gqa" in variable_length_arguments() else {}
+    grouped: dict[str, Any] = (
+        {"enable_gqa": query.shape[2] != key.shape[2]} if "enable_gqa" in variable_length_arguments() else {}
+    )
     key_TGD, value_TGD = layout.join(vision_kv, key, value)
     mixed_TQD: Any = varlen_attn(
         layout.flat(query),

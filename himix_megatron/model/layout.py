@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -102,7 +102,7 @@ class _Join(torch.autograd.Function):
         ctx: Any, vision_kv: Tensor, key: Tensor, value: Tensor, vision_places: Tensor, text_places: Tensor, num_keys: int
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(vision_places, text_places)
-        ctx.text_shape, ctx.has_spare = key.shape, num_keys > len(vision_places) + len(text_places)
+        ctx.text_shape, ctx.has_spare = key.shape, num_keys == len(vision_places) + len(text_places) + 1
         joined = []
         for of_vision, of_text in ((vision_kv[:, :, 0], key), (vision_kv[:, :, 1], value)):
             rows = key.new_empty((num_keys, *key.shape[2:]))
@@ -112,6 +112,9 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, of_keys: Tensor, of_values: Tensor) -> tuple[Tensor | None, ...]:
         vision_places, text_places = ctx.saved_tensors
+        if ctx.has_spare:
+            of_keys[-1].zero_()  # where no kernel wrote anything
+            of_values[-1].zero_()
         of_vision = torch.stack([rows.index_select(0, vision_places) for rows in (of_keys, of_values)], dim=2)
         if not any(ctx.needs_input_grad[1:3]):  # the first layer of a frozen decoder
             return of_vision, None, None, None, None, None
@@ -180,7 +183,7 @@ def lay_out(
         angles=angles[positions] if packed else angles,
         vision_places=vision_places,
         text_places=text_places,
-        num_keys=num_text * num_rows + sum(vision_lengths) + (1 if len(vision_places) > sum(vision_lengths) else 0),
+        num_keys=num_text * num_rows + len(vision_places) + (0 if sizes is None else 1),
     )
 
 
@@ -193,7 +196,7 @@ def _tensors(
     within_text, within_vision = (np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n) for n in (text, vision))
     of_vision = np.repeat(begin, vision) + within_vision
     of_text = np.repeat(begin + vision, text) + within_text
-    spare = np.full(max(0, num_vision - len(of_vision)), len(of_vision) + len(of_text))
+    spare = np.full(max(0, num_vision - len(of_vision)), num_vision + len(of_text))
     ends = [np.concatenate(([0], np.cumsum(lengths))) for lengths in (text, text + vision)]
     # Text comes as [S, B]: in rows, sample by sample is column by column.
     return [within_text, np.concatenate((of_vision, spare)), of_text.reshape(num_rows, num_text).T.flatten(), *ends]
