@@ -64,6 +64,13 @@ class Layout(PackedSeqParams):  # type: ignore[misc]
     """int64[S * B]: the same for text, padding included."""
     num_keys: int = 0
     """Rows of all keys."""
+    samples: Tensor | None = None
+    """int32[4, n]: of each sample, padding included, where its text begins in [S * B, ...], its length, where its vision begins, its
+    length. In a row a sample's tokens follow each other; in [S, B] they lie B apart."""
+    max_vision: int = 0
+    """Vision tokens of a sample at most."""
+    pads_vision: bool = False
+    """Whether some vision tokens belong to no sample."""
 
     def runs(self) -> list[Run]:
         """All samples, neighbours of equal lengths taken together."""
@@ -168,7 +175,7 @@ def lay_out(
     text = np.array([*text_lengths, *of_padding, *[0] * missing])
     vision = np.array([*vision_lengths, *[0] * (len(text) - len(vision_lengths))])
     tensors = _tensors(text, vision, num_rows, num_text, 0 if sizes is None else sizes.num_vision)
-    positions, vision_places, text_places, ends_q, ends_kv = _to(text_ids.device, tensors)
+    positions, vision_places, text_places, ends_q, ends_kv, samples = _to(text_ids.device, tensors)
     # The angles of a few lengths only are ever made: megatron-core keeps the last ones.
     angles = rotary(-(-longest // 256) * 256 if packed else longest)
     return Layout(
@@ -184,6 +191,9 @@ def lay_out(
         vision_places=vision_places,
         text_places=text_places,
         num_keys=num_text * num_rows + len(vision_places) + (0 if sizes is None else 1),
+        samples=samples.int().view(4, -1),
+        max_vision=int(vision.max()) if sizes is None else sizes.max_vision,
+        pads_vision=sizes is not None,
     )
 
 
@@ -191,7 +201,7 @@ def _tensors(
     text: np.ndarray[Any, Any], vision: np.ndarray[Any, Any], num_rows: int, num_text: int, num_vision: int
 ) -> list[np.ndarray[Any, Any]]:
     """By arithmetic, from both lengths of all samples: positions of the text, places of vision and text (in the order of their
-    tensors) among the keys, and where samples end in queries and keys."""
+    tensors) among the keys, where samples end in queries and keys, and `Layout.samples`."""
     begin = np.cumsum(text + vision) - (text + vision)
     within_text, within_vision = (np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n) for n in (text, vision))
     of_vision = np.repeat(begin, vision) + within_vision
@@ -199,7 +209,9 @@ def _tensors(
     spare = np.full(max(0, num_vision - len(of_vision)), num_vision + len(of_text))
     ends = [np.concatenate(([0], np.cumsum(lengths))) for lengths in (text, text + vision)]
     # Text comes as [S, B]: in rows, sample by sample is column by column.
-    return [within_text, np.concatenate((of_vision, spare)), of_text.reshape(num_rows, num_text).T.flatten(), *ends]
+    begins = np.arange(len(text)) if num_rows > 1 else np.cumsum(text) - text
+    samples = np.concatenate((begins, text, np.cumsum(vision) - vision, vision))
+    return [within_text, np.concatenate((of_vision, spare)), of_text.reshape(num_rows, num_text).T.flatten(), *ends, samples]
 
 
 def _to(device: torch.device, arrays: list[np.ndarray[Any, Any]]) -> list[Tensor]:
