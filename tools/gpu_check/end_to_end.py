@@ -1,7 +1,264 @@
-"""Whether whole runs, as a user starts them, work on this device: convert, train, be killed, resume, evaluate."""
+"""Whether whole runs, started as a user starts them, do on this device what they do elsewhere.
+
+Every run is a process of its own, and all checks here run beside the others: small runs wait for the host most of the time.
+"""
 
 from __future__ import annotations
 
-from tools.gpu_check.runner import Check
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 
-CHECKS: tuple[Check, ...] = ()
+from himix_megatron.config import Config, ModelConfig, VisionConfig, differences, from_json
+from pipelines.recipes import RECIPES
+from tools.gpu_check.processes import apart, losses, pretrain, python, room, together, widest
+from tools.gpu_check.runner import Check, Context
+from tools.measure import Line
+
+FP32_LOSS = 1e-4
+"""Losses of 20 steps in fp32: sums in another order move them by 1e-6 (seen between micro-batches of 4 and 8 samples on a CPU);
+a wrong mask, position or gradient by 1e-2."""
+BF16_LOSS = 2e-2
+"""The same in bf16, whose roundings differ from the first product on."""
+REPEATED_LOSS = 1e-2
+"""A step that was done again in bf16: kernels of a GPU add up in any order. On a CPU it is the same to the bit."""
+AHEAD_LOSS = 1e-5
+"""10 steps in fp32 with the same features; others, half written say, move the loss by 1e-2."""
+ACCURACY = 0.95
+"""Of the quickstart's answers: a run in fp32 on a CPU gives 0.99."""
+PACKS = ("--data.pack-text-tokens", "512", "--data.pack-images", "8", "--train.global-batch-packs", "2")
+ROWS = ("--train.global-batch-samples", "8", "--train.micro-batch-samples", "4")
+
+
+# ---- data ----------------------------------------------------------------------------------------------------------
+
+
+def mixed_data(context: Context, folder: Path) -> Path:
+    """A shard dataset of 64 samples with one image, two or none."""
+    script = "import pathlib, sys, tests.datasets as made; made.make_mixed_dataset(pathlib.Path(sys.argv[1]), 64)"
+    python(context, "-c", script, folder, on_cpu=True)
+    return folder / "shards"
+
+
+def scenes(context: Context, folder: Path, train: int, held_out: int) -> Path:
+    """A folder of rendered scenes: shard datasets `align`, `instruct` and `heldout`. Needs no Ray."""
+    script = (
+        "import pathlib, sys; from pipelines.scenes import SceneSettings, ensure_scene_data; "
+        "ensure_scene_data(pathlib.Path(sys.argv[1]), SceneSettings(num_train=int(sys.argv[2]), num_heldout=int(sys.argv[3])))"
+    )
+    python(context, "-c", script, folder, str(train), str(held_out), on_cpu=True)
+    return folder
+
+
+# ---- the same training everywhere ------------------------------------------------------------------------------------
+
+
+def training(context: Context) -> Iterator[Line]:
+    """20 steps from the same weights on the CPU and under both specs, packs and rows, fp32 and bf16."""
+    steps = 6 if context.tiny else 20
+    folder = room("training")
+    data = mixed_data(context, folder / "data")
+    common = ("--data.path", data)
+    start = folder / "start"
+    # One step at the warm-up's rate of 0: fresh weights as a checkpoint, so that every run has the same.
+    pretrain(context, "tiny_instruct", *common, *ROWS, "--train.steps", "1", "--run.dir", start, on_cpu=True)
+
+    def train(name: str, spec: str, precision: str, shape: tuple[str, ...], on_cpu: bool = False) -> Path:
+        flags = ("--model.attention", spec, "--train.precision", precision, "--train.steps", str(steps), *shape)
+        run = folder / name
+        pretrain(context, "tiny_instruct", *common, *flags, "--checkpoint.initial", start, "--run.dir", run, on_cpu=on_cpu)
+        return run
+
+    shapes = {"packs": PACKS, "rows": ROWS}
+    specs = ("torch",) if context.tiny else ("torch", "te")
+    wanted = {(shape, "cpu", "fp32"): partial(train, f"{shape}-cpu", "torch", "fp32", shapes[shape], True) for shape in shapes}
+    for shape in shapes:
+        for spec in specs:
+            for precision in ("fp32", "bf16"):
+                name = f"{shape}-{spec}-{precision}"
+                wanted[shape, spec, precision] = partial(train, name, spec, precision, shapes[shape])
+    runs = dict(zip(wanted, together(context, *wanted.values()), strict=True))
+    first = losses(runs["packs", "cpu", "fp32"])
+    yield Line(f"fall of the loss over {steps} steps on the CPU: less would say little", first[1][-1] - first[steps][-1], 0.1)
+    for shape, spec, precision in runs:
+        if spec == "cpu":
+            continue
+        limit = FP32_LOSS if precision == "fp32" else BF16_LOSS
+        against = "cpu" if precision == "fp32" else "torch"
+        if (spec, precision) != (against, precision):
+            what = f"{shape}, {precision}: largest relative difference of {steps} losses, {spec} and {against}"
+            yield Line(what, apart(runs[shape, spec, precision], runs[shape, against, precision]), limit, at_most=True)
+        if precision == "bf16":
+            what = f"{shape}: the same, {spec} in bf16 and the CPU in fp32"
+            yield Line(what, apart(runs[shape, spec, "bf16"], runs[shape, "cpu", "fp32"]), BF16_LOSS, at_most=True)
+
+
+def encode_ahead(context: Context) -> Iterator[Line]:
+    """10 steps with the next step's images encoded beside training, and with each step's encoded in its turn."""
+    folder = room("encode-ahead")
+    data = mixed_data(context, folder / "data")
+
+    def train(name: str, flag: str) -> Path:
+        flags = ("--data.path", data, "--train.steps", "10", "--model.attention", "torch", flag, "--run.dir", folder / name)
+        pretrain(context, "tiny_instruct", *flags, *ROWS)
+        return folder / name
+
+    ahead, inline = together(
+        context, partial(train, "ahead", "--vision.encode-ahead"), partial(train, "inline", "--vision.no-encode-ahead")
+    )
+    what = "largest relative difference of 10 losses, images encoded ahead and in turn"
+    yield Line(what, apart(ahead, inline), 0 if context.tiny else AHEAD_LOSS, at_most=True)
+
+
+# ---- from Hugging Face's weights to an evaluated run -----------------------------------------------------------------
+
+INTERVAL, KILLED_IN, STEPS, MORE = 5, 18, 24, 5
+
+
+def hugging_face(folder: Path) -> tuple[Path, Path]:
+    """Folders of a small Qwen2 and a small SigLIP."""
+    from tests.interop.models import make_language, make_tower
+
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2}
+    language = make_language(folder / "qwen2", model_type="qwen2", vocab_size=260, **sizes)
+    return language, make_tower(folder / "siglip", width=64)
+
+
+def flags_of(converted: Config) -> list[str]:
+    """What tells the tiny recipe to train a model and tower of these sizes."""
+    recipe = RECIPES["tiny_instruct"]()
+    flags: list[str] = []
+    for section in ("model", "vision"):
+        own: ModelConfig | VisionConfig = getattr(converted, section)
+        for name, _, value in differences(getattr(recipe, section), own, f"{section}."):
+            if name in ("model.attention", "model.text_only"):
+                continue
+            flag = f"--{name.replace('_', '-')}"
+            if isinstance(value, bool):
+                flags.append(flag if value else re.sub(r"\.(?=[^.]*$)", ".no-", flag))
+            else:
+                flags += [flag, *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return flags
+
+
+def copied(run: Path, name: str) -> Path:
+    """A run folder under another name, so that two processes can continue it."""
+    other = run.with_name(name)
+    shutil.copytree(run, other)
+    return other
+
+
+def chain(context: Context) -> Iterator[Line]:
+    """Convert, train with asynchronous saves, be killed, resume, evaluate under both specs, go on under the other one."""
+    folder = room("chain")
+    own, other = ("torch", "torch") if context.tiny else ("te", "torch")
+    data = scenes(context, folder / "scenes", 160, 24)
+    language, tower = hugging_face(folder)
+    start = folder / "start"
+    python(context, "-m", "tools.convert", "hf-to-himix", "--language", language, "--vision", tower, "--out", start)
+    sizes = flags_of(from_json((start / "config.json").read_text()))
+
+    def train(run: Path, spec: str, steps: int, *extra: str | Path, wanted: int = 0) -> Path:
+        flags = (
+            "--data.path",
+            data / "instruct",
+            "--model.attention",
+            spec,
+            "--train.precision",
+            "bf16",
+            *ROWS,
+            "--run.dir",
+            run,
+        )
+        save = ("--checkpoint.interval-steps", str(INTERVAL), "--checkpoint.initial", start, "--optimizer.schedule", "constant")
+        words = (*sizes, *flags, *save, "--train.steps", str(steps), *extra)
+        pretrain(context, "tiny_instruct", *words, wanted=wanted)
+        return run
+
+    plan = folder / "faults.jsonl"
+    plan.write_text(json.dumps({"kind": "kill", "point": "step/backward", "step": KILLED_IN}) + "\n")
+    run = folder / "run"
+    train(run, own, STEPS, "--run.faults", plan, wanted=-9)
+    train(run, own, STEPS, "--run.faults", plan)
+    done = losses(run)
+    again = {step: twice for step, twice in done.items() if len(twice) > 1}
+    yield Line("steps that the run did, of those it should", len(done.keys() & set(range(1, STEPS + 1))) / STEPS, 1)
+    yield Line("steps done again after kill -9 between two saves", len(again), 1)
+    if again:
+        what = "largest relative difference of a repeated step's losses"
+        yield Line(what, widest(again.values()), 0 if context.tiny else REPEATED_LOSS, at_most=True)
+    yield from evaluated(context, run, data / "heldout", own, other)
+    yield from switched(context, train, run, own, other)
+
+
+def evaluated(context: Context, run: Path, data: Path, own: str, other: str) -> Iterator[Line]:
+    """The same run's answers under both specs: in fp32 the same ones, in bf16 as good ones."""
+
+    def answers(spec: str, precision: str) -> list[str]:
+        asked = copied(run, f"asked-{spec}-{precision}")
+        shutil.rmtree(asked / "evaluation", ignore_errors=True)
+        config = json.loads((asked / "config.json").read_text())
+        config["model"]["attention"], config["train"]["precision"] = spec, precision
+        (asked / "config.json").write_text(json.dumps(config))
+        python(context, "-m", "pipelines.evaluate", asked, "--data", data)
+        lines = (asked / "evaluation" / f"{data.name}.answers.jsonl").read_text().splitlines()
+        return [answer for line in map(json.loads, lines) for answer in (line["answer"], line["answer_shuffled_images"])]
+
+    if context.tiny:
+        yield Line("answers on the held-out set", len(answers(own, "bf16")), 48)
+        return
+    cases = [(spec, precision) for precision in ("fp32", "bf16") for spec in (own, other)]
+    found = dict(zip(cases, together(context, *(partial(answers, *case) for case in cases)), strict=True))
+    for precision, least in (("fp32", 0.95), ("bf16", None)):
+        pairs = list(zip(found[own, precision], found[other, precision], strict=True))
+        same = sum(one == two for one, two in pairs) / len(pairs)
+        # A tie that roundings decide changes an answer; a wrong key or position changes most of them.
+        yield Line(f"{precision}: share of answers that {own} and {other} give alike", same, least)
+
+
+def switched(context: Context, train: Callable[..., Path], run: Path, own: str, other: str) -> Iterator[Line]:
+    """A run that goes on under the other spec, from a checkpoint of the first, and the other way round."""
+    there, limit = STEPS + MORE, 0 if context.tiny else BF16_LOSS
+    stayed, went = together(
+        context,
+        partial(train, copied(run, "stayed"), own, there),
+        partial(train, copied(run, "went"), other, there),
+    )
+    steps = range(STEPS + 1, there + 1)
+    what = f"largest relative difference of {MORE} losses after a checkpoint of"
+    yield Line(f"{what} {own}: {other} and {own}", apart(stayed, went, steps), limit, at_most=True)
+    if context.tiny:
+        return  # both are the same spec
+    back, kept = together(
+        context,
+        partial(train, copied(went, "back"), own, there + MORE),
+        partial(train, copied(went, "kept"), other, there + MORE),
+    )
+    steps = range(there + 1, there + MORE + 1)
+    yield Line(f"{what} {other}: {own} and {other}", apart(back, kept, steps), limit, at_most=True)
+
+
+# ---- the quickstart --------------------------------------------------------------------------------------------------
+
+
+def quickstart(context: Context) -> Iterator[Line]:
+    """The whole job on a small world, in bf16 on a GPU; a few steps of it without one."""
+    folder = room("quickstart")
+    words = ("--out", folder, "--tensor", "1")
+    if context.tiny:
+        words = (*words, "--align-steps", "2", "--instruct-steps", "2")
+    python(context, "-m", "pipelines.quickstart", *words)
+    summary = json.loads((folder / "summary.json").read_text())
+    yield Line("answers exactly right", summary["answer_accuracy"], None if context.tiny else ACCURACY)
+    yield Line("the same with other samples' images", summary["answer_accuracy_shuffled_images"])
+
+
+CHECKS: tuple[Check, ...] = (
+    Check("chain", "correctness", 120, chain, beside=True),
+    Check("training", "correctness", 60, training, beside=True),
+    Check("quickstart", "correctness", 130, quickstart, beside=True),
+    Check("encode-ahead", "correctness", 40, encode_ahead, beside=True),
+)
