@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -19,14 +19,17 @@ from tools.gpu_check.runner import Check, Context
 from tools.measure import Line
 
 FP32_LOSS = 1e-4
-"""Losses of 20 steps in fp32: sums in another order move them by 1e-6 (seen between micro-batches of 4 and 8 samples on a CPU);
-a wrong mask, position or gradient by 1e-2."""
+"""Losses of 20 steps in fp32: sums in another order move them by 2e-7 (micro-batches of 2, 4 and 8 samples on a CPU), and a wrong
+mask, position or gradient by 1e-2."""
 BF16_LOSS = 2e-2
-"""The same in bf16, whose roundings differ from the first product on."""
+"""The same in bf16, whose roundings differ from the first product on: they moved losses by 8e-4 on a CPU."""
 REPEATED_LOSS = 1e-2
 """A step that was done again in bf16: kernels of a GPU add up in any order. On a CPU it is the same to the bit."""
 AHEAD_LOSS = 1e-5
 """10 steps in fp32 with the same features; others, half written say, move the loss by 1e-2."""
+SAME_ANSWERS = 0.95
+"""In fp32. A near tie between two tokens may change an answer; a wrong key or position changes most of them. In bf16 roundings
+decide more ties, how many depends on what the run has learned: no limit."""
 ACCURACY = 0.95
 """Of the quickstart's answers: a run in fp32 on a CPU gives 0.99."""
 PACKS = ("--data.pack-text-tokens", "512", "--data.pack-images", "8", "--train.global-batch-packs", "2")
@@ -73,10 +76,9 @@ def training(context: Context) -> Iterator[Line]:
         return run
 
     shapes = {"packs": PACKS, "rows": ROWS}
-    specs = ("torch",) if context.tiny else ("torch", "te")
     wanted = {(shape, "cpu", "fp32"): partial(train, f"{shape}-cpu", "torch", "fp32", shapes[shape], True) for shape in shapes}
     for shape in shapes:
-        for spec in specs:
+        for spec in dict.fromkeys(reversed(specs(context))):
             for precision in ("fp32", "bf16"):
                 name = f"{shape}-{spec}-{precision}"
                 wanted[shape, spec, precision] = partial(train, name, spec, precision, shapes[shape])
@@ -151,14 +153,19 @@ def copied(run: Path, name: str) -> Path:
     return other
 
 
+def specs(context: Context) -> tuple[str, str]:
+    """The one that a run starts under, and the other."""
+    return ("torch", "torch") if context.tiny else ("te", "torch")
+
+
 def chain(context: Context) -> Iterator[Line]:
     """Convert, train with asynchronous saves, be killed, resume, evaluate under both specs, go on under the other one."""
     folder = room("chain")
-    own, other = ("torch", "torch") if context.tiny else ("te", "torch")
-    data = scenes(context, folder / "scenes", 160, 24)
+    own, other = specs(context)
+    start, data = folder / "start", folder / "scenes"
     language, tower = hugging_face(folder)
-    start = folder / "start"
-    python(context, "-m", "tools.convert", "hf-to-himix", "--language", language, "--vision", tower, "--out", start)
+    convert = ("-m", "tools.convert", "hf-to-himix", "--language", language, "--vision", tower, "--out", start)
+    together(context, partial(python, context, *convert), partial(scenes, context, data, 160, 24))
     sizes = flags_of(from_json((start / "config.json").read_text()))
 
     def train(run: Path, spec: str, steps: int, *extra: str | Path, wanted: int = 0) -> Path:
@@ -183,53 +190,20 @@ def chain(context: Context) -> Iterator[Line]:
     run = folder / "run"
     train(run, own, STEPS, "--run.faults", plan, wanted=-9)
     train(run, own, STEPS, "--run.faults", plan)
-    done = losses(run)
-    again = {step: twice for step, twice in done.items() if len(twice) > 1}
-    yield Line("steps that the run did, of those it should", len(done.keys() & set(range(1, STEPS + 1))) / STEPS, 1)
-    yield Line("steps done again after kill -9 between two saves", len(again), 1)
-    if again:
-        what = "largest relative difference of a repeated step's losses"
-        yield Line(what, widest(again.values()), 0 if context.tiny else REPEATED_LOSS, at_most=True)
-    yield from evaluated(context, run, data / "heldout", own, other)
-    yield from switched(context, train, run, own, other)
-
-
-def evaluated(context: Context, run: Path, data: Path, own: str, other: str) -> Iterator[Line]:
-    """The same run's answers under both specs: in fp32 the same ones, in bf16 as good ones."""
-
-    def answers(spec: str, precision: str) -> list[str]:
-        asked = copied(run, f"asked-{spec}-{precision}")
-        shutil.rmtree(asked / "evaluation", ignore_errors=True)
-        config = json.loads((asked / "config.json").read_text())
-        config["model"]["attention"], config["train"]["precision"] = spec, precision
-        (asked / "config.json").write_text(json.dumps(config))
-        python(context, "-m", "pipelines.evaluate", asked, "--data", data)
-        lines = (asked / "evaluation" / f"{data.name}.answers.jsonl").read_text().splitlines()
-        return [answer for line in map(json.loads, lines) for answer in (line["answer"], line["answer_shuffled_images"])]
-
-    if context.tiny:
-        yield Line("answers on the held-out set", len(answers(own, "bf16")), 48)
-        return
-    cases = [(spec, precision) for precision in ("fp32", "bf16") for spec in (own, other)]
-    found = dict(zip(cases, together(context, *(partial(answers, *case) for case in cases)), strict=True))
-    for precision, least in (("fp32", 0.95), ("bf16", None)):
-        pairs = list(zip(found[own, precision], found[other, precision], strict=True))
-        same = sum(one == two for one, two in pairs) / len(pairs)
-        # A tie that roundings decide changes an answer; a wrong key or position changes most of them.
-        yield Line(f"{precision}: share of answers that {own} and {other} give alike", same, least)
-
-
-def switched(context: Context, train: Callable[..., Path], run: Path, own: str, other: str) -> Iterator[Line]:
-    """A run that goes on under the other spec, from a checkpoint of the first, and the other way round."""
-    there, limit = STEPS + MORE, 0 if context.tiny else BF16_LOSS
-    stayed, went = together(
+    yield from resumed(context, run)
+    asked = [(spec, precision) for precision in ("fp32", "bf16") for spec in ((own,) if context.tiny else (own, other))]
+    there = STEPS + MORE
+    stayed, went, *found = together(
         context,
         partial(train, copied(run, "stayed"), own, there),
         partial(train, copied(run, "went"), other, there),
+        *(partial(answers, context, copied(run, f"asked-{'-'.join(case)}"), data / "heldout", *case) for case in asked),
     )
-    steps = range(STEPS + 1, there + 1)
+    yield from evaluated(context, dict(zip(asked, found, strict=True)))
+    limit = 0 if context.tiny else BF16_LOSS
     what = f"largest relative difference of {MORE} losses after a checkpoint of"
-    yield Line(f"{what} {own}: {other} and {own}", apart(stayed, went, steps), limit, at_most=True)
+    difference = apart(stayed, went, range(STEPS + 1, there + 1))
+    yield Line(f"{what} {own}: {other} and {own}", difference, limit, at_most=True)
     if context.tiny:
         return  # both are the same spec
     back, kept = together(
@@ -237,8 +211,41 @@ def switched(context: Context, train: Callable[..., Path], run: Path, own: str, 
         partial(train, copied(went, "back"), own, there + MORE),
         partial(train, copied(went, "kept"), other, there + MORE),
     )
-    steps = range(there + 1, there + MORE + 1)
-    yield Line(f"{what} {other}: {own} and {other}", apart(back, kept, steps), limit, at_most=True)
+    difference = apart(back, kept, range(there + 1, there + MORE + 1))
+    yield Line(f"{what} {other}: {own} and {other}", difference, limit, at_most=True)
+
+
+def resumed(context: Context, run: Path) -> Iterator[Line]:
+    """What the ledger of a run says that was killed once."""
+    done = losses(run)
+    again = {step: twice for step, twice in done.items() if len(twice) > 1}
+    yield Line("steps that the run did, of those it should", len(done.keys() & set(range(1, STEPS + 1))) / STEPS, 1)
+    yield Line("steps done again after kill -9 between two saves", len(again), 1)
+    if again:
+        what = "largest relative difference of a repeated step's losses"
+        yield Line(what, widest(again.values()), 0 if context.tiny else REPEATED_LOSS, at_most=True)
+
+
+def answers(context: Context, run: Path, data: Path, spec: str, precision: str) -> list[str]:
+    """All answers of a run, which is a copy, under a spec and in a precision that need not be its own."""
+    config = json.loads((run / "config.json").read_text())
+    config["model"]["attention"], config["train"]["precision"] = spec, precision
+    (run / "config.json").write_text(json.dumps(config))
+    python(context, "-m", "pipelines.evaluate", run, "--data", data)
+    lines = (run / "evaluation" / f"{data.name}.answers.jsonl").read_text().splitlines()
+    return [answer for line in map(json.loads, lines) for answer in (line["answer"], line["answer_shuffled_images"])]
+
+
+def evaluated(context: Context, found: dict[tuple[str, str], list[str]]) -> Iterator[Line]:
+    """Answers by spec and precision: the same ones in fp32."""
+    own, other = specs(context)
+    yield Line("answers of each evaluation", min(map(len, found.values())), 48)
+    if context.tiny:
+        return
+    for precision, least in (("fp32", SAME_ANSWERS), ("bf16", None)):
+        pairs = list(zip(found[own, precision], found[other, precision], strict=True))
+        same = sum(one == two for one, two in pairs) / len(pairs)
+        yield Line(f"{precision}: share of answers that {own} and {other} give alike", same, least)
 
 
 # ---- the quickstart --------------------------------------------------------------------------------------------------
