@@ -19,8 +19,8 @@ from tools.gpu_check.runner import Check, Context
 from tools.measure import Line
 
 FP32_LOSS = 1e-4
-"""Losses of 20 steps in fp32: sums in another order move them by 2e-7 (micro-batches of 2, 4 and 8 samples on a CPU), and a wrong
-mask, position or gradient by 1e-2."""
+"""Losses of 20 steps in fp32: sums in another order move them by 2e-7 (micro-batches of 2, 4 and 8 samples on a CPU), and a
+wrong mask, position or gradient by 1e-2."""
 BF16_LOSS = 2e-2
 """The same in bf16, whose roundings differ from the first product on: they moved losses by 8e-4 on a CPU."""
 REPEATED_LOSS = 1e-2
@@ -254,9 +254,11 @@ def evaluated(context: Context, found: dict[tuple[str, str], list[str]]) -> Iter
 def quickstart(context: Context) -> Iterator[Line]:
     """The whole job on a small world, in bf16 on a GPU; a few steps of it without one."""
     folder = room("quickstart")
-    words = ("--out", folder, "--tensor", "1")
+    words = ("--out", folder, "--tensor", "1", "--engine", "local")
     if context.tiny:
         words = (*words, "--align-steps", "2", "--instruct-steps", "2")
+    else:
+        words = (*words, "--train.precision", "bf16", "--model.attention", "te")
     python(context, "-m", "pipelines.quickstart", *words)
     summary = json.loads((folder / "summary.json").read_text())
     yield Line("answers exactly right", summary["answer_accuracy"], None if context.tiny else ACCURACY)
