@@ -36,6 +36,14 @@ def attention_backend(model: ModelConfig, kernels: Kernels) -> Literal["te", "to
     return "te" if kernels.transformer_engine and (torch.cuda.is_available() or model.attention == "te") else "torch"
 
 
+def check_graphs(config: Config) -> None:
+    """Raises: ValueError if `train.cuda_graphs` is asked for and cannot run here."""
+    if config.train.cuda_graphs == "on" and not torch.cuda.is_available():
+        raise ValueError("train.cuda_graphs is on, but there is no GPU here: use --train.cuda-graphs off")
+    if config.train.cuda_graphs == "on" and config.train.precision != "bf16":
+        raise ValueError("train.cuda_graphs is on, but attention in fp32 goes sample by sample: use --train.precision bf16")
+
+
 def check_fp8(config: Config, kernels: Kernels) -> None:
     """Raises: ValueError if `train.fp8` is asked for and cannot run here."""
     if config.train.fp8 == "none":
@@ -49,6 +57,11 @@ def check_fp8(config: Config, kernels: Kernels) -> None:
         )
 
 
+def has_fused_loss(kernels: Kernels) -> bool:
+    """Whether the cross-entropy is Transformer Engine's: a kernel of its own, whatever the layers are made of."""
+    return kernels.transformer_engine and torch.cuda.is_available()
+
+
 def text_multiple(config: Config) -> int:
     """Texts are padded to a multiple of this: sequence parallelism splits them evenly over the tensor ranks, and FP8 products
     want 16 rows on each."""
@@ -58,7 +71,7 @@ def text_multiple(config: Config) -> int:
 def overlaps(config: Config) -> bool:
     """Whether data-parallel communication runs beside the passes."""
     if config.parallel.overlap == "auto":
-        return torch.cuda.is_available() and "tower" not in config.train.parts
+        return torch.cuda.is_available() and "tower" not in config.train.parts and config.train.cuda_graphs == "off"
     return config.parallel.overlap == "on"
 
 
@@ -117,7 +130,12 @@ def transformer_config(config: Config, kernels: Kernels) -> TransformerConfig:
         bias_activation_fusion=on_gpu,
         # Despite its name: the MLP's activation is the one that the layer spec names (model/layer.py SwiGLU).
         use_te_activation_func=not on_gpu and not te,
-        bias_dropout_fusion=on_gpu,
+        # There is neither a bias nor dropout: compiled, the one addition costs the host three times as much.
+        bias_dropout_fusion=False,
+        # One launch instead of twelve, where all samples have the same angles (model/mixture_attention.py).
+        apply_rope_fusion=on_gpu and kernels.transformer_engine,
+        # A workaround for old versions of torch: the host would wait for the whole device at every hop.
+        batch_p2p_sync=False,
         recompute_granularity=None if config.train.recompute == "none" else config.train.recompute,
         recompute_method="uniform" if config.train.recompute == "full" else None,
         recompute_num_layers=1 if config.train.recompute == "full" else None,

@@ -21,6 +21,7 @@ from .data.loader import Reads, StepReader, step_loader
 from .data.plan import End, Place, Plan, StepPlan
 from .data.stream import Stream, stream_steps
 from .data.vision_reader import FeatureReader
+from .micro_batch_graphs import MicroBatchGraphs
 from .model.encoder import Ahead, ReplicaEncoder, encoding_place
 from .model.himix import build_stage, finalize_gradients
 from .model.vision import build_tower
@@ -44,6 +45,8 @@ class Run:
     optimizer: Any
     checkpoints: Checkpoints
     passes: PassClock
+    graphs: MicroBatchGraphs | None = None
+    """Where training runs micro-batches as CUDA graphs."""
 
 
 def build_run(config: Config, start: Start, topology: Topology) -> Run:
@@ -78,6 +81,7 @@ def build_run(config: Config, start: Start, topology: Topology) -> Run:
         optimizer=optimizer,
         checkpoints=Checkpoints(config, stages, optimizer, None if trainable else tower, start.attempt, start.ranks),
         passes=passes,
+        graphs=MicroBatchGraphs(config, stages[0]) if config.train.cuda_graphs == "on" else None,
     )
 
 

@@ -327,6 +327,9 @@ class TrainConfig:
     has it. Not yet run on one."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: core attention only, or whole layers."""
+    cuda_graphs: Literal["off", "on"] = "off"
+    """Run forward and backward of each packed micro-batch as one CUDA graph, recorded once for each of a few sizes: for narrow
+    decoders, which keep the host busier than the GPU. Needs a GPU, packing, one rank for each replica, and a frozen tower."""
     seed: int = 1234
     """Of the fresh weights and of the data order."""
 
@@ -559,6 +562,8 @@ class Config:
                 "parallel.overlap is on, but the tower trains: its gradients are summed over pipeline stages before they are "
                 "over data-parallel ranks, so leave --parallel.overlap auto"
             )
+        if self.train.cuda_graphs == "on":
+            self._check_graphs()
         if self.log.pictures_interval_steps and self.data.stream and self.data.validation_path is None:
             raise ValueError(
                 "log.pictures_interval_steps is given, but a stream has no samples to choose from: give "
@@ -570,6 +575,20 @@ class Config:
                 f"parallel.virtual_pipeline ({parallel.virtual_pipeline})"
                 f"{'' if model.num_layers < chunks else ': use --parallel.split balanced, or other sizes'}"
             )
+
+    def _check_graphs(self) -> None:
+        """Raises: ValueError for what a recorded micro-batch cannot have."""
+        parallel, train = self.parallel, self.train
+        for field_name, found, wanted in (
+            ("data.pack_text_tokens", self.data.pack_text_tokens, "packing (--data.pack-text-tokens, --data.pack-images)"),
+            ("parallel.tensor x parallel.pipeline", parallel.tensor * parallel.pipeline == 1, "one rank for each replica"),
+            ("parallel.overlap", parallel.overlap != "on", "--parallel.overlap auto or off"),
+            ("train.parts", "tower" not in train.parts, "a frozen tower"),
+            ("train.fp8", train.fp8 == "none", "--train.fp8 none"),
+            ("train.recompute", train.recompute == "none", "--train.recompute none"),
+        ):
+            if not found:
+                raise ValueError(f"train.cuda_graphs is on, which {field_name} does not allow: it needs {wanted}")
 
     @property
     def global_batch(self) -> int:

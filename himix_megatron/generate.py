@@ -28,7 +28,8 @@ from .model.kv_cache import KVCache
 from .model.vision import Tower, build_tower
 from .parallel import Topology
 from .sampling import Sampling, choose
-from .step import StageInput, run_logits
+from .stage_input import StageInput
+from .step import run_logits
 
 Watch = Callable[[int, list[int]], bool]
 """Called on every rank with a prompt's number and its answer's ids so far, at each new one; True ends that answer."""

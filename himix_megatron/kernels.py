@@ -7,8 +7,11 @@ that a package index offers is a toolkit for Pyramid web applications. megatron-
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib
 import importlib.util
+import os
 import sys
 import warnings
 from dataclasses import dataclass
@@ -56,6 +59,27 @@ def prepare_import() -> None:
     if "apex" not in sys.modules and (fault := _apex_fault()):
         _hidden_apex = fault
         sys.modules["apex"] = None  # type: ignore[assignment]  # from now on `import apex` is an ImportError
+    if importlib.util.find_spec("transformer_engine") is not None:
+        _load_torchs_cudnn()
+
+
+def _load_torchs_cudnn() -> None:
+    """Load all of the cuDNN that torch's wheels bring, before Transformer Engine looks for one.
+
+    It would take the system's first where there is one. Seen with 9.14 in /lib beside torch's 9.19: either its import ends with
+    an undefined symbol, or cuDNN then finds no kernels ("sublibrary loading failed"), and every attention is computed unfused,
+    ten times slower, without a word. Which of the two happens depends on what torch has run before.
+    """
+    try:
+        spec = importlib.util.find_spec("nvidia.cudnn")
+    except ModuleNotFoundError:  # no package nvidia at all: torch uses the system's as well
+        return
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        os.environ.setdefault("CUDNN_HOME", folder)  # what Transformer Engine asks first
+        for library in sorted(Path(folder, "lib").glob("libcudnn*.so.*")):
+            # What cannot be loaded is for torch and Transformer Engine to say.
+            with contextlib.suppress(OSError):
+                ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
 def hidden_apex() -> str | None:

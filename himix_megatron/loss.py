@@ -5,7 +5,9 @@ schedules add up over micro-batches, and over data ranks (`calculate_per_token_l
 and padding therefore change nothing.
 
 Logits are the largest tensor of a small decoder: 152,000 of them for each token, 600 KB in fp32, beside 3.5 KB of state. So
-only tokens with a label go through the head, a chunk at a time, and a chunk's logits are computed again in the backward pass.
+only tokens with a label go through the head. Where Transformer Engine's cross-entropy can be used, which reads each logit once
+for the loss and writes the gradient in its place, they do so once (12 bytes of traffic a logit in bf16); elsewhere a chunk at a
+time, whose logits are computed again in the backward pass.
 
 Shape letters: S text tokens, B rows, H width, M tokens with a label, W vocabulary of this tensor rank.
 """
@@ -19,11 +21,30 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_LOGITS = 2**26
-"""Most logits of a rank that exist at once: 256 MiB in fp32."""
+"""Most logits of a rank that exist at once where the head runs in chunks: 256 MiB in fp32."""
+MAX_LOGITS = 2**30
+"""Most logits of a rank that are kept for the backward pass where the cross-entropy needs nothing beside them and writes its
+gradient over them: 2 GiB in bf16. Above, chunks of a quarter of this."""
+
+
+def chunk_tokens(num_tokens: int, num_logits: int, *, keeps: bool) -> int:
+    """Tokens with a label that go through the head at a time; all of them where nothing is computed twice.
+
+    Args: num_logits: of one token on this rank; keeps: whether the cross-entropy can write its gradient over the logits.
+    """
+    if keeps and num_tokens * num_logits <= MAX_LOGITS:
+        return max(1, num_tokens)
+    return max(1, (MAX_LOGITS // 4 if keeps else CHUNK_LOGITS) // num_logits)
 
 
 def token_losses(
-    hidden_SBH: Tensor, labels_BS: Tensor, losses_of: Callable[[Tensor, Tensor], Tensor], num_logits: int
+    hidden_SBH: Tensor,
+    labels_BS: Tensor,
+    losses_of: Callable[[Tensor, Tensor], Tensor],
+    num_logits: int,
+    *,
+    labelled: Tensor | None = None,
+    keeps: bool = False,
 ) -> Tensor:
     """float32[B, S] cross-entropy; 0 where the label is -100.
 
@@ -31,19 +52,28 @@ def token_losses(
         hidden_SBH: all tokens' states, on every tensor rank.
         losses_of: the head and the cross-entropy: states float[m, 1, H] and labels int64[m, 1] to losses float[m, 1].
         num_logits: W, of one token on this rank.
+        labelled: int64[M], which of the B * S labels count, where the host knows; others may be among them if their label is
+            -100 and `losses_of` gives 0 for it. None: found here, for which the host waits for a GPU.
+        keeps: as in `chunk_tokens`.
     """
-    rows, columns = (labels_BS >= 0).nonzero(as_tuple=True)
-    hidden_MH, labels_M = hidden_SBH[columns, rows], labels_BS[rows, columns]
-    chunk = max(1, CHUNK_LOGITS // num_logits)
-    # Without any label one empty chunk still runs: its weights get a gradient of zero, and tensor ranks keep step.
-    losses_M = torch.cat(
-        [
-            checkpoint(losses_of, hidden[:, None], labels[:, None], use_reentrant=False, preserve_rng_state=False)
-            for hidden, labels in zip(torch.split(hidden_MH, chunk), torch.split(labels_M, chunk), strict=True)
-        ]
-    )
-    losses = torch.zeros(labels_BS.shape, dtype=torch.float32, device=labels_BS.device)
-    return losses.index_put((rows, columns), losses_M[:, 0].float())
+    if labelled is None:
+        labelled = (labels_BS.flatten() >= 0).nonzero()[:, 0]
+    num_rows, num_text = labels_BS.shape
+    states_M = labelled % num_text * num_rows + labelled // num_text  # where they lie in [S, B]
+    hidden_MH, labels_M = hidden_SBH.flatten(0, 1).index_select(0, states_M), labels_BS.flatten()[labelled]
+    chunk = chunk_tokens(len(labelled), num_logits, keeps=keeps)
+    if keeps and len(labelled) and chunk >= len(labelled):
+        losses_M = losses_of(hidden_MH[:, None], labels_M[:, None])
+    else:
+        # Without any label one empty chunk still runs: its weights get a gradient of zero, and tensor ranks keep step.
+        losses_M = torch.cat(
+            [
+                checkpoint(losses_of, hidden[:, None], labels[:, None], use_reentrant=False, preserve_rng_state=False)
+                for hidden, labels in zip(torch.split(hidden_MH, chunk), torch.split(labels_M, chunk), strict=True)
+            ]
+        )
+    losses = torch.zeros(labels_BS.numel(), dtype=torch.float32, device=labels_BS.device)
+    return losses.scatter_add(0, labelled, losses_M[:, 0].float()).view(labels_BS.shape)
 
 
 def answer_loss(

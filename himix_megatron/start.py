@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from . import attempt, faults
-from .adapter import attention_backend, check_fp8
+from .adapter import attention_backend, check_fp8, check_graphs
 from .agreement import Agreement
 from .checkpoint import Checkpoints, Position, check_architecture, position_of, tower_hash
 from .config import Config, DataConfig, differences, from_json, to_json
@@ -73,6 +73,7 @@ def prepare(config: Config, data_size: int) -> Start:
     kernels = detect()
     attention_backend(config.model, kernels)
     check_fp8(config, kernels)
+    check_graphs(config)
     check_text(config)
     plan = make_stream(config, data_size) if config.data.stream else make_plan(config, config.data)
     held_out = None

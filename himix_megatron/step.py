@@ -6,71 +6,32 @@ Flows in: this rank's model chunks and, per micro-batch, text and images; out: w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from . import progress
-from .data.batch import StepBatch
 from .loss import answer_loss
-from .model.kv_cache import KVCache
+from .micro_batch_graphs import MicroBatchGraphs
+from .stage_input import StageInput
 
 
-@dataclass(frozen=True, slots=True)
-class StageInput:
-    """What every stage is given with a micro-batch; text hidden states alone come through the pipeline."""
-
-    text_ids: Tensor
-    """int64[B, S]."""
-    images: Tensor
-    """Features float[K, n, V] of the micro-batch's images; pixels uint8[K, 3, height, width] where the tower trains."""
-    blank: Tensor
-    """bool[K], images that stand for "no image"."""
-    images_per_sample: tuple[int, ...]
-    """Of each sample."""
-    labels: Tensor | None = None
-    """int64[B, S], -100 for no loss; None: logits are wanted."""
-    packed_lengths: tuple[int, ...] | None = None
-    """Text tokens of each sample, where B is 1 and the row holds n samples one after the other; None: a row is a sample."""
-    token_sources: Tensor | None = None
-    """int64[B, S]: which of `num_sources` datasets each token is from, where their losses are wanted apart."""
-    num_sources: int = 0
-    cache: KVCache | None = None
-    """Generation: the images and the text before `text_ids`; `images` is not read then."""
-
-
-def stage_inputs(batch: StepBatch, images: Tensor, device: torch.device) -> list[StageInput]:
-    """Cut a step into its micro-batches. `images`: features or pixels of all the step's images on this replica."""
-    inputs, first = [], 0
-    for micro_batch in batch.micro_batches:
-        own = slice(first, first + sum(micro_batch.images_per_sample))
-        first = own.stop
-        inputs.append(
-            StageInput(
-                text_ids=micro_batch.text_ids.to(device),
-                images=images[own],
-                blank=batch.blank[own].to(device),
-                images_per_sample=micro_batch.images_per_sample,
-                labels=micro_batch.labels.to(device),
-                packed_lengths=tuple(micro_batch.text_lengths.tolist()) if micro_batch.packed else None,
-                token_sources=micro_batch.token_sources().to(device) if batch.num_sources > 1 else None,
-                num_sources=batch.num_sources if batch.num_sources > 1 else 0,
-            )
-        )
-    return inputs
-
-
-def run_losses(stages: list[DistributedDataParallel], inputs: Sequence[StageInput], *, forward_only: bool) -> list[Tensor]:
+def run_losses(
+    stages: list[DistributedDataParallel],
+    inputs: Sequence[StageInput],
+    *,
+    forward_only: bool,
+    graphs: MicroBatchGraphs | None = None,
+) -> list[Tensor]:
     """Forward, and backward unless `forward_only`, over micro-batches of equal shape.
 
+    Args: graphs: run forward and backward as CUDA graphs; on one pipeline stage.
     Returns: on the last stage per micro-batch what `answer_loss` reports; elsewhere nothing.
     """
-    return _run(stages, inputs, _loss, forward_only=forward_only)
+    return _run(stages, inputs, _loss, forward_only=forward_only, graphs=None if forward_only else graphs)
 
 
 def run_logits(
@@ -98,17 +59,19 @@ def _run(
     *,
     forward_only: bool,
     raw: bool = False,
+    graphs: MicroBatchGraphs | None = None,
 ) -> list[Tensor]:
     def forward_step(iterator: Iterator[StageInput], stage: DistributedDataParallel) -> tuple[Tensor, Any]:
         given = next(iterator)
         if not forward_only:
             progress.at("step/forward")
-        output = stage(
-            given.text_ids, given.images, given.blank, given.images_per_sample,
-            labels=given.labels, cache=given.cache, packed_lengths=given.packed_lengths,
-        )  # fmt: skip
+        if graphs is not None:
+            loss = graphs.run(given, lambda own, losses: report(own)(losses))
+            # Its backward pass is done: what the schedule goes back through is this number alone.
+            return loss[0].requires_grad_(), lambda total: (total, *loss[1:])
+        output = given.through(stage)
         if output.requires_grad:
-            output.register_hook(lambda _: progress.at("step/backward"))
+            output.register_hook(lambda _: progress.at("step/backward"))  # type: ignore[no-untyped-call]
         return output, report(given)
 
     num_samples, length = inputs[0].text_ids.shape

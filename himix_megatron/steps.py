@@ -22,7 +22,8 @@ from .metrics import StepCounts
 from .optim import gradient_norm, update
 from .parallel import Topology
 from .signals import StopRequest
-from .step import run_losses, stage_inputs
+from .stage_input import stage_inputs
+from .step import run_losses
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +108,8 @@ def run_schedule(run: Run, batch: StepBatch, images: Tensor, *, forward_only: bo
 
     Returns: on the last stage per micro-batch what `loss.answer_loss` reports; elsewhere nothing.
     """
-    return run_losses(run.stages, stage_inputs(batch, images, run.topology.device), forward_only=forward_only)
+    inputs = stage_inputs(batch, images, run.topology.device)
+    return run_losses(run.stages, inputs, forward_only=forward_only, graphs=run.graphs)
 
 
 def agree_on_bad(batch: StepBatch, topology: Topology) -> StepBatch:

@@ -130,7 +130,7 @@ def configuration(arguments: Arguments, reference: Reference) -> Config:
 
 def stage_inputs(config: Config, reference: Reference, device: torch.device) -> list[Any]:
     """One micro-batch a row; rows without a label are added where the interleaved schedule wants a multiple."""
-    from himix_megatron.step import StageInput
+    from himix_megatron.stage_input import StageInput
 
     ids, labels, vision = (reference.tensors[name] for name in ("input_ids", "labels", "vision"))
     num_rows, length = ids.shape

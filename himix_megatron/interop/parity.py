@@ -22,7 +22,8 @@ from ..generate import Answerer
 from ..kernels import detect
 from ..model.vision import build_tower
 from ..parallel import Topology
-from ..step import StageInput, run_logits
+from ..stage_input import StageInput
+from ..step import run_logits
 from .authors import AsAuthors, is_new, shapes
 from .export.parity import fixed_input, himix_logits, parity
 from .folder import StoredWeights, read_config, stored_tower

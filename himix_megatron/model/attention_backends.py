@@ -11,6 +11,7 @@ are compared with each other by the tests. Text padding needs no mask: it lies o
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from typing import Any
@@ -71,50 +72,61 @@ class TorchMixtureAttention(torch.nn.Module):
         return mixed_BQSD.permute(2, 0, 1, 3).flatten(2)
 
 
-def has_variable_length() -> bool:
-    """Whether torch's variable-length attention takes what we give: grouped heads, and causality as a window (from 2.11)."""
+@functools.cache
+def variable_length_arguments() -> frozenset[str]:
+    """Arguments of torch's variable-length attention; none where torch has no such function."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
-        return False
-    return {"enable_gqa", "window_size", "scale"} <= inspect.signature(varlen_attn).parameters.keys()
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def has_variable_length() -> bool:
+    """Whether torch's variable-length attention can be causal, aligned to the bottom right; that takes a window (from 2.11)."""
+    return {"window_size", "scale"} <= variable_length_arguments()
 
 
 def _variable_length(query: Tensor, key: Tensor, value: Tensor, vision_kv: Tensor, layout: Layout, scale: float) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    # Where the argument exists, grouped heads must be announced; torch 2.11 has none, and takes them as they are.
+    grouped: dict[str, Any] = (
+        {"enable_gqa": query.shape[2] != key.shape[2]} if "enable_gqa" in variable_length_arguments() else {}
+    )
+    key_TGD, value_TGD = layout.join(vision_kv, key, value)
     mixed_TQD: Any = varlen_attn(
-        layout.one_after_the_other(query),
-        layout.keys(vision_kv[:, :, 0], key),
-        layout.keys(vision_kv[:, :, 1], value),
+        layout.flat(query),
+        key_TGD,
+        value_TGD,
         layout.cu_seqlens_q,
         layout.cu_seqlens_kv,
         layout.max_seqlen_q,
         layout.max_seqlen_kv,
         scale=scale,
         window_size=(-1, 0),  # causal: flash attention aligns it to the bottom right
-        enable_gqa=query.shape[2] != key.shape[2],
+        **grouped,
     )
-    return layout.as_text(mixed_TQD.flatten(1), len(query))
+    return layout.unflat(mixed_TQD.flatten(1), len(query))
 
 
 def _one_by_one(query: Tensor, key: Tensor, value: Tensor, vision_kv: Tensor, layout: Layout, scale: float) -> Tensor:
-    """Any device and dtype: one masked attention for each sample."""
-    keys, values = layout.keys(vision_kv[:, :, 0], key), layout.keys(vision_kv[:, :, 1], value)
-    lengths = [text + vision for text, vision in zip(layout.text_lengths, layout.vision_lengths, strict=True)]
-    parts = (
-        torch.split(layout.one_after_the_other(query), list(layout.text_lengths)),
-        *(torch.split(x, lengths) for x in (keys, values)),
-    )
-    mixed = []
-    for query_sQD, key_lGD, value_lGD in zip(*parts, strict=True):
-        mask = TorchMixtureAttention.mixture_mask(len(query_sQD), len(key_lGD) - len(query_sQD), None, query.device)
+    """Any device and dtype: one masked attention for each sample; zeros in the padding."""
+    text_lengths, mixed = list(layout.text_lengths), []
+    flat = [layout.flat(x)[: sum(text_lengths)] for x in (query, key, value)]
+    parts = (torch.split(x, text_lengths) for x in flat)
+    visions = torch.split(vision_kv, list(layout.vision_lengths))
+    for query_sQD, key_sGD, value_sGD, seen_nG2D in zip(*parts, visions, strict=True):
+        key_lGD, value_lGD = (torch.cat((seen_nG2D[:, :, i], own)) for i, own in enumerate((key_sGD, value_sGD)))
+        mask = TorchMixtureAttention.mixture_mask(len(query_sQD), len(seen_nG2D), None, query.device)
         query_QsD, key_GlD, value_GlD = (x.transpose(0, 1)[None] for x in (query_sQD, key_lGD, value_lGD))
         mixed_QsD = torch.nn.functional.scaled_dot_product_attention(
             query_QsD, key_GlD, value_GlD, attn_mask=mask, scale=scale, enable_gqa=query_QsD.shape[1] != key_GlD.shape[1]
         )[0]
         mixed.append(mixed_QsD.transpose(0, 1).flatten(1))
-    return layout.as_text(torch.cat(mixed), len(query))
+    mixed_TX = torch.cat(mixed)
+    padding = query.shape[0] * query.shape[1] - len(mixed_TX)
+    return layout.unflat(torch.nn.functional.pad(mixed_TX, (0, 0, 0, padding)), len(query))
 
 
 class TransformerEngineMixtureAttention(torch.nn.Module):
@@ -131,6 +143,8 @@ class TransformerEngineMixtureAttention(torch.nn.Module):
             attention_dropout=0.0,
             qkv_format="sbhd",
             attn_mask_type="causal_bottom_right",
+            # Where it writes masks out (fp32), "self" would take the keys' lengths from the queries'.
+            attention_type="cross",
             tp_size=config.tensor_model_parallel_size,
             tp_group=None if pg_collection is None else pg_collection.tp,
             get_rng_state_tracker=get_cuda_rng_tracker if get_cuda_rng_tracker().is_initialized() else None,
@@ -148,9 +162,8 @@ class TransformerEngineMixtureAttention(torch.nn.Module):
     ) -> Tensor:
         """float[S, B, Q*D]."""
         mixed_TH: Tensor = self.core(
-            layout.one_after_the_other(query_SBQD).contiguous(),
-            layout.keys(vision_kv_TG2D[:, :, 0], key_SBGD),
-            layout.keys(vision_kv_TG2D[:, :, 1], value_SBGD),
+            layout.flat(query_SBQD).contiguous(),
+            *layout.join(vision_kv_TG2D, key_SBGD, value_SBGD),
             qkv_format="thd",
             attn_mask_type="padding_causal_bottom_right",
             cu_seqlens_q=layout.cu_seqlens_q,
@@ -158,7 +171,7 @@ class TransformerEngineMixtureAttention(torch.nn.Module):
             max_seqlen_q=layout.max_seqlen_q,
             max_seqlen_kv=layout.max_seqlen_kv,
         )
-        return layout.as_text(mixed_TH.flatten(1), len(query_SBQD))
+        return layout.unflat(mixed_TH.flatten(1), len(query_SBQD))
 
     @staticmethod
     def mixture_mask(num_text: int, num_vision: int, vision_padding_BN: Tensor | None, device: torch.device) -> None:

@@ -22,14 +22,14 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, 
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
-from ..adapter import attention_backend, ddp_config, gpt_arguments, overlaps, transformer_config
+from ..adapter import attention_backend, ddp_config, gpt_arguments, has_fused_loss, overlaps, transformer_config
 from ..config import Config, Part
 from ..kernels import Kernels
 from ..loss import token_losses
 from ..parallel import Topology
 from .attention_backends import TorchMixtureAttention, TransformerEngineMixtureAttention
 from .kv_cache import KVCache
-from .layout import lay_out
+from .layout import Layout, lay_out
 from .mixture_attention import normalise
 from .spec import block_spec
 
@@ -87,6 +87,10 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
             # the overlapped reduction would miss it.
             self.output_layer.gradient_accumulation_fusion = False
         self.real_vocab_size = config.model.vocab_size
+        self.fuses_loss = has_fused_loss(kernels)
+        """Whether the cross-entropy is Transformer Engine's."""
+        self.labelled: Tensor | None = None
+        """Of the pass under way: `token_losses`' argument of this name."""
         self.mixture_mask = (TransformerEngineMixtureAttention if backend == "te" else TorchMixtureAttention).mixture_mask
         for layer in self.decoder.layers:
             layer.vision_is_frozen = tower is None
@@ -105,6 +109,8 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
         labels: Tensor | None = None,
         cache: KVCache | None = None,
         packed_lengths: Sequence[int] | None = None,
+        labelled: Tensor | None = None,
+        layout: Layout | None = None,
     ) -> Tensor:
         """Per-token losses float[B, S] on the last stage (logits float[B, S, vocab/TP] without labels), else hidden states.
 
@@ -116,14 +122,18 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
             cache: generation: holds the images and all earlier text, after which `text_ids` come; only each sample's last
                 token is given logits, float[B, 1, vocab/TP]. The images of this call are not read then.
             packed_lengths: text tokens of each sample, where the text is one row that holds them all; None: a row each.
+            labelled: int64[M], which of the B * S labels are not -100, where the host knows it without looking.
+            layout: of this micro-batch, where it was made before; None: it is made here.
         """
         if cache is not None:
             return self._continue(text_ids, cache)
         features_KnV = images
         if hasattr(self, "tower"):
             features_KnV = self.tower(images, blank)
-        vision_lengths = [count * features_KnV.shape[1] for count in images_per_sample]
-        layout = lay_out(text_ids, packed_lengths, vision_lengths, self.rotary_pos_emb)
+        if layout is None:
+            vision_lengths = [count * features_KnV.shape[1] for count in images_per_sample]
+            layout = lay_out(text_ids, packed_lengths, vision_lengths, self.rotary_pos_emb)
+        self.labelled = labelled
         output: Tensor = super().forward(
             text_ids,
             None,  # positions: rotary, from 0 in every sample
@@ -169,10 +179,23 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
         def losses_of(hidden_m1H: Tensor, labels_m1: Tensor) -> Tensor:
             with as_recomputed(head):
                 logits_m1W, _ = head(hidden_m1H, weight=weight)
-            losses_m1: Tensor = vocab_parallel_cross_entropy(self.hide_padding(logits_m1W), labels_m1)
-            return losses_m1
+            return self.cross_entropy(self.hide_padding(logits_m1W), labels_m1)
 
-        return token_losses(hidden_states, labels, losses_of, num_logits=len(weight))
+        return token_losses(
+            hidden_states, labels, losses_of, num_logits=len(weight), labelled=self.labelled, keeps=self.fuses_loss
+        )
+
+    def cross_entropy(self, logits_m1W: Tensor, labels_m1: Tensor) -> Tensor:
+        """float32[m, 1], 0 where the label is -100. The backward pass of Transformer Engine's writes over the logits."""
+        group = self.pg_collection.tp
+        if not self.fuses_loss or not len(labels_m1):
+            losses_m1: Tensor = vocab_parallel_cross_entropy(logits_m1W, labels_m1)
+            return losses_m1.masked_fill(labels_m1 < 0, 0.0)
+        from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
+
+        ranks = group if group.size() > 1 else None
+        losses_m1 = parallel_cross_entropy(logits_m1W, labels_m1, dist_process_group=ranks, overwrite_input=True)
+        return losses_m1
 
     def hide_padding(self, logits_SBW: Tensor) -> Tensor:
         """Logits of this rank's share W of the vocabulary, with the rows that only pad it made impossible."""
@@ -263,7 +286,21 @@ def _wrap(config: Config, model: HiMixModel, *, trains: bool, first: bool) -> An
     wrapped = Float16Module(mcore_config, model) if mcore_config.bf16 else model
     if not trains:
         return wrapped
-    stage = DistributedDataParallel(mcore_config, ddp_config(config), wrapped, disable_bucketing=not first)
+    for module in model.modules():
+        # Transformer Engine's linear layers can add a weight's gradient straight into its fp32 sum; megatron-core's own setting
+        # would ask the same of layers that need Apex for it.
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
+    if config.train.cuda_graphs == "on":
+        # Gradients are added up on the stream where this wrapper is made: a graph's recording must not leave its own.
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            stage = DistributedDataParallel(mcore_config, ddp_config(config), wrapped, disable_bucketing=not first)
+        torch.cuda.current_stream().wait_stream(stream)
+        stage.graph_stream = stream
+    else:
+        stage = DistributedDataParallel(mcore_config, ddp_config(config), wrapped, disable_bucketing=not first)
     if stage.ddp_config.overlap_param_gather:
         # mcore waits for a parameter when its own module runs; ours also read a module's weight without running it.
         for layer in model.decoder.layers:

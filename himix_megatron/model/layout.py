@@ -3,16 +3,19 @@
 Flows in: the micro-batch's text lengths and image counts; out: a Layout that megatron-core's block hands to every layer in
 the place it has for packed sequences (`packed_seq_params`).
 
-Vision is always flat: the vision tokens of all samples one after the other, no padding. Text is either n rows of S tokens
-(padding on the right, where causality hides it), or one row that holds n samples one after the other and ends with padding.
+Vision is always flat: the vision tokens of all samples one after the other. Text is either n rows of S tokens (padding on the
+right, where causality hides it), or one row that holds n samples one after the other and ends with padding. The fused kernels
+get padding as further samples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import groupby
+from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
@@ -55,6 +58,12 @@ class Layout(PackedSeqParams):  # type: ignore[misc]
     """Whether the text is one row."""
     angles: Tensor | None = None
     """float[S, 1, 1, D], RoPE angles of each text position; every sample starts at 0."""
+    vision_places: Tensor | None = None
+    """int64[T]: which of all keys each vision token becomes; what pads the vision, the last one, which nobody sees."""
+    text_places: Tensor | None = None
+    """int64[S * B]: the same for text, padding included."""
+    num_keys: int = 0
+    """Rows of all keys."""
 
     def runs(self) -> list[Run]:
         """All samples, neighbours of equal lengths taken together."""
@@ -67,27 +76,72 @@ class Layout(PackedSeqParams):  # type: ignore[misc]
             sample, text, vision = sample + count, rows.stop, vision + count * num_vision
         return runs
 
-    def one_after_the_other(self, text_SBX: Tensor) -> Tensor:
-        """[S, B, ...] text as [sum of text_lengths, ...], padding of a packed row left out."""
-        if self.packed:
-            return text_SBX[: sum(self.text_lengths), 0]
-        return text_SBX.transpose(0, 1).flatten(0, 1)
+    def flat(self, text_SBX: Tensor) -> Tensor:
+        """[S, B, ...] text as [S * B, ...], sample by sample; what pads a packed row stays at its end."""
+        return text_SBX[:, 0] if self.packed else text_SBX.transpose(0, 1).flatten(0, 1)
 
-    def as_text(self, flat_TX: Tensor, num_text: int) -> Tensor:
-        """The opposite: [S, B, X]; zeros in the padding of a packed row."""
-        if self.packed:
-            return torch.nn.functional.pad(flat_TX, (0, 0, 0, num_text - len(flat_TX)))[:, None]
-        return flat_TX.view(-1, num_text, flat_TX.shape[1]).transpose(0, 1).contiguous()
+    def unflat(self, flat_TX: Tensor, num_text: int) -> Tensor:
+        """The opposite: [S, B, X]."""
+        return flat_TX[:, None] if self.packed else flat_TX.view(-1, num_text, flat_TX.shape[1]).transpose(0, 1).contiguous()
 
-    def keys(self, vision_TX: Tensor, text_SBX: Tensor) -> Tensor:
-        """Keys (or values) by sample, vision first: [sum of both lengths, ...]."""
-        vision = torch.split(vision_TX, list(self.vision_lengths))
-        text = torch.split(self.one_after_the_other(text_SBX), list(self.text_lengths))
-        return torch.cat([part for pair in zip(vision, text, strict=True) for part in pair])
+    def join(self, vision_kv_TG2D: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys, and all values, each float[num_keys, G, D]: by sample, its vision first, then its text."""
+        given = (vision_kv_TG2D, key_SBGD, value_SBGD, self.vision_places, self.text_places, self.num_keys)
+        joined: tuple[Tensor, Tensor] = _Join.apply(*given)  # type: ignore[no-untyped-call]
+        return joined
+
+
+class _Join(torch.autograd.Function):
+    """Rows to their places, and gradients back: one pass each, whatever the number of samples.
+
+    Splitting by sample and putting the pieces together again took a third of the host's time for a layer.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, vision_kv: Tensor, key: Tensor, value: Tensor, vision_places: Tensor, text_places: Tensor, num_keys: int
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(vision_places, text_places)
+        ctx.text_shape, ctx.has_spare = key.shape, num_keys == len(vision_places) + len(text_places) + 1
+        joined = []
+        for of_vision, of_text in ((vision_kv[:, :, 0], key), (vision_kv[:, :, 1], value)):
+            rows = key.new_empty((num_keys, *key.shape[2:]))
+            joined.append(rows.index_copy_(0, vision_places, of_vision).index_copy_(0, text_places, of_text.flatten(0, 1)))
+        return joined[0], joined[1]
+
+    @staticmethod
+    def backward(ctx: Any, of_keys: Tensor, of_values: Tensor) -> tuple[Tensor | None, ...]:
+        vision_places, text_places = ctx.saved_tensors
+        if ctx.has_spare:
+            of_keys[-1].zero_()  # where no kernel wrote anything
+            of_values[-1].zero_()
+        of_vision = torch.stack([rows.index_select(0, vision_places) for rows in (of_keys, of_values)], dim=2)
+        if not any(ctx.needs_input_grad[1:3]):  # the first layer of a frozen decoder
+            return of_vision, None, None, None, None, None
+        of_text = (rows.index_select(0, text_places).view(ctx.text_shape) for rows in (of_keys, of_values))
+        return of_vision, *of_text, None, None, None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sizes:
+    """To what a layout's tensors are padded, so that those of many micro-batches have the same shapes. What pads is seen by
+    padding alone."""
+
+    num_samples: int
+    num_vision: int
+    """Rows of the features."""
+    max_text: int
+    """What the kernels are told of the longest sample."""
+    max_vision: int
+    """The same, of its vision."""
 
 
 def lay_out(
-    text_ids: Tensor, packed_lengths: Sequence[int] | None, vision_lengths: Sequence[int], rotary: Callable[[int], Tensor]
+    text_ids: Tensor,
+    packed_lengths: Sequence[int] | None,
+    vision_lengths: Sequence[int],
+    rotary: Callable[[int], Tensor],
+    sizes: Sizes | None = None,
 ) -> Layout:
     """The Layout of a micro-batch.
 
@@ -96,30 +150,61 @@ def lay_out(
         packed_lengths: text tokens of each sample in its one row; None: each row is a sample.
         vision_lengths: vision tokens of each sample.
         rotary: RoPE angles float[n, 1, 1, D] of n text tokens from position 0.
+        sizes: None: none larger than they are. Packed text only.
     """
     num_rows, num_text = text_ids.shape
     packed = packed_lengths is not None
     text_lengths = tuple(packed_lengths) if packed_lengths is not None else (num_text,) * num_rows
     assert len(text_lengths) == len(vision_lengths), (text_lengths, vision_lengths)
     assert not packed or (num_rows == 1 and sum(text_lengths) <= num_text), (num_rows, num_text, text_lengths)
-    key_lengths = [text + vision for text, vision in zip(text_lengths, vision_lengths, strict=True)]
-
-    def ends(lengths: Sequence[int]) -> Tensor:
-        return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=text_ids.device)
-
-    angles = rotary(max(text_lengths))
-    if packed:
-        places = [torch.arange(length) for length in text_lengths]
-        places.append(torch.zeros(num_text - sum(text_lengths), dtype=torch.long))
-        angles = angles[torch.cat(places).to(angles.device)]
+    assert sizes is None or packed
+    longest = max(text_lengths) if sizes is None else sizes.max_text
+    # Padding is made of samples without an image, no longer than the others: the kernels write every row, and nothing
+    # undefined comes out of it (0 times NaN would be NaN in a weight's gradient).
+    padding = num_text * num_rows - sum(text_lengths)
+    of_padding = [longest] * (padding // longest) + ([padding % longest] if padding % longest else [])
+    missing = 0 if sizes is None else sizes.num_samples - len(text_lengths) - len(of_padding)
+    assert missing >= 0, (sizes, len(text_lengths), padding)
+    text = np.array([*text_lengths, *of_padding, *[0] * missing])
+    vision = np.array([*vision_lengths, *[0] * (len(text) - len(vision_lengths))])
+    tensors = _tensors(text, vision, num_rows, num_text, 0 if sizes is None else sizes.num_vision)
+    positions, vision_places, text_places, ends_q, ends_kv = _to(text_ids.device, tensors)
+    # The angles of a few lengths only are ever made: megatron-core keeps the last ones.
+    angles = rotary(-(-longest // 256) * 256 if packed else longest)
     return Layout(
         qkv_format="thd",
-        cu_seqlens_q=ends(text_lengths),
-        cu_seqlens_kv=ends(key_lengths),
-        max_seqlen_q=max(text_lengths),
-        max_seqlen_kv=max(key_lengths),
+        cu_seqlens_q=ends_q.int(),
+        cu_seqlens_kv=ends_kv.int(),
+        max_seqlen_q=longest,
+        max_seqlen_kv=int((text + vision).max()) if sizes is None else sizes.max_text + sizes.max_vision,
         text_lengths=text_lengths,
         vision_lengths=tuple(vision_lengths),
         packed=packed,
-        angles=angles,
+        angles=angles[positions] if packed else angles,
+        vision_places=vision_places,
+        text_places=text_places,
+        num_keys=num_text * num_rows + len(vision_places) + (0 if sizes is None else 1),
     )
+
+
+def _tensors(
+    text: np.ndarray[Any, Any], vision: np.ndarray[Any, Any], num_rows: int, num_text: int, num_vision: int
+) -> list[np.ndarray[Any, Any]]:
+    """By arithmetic, from both lengths of all samples: positions of the text, places of vision and text (in the order of their
+    tensors) among the keys, and where samples end in queries and keys."""
+    begin = np.cumsum(text + vision) - (text + vision)
+    within_text, within_vision = (np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n) for n in (text, vision))
+    of_vision = np.repeat(begin, vision) + within_vision
+    of_text = np.repeat(begin + vision, text) + within_text
+    spare = np.full(max(0, num_vision - len(of_vision)), num_vision + len(of_text))
+    ends = [np.concatenate(([0], np.cumsum(lengths))) for lengths in (text, text + vision)]
+    # Text comes as [S, B]: in rows, sample by sample is column by column.
+    return [within_text, np.concatenate((of_vision, spare)), of_text.reshape(num_rows, num_text).T.flatten(), *ends]
+
+
+def _to(device: torch.device, arrays: list[np.ndarray[Any, Any]]) -> list[Tensor]:
+    """int64 tensors on the device, by one copy that the host does not wait for."""
+    joined = torch.from_numpy(np.concatenate(arrays).astype(np.int64))
+    if device.type == "cuda":
+        joined = joined.pin_memory().to(device, non_blocking=True)
+    return list(torch.split(joined, [len(array) for array in arrays]))

@@ -54,6 +54,8 @@ class MixtureAttention(SelfAttention):  # type: ignore[misc]
 
     def __init__(self, config: Any, submodules: MixtureAttentionSubmodules, *args: Any, vision_hidden_size: int, **kwargs: Any):
         super().__init__(config, submodules, *args, **kwargs)
+        self.unfused = copy.copy(config)
+        self.unfused.apply_rope_fusion = False
         # Features are whole on every tensor rank also where text is split (sequence parallelism).
         whole = copy.copy(config)
         whole.sequence_parallel = False
@@ -86,7 +88,9 @@ class MixtureAttention(SelfAttention):  # type: ignore[misc]
         """
         query_SBQD, key_SBGD, value_SBGD = self.get_query_key_value_tensors(hidden_SBH, None)
         angles = vision.angles_SB1D if isinstance(vision, KVCache) else layout.angles  # type: ignore[union-attr]
-        rotate = {"config": self.config, "cp_group": self.pg_collection.cp}
+        # In generation each sample has angles of its own, which Transformer Engine's kernel does not take.
+        config = self.unfused if isinstance(vision, KVCache) else self.config
+        rotate = {"config": config, "cp_group": self.pg_collection.cp}
         query_SBQD = apply_rotary_pos_emb(query_SBQD, angles, **rotate)
         key_SBGD = apply_rotary_pos_emb(key_SBGD, angles, **rotate)
 

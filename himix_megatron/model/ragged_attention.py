@@ -58,6 +58,7 @@ class _Ragged(torch.autograd.Function):
         text_counts = any(ctx.needs_input_grad[:3])  # not in the first layer of a frozen decoder
         of_query, of_key, of_value = (_room_for(x, ctx.layout) for x in (mixed, key, value))
         of_vision = torch.empty(vision_kv.shape, dtype=vision_kv.dtype)
+        of_vision[sum(ctx.layout.vision_lengths) :] = 0
         for run, query_bGRsD, lse_bGRs in zip(ctx.layout.runs(), kept[::2], kept[1::2], strict=True):
             mixed_bGRsD, grad_bGRsD = (_by_group(run.of_text(x), key.shape[2]) for x in (mixed, grad))
             given = (grad_bGRsD, query_bGRsD, mixed_bGRsD, lse_bGRs, ctx.scale)

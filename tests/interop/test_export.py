@@ -266,7 +266,8 @@ def reference_to_hf(file: Path, out: Path) -> list[int]:
     from himix_megatron.kernels import detect
     from himix_megatron.model.himix import build_stage
     from himix_megatron.model.vision import build_tower
-    from himix_megatron.step import StageInput, run_logits
+    from himix_megatron.stage_input import StageInput
+    from himix_megatron.step import run_logits
 
     reference = read(file)
     config = configuration(Arguments(file=file), reference)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ...config import Config
 from ...generate import Answerer
-from ...step import StageInput, run_logits
+from ...stage_input import StageInput
+from ...step import run_logits
 
 
 @dataclass(frozen=True, slots=True)
