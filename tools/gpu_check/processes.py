@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -29,6 +29,7 @@ _ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.st
 _TAIL = 6_000
 _LEAST_SECONDS = 1.0
 Result = TypeVar("Result")
+Key = TypeVar("Key", bound=Hashable)
 
 
 class ProcessError(RuntimeError):
@@ -84,13 +85,31 @@ def python(context: Context, *words: str | Path, on_cpu: bool = False, wanted: i
     return said
 
 
-def together(context: Context, *calls: Callable[[], Result]) -> list[Result]:
-    """All of them at the same time (two at a time without a GPU). Raises: ExceptionGroup of what they raise, all having run."""
+def attempt(context: Context, calls: Mapping[Key, Callable[[], Result]]) -> tuple[dict[Key, Result], list[Exception]]:
+    """All of them at the same time (two at a time without a GPU). Returns: what they return, and what the others raise."""
     with ThreadPoolExecutor(2 if context.tiny else len(calls)) as pool:
-        futures = [pool.submit(call) for call in calls]
-    if errors := [error for future in futures if (error := future.exception()) is not None]:
-        raise BaseExceptionGroup(f"{len(errors)} of {len(calls)} processes failed", errors)
-    return [future.result() for future in futures]
+        futures = {key: pool.submit(call) for key, call in calls.items()}
+    results, errors = {}, []
+    for key, future in futures.items():
+        try:
+            results[key] = future.result()
+        except Exception as error:  # told when what the others found has been
+            error.add_note(f"in {key}")
+            errors.append(error)
+    return results, errors
+
+
+def together(context: Context, *calls: Callable[[], Result]) -> list[Result]:
+    """The same for calls that all have to succeed. Raises: ExceptionGroup of what they raise, all having run."""
+    results, errors = attempt(context, dict(enumerate(calls)))
+    complain(errors)
+    return list(results.values())
+
+
+def complain(errors: Sequence[Exception]) -> None:
+    """Raises: ExceptionGroup if there are any."""
+    if errors:
+        raise ExceptionGroup(f"{len(errors)} processes failed", errors)
 
 
 def pretrain(context: Context, recipe: str, *flags: str | Path, on_cpu: bool = False, wanted: int = 0) -> None:
