@@ -262,7 +262,9 @@ def evaluated(context: Context, found: Mapping[Any, Any]) -> Iterator[Line]:
     own, other = specs(context)
     for precision, least in (("fp32", SAME_ANSWERS), ("bf16", None)):
         one, two = found.get((own, precision)), found.get((other, precision))
-        if one and two:
+        if one and own == other:
+            yield Line(f"{precision}: answers to 24 questions, with their own images and others", len(one), 48)
+        elif one and two:
             same = sum(mine == theirs for mine, theirs in zip(one, two, strict=True)) / len(one)
             yield Line(f"{precision}: share of {len(one)} answers that {own} and {other} give alike", same, least)
 
