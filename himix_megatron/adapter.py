@@ -127,9 +127,9 @@ def transformer_config(config: Config, kernels: Kernels) -> TransformerConfig:
         gradient_accumulation_fusion=kernels.accumulation_fusion and not te,
         masked_softmax_fusion=False,
         # mcore's jit-compiled element-wise fusions need a compiler at run time; on CPU they only cost start-up.
-        bias_activation_fusion=on_gpu,
-        # Despite its name: the MLP's activation is the one that the layer spec names (model/layer.py SwiGLU).
-        use_te_activation_func=not on_gpu and not te,
+        bias_activation_fusion=on_gpu and not te,
+        # Despite its name: the MLP's activation is the one that the layer spec names (model/layer.py).
+        use_te_activation_func=not on_gpu or te,
         # There is neither a bias nor dropout: compiled, the one addition costs the host three times as much.
         bias_dropout_fusion=False,
         # One launch instead of twelve, where all samples have the same angles (model/mixture_attention.py).

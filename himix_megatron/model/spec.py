@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from .attention_backends import TorchMixtureAttention, TransformerEngineMixtureAttention
-from .layer import HiMixLayer, RMSNorm, SwiGLU
+from .layer import HiMixLayer, RMSNorm, SwiGLU, TransformerEngineSwiGLU
 from .mixture_attention import MixtureAttention, MixtureAttentionSubmodules, VisionLinear, VisionNorm
 
 
@@ -95,7 +95,12 @@ def _transformer_engine_layer(vision_hidden_size: int) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=TELayerNormColumnParallelLinear, linear_fc2=TERowParallelLinear)
+                module=MLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=TELayerNormColumnParallelLinear,
+                    activation_func=TransformerEngineSwiGLU,
+                    linear_fc2=TERowParallelLinear,
+                ),
             ),
             mlp_bda=get_bias_dropout_add,
         ),
