@@ -14,6 +14,8 @@ PYTEST_ARGS ?=
 PY312_TESTS ?= $(wildcard tests/model tests/test_reference.py tests/test_layouts.py tests/test_packed_training.py tests/test_generate.py tests/test_parallel.py tests/test_kernels.py)
 # What `make bench-data` hands to tools/bench_data.py, e.g. BENCH_ARGS="--only read pack --scale 0.1"
 BENCH_ARGS ?=
+# What `make gpu-check` hands to tools/gpu_check, e.g. GPU_CHECK_ARGS="--only core-te-bf16 layer-te-bf16"
+GPU_CHECK_ARGS ?=
 # torch is pinned in one place, and installed before anything that would take whichever torch is newest.
 TORCH = $(shell grep '^torch==' constraints.txt)
 
@@ -21,7 +23,7 @@ find_python = $(shell for python in $(1); do \
     "$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, $(2)))' 2>/dev/null && echo "$$python" && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help newcomer setup quickstart test lint test-py312 campaign-convert-7b campaign-data campaign-faults campaign-saves bench-checkpoint bench-data bench-model bench-pipeline tensorboard clean campaign-slurm bench-plan
+.PHONY: help newcomer setup quickstart test lint test-py312 campaign-convert-7b campaign-data campaign-faults campaign-saves bench-checkpoint bench-data bench-model bench-pipeline tensorboard clean campaign-slurm bench-plan gpu-check
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -73,6 +75,9 @@ bench-checkpoint: $(VENV)/complete ## How long a save keeps training waiting (2 
 
 bench-pipeline: $(VENV)/complete ## How evenly pipeline stages work, by where the tower runs (5 minutes on 2 cores)
 	$(VENV)/bin/python -m tools.bench_pipeline
+
+gpu-check: $(VENV)/complete ## Is it right on the GPU of this machine? Without one: the same checks, tiny (3 minutes on 2 cores)
+	$(VENV)/bin/python -m tools.gpu_check --stage correctness --out runs/gpu-check $(GPU_CHECK_ARGS)
 
 bench-plan: $(VENV)/complete ## Measure this CPU and 13 layouts on it, beside the planner's predictions (3 minutes, alone on 2 cores)
 	$(VENV)/bin/python -m tools.plan --measure

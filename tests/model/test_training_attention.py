@@ -81,7 +81,7 @@ def spelled_out(query: Tensor, key: Tensor, value: Tensor, vision_kv: Tensor, la
             torch.cat((seen[:, :, part], of_text[own, column])).repeat_interleave(repeats, 1)
             for part, of_text in enumerate((key, value))
         )
-        scores = torch.einsum("shd,lhd->hsl", query[own, column], keys) / DIM**0.5
+        scores = torch.einsum("shd,lhd->hsl", query[own, column], keys) / query.shape[-1] ** 0.5
         hidden = torch.ones(num_text, num_vision + num_text, dtype=torch.bool, device=query.device).triu(num_vision + 1)
         out = out.index_put(
             (torch.arange(own.start, own.stop, device=query.device), torch.tensor(column, device=query.device)),

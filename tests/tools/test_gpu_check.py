@@ -1,0 +1,170 @@
+"""The GPU check's runner, and that its comparisons see what is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tools.gpu_check import correctness, end_to_end, processes
+from tools.gpu_check.reference import BF16_LIMIT, FP32_LIMIT, Heads, batches, random_batch
+from tools.gpu_check.runner import Check, Context, run_checks
+from tools.measure import Line
+
+ROOT = Path(__file__).parents[2]
+
+
+def context(out: Path, *, seconds: float = 60.0, tiny: bool = True) -> Context:
+    return Context(out, tiny, time.monotonic() + seconds)
+
+
+def check(name: str, *lines: Line, raises: Exception | None = None, **changes: Any) -> Check:
+    def run(_: Context) -> Iterator[Line]:
+        yield from lines
+        if raises:
+            raise raises
+
+    return Check(**{"name": name, "stage": "correctness", "seconds": 1.0, "run": run} | changes)
+
+
+def written(out: Path) -> list[dict[str, Any]]:
+    """All lines but the header, and those that say how long it took."""
+    header, *lines = map(json.loads, (out / "results.jsonl").read_text().splitlines())
+    assert {"device", "driver", "torch", "cuDNN", "NCCL", "transformer-engine", "megatron-core"} <= header.keys()
+    return [line for line in lines if line.get("what") != "seconds that it took"]
+
+
+def test_a_check_that_raises_does_not_stop_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checks = [
+        check("broken", Line("first", 1.0, 2.0, at_most=True), raises=OSError("no such luck")),
+        check("sound", Line("b", 3)),
+    ]
+    assert run_checks(checks, context(tmp_path)) == 1
+    assert [(line["check"], line.get("what", line.get("failed"))) for line in written(tmp_path)] == [
+        ("broken", "first"), ("broken", "OSError: no such luck"), ("sound", "b"),
+    ]  # fmt: skip
+    assert "test_gpu_check.py" in (tmp_path / "errors.txt").read_text()
+    assert "1 lines missed or checks failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("value", "code"), [(1.0, 0), (3.0, 1), (float("nan"), 1)])
+def test_a_missed_line_is_the_exit_code(value: float, code: int, tmp_path: Path) -> None:
+    assert run_checks([check("a", Line("error", value, 2.0, at_most=True))], context(tmp_path)) == code
+    assert not (tmp_path / "errors.txt").exists()
+    assert written(tmp_path)[0]["holds"] is (code == 0)
+
+
+def test_what_does_not_fit_into_the_budget_is_skipped_by_name(tmp_path: Path) -> None:
+    checks = [check("long", Line("a", 1), seconds=1000.0), check("short", Line("b", 1))]
+    assert run_checks(checks, context(tmp_path, tiny=False)) == 0
+    assert [line["check"] for line in written(tmp_path) if "skipped" in line] == ["long"]
+    assert [line["check"] for line in written(tmp_path) if "what" in line] == ["short"]
+
+
+def test_correctness_comes_first_and_whole_before_speed_is_measured(tmp_path: Path) -> None:
+    order: list[str] = []
+
+    def slowly(_: Context) -> Iterator[Line]:
+        time.sleep(0.3)
+        order.append("beside")
+        yield Line("a", 1)
+
+    def note(name: str) -> Callable[[Context], Iterator[Line]]:
+        return lambda _: iter([Line(name, 1)] if order.append(name) is None else [])
+
+    checks = [
+        check("speed", stage="performance", run=note("speed")),
+        check("slow", run=slowly, beside=True),
+        check("quick", run=note("quick")),
+    ]
+    assert run_checks(checks, context(tmp_path)) == 0
+    assert order == ["quick", "beside", "speed"]
+
+
+def test_names_are_unique_and_every_check_says_how_long_it_takes() -> None:
+    checks = [*correctness.CHECKS, *end_to_end.CHECKS]
+    assert len({check.name for check in checks}) == len(checks)
+    assert all(check.seconds > 0 for check in checks)
+
+
+def test_the_command_runs_real_checks(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "tools.gpu_check", "--out", tmp_path, "--only", "core-torch-fp32", "continued-torch-bf16"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {line["check"] for line in written(tmp_path)} == {"core-torch-fp32", "continued-torch-bf16"}
+    assert {file.name for file in tmp_path.iterdir()} == {"results.jsonl"}
+    words[-2:] = ["core-torch-fp23"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "core-torch-fp23" in done.stderr
+
+
+# ---- the comparisons ---------------------------------------------------------------------------------------------------
+
+
+def wrong_mask(query: Any, key: Any, value: Any, vision_kv: Any, layout: Any) -> Any:
+    """As `is_causal` has it: aligned to the top left, the text sees too few of the keys."""
+    repeats, text, vision, mixed = query.shape[2] // key.shape[2], 0, 0, []
+    for num_text, num_vision in zip(layout.text_lengths, layout.vision_lengths, strict=True):
+        own, seen = slice(text, text + num_text), vision_kv[vision : vision + num_vision]
+        keys = torch.cat((seen[:, :, 0], key[own, 0])).repeat_interleave(repeats, 1)
+        values = torch.cat((seen[:, :, 1], value[own, 0])).repeat_interleave(repeats, 1)
+        heads = (x.transpose(0, 1)[None] for x in (query[own, 0], keys, values))
+        mixed.append(torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True)[0].transpose(0, 1).flatten(1))
+        text, vision = text + num_text, vision + num_vision
+    return torch.nn.functional.pad(torch.cat(mixed), (0, 0, 0, len(query) - text))[:, None]
+
+
+def test_a_wrong_mask_is_far_outside_the_limits() -> None:
+    worst, cpu = correctness.Worst(), torch.device("cpu")
+    correctness.compare_core(worst, wrong_mask, random_batch(0, 30), Heads(4, 2, 16), "bf16", cpu)
+    assert worst.figures["values"][0] > 10 * BF16_LIMIT
+    assert worst.figures["gradients"][0] > 10 * BF16_LIMIT
+
+
+def test_a_case_that_raises_is_told_after_the_others() -> None:
+    worst = correctness.Worst()
+    with worst.case("first"):
+        raise KeyError("x")
+    with worst.case("second"):
+        worst.note("values", float("nan"), "second")
+    worst.note("values", 1.0, "third")
+    lines = worst.lines({"values": FP32_LIMIT})
+    assert "second" in next(lines).what
+    with pytest.raises(ExceptionGroup, match="1 cases"):
+        next(lines)
+
+
+def test_packs_of_every_kind_are_tried() -> None:
+    tried = batches(90)
+    assert {batch.packed for batch in tried} == {True, False}
+    assert {count for batch in tried for count in batch.images} == {0, 1, 2, 3}
+    assert any(1 in batch.text and len(batch.text) > 1 for batch in tried)
+    assert all(sum(random_batch(seed, 90, multiple=16).rows[1:]) % 16 == 0 for seed in range(5))
+
+
+def test_losses_of_two_runs_are_compared_step_by_step(tmp_path: Path) -> None:
+    for name, numbers in {"one": [1.0, 2.0, 3.0], "other": [1.0, 2.5, 3.0], "short": [1.0]}.items():
+        (tmp_path / name / "ledger").mkdir(parents=True)
+        lines = [json.dumps({"step": step, "loss": loss.hex()}) for step, loss in enumerate(numbers, 1)]
+        (tmp_path / name / "ledger" / "steps.jsonl").write_text("\n".join(lines) + "\n")
+    assert processes.apart(tmp_path / "one", tmp_path / "other") == pytest.approx(0.2)
+    assert processes.apart(tmp_path / "one", tmp_path / "other", [1, 3]) == 0
+    with pytest.raises(ValueError, match=r"\[2, 3\]"):
+        processes.apart(tmp_path / "one", tmp_path / "short")
+
+
+def test_a_process_that_fails_is_told_with_the_end_of_its_output(tmp_path: Path) -> None:
+    with pytest.raises(processes.ProcessError, match=r"(?s)ended with 3, wanted 0.*the reason"):
+        processes.python(context(tmp_path), "-c", "import sys; print('the reason'); sys.exit(3)")
+    with pytest.raises(processes.ProcessError, match="when the budget ended"):
+        processes.python(context(tmp_path, seconds=0.1), "-c", "import time; time.sleep(60)")
+    hidden = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'] == '')"
+    assert processes.python(context(tmp_path), "-c", hidden, on_cpu=True).strip() == "True"

@@ -1,0 +1,544 @@
+"""Whether attention, whole decoder layers and the encoder's side stream give the right numbers on this device.
+
+Everything is held against float64 on the CPU (`reference`). A check goes through many cases and gives the worst figure with its
+case; a case that raises does not hide the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+import typing
+import xml.etree.ElementTree
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from himix_megatron import cpu
+
+cpu.activate_if_needed()
+
+from himix_megatron import parallel  # noqa: E402
+from himix_megatron.adapter import transformer_config  # noqa: E402
+from himix_megatron.config import Config, TrainConfig, VisionConfig  # noqa: E402
+from himix_megatron.kernels import Kernels, detect  # noqa: E402
+from himix_megatron.model import attention_backends  # noqa: E402
+from himix_megatron.model.encoder import Ahead, ReplicaEncoder  # noqa: E402
+from himix_megatron.model.himix import HiMixModel  # noqa: E402
+from himix_megatron.model.layout import Layout, lay_out  # noqa: E402
+from himix_megatron.model.vision import build_tower  # noqa: E402
+from himix_megatron.parallel import Topology  # noqa: E402
+from pipelines.recipes import RECIPES  # noqa: E402
+from tests.model.test_training_attention import outcome, spelled_out  # noqa: E402
+from tools.gpu_check import processes  # noqa: E402
+from tools.gpu_check.reference import (  # noqa: E402
+    BF16_LIMIT,
+    FP8_LEAST,
+    FP8_LIMIT,
+    FP32_LIMIT,
+    Batch,
+    Heads,
+    Outcome,
+    batches,
+    distance,
+    drawn,
+    outcome_of,
+    random_batch,
+    stored_name,
+    weight,
+)
+from tools.gpu_check.runner import Check, Context  # noqa: E402
+from tools.measure import Line  # noqa: E402
+
+Spec = Literal["te", "torch"]
+Precision = Literal["fp32", "bf16"]
+
+MOST_TEXT = 90
+IMAGE_TOKENS = 49
+HEADS = (Heads(14, 2, 64), Heads(32, 8, 64), Heads(24, 8, 128), Heads(32, 32, 128))
+"""Qwen2-0.5B's, Llama-3.2-1B's, Llama-3.2-3B's and Vicuna-7B's."""
+TINY_HEADS = (Heads(4, 2, 16), Heads(4, 4, 32))
+CORE_ROUNDINGS, CPU_CORE_ROUNDINGS, LAYER_ROUNDINGS = 2.0, 4.0, 3.0
+"""bf16 may be so many times as far from float64 as float64 on inputs rounded to bf16. An attention core rounds once between its
+two products and once at the end, and the CPU's also where it merges images and text; a layer also between its other products.
+"""
+
+
+@dataclass
+class Worst:
+    """The worst figure of many cases, and which it was; what raised."""
+
+    figures: dict[str, tuple[float, str]] = field(default_factory=dict)
+    errors: list[Exception] = field(default_factory=list)
+
+    def note(self, figure: str, value: float, case: str) -> None:
+        """A value that is no number is worse than any."""
+        before = self.figures.get(figure, (-math.inf, ""))[0]
+        if math.isnan(value) or value > before:
+            self.figures[figure] = (value, case)
+
+    @contextlib.contextmanager
+    def case(self, name: str) -> Iterator[None]:
+        """One of the cases; an error in it is kept until the others have run."""
+        try:
+            yield
+        except Exception as error:  # the other cases say whether it is this one alone
+            error.add_note(f"case: {name}")
+            self.errors.append(error)
+
+    def lines(self, limits: dict[str, float]) -> Iterator[Line]:
+        """A line a figure. Raises: ExceptionGroup if a case raised."""
+        for figure, (value, case) in self.figures.items():
+            yield Line(f"{figure} (worst: {case})", value, limits.get(figure), at_most=True)
+        if self.errors:
+            raise ExceptionGroup(f"{len(self.errors)} cases raised", self.errors)
+
+
+def device_of(context: Context) -> torch.device:
+    """Where the checks run."""
+    return torch.device("cpu" if context.tiny else "cuda")
+
+
+def dtype_of(precision: Precision) -> torch.dtype:
+    """Of inputs and parameters."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def usable(context: Context, spec: Spec) -> Iterator[Line]:
+    """Without a GPU nothing of Transformer Engine can run; with one it has to."""
+    if spec == "te" and not context.tiny:
+        yield Line("Transformer Engine can be used", detect().transformer_engine, 1)
+
+
+def config_of(heads: Heads, spec: Spec, precision: Precision, fp8: str = "none", *, bias: bool = False) -> Config:
+    """One decoder layer with these heads."""
+    recipe = RECIPES["tiny_instruct"]()
+    sizes = {"num_layers": 1, "hidden_size": 512, "ffn_hidden_size": 1024} if heads.dim >= 64 else {"num_layers": 1}
+    model = dataclasses.replace(
+        recipe.model,
+        **sizes,
+        num_attention_heads=heads.query,
+        num_query_groups=heads.groups,
+        head_dim=heads.dim,
+        attention=spec,
+        family="qwen2" if bias else "llama",
+    )
+    train: TrainConfig = dataclasses.replace(recipe.train, precision=precision, fp8=fp8)
+    return dataclasses.replace(recipe, model=model, train=train)
+
+
+def kernels() -> Kernels:
+    """What is usable here, without adding gradients into sums that only a whole training run has."""
+    return dataclasses.replace(detect(), accumulation_fusion=False)
+
+
+@contextlib.contextmanager
+def fused_attention_only(precision: Precision) -> Iterator[None]:
+    """In bf16 a shape that Transformer Engine's fused kernels refuse is an error, not a matrix of all scores.
+
+    No model can be built within it: megatron-core insists on values of its own.
+    """
+    before = os.environ.get("NVTE_UNFUSED_ATTN")
+    if precision == "bf16":
+        os.environ["NVTE_UNFUSED_ATTN"] = "0"
+    try:
+        yield
+    finally:
+        if precision == "bf16":
+            del os.environ["NVTE_UNFUSED_ATTN"]
+        if before is not None:
+            os.environ["NVTE_UNFUSED_ATTN"] = before
+
+
+# ---- attention cores -----------------------------------------------------------------------------------------------
+
+
+def core_of(spec: Spec, heads: Heads, precision: Precision, device: torch.device) -> Any:
+    """An attention core as the layer specs build it."""
+    config = transformer_config(config_of(heads, spec, precision), kernels())
+    if spec == "torch":
+        return attention_backends.TorchMixtureAttention(config)
+    return attention_backends.TransformerEngineMixtureAttention(config, layer_number=1).to(device)
+
+
+def layout_of(batch: Batch, device: torch.device, tokens: int) -> Layout:
+    """As the model lays a micro-batch out; cores use no angles."""
+    ids = torch.zeros(batch.rows, dtype=torch.long, device=device)
+    angles = torch.zeros(1024, 1, 1, 2, device=device)
+    lengths = batch.text if batch.packed else None
+    return lay_out(ids, lengths, [count * tokens for count in batch.images], lambda number: angles[:number])
+
+
+def core_inputs(batch: Batch, heads: Heads, tokens: int) -> list[Tensor]:
+    """float64 query, key, value, vision's keys and values, and the outcome's gradient."""
+    columns, num_text = batch.rows
+    shapes = [(num_text, columns, number, heads.dim) for number in (heads.query, heads.groups, heads.groups)]
+    shapes += [(sum(batch.images) * tokens, heads.groups, 2, heads.dim), (num_text, columns, heads.query * heads.dim)]
+    return [drawn(f"{batch.name} {heads} {number}", shape) for number, shape in enumerate(shapes)]
+
+
+def given(inputs: list[Tensor], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Leaves for `outcome`."""
+    cast = [tensor.to(device, dtype, copy=True) for tensor in inputs]
+    return [*(tensor.requires_grad_() for tensor in cast[:4]), cast[4]]
+
+
+NAMES = ("values", "gradient of the query", "gradient of the key", "gradient of the value", "gradient of the vision")
+
+
+def core(context: Context, spec: Spec, precision: Precision) -> Iterator[Line]:
+    """Values and all gradients of training's attention."""
+    yield from usable(context, spec)
+    if spec == "te" and context.tiny:
+        return
+    device, worst = device_of(context), Worst()
+    if spec == "torch" and precision == "bf16" and not context.tiny:
+        yield Line("torch has variable-length flash attention", attention_backends.has_variable_length(), 1)
+    with fused_attention_only(precision):
+        for heads in TINY_HEADS if context.tiny else HEADS:
+            attend = core_of(spec, heads, precision, device)
+            cases = [*batches(MOST_TEXT), Batch("many vision tokens", (64, 40), (15, 30), packed=True)]
+            for batch in cases[2:6] if context.tiny else cases:
+                with worst.case(f"{heads}, {batch.name}"):
+                    compare_core(worst, attend, batch, heads, precision, device)
+    limit = BF16_LIMIT if precision == "bf16" else FP32_LIMIT
+    roundings = CPU_CORE_ROUNDINGS if context.tiny else CORE_ROUNDINGS
+    yield from worst.lines({"values": limit, "gradients": limit, TIMES: roundings})
+
+
+TIMES = "times the error of rounded inputs"
+
+
+def compare_core(worst: Worst, attend: Any, batch: Batch, heads: Heads, precision: Precision, device: torch.device) -> None:
+    """One case."""
+    inputs, layout = core_inputs(batch, heads, IMAGE_TOKENS), layout_of(batch, device, IMAGE_TOKENS)
+    exact = outcome(spelled_out, layout, given(inputs, torch.float64, torch.device("cpu")))
+    found = outcome(attend, layout, given(inputs, dtype_of(precision), device))
+    rounded = outcome(
+        spelled_out, layout, given([tensor.to(dtype_of(precision)) for tensor in inputs], torch.float64, torch.device("cpu"))
+    )
+    scale = float(inputs[4].norm())
+    for name, own, right, near in zip(NAMES, found, exact, rounded, strict=True):
+        case = f"{name}, {heads}, {batch.name}"
+        error, of_rounding = distance(own, right, scale), distance(near, right, scale)
+        worst.note("values" if name == "values" else "gradients", error, case)
+        if precision == "bf16" and of_rounding > 1e-6:
+            worst.note(TIMES, error / of_rounding, case)
+
+
+def continued(context: Context, spec: Spec, precision: Precision) -> Iterator[Line]:
+    """Generation's attention, prompts and single tokens, with holes among the earlier keys and without."""
+    yield from usable(context, spec)
+    if spec == "te" and context.tiny:
+        return
+    device, worst = device_of(context), Worst()
+    with fused_attention_only(precision), torch.no_grad():
+        for heads in TINY_HEADS if context.tiny else HEADS:
+            attend = core_of(spec, heads, precision, device)
+            for num_text in (1, 5, 33):
+                for earlier in ((49, 49, 49), (98, 0, 49, 17), (0, 0), (7,)):
+                    if num_text == 1 and not any(earlier):
+                        continue  # a single token comes after its prompt
+                    with worst.case(f"{heads}, {num_text} tokens after {earlier}"):
+                        worst.note(
+                            "values",
+                            continued_error(attend, heads, num_text, earlier, precision, device),
+                            f"{heads}, {num_text} tokens after {earlier}",
+                        )
+    yield from worst.lines({"values": BF16_LIMIT if precision == "bf16" else FP32_LIMIT})
+
+
+def continued_error(
+    attend: Any, heads: Heads, num_text: int, earlier: tuple[int, ...], precision: Precision, device: torch.device
+) -> float:
+    """Of `num_text` tokens a sample, after so many earlier keys each; holes lie anywhere among the earlier slots."""
+    most, number = max(earlier), len(earlier)
+    name = f"continued {heads} {num_text} {earlier}"
+    query = drawn(f"{name} query", (num_text, number, heads.query, heads.dim))
+    key, value = (drawn(f"{name} {kind}", (most + num_text, number, heads.groups, heads.dim)) for kind in ("key", "value"))
+    places = torch.stack([drawn(f"{name} {sample}", (most,)).argsort().argsort() for sample in range(number)])
+    padding = places >= torch.tensor(earlier)[:, None]
+    kept = [torch.stack((key[:most, b][~padding[b]], value[:most, b][~padding[b]]), 2) for b in range(number)]
+    batch = Batch(name, (num_text,) * number, earlier, packed=False)
+    exact = spelled_out(query, key[most:], value[most:], torch.cat(kept), layout_of(batch, torch.device("cpu"), 1))
+    holes = padding.to(device) if padding.any() else None
+    mask = attend.mixture_mask(num_text, most, holes, device)
+    cast = (tensor.to(device, dtype_of(precision)) for tensor in (query, key, value))
+    found = attend.continued(*cast, mask, holes).double().cpu()
+    return distance(found, exact, float(exact.norm()))
+
+
+# ---- whole layers --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def one_rank(config: Config) -> Iterator[Topology]:
+    """This process as the only rank, as long as it lasts."""
+    topology = parallel.start(config.parallel, seed=1)
+    try:
+        yield topology
+    finally:
+        parallel.shutdown()
+
+
+def layer_model(config: Config, topology: Topology) -> tuple[HiMixModel, dict[str, Tensor]]:
+    """A model of one layer, and its weights in float64 by stored name."""
+    model = HiMixModel(config, kernels(), topology, chunk=None, tower=None).to(topology.device)
+    for layer in model.decoder.layers:
+        layer.vision_is_frozen = False  # what a trainable tower asks for: the features' gradient
+    weights = {}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            weights[stored_name(name)] = weight(stored_name(name), parameter.shape)
+            parameter.copy_(weights[stored_name(name)])
+    return model, weights
+
+
+@dataclass(frozen=True)
+class Given:
+    """A micro-batch's tensors, text flat, in float64 on the CPU."""
+
+    ids: Tensor
+    labels: Tensor
+    features: Tensor
+    by: Tensor
+    """Each loss's weight; 0 for a token that has none."""
+
+
+def inputs_of(config: Config, batch: Batch) -> Given:
+    """Random ones."""
+    number, width = sum(batch.text), config.vision.hidden_size
+    ids, labels = (drawn(f"{batch.name} {kind}", (number,)).abs().mul(60).long().clamp(max=259) for kind in ("ids", "labels"))
+    by = drawn(f"{batch.name} by", (number,)).abs() * (torch.arange(number) % 5 != 1)
+    return Given(ids, labels, drawn(f"{batch.name} features", (sum(batch.images), IMAGE_TOKENS, width)), by)
+
+
+def model_outcome(model: HiMixModel, batch: Batch, inputs: Given, dtype: torch.dtype, device: torch.device) -> Outcome:
+    """What the model gives for it."""
+
+    def as_rows(flat: Tensor, fill: int) -> Tensor:
+        padded = torch.nn.functional.pad(flat, (0, batch.padding if batch.packed else 0), value=fill)
+        return padded.view(batch.rows).to(device)
+
+    def real(rows: Tensor) -> Tensor:
+        return rows.detach().double().cpu().flatten(0, 1)[: sum(batch.text)]
+
+    caught: list[Tensor] = []
+    hook = model.decoder.register_forward_hook(lambda _, __, output: caught.append(output))
+    features = inputs.features.to(device, dtype, copy=True).requires_grad_()
+    blank = torch.zeros(len(features), dtype=torch.bool, device=device)
+    labels = as_rows(inputs.labels.where(inputs.by > 0, -100), -100)
+    packed = batch.text if batch.packed else None
+    losses = model(as_rows(inputs.ids, 0), features, blank, batch.images, labels, packed_lengths=packed)
+    hook.remove()
+    model.zero_grad(set_to_none=True)
+    (losses.float() * as_rows(inputs.by.float(), 0)).sum().backward()
+    gradients = {stored_name(name): parameter.grad for name, parameter in model.named_parameters()}
+    gradients["features"] = features.grad
+    return Outcome(
+        real(caught[0].transpose(0, 1)),
+        real(losses),
+        {name: grad.double().cpu() for name, grad in gradients.items() if grad is not None},
+    )
+
+
+def layer(context: Context, spec: Spec, precision: Precision) -> Iterator[Line]:
+    """States, losses and all gradients of a layer between embedding and head."""
+    yield from usable(context, spec)
+    if spec == "te" and context.tiny:
+        return
+    if spec == "te" and precision == "fp32":
+        yield te_product()
+    worst = Worst()
+    heads = TINY_HEADS if context.tiny else HEADS
+    with one_rank(config_of(heads[0], spec, precision)) as topology:
+        for number, own in enumerate(heads):
+            config = config_of(own, spec, precision, bias=number % 2 == 0)
+            model, weights = layer_model(config, topology)
+            cases = [random_batch(0, MOST_TEXT), random_batch(3, MOST_TEXT), *batches(MOST_TEXT)[5:]]
+            for batch in cases[1:4] if context.tiny else cases:
+                with worst.case(f"{own}, {batch.name}"), fused_attention_only(precision):
+                    compare_layer(worst, config, model, weights, batch, precision, topology)
+    limit = BF16_LIMIT if precision == "bf16" else FP32_LIMIT
+    yield from worst.lines({"states": limit, "losses": limit, "gradients": limit, TIMES: LAYER_ROUNDINGS})
+
+
+def compare_layer(
+    worst: Worst,
+    config: Config,
+    model: HiMixModel,
+    weights: dict[str, Tensor],
+    batch: Batch,
+    precision: Precision,
+    topology: Topology,
+) -> None:
+    """One case."""
+    inputs, dtype = inputs_of(config, batch), dtype_of(precision)
+    real = inputs.by > 0
+    labels = (inputs.ids, inputs.labels)
+
+    def exactly(cast: torch.dtype) -> Outcome:
+        own = {name: tensor.to(cast).double() for name, tensor in weights.items()}
+        return outcome_of(config.model, own, batch, *labels, inputs.features.to(cast).double(), inputs.by)
+
+    exact, near = exactly(torch.float64), exactly(dtype)
+    found = model_outcome(model, batch, inputs, dtype, topology.device)
+    scale = float(inputs.by.norm())
+    compared = {"states": ("states", found.states, exact.states, near.states)}
+    compared["losses"] = ("losses", found.losses[real], exact.losses[real], near.losses[real])
+    for name, right in exact.gradients.items():
+        own = found.gradients.get(name, torch.zeros_like(right))
+        compared[name.removeprefix("decoder.layers.0.")] = ("gradients", own, right, near.gradients[name])
+    for name, (figure, own, right, rounded) in compared.items():
+        error, of_rounding = distance(own, right, scale), distance(rounded, right, scale)
+        case = f"{name}, {config.model.num_attention_heads} heads, {batch.name}"
+        worst.note(figure, error, case)
+        if precision == "bf16" and of_rounding > 1e-6:
+            worst.note(TIMES, error / of_rounding, case)
+
+
+def te_product() -> Line:
+    """Says whether a missed limit in fp32 is TF32's doing."""
+    import transformer_engine.pytorch as te
+
+    linear = te.Linear(512, 512, bias=False, params_dtype=torch.float32)
+    tokens = torch.randn(64, 512, device="cuda")
+    exact = tokens.double() @ linear.weight.double().t()
+    error = distance(linear(tokens).detach().double(), exact, 1.0)
+    return Line("Transformer Engine's plain product in fp32, relative error (with TF32 3e-4)", error)
+
+
+def fp8_layer(context: Context) -> Iterator[Line]:
+    """The states that a layer with products in FP8 gives, for each of `train.fp8`."""
+    if context.tiny:
+        return
+    errors: list[Exception] = []
+    for choice in typing.get_args(typing.get_type_hints(TrainConfig)["fp8"]):
+        if choice != "none":
+            try:
+                yield from fp8_choice(choice)
+            except Exception as error:  # the other choice may be right
+                errors.append(error)
+    if errors:
+        raise ExceptionGroup(f"{len(errors)} kinds of FP8 raised", errors)
+
+
+def fp8_choice(choice: str) -> Iterator[Line]:
+    """One of them."""
+    worst, least = Worst(), math.inf
+    with one_rank(config_of(HEADS[0], "te", "bf16")) as topology:
+        for own in (HEADS[0], HEADS[2]):
+            config = config_of(own, "te", "bf16", choice)
+            model, weights = layer_model(config, topology)
+            for seed in range(3):
+                batch = random_batch(seed, MOST_TEXT, multiple=16)
+                with worst.case(f"{own}, {batch.name}"), fused_attention_only("bf16"):
+                    inputs = inputs_of(config, batch)
+                    tensors = (inputs.ids, inputs.labels, inputs.features, inputs.by)
+                    exact = outcome_of(config.model, weights, batch, *tensors)
+                    found = model_outcome(model, batch, inputs, torch.bfloat16, topology.device)
+                    error = distance(found.states, exact.states, 1.0)
+                    worst.note(f"{choice}: states", error, f"{own}, {batch.name}")
+                    least = min(least, error)
+                    for name, right in exact.gradients.items():
+                        if name in found.gradients and float(right.norm()):
+                            worst.note(f"{choice}: gradients", distance(found.gradients[name], right, 1.0), name)
+    if math.isfinite(least):
+        yield Line(f"{choice}: smallest error of the states (less: nothing ran in FP8)", least, FP8_LEAST)
+    yield from worst.lines({f"{choice}: states": FP8_LIMIT})
+
+
+# ---- the encoder's side stream -------------------------------------------------------------------------------------
+
+
+def features(context: Context) -> Iterator[Line]:
+    """Features made ahead, while the main stream works, against those made in turn: equal to the bit."""
+    device = device_of(context)
+    towers = {"tiny": RECIPES["tiny_instruct"]().vision, "siglip": small_siglip()}
+    for name, vision in towers.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            tower = build_tower(vision, seed=3, dtype=dtype).to(device)
+            encoder = ReplicaEncoder(tower, None, False, dtype)
+            ahead, inline = (encoded(encoder, vision, enabled, context) for enabled in (True, False))
+            different = sum(not torch.equal(one, other) for one, other in zip(ahead, inline, strict=True))
+            what = f"steps of {len(ahead)} whose features differ, tower {name}, {str(dtype).removeprefix('torch.')}"
+            yield Line(what, different, 0, at_most=True)
+
+
+def small_siglip() -> VisionConfig:
+    """A tower of transformers' with heads as wide as the published one's."""
+    recipe = RECIPES["qwen2_0_5b_instruct"]().vision
+    return dataclasses.replace(
+        recipe, path=None, image_size=56, hidden_size=144, num_layers=3, num_attention_heads=2, ffn_hidden_size=288
+    )
+
+
+def encoded(encoder: ReplicaEncoder, vision: VisionConfig, enabled: bool, context: Context) -> list[Tensor]:
+    """Each step's features, read by work on the main stream as training reads them."""
+    number_of_steps, most = (3, 3) if context.tiny else (20, 60)
+    ahead = Ahead(encoder.device, enabled=enabled)
+
+    def encode(number: int) -> tuple[int, Tensor]:
+        count = most - number % 3
+        generator = torch.Generator().manual_seed(number)
+        side = vision.image_size
+        pixels = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
+        return number, encoder.encode(pixels, torch.arange(count) % 3 == 1, count)
+
+    busy, kept = torch.randn(512, 512, device=encoder.device), []
+    for _, found in ahead.steps(range(number_of_steps), encode):
+        for _ in range(10):
+            busy = (busy @ busy).div_(512.0).add_(1e-3)
+        kept.append(found.clone())
+    ahead.settle()
+    return [found.cpu() for found in kept]
+
+
+# ---- the tests that want a GPU -------------------------------------------------------------------------------------
+
+
+def gpu_tests(context: Context) -> Iterator[Line]:
+    """The test suite's own: only files that have one, so that nothing else needs to import here."""
+    tests = processes.ROOT / "tests"
+    files = sorted(file for file in tests.rglob("test_*.py") if "mark.requires_gpu" in file.read_text(encoding="utf-8"))
+    report = processes.room("gpu-tests") / "junit.xml"
+    words = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "requires_gpu", f"--junitxml={report}", *files)
+    said, failure = "", None
+    try:
+        said = processes.python(context, *words)
+    except processes.ProcessError as error:
+        failure = error
+    if not report.is_file():
+        raise failure or RuntimeError(f"pytest wrote no report: {said[-2000:]}")
+    suite: Any = xml.etree.ElementTree.parse(report).getroot()
+    suite = suite if suite.tag == "testsuite" else suite[0]
+    run, failed, errors, skipped = (int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped"))
+    yield Line("tests that failed", failed + errors, 0, at_most=True)
+    yield Line("tests that passed", run - failed - errors - skipped, None if context.tiny else 1)
+    yield Line("tests that were skipped", skipped)
+    if failure:
+        raise failure
+
+
+def _specs(check: str, seconds: float, run: Any) -> Iterable[Check]:
+    """A check of both specs in both precisions."""
+    for spec in ("te", "torch"):
+        for precision in ("bf16", "fp32"):
+            name = f"{check}-{spec}-{precision}"
+            yield Check(name, "correctness", seconds, functools.partial(run, spec=spec, precision=precision))
+
+
+CHECKS: tuple[Check, ...] = (
+    Check("gpu-tests", "correctness", 60, gpu_tests, beside=True),
+    *_specs("core", 8, core),
+    *_specs("continued", 4, continued),
+    *_specs("layer", 8, layer),
+    Check("layer-fp8", "correctness", 5, fp8_layer),
+    Check("features", "correctness", 3, features),
+)
