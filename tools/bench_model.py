@@ -53,12 +53,18 @@ class Arguments:
     """Measured ones; one more before them is not counted."""
     threads: int = 2
     """Of torch; of two tensor ranks each has half."""
-    pack_text_tokens: int = 2048
+    pack_text_tokens: int = 8192
     """`training`: text tokens of a pack."""
-    pack_images: int = 8
+    pack_images: int = 26
     """`training`: images of a pack, one a sample."""
-    packs: int = 4
+    packs: int = 2
     """`training`: packs of a step."""
+    attention: Literal["auto", "te", "torch"] = "auto"
+    """`training`: backend of the layers, as --model.attention."""
+    fp8: str = "none"
+    """`training`: as --train.fp8."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """`training`: as --train.recompute."""
     optimizer: bool = False
     """`training`: measure the optimizer's step too (beside the step without it)."""
     tower: bool = True
