@@ -25,7 +25,7 @@ from himix_megatron.flops import tower_flops
 from himix_megatron.memory import FIXED_BYTES, FRAGMENTS, GIB, MicroBatch, RankMemory, rank_memory
 from pipelines.recipes import RECIPES
 from tools.bench_training import WANTED_MFU, Decoder, Packs, device_name, packed, tower_step
-from tools.gpu_check import rates
+from tools.gpu_check import graphs, rates
 from tools.gpu_check.profiles import idle_share, profiled, table
 from tools.gpu_check.runner import Check, Context
 from tools.measure import Line, seconds_of
@@ -474,4 +474,5 @@ CHECKS: tuple[Check, ...] = (
     Check("machine", "performance", 22, machine),
     Check("host", "performance", 8, host),
     Check("concatenation_1b", "performance", 14, partial(concatenation, MODELS["llama3_2_1b"])),
+    Check("graphs", "performance", 50, graphs.check),
 )
