@@ -93,32 +93,37 @@ def lengths_of(text_tokens: int, samples: int, seed: int) -> tuple[int, ...]:
     return tuple(int(length) for length in lengths)
 
 
-def inputs_of(packs: Packs, config: Config, device: torch.device) -> list[Any]:
-    """A step's micro-batches, one a pack, made up. Images inside the text are random ids without a label."""
-    from himix_megatron.adapter import params_dtype
-    from himix_megatron.step import StageInput
+def step_batch(packs: Packs, vocab_size: int) -> Any:
+    """A step's texts, made up, as the loader would hand them to training. Images inside the text are random ids without a
+    label."""
+    from himix_megatron.data.batch import NO_LOSS, MicroBatch, StepBatch
+    from himix_megatron.data.plan import START
 
-    inputs, inside = [], packs.tokens_per_image if packs.images == "inside" else 0
+    micro_batches, inside = [], packs.tokens_per_image if packs.images == "inside" else 0
     for lengths in packs.text_lengths:
-        ids = torch.randint(config.model.vocab_size, (1, packs.row_tokens))
-        labels, begin = torch.full_like(ids, -100), 0
+        ids = torch.randint(vocab_size, (1, packs.row_tokens))
+        labels, begin = torch.full_like(ids, NO_LOSS), 0
         for length in lengths:
             first, last = (begin + inside + place for place in _answer(length))
             labels[0, first:last] = ids[0, first + 1 : last + 1]
             begin += inside + length
-        images = 0 if inside else len(lengths)
-        shape = (images, packs.tokens_per_image, config.vision.hidden_size)
-        inputs.append(
-            StageInput(
-                text_ids=ids.to(device),
-                images=torch.randn(shape, dtype=params_dtype(config), device=device),
-                blank=torch.zeros(images, dtype=torch.bool, device=device),
-                images_per_sample=(0 if inside else 1,) * len(lengths),
-                labels=labels.to(device),
-                packed_lengths=tuple(inside + length for length in lengths),
-            )
-        )
-    return inputs
+        own, images = torch.tensor(lengths) + inside, (0 if inside else 1,) * len(lengths)
+        micro_batches.append(MicroBatch(ids, labels, own, images, ("made up",) * len(lengths), packed=True))
+    count = 0 if inside else packs.samples
+    return StepBatch(
+        step=0, micro_batches=tuple(micro_batches), blank=torch.zeros(count, dtype=torch.bool), pixels=torch.empty(0),
+        bad_keys=(), after=START, is_last=False, num_samples=packs.samples,
+    )  # fmt: skip
+
+
+def inputs_of(packs: Packs, config: Config, device: torch.device) -> list[Any]:
+    """A step's micro-batches, one a pack, with made-up features, put on the device as training does."""
+    from himix_megatron.adapter import params_dtype
+    from himix_megatron.step import stage_inputs
+
+    batch = step_batch(packs, config.model.vocab_size)
+    shape = (len(batch.blank), packs.tokens_per_image, config.vision.hidden_size)
+    return stage_inputs(batch, torch.randn(shape, dtype=params_dtype(config), device=device), device)
 
 
 class Decoder:
@@ -185,9 +190,7 @@ def configuration(arguments: Arguments) -> Config:
         ),
         train=dataclasses.replace(config.train, fp8=arguments.fp8, recompute=arguments.recompute),  # type: ignore[arg-type]
     )
-    return packed(
-        config, text_tokens=arguments.pack_text_tokens, images=arguments.pack_images, packs=arguments.packs
-    )
+    return packed(config, text_tokens=arguments.pack_text_tokens, images=arguments.pack_images, packs=arguments.packs)
 
 
 def training(arguments: Arguments) -> list[Line]:

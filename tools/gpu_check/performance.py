@@ -205,7 +205,7 @@ def allocated() -> int:
 
 
 def expected_memory(config: Config, packs: Packs, *, optimizer: bool) -> RankMemory:
-    """What himix_megatron.memory says of the model as it is measured: features as given, an optimizer only where there is one."""
+    """What himix_megatron.memory says of the model as it is measured: features as given, and an optimizer only if there is one."""
     images = [len(pack) for pack in packs.text_lengths]
     largest = MicroBatch(text_tokens=packs.row_tokens, vision_tokens=max(images) * packs.tokens_per_image)
     found = rank_memory(config, 0, data_size=1, micro_batch=largest, images_per_step=0)
@@ -407,9 +407,10 @@ def attention_lines(
 def product_lines(products: dict[rates.Product, float]) -> Iterator[Line]:
     """The fastest, the slowest and the middle of each form."""
     for form in ("forward", "input", "weight"):
-        ordered = sorted((item.flops / seconds, item) for item, seconds in products.items() if item.form == form)
-        for rate, item in (ordered[0], ordered[len(ordered) // 2], ordered[-1]):
-            yield Line(f"product {item.rows} x {item.inner} x {item.columns}, {form}: TFLOP/s", rate / 1e12)
+        rate = {item: item.flops / seconds for item, seconds in products.items() if item.form == form}
+        ordered = sorted(rate, key=rate.__getitem__)
+        for item in (ordered[0], ordered[len(ordered) // 2], ordered[-1]):
+            yield Line(f"product {item.rows} x {item.inner} x {item.columns}, {form}: TFLOP/s", rate[item] / 1e12)
 
 
 def planner_lines(own: Machine, context: Context) -> Iterator[Line]:
@@ -420,7 +421,9 @@ def planner_lines(own: Machine, context: Context) -> Iterator[Line]:
         if seconds is None:
             continue
         predicted = predicted_seconds(config, packs_of(model, context, config), own)
-        what = f"{model.name}: the planner's {1e3 * predicted:.1f} ms are {predicted / seconds:.3f} of {1e3 * seconds:.1f}; off by"
+        what = (
+            f"{model.name}: the planner's {1e3 * predicted:.1f} ms are {predicted / seconds:.3f} of {1e3 * seconds:.1f}; off by"
+        )
         held = PREDICTED_WITHIN if torch.cuda.is_available() else None
         yield Line(what, abs(predicted / seconds - 1), held, at_most=True)
 
@@ -460,18 +463,18 @@ def small_step_seconds(spec: Spec, layers: int, context: Context) -> float:
 
 
 CHECKS: tuple[Check, ...] = (
-    Check("decoder_0.5b", "performance", 16, partial(decoder, MODELS["qwen2_0_5b"], "te")),
-    Check("decoder_3b", "performance", 17, partial(decoder, MODELS["llama3_2_3b"], "te")),
-    Check("decoder_1b", "performance", 13, partial(decoder, MODELS["llama3_2_1b"], "te")),
-    Check("decoder_7b", "performance", 18, partial(decoder, MODELS["vicuna_7b"], "te")),
-    Check("decoder_tinyllama", "performance", 11, partial(decoder, MODELS["tinyllama_1_1b"], "te")),
+    Check("decoder_0.5b", "performance", 22, partial(decoder, MODELS["qwen2_0_5b"], "te")),
+    Check("decoder_3b", "performance", 22, partial(decoder, MODELS["llama3_2_3b"], "te")),
+    Check("decoder_1b", "performance", 14, partial(decoder, MODELS["llama3_2_1b"], "te")),
+    Check("decoder_7b", "performance", 24, partial(decoder, MODELS["vicuna_7b"], "te")),
+    Check("decoder_tinyllama", "performance", 12, partial(decoder, MODELS["tinyllama_1_1b"], "te")),
     Check("concatenation_0.5b", "performance", 20, partial(concatenation, MODELS["qwen2_0_5b"])),
     Check("concatenation_3b", "performance", 20, partial(concatenation, MODELS["llama3_2_3b"])),
     Check("fp8_3b", "performance", 15, partial(fp8, MODELS["llama3_2_3b"])),
     Check("torch_0.5b", "performance", 7, partial(decoder, MODELS["qwen2_0_5b"], "torch")),
     Check("torch_3b", "performance", 11, partial(decoder, MODELS["llama3_2_3b"], "torch")),
     Check("torch_1b", "performance", 8, partial(decoder, MODELS["llama3_2_1b"], "torch")),
-    Check("machine", "performance", 22, machine),
+    Check("machine", "performance", 20, machine),
     Check("host", "performance", 8, host),
     Check("concatenation_1b", "performance", 14, partial(concatenation, MODELS["llama3_2_1b"])),
     Check("graphs", "performance", 50, graphs.check),

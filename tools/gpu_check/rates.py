@@ -20,7 +20,7 @@ from torch import Tensor
 
 from himix_megatron.config import Config
 from himix_megatron.devices import device_of
-from himix_megatron.memory import HEAD_CHUNK_LOGITS, padded_vocab
+from himix_megatron.memory import padded_vocab
 from tools.bench_training import Packs, device_name
 from tools.planning.machine import Machine, machine_named
 
@@ -85,14 +85,13 @@ class Product:
 
 
 def products_of(config: Config, text_tokens: int, images: int) -> Iterator[Product]:
-    """Those of a layer and of a chunk of the head, as a step of the decoder has them."""
+    """Those of a layer and of the head over labelled tokens, as a step of the decoder has them."""
     model, vision = config.model, config.vision
     query, key_value = (heads * model.channels_per_head for heads in (model.num_attention_heads, model.num_query_groups))
     hidden, inner = model.hidden_size, model.ffn_hidden_size
     linears = [(hidden, query + 2 * key_value), (query, hidden), (hidden, 2 * inner), (inner, hidden)]
-    vocabulary, labelled = padded_vocab(config), text_tokens // 2
-    chunk = max(1, min(labelled, HEAD_CHUNK_LOGITS // vocabulary))
-    for rows, taken, given in [*((text_tokens, *sizes) for sizes in linears), (chunk, hidden, vocabulary)]:
+    labelled = text_tokens // 2
+    for rows, taken, given in [*((text_tokens, *sizes) for sizes in linears), (labelled, hidden, padded_vocab(config))]:
         yield Product(rows, taken, given, "forward")
         yield Product(rows, given, taken, "input")
         yield Product(taken, rows, given, "weight")
@@ -162,9 +161,7 @@ def attention_seconds(heads: Heads, packs: Packs, device: torch.device, dtype: t
     """Seconds forward and backward over the first pack, by core."""
     texts = packs.text_lengths[0]
     keys = [length + packs.tokens_per_image for length in texts]
-    ends = [
-        torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device) for lengths in (texts, keys)
-    ]
+    ends = [torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device) for lengths in (texts, keys)]
     query = torch.randn(sum(texts), heads.query, heads.width, device=device, dtype=dtype, requires_grad=True)
     key, value = (
         torch.randn(sum(keys), heads.groups, heads.width, device=device, dtype=dtype, requires_grad=True) for _ in range(2)

@@ -13,10 +13,11 @@ from himix_megatron.config import ModelConfig, Part
 from himix_megatron.flops import Work
 from tools.planning.machine import Machine
 
-LOGIT_BYTES = 32
-"""Memory traffic of the loss for each logit, forward and backward, beside the products'. An estimate."""
+LOGIT_BYTES = 12
+"""Memory traffic of the loss for each logit, forward and backward, beside the products': in 16 bits it is read twice for the
+loss, written over by its gradient, and read and written once more where that is scaled. Counted, not measured."""
 GRADIENT_BYTES = 12
-"""Of each gradient, outside of the optimizer: it is zeroed before a step (4) and scaled by the number of tokens after it (8)."""
+"""Of each gradient, beside the optimizer's: it is zeroed before a step (4), and scaled by the number of tokens after it (8)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,8 +227,10 @@ def step_time(machine: Machine, layout: Layout, job: Job) -> StepTime:
         optimizer=optimizer,
         bubble=others / layout.virtual_pipeline,
     )
-    return found if machine.cores is None else _shared(
-        machine, layout, found, (count * sum(compute) + layout.pipeline * sweeps, count * sum(tensor))
+    return (
+        found
+        if machine.cores is None
+        else _shared(machine, layout, found, (count * sum(compute) + layout.pipeline * sweeps, count * sum(tensor)))
     )
 
 

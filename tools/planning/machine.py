@@ -1,8 +1,8 @@
 """What the planner knows about a machine beyond data sheets: how much of its rates real programs reach.
 
-Flows in: a device and a network by name, or a file of measured rates; out: a Machine. `EFFICIENCY` is calibrated on two published rows, one for each
-generation (tools/planning/published.py does it again and a test compares); the other constants are round numbers from the
-literature, the same for all GPUs, and never fitted. docs/planner.md has them with their sources.
+Flows in: a device and a network by name, or a file of measured rates; out: a Machine. `EFFICIENCY` is calibrated on two
+published rows, one for each generation (tools/planning/published.py does it again and a test compares); the other constants are
+round numbers from the literature, the same for all GPUs, and never fitted. docs/planner.md has them with their sources.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from himix_megatron.devices import DEVICES, device_named, network_named
 
-EFFICIENCY = {"a100": 0.714, "h100": 0.637}
+EFFICIENCY = {"a100": 0.713, "h100": 0.636}
 """Share of the dense peak that large matrix products reach."""
 NETWORK_OF = {"a100": "ib-hdr-200", "h100": "ib-ndr-400", "h200": "ib-ndr-400", "b200": "ib-ndr-400"}
 """What joins nodes of 8 where --interconnect says nothing: what their makers sell them with."""
@@ -140,9 +140,7 @@ def machine_of_file(file: Path, interconnect: str | None = None, node_size: int 
     if interconnect is None:
         return machine
     network = network_named(interconnect)
-    return replace(
-        machine, network_bytes_per_second=0.8 * network.bytes_per_second, latency_seconds=network.latency_seconds
-    )
+    return replace(machine, network_bytes_per_second=0.8 * network.bytes_per_second, latency_seconds=network.latency_seconds)
 
 
 def _checked(file: Path, name: str, value: Any) -> Any:
