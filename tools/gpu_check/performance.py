@@ -205,7 +205,7 @@ def allocated() -> int:
 
 
 def expected_memory(config: Config, packs: Packs, *, optimizer: bool) -> RankMemory:
-    """What himix_megatron.memory says of the model as it is measured: features as given, and an optimizer only if there is one."""
+    """What himix_megatron.memory says of the model as measured: features as given, and an optimizer only where there is one."""
     images = [len(pack) for pack in packs.text_lengths]
     largest = MicroBatch(text_tokens=packs.row_tokens, vision_tokens=max(images) * packs.tokens_per_image)
     found = rank_memory(config, 0, data_size=1, micro_batch=largest, images_per_step=0)
