@@ -164,9 +164,9 @@ def report(
     ratios: list[float] = [slow / fast for slow, fast in zip(median["concatenating"], median["himix"], strict=True)]
     say(f"HiMix's first token is {ratios[0]:.1f} times faster (wanted {WANTED_RATIO:.0f}), the following ones {ratios[1]:.2f}")
     say(
-        f"{arguments.recipe}, {arguments.layers} layers, {config.train.precision}, "
-        f"{arguments.images} samples of {arguments.vision_tokens} vision and {arguments.text_tokens} text tokens, {arguments.threads} threads, {arguments.repetitions} repetitions in turns, "
-        f"load {os.getloadavg()[0]:.1f}"
+        f"{arguments.recipe}, {arguments.layers} layers, {config.train.precision}, {arguments.images} samples of "
+        f"{arguments.vision_tokens} vision and {arguments.text_tokens} text tokens, {arguments.threads} threads, "
+        f"{arguments.repetitions} repetitions in turns, load {os.getloadavg()[0]:.1f}"
     )
     say(f"{'milliseconds':<16}{'first token':>30}{'per token':>30}")
     for name, pair in columns.items():
