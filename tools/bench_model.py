@@ -65,6 +65,8 @@ class Arguments:
     """`training`: as --train.fp8."""
     recompute: Literal["none", "selective", "full"] = "none"
     """`training`: as --train.recompute."""
+    cuda_graphs: Literal["off", "on"] = "off"
+    """`training`: as --train.cuda-graphs."""
     optimizer: bool = False
     """`training`: measure the optimizer's step too (beside the step without it)."""
     tower: bool = True

@@ -119,7 +119,7 @@ def step_batch(packs: Packs, vocab_size: int) -> Any:
 def inputs_of(packs: Packs, config: Config, device: torch.device) -> list[Any]:
     """A step's micro-batches, one a pack, with made-up features, put on the device as training does."""
     from himix_megatron.adapter import params_dtype
-    from himix_megatron.step import stage_inputs
+    from himix_megatron.stage_input import stage_inputs
 
     batch = step_batch(packs, config.model.vocab_size)
     shape = (len(batch.blank), packs.tokens_per_image, config.vision.hidden_size)
@@ -131,11 +131,13 @@ class Decoder:
 
     def __init__(self, config: Config, topology: parallel.Topology):
         from himix_megatron.kernels import detect
+        from himix_megatron.micro_batch_graphs import MicroBatchGraphs
         from himix_megatron.model.himix import build_stage, finalize_gradients
 
         self.config, self.device = config, topology.device
         self.stages = build_stage(config, detect(), topology, torch.nn.Identity())
         self.stages[0].config.finalize_model_grads_func = finalize_gradients
+        self.graphs = MicroBatchGraphs(config, self.stages[0]) if config.train.cuda_graphs == "on" else None
 
     def step_on(self, packs: Packs) -> Callable[[], None]:
         """Forward and backward of a step, gradients zeroed before and finished after; no optimizer."""
@@ -145,7 +147,7 @@ class Decoder:
 
         def step() -> None:
             self.stages[0].zero_grad_buffer()
-            run_losses(self.stages, inputs, forward_only=False)
+            run_losses(self.stages, inputs, forward_only=False, graphs=self.graphs)
 
         return step
 
@@ -183,24 +185,25 @@ def configuration(arguments: Arguments) -> Config:
     if arguments.fp8 not in known:
         raise ValueError(f"--fp8 is {arguments.fp8}: there are {', '.join(known)}")
     config = RECIPES[arguments.recipe]()
+    layers = arguments.layers or config.model.num_layers
     config = dataclasses.replace(
         config,
-        model=dataclasses.replace(
-            config.model, num_layers=arguments.layers or config.model.num_layers, attention=arguments.attention
-        ),
+        model=dataclasses.replace(config.model, num_layers=layers, attention=arguments.attention),
         train=dataclasses.replace(config.train, fp8=arguments.fp8, recompute=arguments.recompute),  # type: ignore[arg-type]
     )
-    return packed(config, text_tokens=arguments.pack_text_tokens, images=arguments.pack_images, packs=arguments.packs)
+    config = packed(config, text_tokens=arguments.pack_text_tokens, images=arguments.pack_images, packs=arguments.packs)
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, cuda_graphs=arguments.cuda_graphs))
 
 
 def training(arguments: Arguments) -> list[Line]:
     """Measure, print and return the lines."""
-    from himix_megatron.adapter import attention_backend, check_fp8, params_dtype
+    from himix_megatron.adapter import attention_backend, check_fp8, check_graphs, params_dtype
     from himix_megatron.kernels import detect
     from himix_megatron.model.vision import build_tower
 
     config = configuration(arguments)
     check_fp8(config, detect())
+    check_graphs(config)
     torch.set_num_threads(arguments.threads)
     topology = parallel.start(config.parallel, seed=0)
     decoder, vision = Decoder(config, topology), config.vision
@@ -218,8 +221,10 @@ def training(arguments: Arguments) -> list[Line]:
     parallel.shutdown()
     lines = lines_of(arguments, config, packs, seconds)
     title = f"training: {config.recipe}, {config.model.num_layers} layers, {config.train.precision}, fp8 {config.train.fp8}, "
-    title += f"{attention_backend(config.model, detect())}, recompute {config.train.recompute}, parts "
-    title += f"{' '.join(config.train.parts)}, {arguments.packs} packs of {arguments.pack_text_tokens} text tokens and "
+    title += (
+        f"{attention_backend(config.model, detect())}, recompute {config.train.recompute}, graphs {config.train.cuda_graphs}, "
+    )
+    title += f"parts {' '.join(config.train.parts)}, {arguments.packs} packs of {arguments.pack_text_tokens} text tokens and "
     title += f"{arguments.pack_images} images, {device_name()}{memory}"
     report(title, lines, seconds)
     return lines

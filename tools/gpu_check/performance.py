@@ -150,6 +150,7 @@ def built(config: Config) -> Iterator[Decoder]:
             yield decoder
         finally:
             decoder.stages.clear()
+            decoder.graphs = None
     finally:
         parallel.shutdown()
         free()
