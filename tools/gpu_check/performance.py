@@ -265,6 +265,7 @@ def concatenation(model: Model, context: Context) -> Iterator[Line]:
     """The same layers with the images inside the text: seconds a sample over HiMix's, beside what the FLOPs promise."""
     config = configuration(model, context, "te")
     tower = tower_seconds(config, context)
+    yield Line(f"{config.vision.tower}: the frozen tower's ms an image, as it is without a compiler", 1e3 * tower)
     with built(config) as own:
         for name, beside, inside in pairs(model, context, config.vision.tokens_per_image):
             yield from gain_lines(f"{model.name}, {name} text tokens", own, beside, inside, tower, context)
