@@ -230,14 +230,17 @@ def _norm(hidden: int, device: torch.device, dtype: torch.dtype) -> torch.nn.Mod
 
 
 def _swiglu(device: torch.device) -> Callable[[Tensor], Tensor]:
-    """megatron-core's on a GPU, ours on a CPU: what the layers use."""
-    if device.type == "cuda":
+    """What the layers use: Transformer Engine's; without it megatron-core's on a GPU, ours on a CPU."""
+    from himix_megatron.model.layer import SwiGLU, TransformerEngineSwiGLU
+
+    if device.type == "cpu":
+        return SwiGLU(None)
+    try:
+        return TransformerEngineSwiGLU(None)
+    except (ImportError, OSError, RuntimeError, AssertionError):  # whatever keeps Transformer Engine from loading
         from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 
         return lambda halves: bias_swiglu_impl(halves, None)
-    from himix_megatron.model.layer import SwiGLU
-
-    return SwiGLU(None)
 
 
 # ---- together ----------------------------------------------------------------------------------------------------------
