@@ -129,6 +129,7 @@ def test_commands_in_documents_exist() -> None:
             if target not in targets:
                 missing.append(f"{document}: make {target}")
         for module in re.findall(r"python -m ((?:pipelines|tools|slurm)\.[a-z_]+)", shown):
-            if not (ROOT / (module.replace(".", "/") + ".py")).is_file():
+            place = ROOT / module.replace(".", "/")
+            if not (place.with_suffix(".py").is_file() or (place / "__main__.py").is_file()):
                 missing.append(f"{document}: python -m {module}")
     assert not missing

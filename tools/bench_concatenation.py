@@ -55,7 +55,8 @@ def concatenation(arguments: Arguments) -> list[Line]:
         often = {"product": 6, f"himix {first}": 2, f"align {first}": 2}
         seconds = take_turns(steps, arguments.repetitions, often, measure=lambda ask: ask())
     lines = lines_of(arguments, config, seconds)
-    title = f"{arguments.part}: {arguments.recipe}, {config.model.num_layers} layers, fp32, {arguments.samples} samples, "
+    title = f"{arguments.part}: {arguments.recipe}, {config.model.num_layers} layers, {config.train.precision}, "
+    title += f"{arguments.samples} samples, "
     title += f"{arguments.vision_tokens} vision tokens each, {_threads(arguments)} threads a rank"
     report(title, lines, seconds)
     return lines
@@ -76,15 +77,18 @@ def lines_of(arguments: Arguments, config: Config, seconds: dict[str, list[float
         predicted = flops(text + arguments.vision_tokens, 0) / flops(text, arguments.vision_tokens)
         of_himix = time[f"himix {text}"]
         what = f"vanilla concatenation takes so many times longer than HiMix, {text} text tokens (by FLOPs {predicted:.1f})"
-        lines.append(Line(what, time[f"vanilla {text}"] / of_himix, WANTED.get((arguments.part, text))))
+        held = not torch.cuda.is_available()  # what was wanted was wanted of a CPU
+        lines.append(Line(what, time[f"vanilla {text}"] / of_himix, WANTED.get((arguments.part, text)) if held else None))
         lines.append(Line("the same through this project's layers", time[f"ours, concatenating {text}"] / of_himix))
     if "product" in time:
         text = arguments.text_tokens[0]
         full, align = flops(text, arguments.vision_tokens), flops(text, arguments.vision_tokens, ("vision_kv",))
-        of_product = full / time[f"himix {text}"] / (2 * 2048**3 / time["product"])
-        lines.append(Line(f"HiMix's model FLOP/s over the 2048^3 product's, {text} text tokens", of_product, WANTED["product"]))
+        size, held = of_product()[0], not torch.cuda.is_available()
+        share = full / time[f"himix {text}"] / (2 * size**3 / time["product"])
+        what = f"HiMix's model FLOP/s over the {size}^3 product's, {text} text tokens"
+        lines.append(Line(what, share, WANTED["product"] if held else None))
         of_full = align / time[f"align {text}"] / (full / time[f"himix {text}"])
-        lines.append(Line("align's model FLOP/s over the full step's", of_full, WANTED["align"]))
+        lines.append(Line("align's model FLOP/s over the full step's", of_full, WANTED["align"] if held else None))
     return lines
 
 
@@ -100,7 +104,10 @@ def himix(arguments: Arguments, topology: parallel.Topology) -> Steps:
     if arguments.part == "concatenation":
         first = arguments.text_tokens[0]
         align = build(sizes(arguments, ("vision_kv",)), topology)
-        steps |= {"product": product(), f"align {first}": layers_step(align, [first] * arguments.samples, images, width)}
+        steps |= {
+            "product": product(*of_product()),
+            f"align {first}": layers_step(align, [first] * arguments.samples, images, width),
+        }
     return steps
 
 
@@ -113,9 +120,9 @@ def vanilla(arguments: Arguments, _: parallel.Topology) -> Steps:
 
     def step_of(num_tokens: int) -> Callable[[], None]:
         generator = torch.Generator().manual_seed(0)
-        shape = (num_tokens, arguments.samples, config.model.hidden_size)
-        hidden = torch.randn(shape, generator=generator).requires_grad_()
-        grad = torch.randn(shape, generator=generator)
+        shape, own = (num_tokens, arguments.samples, config.model.hidden_size), next(decoder.parameters())
+        hidden = torch.randn(shape, generator=generator).to(own).requires_grad_()
+        grad = torch.randn(shape, generator=generator).to(own)
 
         def step() -> None:
             decoder(hidden).backward(grad)
@@ -132,6 +139,11 @@ class OneSide(Arguments):
 
     side: Literal["himix", "vanilla"] = "himix"
     """Which."""
+
+
+def of_product() -> tuple[int, torch.dtype, str]:
+    """Size, precision and place of the machine's product that the layers are compared with."""
+    return (8192, torch.bfloat16, "cuda") if torch.cuda.is_available() else (2048, torch.float32, "cpu")
 
 
 def _threads(arguments: Arguments) -> int:

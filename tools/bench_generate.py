@@ -54,7 +54,7 @@ class Arguments:
 
 
 def sizes(arguments: Arguments) -> Config:
-    """The recipe, with as many layers, on one rank in fp32. Raises: ValueError for an unknown recipe."""
+    """The recipe, with as many layers, on one rank; on a CPU in fp32. Raises: ValueError for an unknown recipe."""
     if arguments.recipe not in RECIPES:
         raise ValueError(f"--recipe is {arguments.recipe}: wanted one of {', '.join(RECIPES)}")
     for name in ("layers", "images", "text_tokens", "vision_tokens", "new_tokens", "repetitions", "threads"):
@@ -64,8 +64,17 @@ def sizes(arguments: Arguments) -> Config:
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, num_layers=arguments.layers, attention="torch"),
-        train=dataclasses.replace(config.train, precision="fp32", parts=("vision_kv",)),
+        train=dataclasses.replace(
+            config.train, precision="bf16" if torch.cuda.is_available() else "fp32", parts=("vision_kv",)
+        ),
     )
+
+
+def _now() -> float:
+    """Seconds, when all work begun so far is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class Himix:
@@ -79,8 +88,10 @@ class Himix:
 
         self.config, self.arguments = config, arguments
         self.model: Any = bare(build_stage(config, detect(), topology, torch.nn.Identity(), trains=False)[0]).eval()
-        self.text_ids = torch.randint(config.model.vocab_size, (arguments.images, arguments.text_tokens))
-        self.vision_NBV = torch.randn(arguments.vision_tokens, arguments.images, config.vision.hidden_size)
+        self.own = next(self.model.parameters())
+        """Whose device and dtype all has."""
+        self.text_ids = torch.randint(config.model.vocab_size, (arguments.images, arguments.text_tokens)).to(self.own.device)
+        self.vision_NBV = torch.randn(arguments.vision_tokens, arguments.images, config.vision.hidden_size).to(self.own)
 
     def cache(self) -> Any:
         """Room for one answer; the images' features are in it."""
@@ -89,19 +100,19 @@ class Himix:
     def _cache(self, vision_NBV: Tensor, num_prompt: int) -> Any:
         from himix_megatron.model.kv_cache import KVCache
 
-        lengths = torch.full((self.arguments.images,), num_prompt)
+        lengths = torch.full((self.arguments.images,), num_prompt, device=self.own.device)
         return KVCache(vision_NBV, None, lengths, num_prompt, self.arguments.new_tokens + 1)
 
     @torch.no_grad()
     def answer(self) -> tuple[float, float]:
         """One batch of answers. Returns: seconds to the first token, and per token after it."""
         cache = self.cache()
-        begun = time.perf_counter()
+        begun = _now()
         ids = self._next(self.text_ids, cache)
-        first = time.perf_counter()
+        first = _now()
         for _ in range(self.arguments.new_tokens):
             ids = self._next(ids, cache)
-        return first - begun, (time.perf_counter() - first) / self.arguments.new_tokens
+        return first - begun, (_now() - first) / self.arguments.new_tokens
 
     def _next(self, text_ids: Tensor, cache: Any) -> Tensor:
         logits_B1W: Tensor = self.model(text_ids, None, None, (), cache=cache)
@@ -116,8 +127,9 @@ class Concatenating(Himix):
 
     def __init__(self, config: Config, arguments: Arguments, topology: parallel.Topology):
         super().__init__(config, arguments, topology)
-        image_NBH = torch.randn(arguments.vision_tokens, arguments.images, config.model.hidden_size) * config.model.init_std
-        places = torch.zeros(arguments.images, arguments.vision_tokens, dtype=torch.long)
+        shape = (arguments.vision_tokens, arguments.images, config.model.hidden_size)
+        image_NBH = (torch.randn(shape) * config.model.init_std).to(self.own)
+        places = self.text_ids.new_zeros(arguments.images, arguments.vision_tokens)
         self.text_ids = torch.cat((places, self.text_ids), dim=1)
 
         def put_in_front(_: Any, given: Any, embedded_SBH: Tensor) -> Tensor:
@@ -143,16 +155,18 @@ def measure(models: list[Himix], repetitions: int) -> dict[str, list[tuple[float
     return taken
 
 
-def report(arguments: Arguments, taken: dict[str, list[tuple[float, float]]], say: Callable[[str], None]) -> float:
+def report(
+    arguments: Arguments, config: Config, taken: dict[str, list[tuple[float, float]]], say: Callable[[str], None]
+) -> float:
     """Ratios first, then medians with the smallest and largest. Returns: the ratio of the first tokens."""
     columns = {name: list(zip(*seconds, strict=True)) for name, seconds in taken.items()}
     median = {name: [statistics.median(column) for column in pair] for name, pair in columns.items()}
     ratios: list[float] = [slow / fast for slow, fast in zip(median["concatenating"], median["himix"], strict=True)]
     say(f"HiMix's first token is {ratios[0]:.1f} times faster (wanted {WANTED_RATIO:.0f}), the following ones {ratios[1]:.2f}")
     say(
-        f"{arguments.recipe}, {arguments.layers} layers, fp32, {arguments.images} samples of {arguments.vision_tokens} vision "
-        f"and {arguments.text_tokens} text tokens, {arguments.threads} threads, {arguments.repetitions} repetitions in turns, "
-        f"load {os.getloadavg()[0]:.1f}"
+        f"{arguments.recipe}, {arguments.layers} layers, {config.train.precision}, {arguments.images} samples of "
+        f"{arguments.vision_tokens} vision and {arguments.text_tokens} text tokens, {arguments.threads} threads, "
+        f"{arguments.repetitions} repetitions in turns, load {os.getloadavg()[0]:.1f}"
     )
     say(f"{'milliseconds':<16}{'first token':>30}{'per token':>30}")
     for name, pair in columns.items():
@@ -167,7 +181,7 @@ def main() -> int:
     torch.set_num_threads(arguments.threads)
     topology = parallel.start(config.parallel, seed=0)
     models = [Himix(config, arguments, topology), Concatenating(config, arguments, topology)]
-    ratio = report(arguments, measure(models, arguments.repetitions), print)
+    ratio = report(arguments, config, measure(models, arguments.repetitions), print)
     parallel.shutdown()
     return 0 if ratio >= WANTED_RATIO else 1
 

@@ -53,12 +53,20 @@ class Arguments:
     """Measured ones; one more before them is not counted."""
     threads: int = 2
     """Of torch; of two tensor ranks each has half."""
-    pack_text_tokens: int = 2048
+    pack_text_tokens: int = 8192
     """`training`: text tokens of a pack."""
-    pack_images: int = 8
+    pack_images: int = 26
     """`training`: images of a pack, one a sample."""
-    packs: int = 4
+    packs: int = 2
     """`training`: packs of a step."""
+    attention: Literal["auto", "te", "torch"] = "auto"
+    """`training`: backend of the layers, as --model.attention."""
+    fp8: str = "none"
+    """`training`: as --train.fp8."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """`training`: as --train.recompute."""
+    cuda_graphs: Literal["off", "on"] = "off"
+    """`training`: as --train.cuda-graphs."""
     optimizer: bool = False
     """`training`: measure the optimizer's step too (beside the step without it)."""
     tower: bool = True
@@ -68,7 +76,8 @@ class Arguments:
 
 
 def sizes(arguments: Arguments, parts: tuple[Part, ...] = ("vision_kv", "language")) -> Config:
-    """The recipe in fp32 on torch's attention, with as many layers and what trains. Raises: ValueError for a bad argument."""
+    """The recipe on torch's attention, on a CPU in fp32, with as many layers and what trains. Raises: ValueError for a bad
+    argument."""
     if arguments.recipe not in RECIPES:
         raise ValueError(f"--recipe is {arguments.recipe}: wanted one of {', '.join(RECIPES)}")
     for name in ("samples", "vision_tokens", "repetitions", "threads"):
@@ -79,11 +88,16 @@ def sizes(arguments: Arguments, parts: tuple[Part, ...] = ("vision_kv", "languag
         config,
         # The embedding and the head are not run: a small vocabulary saves their memory.
         model=dataclasses.replace(config.model, num_layers=arguments.layers or 4, attention="torch", vocab_size=128),
-        train=dataclasses.replace(config.train, precision="fp32", parts=parts, recompute="none"),
+        train=dataclasses.replace(config.train, precision=precision(), parts=parts, recompute="none"),
         parallel=dataclasses.replace(
             config.parallel, tensor=2 if arguments.part == "tensor" else 1, pipeline=1, sequence=False
         ),
     )
+
+
+def precision() -> Literal["bf16", "fp32"]:
+    """In which layers are compared here."""
+    return "bf16" if torch.cuda.is_available() else "fp32"
 
 
 def build(config: Config, topology: parallel.Topology) -> Any:
@@ -106,12 +120,13 @@ def layers_step(
     from himix_megatron.model.mixture_attention import normalise
 
     generator = torch.Generator().manual_seed(0)
+    own = next(model.parameters())
     rows, num_text = (1, sum(texts)) if packed else (len(texts), texts[0])
-    places, lengths = torch.empty(rows, num_text, dtype=torch.long), texts if packed else None
-    hidden = torch.randn(num_text, rows, model.config.hidden_size, generator=generator)
+    places, lengths = torch.empty(rows, num_text, dtype=torch.long, device=own.device), texts if packed else None
+    hidden = torch.randn(num_text, rows, model.config.hidden_size, generator=generator).to(own)
     hidden.requires_grad_(any(p.requires_grad for p in model.decoder.layers[0].mlp.parameters()))
-    features = torch.randn(sum(visions), vision_width, generator=generator)
-    grad = torch.randn(hidden.shape, generator=generator)
+    features = torch.randn(sum(visions), vision_width, generator=generator).to(own)
+    grad = torch.randn(hidden.shape, generator=generator).to(own)
 
     def step() -> None:
         layout = lay_out(places, lengths, visions, model.rotary_pos_emb)

@@ -59,15 +59,16 @@ class PlainDecoder(nn.Module):
     def forward(self, text_BSH: Tensor, vision_BNV: Tensor, lengths: list[int]) -> Tensor:
         """float[B, S, H] of texts of these lengths, padded on the right."""
         num_text, width = text_BSH.shape[1], self.model.channels_per_head
-        places = torch.arange(num_text)
-        frequencies = 1 / self.model.rope_theta ** (torch.arange(0, width, 2) / width)
+        places = torch.arange(num_text, device=text_BSH.device)
+        frequencies = 1 / self.model.rope_theta ** (torch.arange(0, width, 2, device=text_BSH.device) / width)
         angles = torch.outer(places, frequencies).repeat(1, 2)
-        real_BS = places < torch.tensor(lengths)[:, None]
+        real_BS = places < torch.tensor(lengths, device=text_BSH.device)[:, None]
         text_B1SS = (places[:, None] >= places)[None, None] & real_BS[:, None, None]
-        vision_B1SN = torch.ones(1, 1, 1, 1, dtype=torch.bool).expand(len(lengths), 1, num_text, vision_BNV.shape[1])
+        vision_B1SN = text_B1SS.new_ones(1, 1, 1, 1).expand(len(lengths), 1, num_text, vision_BNV.shape[1])
         mask_B1SL = torch.cat((vision_B1SN, text_B1SS), dim=-1)
+        rope = angles.cos().to(text_BSH.dtype), angles.sin().to(text_BSH.dtype)
         for layer in self.layers:
-            text_BSH = layer(text_BSH, vision_BNV, (angles.cos(), angles.sin()), mask_B1SL)
+            text_BSH = layer(text_BSH, vision_BNV, rope, mask_B1SL)
         return text_BSH
 
 

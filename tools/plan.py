@@ -2,6 +2,7 @@
 
     python -m tools.plan llama3_2_3b_instruct --gpus 64 --gpu h100-80gb --global-batch 128
     python -m tools.plan vicuna_7b_instruct --gpus 8 --gpu a100-80gb --price-per-gpu-hour 1.8
+    python -m tools.plan vicuna_7b_instruct --gpus 8 --machine-file DIR/machine.json    at rates that were measured here
     python -m tools.plan --compare published        the model beside published speeds of text-only GPTs, row by row
     python -m tools.plan --compare cpu              and beside layouts that were measured on a CPU
     python -m tools.plan --measure                  measure this machine's CPU and its layouts (three minutes, alone)
@@ -16,6 +17,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -25,7 +27,7 @@ from himix_megatron.memory import GIB, RankMemory
 from pipelines.cli import parse_settings, run_main
 from pipelines.recipes import RECIPES
 from tools.planning.layouts import Plan, Sample, plans
-from tools.planning.machine import Machine, machine_named
+from tools.planning.machine import Machine, machine_named, machine_of_file
 
 REMEDIES = {
     "weights": "more GPUs, so that tensor or pipeline parallelism may split them further",
@@ -48,6 +50,8 @@ class Arguments:
     """How many."""
     gpu: str = "h100-80gb"
     """Which: a100-40gb, a100-80gb, h100-80gb, h100-80gb-pcie, h200-141gb, b200-180gb; cpu is what --measure measured."""
+    machine_file: Path | None = None
+    """Measured rates, which tools.gpu_check writes as DIR/machine.json, in place of --gpu's assumed ones."""
     interconnect: str | None = None
     """Between nodes: ib-hdr-200, ib-ndr-400, ethernet-100, ethernet-400; None: what such GPUs usually come with."""
     gpus_per_node: int = 8
@@ -229,7 +233,10 @@ def plan(arguments: Arguments) -> None:
     """The list, the choice and its command."""
     check(arguments)
     assert arguments.gpus is not None
-    machine = machine_named(arguments.gpu, arguments.interconnect, arguments.gpus_per_node)
+    if arguments.machine_file is not None:
+        machine = machine_of_file(arguments.machine_file, arguments.interconnect, arguments.gpus_per_node)
+    else:
+        machine = machine_named(arguments.gpu, arguments.interconnect, arguments.gpus_per_node)
     config, sample = settings(arguments)
     found = choose(config, machine, arguments.gpus, sample)
     batch = f"{config.global_batch} {'packs' if config.data.packs else 'samples'}"

@@ -13,6 +13,12 @@ from himix_megatron.config import ModelConfig, Part
 from himix_megatron.flops import Work
 from tools.planning.machine import Machine
 
+LOGIT_BYTES = 12
+"""Memory traffic of the loss for each logit, forward and backward, beside the products': in 16 bits it is read twice for the
+loss, written over by its gradient, and read and written once more where that is scaled. Counted, not measured."""
+GRADIENT_BYTES = 12
+"""Of each gradient, beside the optimizer's: it is zeroed before a step (4), and scaled by the number of tokens after it (8)."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
@@ -100,12 +106,15 @@ class _Pass:
 def product_seconds(
     machine: Machine, rows: float, inner: float, columns: float, number_bytes: int, written: float = 0.0
 ) -> float:
-    """One matrix product: bound by arithmetic or by reading its operands and writing its result. `written`: bytes an element of
-    the result costs, where it is not one number."""
+    """One matrix product: bound by arithmetic or by reading its operands and writing its result; as measured where the machine
+    was. `written`: bytes an element of the result costs, where it is not one number."""
     if not rows * inner * columns:
         return 0.0
+    flops = 2 * rows * inner * columns
+    if machine.products:
+        return flops / machine.product_rate(rows, inner, columns) + written * rows * columns / machine.memory_bytes_per_second
     traffic = number_bytes * (rows * inner + inner * columns) + (written or number_bytes) * rows * columns
-    return max(2 * rows * inner * columns / machine.product_flops, traffic / machine.memory_bytes_per_second)
+    return max(flops / machine.product_flops, traffic / machine.memory_bytes_per_second)
 
 
 def layer_pass(machine: Machine, layout: Layout, job: Job, *, first: bool = False) -> _Pass:
@@ -128,10 +137,12 @@ def layer_pass(machine: Machine, layout: Layout, job: Job, *, first: bool = Fals
     backward += sum(product_seconds(machine, k, rows, n, size, written=8) for rows, k, n, _, own in shapes if own)
     mixing = _attention(machine, job, ranks)
     elements = 10 * text * hidden / sequence + text * (6 * (query + key_value) + 3 * inner) / ranks
-    passing = size * elements / machine.memory_bytes_per_second
-    forward = _started(machine, forward + mixing.forward + passing)
+    passing = size * elements / machine.passing
+    # Keys and values of vision and text are put together for each sample, and their gradients taken apart.
+    joined = size * 4 * (text + work.vision_tokens) * key_value / ranks / machine.passing if work.vision_tokens else 0.0
+    forward = _started(machine, forward + mixing.forward + passing + joined)
     again = {"none": 0.0, "selective": mixing.forward, "full": forward}[layout.recompute]
-    backward = _started(machine, backward + mixing.backward + 2 * passing) + again
+    backward = _started(machine, backward + mixing.backward + 2 * passing + joined) + again
     message = _ring(machine, layout, size * text * hidden, ranks, collectives=2) * (1 - layout.overlap_tensor)
     # Under sequence parallelism the inputs of weight gradients are gathered again.
     once_more = 1.5 if layout.sequence and weights else 1.0
@@ -148,10 +159,10 @@ def _attention(machine: Machine, job: Job, ranks: int) -> _Pass:
     heads, width = model.num_attention_heads / ranks, model.channels_per_head
     if job.fused_attention:
         flops = 4 * (work.text_pairs + work.vision_pairs) * heads * width
-        return _Pass(
-            flops / (machine.attention_forward * machine.product_flops),
-            2.5 * flops / (machine.attention_backward * machine.product_flops),  # scores are computed again
-        )
+        # Pairs of a causal text of s tokens are s (s + 1) / 2: what an average token's sample is long.
+        length = max(1.0, 2 * work.text_pairs / work.text_tokens - 1) if work.text_tokens else 1.0
+        forward, backward = machine.attention_rates(heads, width, length)
+        return _Pass(flops / forward, 2.5 * flops / backward)  # scores are computed again
     pairs = 2 * work.text_pairs  # a causal half is computed like the other
     products = 4 * pairs * heads * width / machine.product_flops
     # Written, scaled and masked to a softmax, dropped out with a mask, read: 13 bytes a score in 16 bits.
@@ -168,16 +179,24 @@ def _ring(machine: Machine, layout: Layout, size: float, ranks: int, *, collecti
 
 
 def head_pass(machine: Machine, layout: Layout, job: Job) -> _Pass:
-    """The LM head, whose logits are computed twice, and the loss."""
+    """The LM head and the loss; logits are computed once, and their gradient is formed with them."""
     tokens, hidden, rows = job.micro_batch.head_tokens, job.model.hidden_size, job.vocab_size / layout.tensor
     size = job.number_bytes
+    losses = LOGIT_BYTES / 2 * tokens * rows / machine.passing
     forward = product_seconds(machine, tokens, hidden, rows, size)
-    losses = 4 * 4 * tokens * rows / machine.memory_bytes_per_second
-    backward = forward + product_seconds(machine, tokens, rows, hidden, size)
+    backward = product_seconds(machine, tokens, rows, hidden, size)
     if "language" in job.parts:
         backward += product_seconds(machine, hidden, tokens, rows, size, written=8)
     message = _ring(machine, layout, size * tokens * hidden, layout.tensor, collectives=2)
     return _Pass(forward + losses, backward + losses, message, message)
+
+
+def embedding_seconds(machine: Machine, layout: Layout, job: Job) -> float:
+    """The embedding's gradient: a table that is zeroed, read, and added to the sum in fp32."""
+    if "language" not in job.parts:
+        return 0.0
+    table = job.vocab_size / layout.tensor * job.model.hidden_size
+    return table * (2 * job.number_bytes + 8) / machine.memory_bytes_per_second
 
 
 def step_time(machine: Machine, layout: Layout, job: Job) -> StepTime:
@@ -188,7 +207,7 @@ def step_time(machine: Machine, layout: Layout, job: Job) -> StepTime:
     layers = [sum(layout.chunk_layers[stage :: layout.pipeline]) for stage in stages]
     compute = [layers[stage] * usual.compute for stage in stages]
     tensor = [layers[stage] * usual.tensor for stage in stages]
-    compute[0] += first.compute - usual.compute
+    compute[0] += first.compute - usual.compute + embedding_seconds(machine, layout, job)
     compute[-1], tensor[-1] = compute[-1] + head.compute, tensor[-1] + head.tensor
     slowest = max(stages, key=lambda stage: compute[stage] + tensor[stage])
     own = compute[slowest] + tensor[slowest]
@@ -198,8 +217,9 @@ def step_time(machine: Machine, layout: Layout, job: Job) -> StepTime:
     crossings = 0.0 if layout.pipeline == 1 else 2.0 * (count if layout.virtual_pipeline == 1 else layout.pipeline)
     data, optimizer = _data_seconds(machine, layout, job, window=compute[slowest] * 2 / 3)
     tower = job.tower_flops / (layout.tensor * layout.pipeline) / machine.product_flops
+    sweeps = GRADIENT_BYTES * job.trained_parameters / machine.memory_bytes_per_second
     found = StepTime(
-        compute=count * compute[slowest],
+        compute=count * compute[slowest] + sweeps,
         tower=tower,
         tensor=count * tensor[slowest],
         pipeline=crossings * hop,
@@ -207,7 +227,11 @@ def step_time(machine: Machine, layout: Layout, job: Job) -> StepTime:
         optimizer=optimizer,
         bubble=others / layout.virtual_pipeline,
     )
-    return found if machine.cores is None else _shared(machine, layout, found, (count * sum(compute), count * sum(tensor)))
+    return (
+        found
+        if machine.cores is None
+        else _shared(machine, layout, found, (count * sum(compute) + layout.pipeline * sweeps, count * sum(tensor)))
+    )
 
 
 def _hop_seconds(machine: Machine, layout: Layout, job: Job) -> float:

@@ -186,7 +186,7 @@ def built(config: Config, topology: Any, length: int = TEXT) -> tuple[Any, Any, 
     from himix_megatron.kernels import detect
     from himix_megatron.model.himix import build_stage, finalize_gradients
     from himix_megatron.optim import build_optimizer
-    from himix_megatron.step import StageInput
+    from himix_megatron.stage_input import StageInput
 
     stages = build_stage(config, detect(), topology, torch.nn.Identity())
     optimizer = build_optimizer(config, stages)

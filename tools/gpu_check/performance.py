@@ -1,0 +1,483 @@
+"""How fast a decoder trains on one GPU: MFU, beside concatenation, memory and time beside what the planner says.
+
+Flows in: a Context; out: lines, OUT/measured.json (each measured step), OUT/machine.json (rates for `tools.plan
+--machine-file`) and OUT/profiles.txt. Everything runs in one process, a model at a time; what one check measured, later ones
+use, and measure again where they run alone. Without a GPU the sizes are tiny and the layers torch's: the same code, no claim.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+
+from himix_megatron import parallel
+from himix_megatron.config import Config
+from himix_megatron.flops import tower_flops
+from himix_megatron.memory import FIXED_BYTES, FRAGMENTS, GIB, MicroBatch, RankMemory, rank_memory
+from pipelines.recipes import RECIPES
+from tools.bench_training import WANTED_MFU, Decoder, Packs, device_name, packed, tower_step
+from tools.gpu_check import graphs, rates
+from tools.gpu_check.profiles import idle_share, profiled, table
+from tools.gpu_check.runner import Check, Context
+from tools.measure import Line, seconds_of
+from tools.planning.decoder import predicted_seconds
+from tools.planning.machine import Machine, machine_of_file
+
+PEAK_FLOPS = 989e12
+"""Dense bf16 of an H100 SXM."""
+Spec = Literal["te", "torch"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """A recipe's decoder, and the packs it is measured with."""
+
+    name: str
+    text_tokens: int = 8192
+    """Of a pack."""
+    samples: int = 26
+    """Of a pack: texts are 314 tokens on average."""
+    packs: int = 2
+    """Of a step."""
+    concatenated_samples: int = 26
+    """Of a pack with the images inside the text: what fits into 80 GB."""
+    caption_samples: int = 128
+    """Of a pack of captions."""
+    optimizer: bool = False
+    """Whether the optimizer's step is measured too."""
+
+
+MODELS = {
+    model.name: model
+    for model in (
+        Model(name="qwen2_0_5b", optimizer=True),
+        Model(name="llama3_2_1b", optimizer=True),
+        Model(name="llama3_2_3b", concatenated_samples=12, caption_samples=64),
+        Model(name="vicuna_7b", text_tokens=4096, samples=13),
+        Model(name="tinyllama_1_1b"),
+    )
+}
+CAPTION_TOKENS = 64
+WANTED_GAIN = 0.85
+"""Of the gain that the FLOPs promise."""
+WANTED_FP8 = 1.15
+"""Tokens/s in FP8 over bf16's."""
+WITHIN = 0.10
+"""Of what memory.py says."""
+PREDICTED_WITHIN = 0.15
+"""Of what the planner says."""
+
+
+@dataclass
+class Session:
+    """What was measured so far in this process."""
+
+    seconds: dict[tuple[str, str, str], float] = field(default_factory=dict)
+    """Of a step with a model's own packs, by model, spec and FP8."""
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    """Every measured step, for OUT/measured.json."""
+    tower: float | None = None
+    """Seconds an image."""
+    host: dict[str, float] = field(default_factory=dict)
+    """Seconds of a layer, forward and backward, by spec."""
+
+    def note(self, context: Context, config: Config, packs: Packs, seconds: float) -> None:
+        """Keep a measured step, and write all of them."""
+        self.steps.append(
+            {
+                "recipe": config.recipe, "spec": config.model.attention, "fp8": config.train.fp8, "images": packs.images,
+                "text_lengths": packs.text_lengths, "row_tokens": packs.row_tokens, "seconds": seconds,
+                "model_flops": packs.flops(config),
+            }
+        )  # fmt: skip
+        (context.out / "measured.json").write_text(json.dumps({"device": device_name(), "steps": self.steps}, indent=1) + "\n")
+
+
+SESSION = Session()
+
+
+# ---- a model and its packs ---------------------------------------------------------------------------------------------
+
+
+def configuration(model: Model, context: Context, spec: Spec, fp8: str = "none") -> Config:
+    """Language model and vision keys and values train, in bf16; without a GPU the tiny recipe in fp32."""
+    config = RECIPES["tiny_instruct" if context.tiny else f"{model.name}_instruct"]()
+    config = replace(
+        config,
+        recipe=f"{model.name}_instruct",
+        model=replace(config.model, attention=spec if torch.cuda.is_available() else "torch"),
+        train=replace(
+            config.train, parts=("language", "vision_kv"), fp8=fp8,  # type: ignore[arg-type]
+            precision="bf16" if torch.cuda.is_available() else "fp32",
+        ),
+    )  # fmt: skip
+    text_tokens, samples, packs = sizes(model, context)
+    return packed(config, text_tokens=text_tokens, images=samples, packs=packs)
+
+
+def sizes(model: Model, context: Context) -> tuple[int, int, int]:
+    """Text tokens and samples of a pack, and packs of a step."""
+    return (96, 3, 2) if context.tiny else (model.text_tokens, model.samples, model.packs)
+
+
+def packs_of(model: Model, context: Context, config: Config) -> Packs:
+    """Chats."""
+    return Packs.of(*sizes(model, context), config.vision.tokens_per_image)
+
+
+def repetitions(context: Context) -> dict[str, int]:
+    """Of a measured step."""
+    return {"repetitions": 1, "warm": 1} if context.tiny else {"repetitions": 5, "warm": 3}
+
+
+@contextmanager
+def built(config: Config) -> Iterator[Decoder]:
+    """The model on the device, alone; gone afterwards, whatever happened."""
+    free()
+    topology = parallel.start(config.parallel, seed=0)
+    try:
+        decoder = Decoder(config, topology)
+        try:
+            yield decoder
+        finally:
+            decoder.stages.clear()
+            decoder.graphs = None
+    finally:
+        parallel.shutdown()
+        free()
+
+
+def free() -> None:
+    """Give back what nobody holds: megatron-core's wrappers refer to each other in circles."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# ---- the decoder -------------------------------------------------------------------------------------------------------
+
+
+def decoder(model: Model, spec: Spec, context: Context) -> Iterator[Line]:
+    """MFU and tokens a second, memory, a profile; where asked for the optimizer."""
+    config = configuration(model, context, spec)
+    packs, name = packs_of(model, context, config), f"{model.name}, {spec}"
+    free()
+    before = allocated()
+    with built(config) as own:
+        seconds = SESSION.seconds[model.name, config.model.attention, "none"] = measured(own, packs, context)
+        yield from rate_lines(name, config, packs, seconds, wanted=WANTED_MFU.get(model.name) if spec == "te" else None)
+        yield from memory_lines(name, config, packs, before, optimizer=False)
+        if spec == "te":
+            yield profile_line(name, own, packs, seconds, context)
+        if model.optimizer and spec == "te":
+            yield from optimizer_lines(name, own, packs, seconds, before)
+
+
+def measured(own: Decoder, packs: Packs, context: Context) -> float:
+    """Median seconds of a step; noted."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    seconds = own.seconds(packs, **repetitions(context))
+    SESSION.note(context, own.config, packs, seconds)
+    return seconds
+
+
+def rate_lines(name: str, config: Config, packs: Packs, seconds: float, wanted: float | None) -> Iterator[Line]:
+    """MFU and tokens a second."""
+    mfu = packs.flops(config) / seconds / PEAK_FLOPS
+    held = wanted if torch.cuda.is_available() else None
+    sizes = f"{len(packs.text_lengths)} packs of {packs.row_tokens} text tokens and {len(packs.text_lengths[0])} images"
+    yield Line(f"{name}: decoder's MFU, forward and backward, {sizes}, {1e3 * seconds:.1f} ms", mfu, held)
+    yield Line(f"{name}: real text tokens a second", packs.text_tokens / seconds)
+
+
+def allocated() -> int:
+    """Bytes in tensors now."""
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+
+
+def expected_memory(config: Config, packs: Packs, *, optimizer: bool) -> RankMemory:
+    """What himix_megatron.memory says of the model as measured: features as given, and an optimizer only where there is one."""
+    images = [len(pack) for pack in packs.text_lengths]
+    largest = MicroBatch(text_tokens=packs.row_tokens, vision_tokens=max(images) * packs.tokens_per_image)
+    found = rank_memory(config, 0, data_size=1, micro_batch=largest, images_per_step=0)
+    size = 2 if config.train.precision == "bf16" else 4
+    given = size * sum(images) * packs.tokens_per_image * config.vision.hidden_size
+    found = replace(found, features=given, optimizer=found.optimizer if optimizer else 0.0, allowance=0.0)
+    return replace(found, allowance=FIXED_BYTES + FRAGMENTS * found.total)
+
+
+def memory_lines(name: str, config: Config, packs: Packs, before: int, *, optimizer: bool) -> Iterator[Line]:
+    """The allocator's peak, and what the device says, beside memory.py. `before`: bytes in tensors before the model."""
+    expected = expected_memory(config, packs, optimizer=optimizer)
+    total = expected.total - expected.allowance
+    if not torch.cuda.is_available():
+        yield Line(f"{name}: GiB by himix_megatron.memory", total / GIB)
+        return
+    peak = torch.cuda.max_memory_allocated() - before
+    with_optimizer = " with the optimizer" if optimizer else ""
+    what = f"{name}: peak memory{with_optimizer}, {peak / GIB:.2f} GiB, is {peak / total:.3f} of memory.py's {total / GIB:.2f}"
+    yield Line(f"{what}; off by", abs(peak / total - 1), WITHIN, at_most=True)
+    available, size = torch.cuda.mem_get_info()
+    used = size - available
+    what = f"{name}: the device's {used / GIB:.2f} GiB in use{with_optimizer} over memory.py's, its allowance included"
+    yield Line(f"{what} ({expected.total / GIB:.2f})", used / expected.total, 1.0, at_most=True)
+
+
+def profile_line(name: str, own: Decoder, packs: Packs, seconds: float, context: Context) -> Line:
+    """Appends the longest kernels to OUT/profiles.txt; how much of the step the GPU has nothing to do."""
+    found = profiled(own.step_on(packs))
+    with (context.out / "profiles.txt").open("a") as file:
+        file.write(table(f"{name}, {device_name()}", found, seconds))
+    return Line(f"{name}: share of the step in which no kernel runs ({found.launches} launches)", idle_share(found, seconds))
+
+
+def optimizer_lines(name: str, own: Decoder, packs: Packs, seconds: float, before: int) -> Iterator[Line]:
+    """Its step, its share, and memory with it."""
+    step, optimize = own.step_on(packs), own.optimizer_step()
+    taken = []
+    for _ in range(4):
+        step()
+        taken.append(seconds_of(optimize))
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    step()
+    optimize()
+    own_seconds = statistics.median(taken[1:])
+    yield Line(f"{name}: optimizer's step in ms", 1e3 * own_seconds)
+    yield Line(f"{name}: its share of decoder and optimizer", own_seconds / (own_seconds + seconds))
+    yield from memory_lines(name, own.config, packs, before, optimizer=True)
+
+
+# ---- beside concatenation ----------------------------------------------------------------------------------------------
+
+
+def concatenation(model: Model, context: Context) -> Iterator[Line]:
+    """The same layers with the images inside the text: seconds a sample over HiMix's, beside what the FLOPs promise."""
+    config = configuration(model, context, "te")
+    tower = tower_seconds(config, context)
+    yield Line(f"{config.vision.tower}: the frozen tower's ms an image, as it is without a compiler", 1e3 * tower)
+    with built(config) as own:
+        for name, beside, inside in pairs(model, context, config.vision.tokens_per_image):
+            yield from gain_lines(f"{model.name}, {name} text tokens", own, beside, inside, tower, context)
+
+
+def pairs(model: Model, context: Context, tokens_per_image: int) -> Iterator[tuple[str, Packs, Packs]]:
+    """Chats and captions: HiMix's packs, and concatenated ones of samples like theirs, as many as fit."""
+    text_tokens, samples, _ = sizes(model, context)
+    caption_tokens, captions = (CAPTION_TOKENS, model.caption_samples) if not context.tiny else (8, 3)
+    for mean, count in ((text_tokens // samples, samples), (caption_tokens, captions)):
+        inside = min(count, model.concatenated_samples)
+        yield (
+            str(mean),
+            Packs.of(mean * count, count, 1, tokens_per_image),
+            Packs.of(mean * inside, inside, 1, tokens_per_image).concatenated(),
+        )
+
+
+def gain_lines(name: str, own: Decoder, beside: Packs, inside: Packs, tower: float, context: Context) -> Iterator[Line]:
+    """Of the decoder alone, and of the whole step."""
+    times, flops = [], []
+    for packs in (beside, inside):
+        times.append(measured(own, packs, context) / packs.samples)
+        flops.append(packs.flops(own.config) / packs.samples)
+    images = tower_flops(own.config.vision)
+    held = WANTED_GAIN if torch.cuda.is_available() else None
+    for what, seconds, operations in (("decoder", 0.0, 0.0), ("whole step", tower, images)):
+        gain = (times[1] + seconds) / (times[0] + seconds)
+        honest = (flops[1] + operations) / (flops[0] + operations)
+        each = f"{1e3 * (times[0] + seconds):.2f} and {1e3 * (times[1] + seconds):.2f} ms a sample"
+        yield Line(f"{name}, {what}: concatenation takes so many times longer ({each}; by FLOPs {honest:.2f})", gain)
+        yield Line(f"{name}, {what}: that gain over the FLOPs' one", gain / honest, held)
+    mfu = [operations / seconds / PEAK_FLOPS for operations, seconds in zip(flops, times, strict=True)]
+    yield Line(f"{name}: the concatenating decoder's own MFU (HiMix's {mfu[0]:.3f})", mfu[1])
+
+
+def tower_seconds(config: Config, context: Context) -> float:
+    """The frozen tower's forward pass on one image, of 64 at once."""
+    if SESSION.tower is None:
+        from himix_megatron.adapter import params_dtype
+        from himix_megatron.model.vision import build_tower
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        tower = build_tower(replace(config.vision, path=None), seed=0, dtype=params_dtype(config))
+        images = 2 if context.tiny else 64
+        step = tower_step(tower, images, config, device)
+        SESSION.tower = rates.queued_seconds([step] * 2, repetitions=1 if context.tiny else 3) / images
+    return SESSION.tower
+
+
+# ---- FP8 ---------------------------------------------------------------------------------------------------------------
+
+
+def fp8(model: Model, context: Context) -> Iterator[Line]:
+    """The same step in FP8, beside bf16's."""
+    seconds = bf16_seconds(model, context)
+    kind = "tensorwise" if torch.cuda.is_available() else "none"
+    config = configuration(model, context, "te", kind)
+    packs, name, before = packs_of(model, context, config), f"{model.name}, te, FP8 {kind}", allocated()
+    with built(config) as own:
+        own_seconds = measured(own, packs, context)
+        held = WANTED_FP8 if torch.cuda.is_available() else None
+        yield Line(f"{name}: tokens a second over bf16's ({1e3 * own_seconds:.1f} ms)", seconds / own_seconds, held)
+        yield Line(f"{name}: real text tokens a second", packs.text_tokens / own_seconds)
+        if torch.cuda.is_available():
+            yield Line(f"{name}: peak memory in GiB", (torch.cuda.max_memory_allocated() - before) / GIB)
+            yield profile_line(name, own, packs, own_seconds, context)
+
+
+def bf16_seconds(model: Model, context: Context) -> float:
+    """Of a step with Transformer Engine; measured now if it was not."""
+    config = configuration(model, context, "te")
+    key = (model.name, config.model.attention, "none")
+    if key not in SESSION.seconds:
+        with built(config) as own:
+            SESSION.seconds[key] = measured(own, packs_of(model, context, config), context)
+    return SESSION.seconds[key]
+
+
+# ---- the planner -------------------------------------------------------------------------------------------------------
+
+
+def machine(context: Context) -> Iterator[Line]:
+    """The GPU's rates into OUT/machine.json; what the planner makes of them beside the measured steps."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    products: dict[rates.Product, float] = {}
+    attention: dict[tuple[float, ...], None] = {}
+    for model in MODELS.values():
+        config = configuration(model, context, "te")
+        for product in rates.products_of(config, *sizes(model, context)[:2]):
+            products.setdefault(product, 0.0)
+        for packs in (packs_of(model, context, config), captions(model, context, config)):
+            if packs is None:
+                continue
+            heads = rates.Heads(config.model.num_attention_heads, config.model.num_query_groups, config.model.channels_per_head)
+            found = rates.attention_seconds(heads, packs, device, dtype)
+            rows = {core: rates.attention_row(heads, packs, seconds) for core, seconds in found.items()}
+            attention[rows.get("te") or rows["torch"]] = None
+            yield from attention_lines(model.name, packs, found, rows)
+            free()
+    if not context.tiny:
+        products.setdefault(rates.Product(8192, 8192, 8192, "forward"), 0.0)
+    for product in products:
+        products[product] = product.seconds(device, dtype)
+    yield from product_lines(products)
+    own = rates.measured_machine(
+        list(products.items()),
+        list(attention),
+        {
+            "copy": rates.copy_rate(device),
+            "passing": rates.passing_rate(device, dtype),
+            "layer_seconds": host_seconds("te", context) / 2,
+        },
+    )
+    yield Line("memory: copy, TB/s", own.memory_bytes_per_second / 1e12)
+    yield Line("memory: norms, residuals and activations, TB/s as the planner counts", own.passing / 1e12)
+    file = context.out / "machine.json"
+    rates.write_machine(file, own, f"{device_name()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
+    free()
+    yield from planner_lines(machine_of_file(file), context)
+
+
+def captions(model: Model, context: Context, config: Config) -> Packs | None:
+    """A pack of captions, of a narrow and a wide model: their attention has another shape."""
+    if context.tiny or model.name not in ("qwen2_0_5b", "llama3_2_3b"):
+        return None
+    return Packs.of(CAPTION_TOKENS * 128, 128, 1, config.vision.tokens_per_image)
+
+
+def attention_lines(
+    name: str, packs: Packs, found: dict[str, tuple[float, float]], rows: dict[str, tuple[float, float, float, float, float]]
+) -> Iterator[Line]:
+    """TFLOP/s of each core, both directions."""
+    for core, (forward, backward) in found.items():
+        rate = (rows[core][3] * forward + rows[core][4] * backward) / (forward + backward)
+        what = f"attention of {name}, {len(packs.text_lengths[0])} samples, {core}: TFLOP/s, forward and backward"
+        yield Line(f"{what} ({1e3 * forward:.2f} and {1e3 * backward:.2f} ms)", rate / 1e12)
+
+
+def product_lines(products: dict[rates.Product, float]) -> Iterator[Line]:
+    """The fastest, the slowest and the middle of each form."""
+    for form in ("forward", "input", "weight"):
+        rate = {item: item.flops / seconds for item, seconds in products.items() if item.form == form}
+        ordered = sorted(rate, key=rate.__getitem__)
+        for item in (ordered[0], ordered[len(ordered) // 2], ordered[-1]):
+            yield Line(f"product {item.rows} x {item.inner} x {item.columns}, {form}: TFLOP/s", rate[item] / 1e12)
+
+
+def planner_lines(own: Machine, context: Context) -> Iterator[Line]:
+    """Predicted over measured, of the models measured in this process."""
+    for model in MODELS.values():
+        config = configuration(model, context, "te")
+        seconds = SESSION.seconds.get((model.name, config.model.attention, "none"))
+        if seconds is None:
+            continue
+        predicted = predicted_seconds(config, packs_of(model, context, config), own)
+        what = (
+            f"{model.name}: the planner's {1e3 * predicted:.1f} ms are {predicted / seconds:.3f} of {1e3 * seconds:.1f}; off by"
+        )
+        held = PREDICTED_WITHIN if torch.cuda.is_available() else None
+        yield Line(what, abs(predicted / seconds - 1), held, at_most=True)
+
+
+# ---- the host ----------------------------------------------------------------------------------------------------------
+
+
+def host(context: Context) -> Iterator[Line]:
+    """What a layer costs the host, which starts its kernels."""
+    for spec in ("te", "torch"):
+        what = f"host: ms a layer and micro-batch, forward and backward, 26 samples a pack, {spec}"
+        yield Line(what, 1e3 * host_seconds(spec, context))
+
+
+def host_seconds(spec: Spec, context: Context) -> float:
+    """Of a layer, forward and backward: what more layers add to a step in which there is next to nothing to compute."""
+    if spec not in SESSION.host:
+        few, many = (1, 2) if context.tiny else (2, 8)
+        taken = [small_step_seconds(spec, layers, context) for layers in (few, many)]
+        SESSION.host[spec] = max(1e-9, (taken[1] - taken[0]) / (many - few))
+    return SESSION.host[spec]
+
+
+def small_step_seconds(spec: Spec, layers: int, context: Context) -> float:
+    """By the clock, of 26 samples of 16 text and 32 vision tokens."""
+    config = configuration(MODELS["qwen2_0_5b"], context, spec)
+    config = replace(config, model=replace(config.model, num_layers=layers, vocab_size=128))
+    with built(config) as own:
+        step, taken = own.step_on(Packs.of(26 * 16, 26, 1, 32)), []
+        for _ in range(2 if context.tiny else 12):
+            begun = time.perf_counter()
+            step()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            taken.append(time.perf_counter() - begun)
+    return statistics.median(taken[len(taken) // 3 :])
+
+
+CHECKS: tuple[Check, ...] = (
+    Check("decoder_0.5b", "performance", 22, partial(decoder, MODELS["qwen2_0_5b"], "te")),
+    Check("decoder_3b", "performance", 22, partial(decoder, MODELS["llama3_2_3b"], "te")),
+    Check("decoder_1b", "performance", 14, partial(decoder, MODELS["llama3_2_1b"], "te")),
+    Check("decoder_7b", "performance", 24, partial(decoder, MODELS["vicuna_7b"], "te")),
+    Check("decoder_tinyllama", "performance", 12, partial(decoder, MODELS["tinyllama_1_1b"], "te")),
+    Check("concatenation_0.5b", "performance", 20, partial(concatenation, MODELS["qwen2_0_5b"])),
+    Check("concatenation_3b", "performance", 20, partial(concatenation, MODELS["llama3_2_3b"])),
+    Check("fp8_3b", "performance", 15, partial(fp8, MODELS["llama3_2_3b"])),
+    Check("torch_0.5b", "performance", 7, partial(decoder, MODELS["qwen2_0_5b"], "torch")),
+    Check("torch_3b", "performance", 11, partial(decoder, MODELS["llama3_2_3b"], "torch")),
+    Check("torch_1b", "performance", 8, partial(decoder, MODELS["llama3_2_1b"], "torch")),
+    Check("machine", "performance", 20, machine),
+    Check("host", "performance", 8, host),
+    Check("concatenation_1b", "performance", 14, partial(concatenation, MODELS["llama3_2_1b"])),
+    Check("graphs", "performance", 50, graphs.check),
+)

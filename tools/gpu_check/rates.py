@@ -1,0 +1,283 @@
+"""What this GPU does with the parts of a decoder layer: products, attention, memory traffic. Out: a machine for `tools.plan`.
+
+Nothing here runs a model. Shapes are those of the recipes' decoders; each product is measured in the three forms of training
+(forward, gradient of the input, gradient of the weight), each on operands of its own, as many as no cache holds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from himix_megatron.config import Config
+from himix_megatron.devices import device_of
+from himix_megatron.memory import padded_vocab
+from tools.bench_training import Packs, device_name
+from tools.planning.machine import Machine, machine_named
+
+CACHE_BYTES = 128 << 20
+"""Operands of one shape are spread over as much: more than a second-level cache holds."""
+
+
+def queued_seconds(calls: Sequence[Callable[[], object]], repetitions: int = 5) -> float:
+    """Median seconds of one of these calls while they are queued one after the other; the first round is not counted."""
+    taken = []
+    for number in range(repetitions + 1):
+        if torch.cuda.is_available():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for call in calls:
+                call()
+            end.record()
+            torch.cuda.synchronize()
+            seconds = begin.elapsed_time(end) / 1000
+        else:
+            begun = time.perf_counter()
+            for call in calls:
+                call()
+            seconds = time.perf_counter() - begun
+        if number:
+            taken.append(seconds / len(calls))
+    return statistics.median(taken)
+
+
+# ---- products ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """[rows, inner] x [inner, columns] in one of the forms in which a linear layer has it."""
+
+    rows: int
+    inner: int
+    columns: int
+    form: str
+    """forward: x W^T; input: dy W; weight: dy^T x."""
+
+    @property
+    def flops(self) -> float:
+        """2 for each multiply-add."""
+        return 2.0 * self.rows * self.inner * self.columns
+
+    def seconds(self, device: torch.device, dtype: torch.dtype) -> float:
+        """Of one."""
+        elements = self.rows * self.inner + self.inner * self.columns + self.rows * self.columns
+        copies = min(8, max(2, math.ceil(CACHE_BYTES / (elements * dtype.itemsize)))) if device.type == "cuda" else 1
+        left = (self.inner, self.rows) if self.form == "weight" else (self.rows, self.inner)
+        right = (self.columns, self.inner) if self.form == "forward" else (self.inner, self.columns)
+        pairs = [[torch.empty(shape, device=device, dtype=dtype).normal_() for shape in (left, right)] for _ in range(copies)]
+        of_form: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+            "forward": lambda x, weight: x @ weight.t(),
+            "input": lambda dy, weight: dy @ weight,
+            "weight": lambda dy, x: dy.t() @ x,
+        }
+        multiply = of_form[self.form]
+        return queued_seconds([lambda a=a, b=b: multiply(a, b) for a, b in pairs] * 2)
+
+
+def products_of(config: Config, text_tokens: int, images: int) -> Iterator[Product]:
+    """Those of a layer and of the head over labelled tokens, as a step of the decoder has them."""
+    model, vision = config.model, config.vision
+    query, key_value = (heads * model.channels_per_head for heads in (model.num_attention_heads, model.num_query_groups))
+    hidden, inner = model.hidden_size, model.ffn_hidden_size
+    linears = [(hidden, query + 2 * key_value), (query, hidden), (hidden, 2 * inner), (inner, hidden)]
+    labelled = text_tokens // 2
+    for rows, taken, given in [*((text_tokens, *sizes) for sizes in linears), (labelled, hidden, padded_vocab(config))]:
+        yield Product(rows, taken, given, "forward")
+        yield Product(rows, given, taken, "input")
+        yield Product(taken, rows, given, "weight")
+    tokens = images * vision.tokens_per_image
+    yield Product(tokens, vision.hidden_size, 2 * key_value, "forward")
+    yield Product(vision.hidden_size, tokens, 2 * key_value, "weight")
+
+
+# ---- attention ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Of an attention."""
+
+    query: int
+    groups: int
+    width: int
+
+
+Core = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
+"""Queries, keys, values (one after the other), ends of texts and keys, the longest of both; to what is mixed."""
+
+
+def cores(heads: Heads, device: torch.device) -> dict[str, Core]:
+    """What can be run here: Transformer Engine's attention, torch's variable-length flash attention; on a CPU a loop."""
+    if device.type == "cpu":
+        return {"torch": _one_by_one}
+    found: dict[str, Core] = {}
+    try:
+        from transformer_engine.pytorch import DotProductAttention
+    except (ImportError, OSError, RuntimeError, AssertionError):  # whatever keeps Transformer Engine from loading
+        pass
+    else:
+        core = DotProductAttention(
+            heads.query, heads.width, heads.groups, attention_dropout=0.0, qkv_format="thd", attention_type="cross",
+            attn_mask_type="padding_causal_bottom_right",
+        ).to(device)  # fmt: skip
+        found["te"] = lambda q, k, v, texts, keys, longest, longest_keys: core(
+            q, k, v, cu_seqlens_q=texts, cu_seqlens_kv=keys, max_seqlen_q=longest, max_seqlen_kv=longest_keys
+        )
+    from himix_megatron.model.attention_backends import has_variable_length
+
+    if has_variable_length():
+        import inspect
+
+        from torch.nn.attention.varlen import varlen_attn
+
+        grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+        found["torch"] = lambda q, k, v, texts, keys, longest, longest_keys: varlen_attn(
+            q, k, v, texts, keys, longest, longest_keys, window_size=(-1, 0), **grouped
+        ).flatten(1)
+    return found
+
+
+def _one_by_one(q: Tensor, k: Tensor, v: Tensor, texts: Tensor, keys: Tensor, longest: int, longest_keys: int) -> Tensor:
+    mixed = []
+    for (a, b), (c, d) in zip(itertools.pairwise(texts.tolist()), itertools.pairwise(keys.tolist()), strict=True):
+        mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))
+        parts = (x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d]))
+        own = torch.nn.functional.scaled_dot_product_attention(*parts, attn_mask=mask, enable_gqa=True)
+        mixed.append(own[0].transpose(0, 1).flatten(1))
+    return torch.cat(mixed)
+
+
+def attention_seconds(heads: Heads, packs: Packs, device: torch.device, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
+    """Seconds forward and backward over the first pack, by core."""
+    texts = packs.text_lengths[0]
+    keys = [length + packs.tokens_per_image for length in texts]
+    ends = [torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device) for lengths in (texts, keys)]
+    query = torch.randn(sum(texts), heads.query, heads.width, device=device, dtype=dtype, requires_grad=True)
+    key, value = (
+        torch.randn(sum(keys), heads.groups, heads.width, device=device, dtype=dtype, requires_grad=True) for _ in range(2)
+    )
+    grad = torch.randn(sum(texts), heads.query * heads.width, device=device, dtype=dtype)
+    found = {}
+    for name, core in cores(heads, device).items():
+        run = [lambda core=core: core(query, key, value, *ends, max(texts), max(keys))] * 4
+        forward = queued_seconds(run)
+        both = queued_seconds([lambda one=one: torch.autograd.grad(one(), (query, key, value), grad) for one in run])
+        found[name] = (forward, max(both - forward, 1e-9))
+    return found
+
+
+def attention_row(heads: Heads, packs: Packs, seconds: tuple[float, float]) -> tuple[float, float, float, float, float]:
+    """A row of `Machine.attention`."""
+    texts = packs.text_lengths[0]
+    pairs = sum(length * packs.tokens_per_image + length * (length + 1) / 2 for length in texts)
+    length = sum(length * (length + 1) for length in texts) / sum(texts) - 1  # as the cost model finds it
+    flops = 4.0 * heads.query * heads.width * pairs
+    return heads.query, heads.width, max(1.0, length), flops / seconds[0], 2.5 * flops / seconds[1]
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------------
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes/s of a large copy, read and written."""
+    source = torch.zeros((1 << 28) if device.type == "cuda" else (1 << 22), device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / queued_seconds([lambda: target.copy_(source)] * 3)
+
+
+def passing_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Bytes/s, as the cost model counts them, of a norm, a residual and an activation, forward and backward."""
+    rows, hidden, inner = (32768, 3072, 8192) if device.type == "cuda" else (64, 96, 256)
+    x, y = (torch.randn(rows, 1, hidden, device=device, dtype=dtype) for _ in range(2))
+    halves = torch.randn(rows, 1, 2 * inner, device=device, dtype=dtype, requires_grad=True)
+    norm, activate = _norm(hidden, device, dtype), _swiglu(device)
+    given, grad, of_half = x.clone().requires_grad_(), torch.randn_like(x), torch.randn_like(halves[..., :inner])
+
+    def normed() -> None:
+        given.grad = None
+        norm(given).backward(grad)
+
+    def activated() -> None:
+        halves.grad = None
+        activate(halves).backward(of_half)
+
+    seconds = queued_seconds([normed] * 4) + queued_seconds([activated] * 4)
+    seconds += 2 * queued_seconds([lambda: x + y] * 4)  # one forward; one where the residual's gradients meet
+    # Three times the forward's: 2 H of a norm, 3 H of a residual, 3 F of an activation.
+    return 3 * dtype.itemsize * rows * (5 * hidden + 3 * inner) / seconds
+
+
+def _norm(hidden: int, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    if device.type == "cuda":
+        try:
+            from transformer_engine.pytorch import RMSNorm
+        except (ImportError, OSError, RuntimeError, AssertionError):
+            pass
+        else:
+            norm: torch.nn.Module = RMSNorm(hidden, dtype=dtype, device=device)
+            return norm
+    return torch.nn.RMSNorm(hidden, device=device, dtype=dtype)
+
+
+def _swiglu(device: torch.device) -> Callable[[Tensor], Tensor]:
+    """What the layers use: Transformer Engine's; without it megatron-core's on a GPU, ours on a CPU."""
+    from himix_megatron.model.layer import SwiGLU, TransformerEngineSwiGLU
+
+    if device.type == "cpu":
+        return SwiGLU(None)
+    try:
+        return TransformerEngineSwiGLU(None)
+    except (ImportError, OSError, RuntimeError, AssertionError):  # whatever keeps Transformer Engine from loading
+        from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
+
+        return lambda halves: bias_swiglu_impl(halves, None)
+
+
+# ---- together ----------------------------------------------------------------------------------------------------------
+
+
+def measured_machine(
+    products: Sequence[tuple[Product, float]], attention: Sequence[tuple[float, ...]], rates: dict[str, float]
+) -> Machine:
+    """The GPU here: its data sheet, and over it what was measured.
+
+    Args: products: with their seconds; attention: rows of `attention_row`; rates: `copy`, `passing` in bytes/s, and
+        `layer_seconds`, a layer's least time in one direction.
+    """
+    known = device_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    base = machine_named(known.name if known else "h100-80gb", None)
+    large = max((product.flops / seconds for product, seconds in products), default=base.product_flops)
+    return replace(
+        base,
+        name=f"{device_name()}, measured",
+        product_flops=large,
+        attention_forward=statistics.median(row[3] for row in attention) / large,
+        attention_backward=statistics.median(row[4] for row in attention) / large,
+        memory_bytes_per_second=rates["copy"],
+        passing_bytes_per_second=rates["passing"],
+        layer_seconds=rates["layer_seconds"],
+        products=tuple((item.rows, item.inner, item.columns, item.flops / seconds) for item, seconds in products),
+        attention=tuple(attention),  # type: ignore[arg-type]
+    )
+
+
+def write_machine(file: Path, machine: Machine, conditions: str) -> None:
+    """As `tools.plan --machine-file` reads it."""
+
+    def short(value: object) -> object:
+        if isinstance(value, float):
+            return float(f"{value:.5g}")
+        return [short(item) for item in value] if isinstance(value, tuple) else value
+
+    values = {name: short(value) for name, value in asdict(machine).items()}
+    file.write_text(json.dumps({"conditions": conditions, "machine": values}, indent=1) + "\n")

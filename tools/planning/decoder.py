@@ -1,0 +1,20 @@
+"""One decoder on one GPU: the step that the planner predicts for packs that `tools.gpu_check` measures.
+
+Flows in: a configuration, a step's packs, a Machine; out: seconds of forward and backward, gradients zeroed and scaled.
+"""
+
+from __future__ import annotations
+
+from himix_megatron.config import Config
+from himix_megatron.flops import Work
+from tools.bench_training import Packs
+from tools.planning.cost import step_time
+from tools.planning.layouts import job_of, layout_of
+from tools.planning.machine import Machine
+
+
+def predicted_seconds(config: Config, packs: Packs, machine: Machine) -> float:
+    """Of a step without optimizer and tower."""
+    count, work = len(packs.text_lengths), packs.work()
+    each = Work(*(getattr(work, name) / count for name in Work.__dataclass_fields__))
+    return step_time(machine, layout_of(config, 1), job_of(config, each, count, 0.0)).compute
