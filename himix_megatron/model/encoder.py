@@ -10,6 +10,7 @@ Shapes: K images of a step, N tokens of one image, V width of the features (Vh).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from typing import Literal, TypeVar
@@ -123,6 +124,7 @@ class Ahead:
             self._cuda_index = torch.cuda.current_device() if device.index is None else device.index
         self._reader = Background("read")
         """Reads where `_thread` does not, so that the wait for it can be broken off."""
+        self._waited_seconds = 0.0
 
     def steps(
         self,
@@ -145,14 +147,22 @@ class Ahead:
                 torch.cuda.set_device(self._cuda_index)  # a new thread is on device 0
             return next(source, None)
 
+        coming: Future[Batch | None] | None = None
+
         def read_together() -> Batch | None:
-            return agreed(self._reader.start(read))
+            nonlocal coming
+            batch = agreed(coming or self._reader.start(read))
+            if self._cuda_index is not None and batch is not None:
+                coming = self._reader.start(read)  # taken from the workers and pinned while the device is at work
+            return batch
 
         def agreed(future: Future[Result | None]) -> Result | None:
+            begun = time.perf_counter()
             try:
                 result = wait_for(future, asked)
             except WaitInterruptedError:
                 result = None
+            self._waited_seconds += time.perf_counter() - begun
             return result if go_on() else None
 
         def work(read: Callable[[], Batch | None]) -> tuple[Batch, Tensor] | None:
@@ -171,6 +181,12 @@ class Ahead:
         while (step := waiting()) is not None:
             waiting = begin()
             yield step
+
+    def take_waited_seconds(self) -> float:
+        """How long, since it was last asked, training stood still for a step that was not yet read (on a background thread: nor
+        encoded)."""
+        waited, self._waited_seconds = self._waited_seconds, 0.0
+        return waited
 
     def settle(self, seconds: float | None = None) -> bool:
         """Wait until nothing is under way: process groups may end after it, not before. Returns: whether that came in time."""
