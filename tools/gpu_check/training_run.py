@@ -38,7 +38,7 @@ from tools.measure import Line
 
 MOST_DATA_WAIT = 0.02
 MOST_MEMORY_ERROR = 0.10
-RUN_LIMIT_SECONDS = 150.0
+RUN_LIMIT_SECONDS = 100.0
 """A run that has not come to its last wanted step by then failed."""
 INLINE_SECONDS = 40.0
 """The second run is left out where less than this is left of the budget."""
@@ -162,14 +162,14 @@ def make_shards(folder: Path, num_samples: int) -> Path:
     return out
 
 
-def logged_run(flags: list[str], last_step: int) -> Logged:
+def logged_run(flags: list[str], last_step: int, limit_seconds: float = RUN_LIMIT_SECONDS) -> Logged:
     """Start a run, and end it when it has logged this step. Raises: RuntimeError if it ends or hangs before."""
     command = [sys.executable, "-m", "pipelines.pretrain", "qwen2_0_5b_instruct", *flags]
     # A group of its own: its workers end with it.
     process = subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
-    watch = threading.Timer(RUN_LIMIT_SECONDS, _end, [process])
+    watch = threading.Timer(limit_seconds, _end, [process])
     watch.start()
     output, lines = [], []
     try:
@@ -180,7 +180,7 @@ def logged_run(flags: list[str], last_step: int) -> Logged:
                 lines.append({name: float(value) for name, value in found.groupdict().items()})
                 if lines[-1]["step"] >= last_step:
                     return mean_of(lines)
-        raise RuntimeError(f"the run ended before step {last_step}: {_tail(output)}")
+        raise RuntimeError(f"the run ended, or was ended after {limit_seconds:.0f} s, before step {last_step}: {_tail(output)}")
     finally:
         watch.cancel()
         _end(process)
