@@ -52,7 +52,7 @@ class Run:
 def build_run(config: Config, start: Start, topology: Topology) -> Run:
     """Tower, model chunks, optimizer and checkpoints of this rank."""
     trainable = "tower" in config.train.parts
-    tower = build_tower(config.vision, seed=config.train.seed, dtype=params_dtype(config))
+    tower = build_tower(config.vision, seed=config.train.seed, dtype=params_dtype(config)).requires_grad_(trainable)
     if not start.features or (start.held_out is not None and not start.held_out_features):
         tower = tower.to(topology.device)  # else it stays where it costs least, for checkpoints to refer to
     stages = build_stage(config, start.kernels, topology, tower)

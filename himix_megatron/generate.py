@@ -69,7 +69,7 @@ class Answerer:
         self.topology = topology
         dtype = params_dtype(config)
         if tower is None:
-            tower = build_tower(config.vision, seed=config.train.seed, dtype=dtype).eval()
+            tower = build_tower(config.vision, seed=config.train.seed, dtype=dtype).eval().requires_grad_(False)
         self.tower = tower.to(topology.device)
         self.stages: list[Any] = [stage.eval() for stage in build_stage(config, kernels, topology, self.tower, trains=False)]
         self.encoder = ReplicaEncoder(self.tower, topology.replica, trainable=False, dtype=dtype)

@@ -138,10 +138,10 @@ class Metrics:
         self.run.passes.take()
 
     def data_ready(self, batch: StepBatch) -> None:
-        """The step's batch has arrived: what has passed since the last step was waiting for data."""
+        """The step's batch has arrived."""
         now = time.perf_counter()
         interval, sums = self._interval, self._interval.sums
-        sums.data_seconds += now - self._last
+        sums.data_seconds += self.run.ahead.take_waited_seconds()
         interval.samples += batch.num_samples
         interval.packs += self.config.global_batch
         if self.topology.replica_rank == 0:

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import faults, progress
 from .build import Run
 from .config import Config
-from .data.batch import StepBatch, without_loss
+from .data.batch import StepBatch, pinned, without_loss
 from .health import Verdict
 from .metrics import StepCounts
 from .optim import gradient_norm, update
@@ -40,16 +40,17 @@ def encoded(
         batch = agree_on_bad(batch, run.topology)
         return batch, run.encoder.encode(batch.pixels, batch.blank, len(batch.blank))
 
-    return run.ahead.steps(_read(batches), encode, asked, go_on)
+    return run.ahead.steps(_read(batches, run.topology.device), encode, asked, go_on)
 
 
-def _read(batches: Iterable[StepBatch]) -> Iterator[StepBatch]:
+def _read(batches: Iterable[StepBatch], device: torch.device) -> Iterator[StepBatch]:
+    """The steps, ready to be copied to the device; they are read, and made ready, on a thread beside the training."""
     source = iter(batches)
     while True:
         faults.reach("data/wait")
         if (batch := next(source, None)) is None:
             return
-        yield batch
+        yield pinned(batch) if device.type == "cuda" else batch
 
 
 def together(run: Run, batches: Iterable[StepBatch], request: StopRequest) -> Iterator[tuple[StepBatch, Tensor]]:

@@ -115,7 +115,7 @@ class Encoder:
         if schema.file_digest(tower_file).sha256 != tower_file.stem:
             raise RuntimeError(f"{tower_file} is damaged: its content does not have the hash that is its name")
         tower.load_state_dict(load_file(tower_file), strict=True)
-        self.tower = tower.to(self.device).eval()
+        self.tower = tower.to(self.device).eval().requires_grad_(False)
         self.dataset, self.reader = ShardDataset(data), PixelReader(config.vision, config.data.decode)
         self.pool = ThreadPoolExecutor(decode_threads)
 

@@ -1,4 +1,5 @@
-"""Pictures and rows for tools/bench_data.py: JPEGs as large, as wide and as hard to decode as photographs, in LLaVA's layout.
+"""Pictures and rows for tools/bench_data.py and tools/gpu_check: JPEGs as large, as wide and as hard to decode as photographs,
+in LLaVA's layout.
 
 Flows in: a folder and a number; out: FOLDER/rows.json and FOLDER/images/000000000.jpg ..., the same bytes on every run.
 """
@@ -67,16 +68,16 @@ def photo(number: int) -> bytes:
     return best
 
 
-def row(number: int) -> dict[str, object]:
-    """A LLaVA row about a picture: a question, and an answer of about 80 words."""
+def row(number: int, words: tuple[int, int] = (40, 120)) -> dict[str, object]:
+    """A LLaVA row about a picture: a question, and an answer of so many words, the second number not among them."""
     draw = np.random.default_rng(number)
-    answer = " ".join(draw.choice(WORDS, int(draw.integers(40, 120))))
+    answer = " ".join(draw.choice(WORDS, int(draw.integers(*words))))
     turns = [{"from": "human", "value": "<image>\nWhat is in the picture?"}, {"from": "gpt", "value": answer}]
     return {"id": f"photo-{number}", "image": f"{number:09d}.jpg", "conversations": turns}
 
 
-def write_source(folder: Path, num_samples: int) -> tuple[Path, Path]:
-    """The source of a benchmark. Returns: the annotation file, the folder of images."""
+def write_source(folder: Path, num_samples: int, words: tuple[int, int] = (40, 120)) -> tuple[Path, Path]:
+    """The source of a benchmark. `words`: as for `row`. Returns: the annotation file, the folder of images."""
     images, annotations = folder / "images", folder / "rows.json"
     images.mkdir(parents=True, exist_ok=True)
     # A few pictures are enough: readers do not know that they come again.
@@ -84,5 +85,5 @@ def write_source(folder: Path, num_samples: int) -> tuple[Path, Path]:
         photos = pool.map(photo, range(min(1 + num_samples // 8, MAX_PICTURES)), chunksize=4)
     for number in range(num_samples):
         (images / f"{number:09d}.jpg").write_bytes(photos[number % len(photos)])
-    annotations.write_text(json.dumps([row(number) for number in range(num_samples)]))
+    annotations.write_text(json.dumps([row(number, words) for number in range(num_samples)]))
     return annotations, images

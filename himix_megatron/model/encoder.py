@@ -10,6 +10,7 @@ Shapes: K images of a step, N tokens of one image, V width of the features (Vh).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from typing import Literal, TypeVar
@@ -70,7 +71,7 @@ class ReplicaEncoder:
         """The step's images, of which this rank holds `share_of(num_images, *place)`, for all ranks of the replica.
 
         Args: share: pixels uint8 [K_share, 3, H, W], or features [K_share, N, V] that were made before; blank_K: bool [K] of
-            all images.
+            all images. From pinned memory (`data.batch.pinned`) their copies to a GPU do not keep the host waiting.
         Returns: frozen: features [K, N, V]; trainable: pixels uint8 [K, 3, H, W], for a tower that runs inside the model.
         """
         own = share_of(num_images, self.rank, self.num_encoders)
@@ -79,7 +80,7 @@ class ReplicaEncoder:
         if share.dtype != torch.uint8:
             share = share.to(self.dtype)
         elif not self.trainable:
-            share = self._features(share, blank_K[own.start : own.stop].to(self.device))
+            share = self._features(share, blank_K[own.start : own.stop].to(self.device, non_blocking=True))
         return share if self.size == 1 else self._exchange(share, -(-num_images // self.num_encoders))[:num_images]
 
     @torch.no_grad()
@@ -118,8 +119,12 @@ class Ahead:
     def __init__(self, device: torch.device, *, enabled: bool = True) -> None:
         self._thread = Background("encode-ahead") if enabled and device.type == "cpu" else None
         self._stream = torch.cuda.Stream(device) if enabled and device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._cuda_index: int | None = None
+        if device.type == "cuda":
+            self._cuda_index = torch.cuda.current_device() if device.index is None else device.index
         self._reader = Background("read")
         """Reads where `_thread` does not, so that the wait for it can be broken off."""
+        self._waited_seconds = 0.0
 
     def steps(
         self,
@@ -130,24 +135,34 @@ class Ahead:
     ) -> Iterator[tuple[Batch, Tensor]]:
         """`encode` of each batch in order; of the next one while the caller works on this one.
 
-        What `batches` or `encode` raise is raised here, when that step's turn comes. A wait is broken off when `asked` turns
-        true. `go_on`, for all ranks to agree in, is called on this thread once for each step, when this rank has its data or
-        has broken the wait off: where it says no, the steps end. So no rank waits in `encode` for one that is still reading,
-        but on a thread that can be left behind.
+        What `batches` or `encode` raise is raised here, when that step's turn comes; with a side stream, when the turn of the
+        step before it comes. A wait is broken off when `asked` turns true. `go_on`, for all ranks to agree in, is called on
+        this thread once for each step, when this rank has its data or has broken the wait off: where it says no, the steps
+        end. So no rank waits in `encode` for one that is still reading, but on a thread that can be left behind.
         """
         source = iter(batches)
 
         def read() -> Batch | None:
+            if self._cuda_index is not None:
+                torch.cuda.set_device(self._cuda_index)  # a new thread is on device 0
             return next(source, None)
 
+        coming: Future[Batch | None] | None = None
+
         def read_together() -> Batch | None:
-            return agreed(self._reader.start(read))
+            nonlocal coming
+            batch = agreed(coming or self._reader.start(read))
+            if self._cuda_index is not None and batch is not None:
+                coming = self._reader.start(read)  # taken from the workers and pinned while the device is at work
+            return batch
 
         def agreed(future: Future[Result | None]) -> Result | None:
+            begun = time.perf_counter()
             try:
                 result = wait_for(future, asked)
             except WaitInterruptedError:
                 result = None
+            self._waited_seconds += time.perf_counter() - begun
             return result if go_on() else None
 
         def work(read: Callable[[], Batch | None]) -> tuple[Batch, Tensor] | None:
@@ -166,6 +181,12 @@ class Ahead:
         while (step := waiting()) is not None:
             waiting = begin()
             yield step
+
+    def take_waited_seconds(self) -> float:
+        """How long, since it was last asked, training stood still for a step that was not yet read (on a background thread: nor
+        encoded)."""
+        waited, self._waited_seconds = self._waited_seconds, 0.0
+        return waited
 
     def settle(self, seconds: float | None = None) -> bool:
         """Wait until nothing is under way: process groups may end after it, not before. Returns: whether that came in time."""

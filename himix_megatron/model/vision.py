@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from himix_megatron.config import VisionConfig
+from himix_megatron.model.frozen_layers import run_layers
 
 _SIZES = {
     "image_size": "image_size",
@@ -54,7 +55,8 @@ class Normalise(nn.Module):
 class TransformersTower(nn.Module):
     """SigLIP or CLIP, from the modules of transformers, up to the chosen hidden state.
 
-    Equal to the model's own `hidden_states[feature_layer]` without CLIP's class token.
+    Equal to the model's own `hidden_states[feature_layer]` without CLIP's class token. Frozen (`requires_grad_(False)`) it is
+    faster: see frozen_layers.py.
     """
 
     def __init__(self, config: VisionConfig, model: nn.Module) -> None:
@@ -73,8 +75,11 @@ class TransformersTower(nn.Module):
         """uint8 [K, 3, H, W] and bool [K] -> [K, N, V] in the weights' dtype."""
         weight: Tensor = self.embeddings.patch_embedding.weight
         hidden_KNV = self.pre_norm(self.embeddings(self.normalise(pixels_K3HW, blank_K, weight.dtype)))
-        for layer in self.layers:
-            hidden_KNV = layer(hidden_KNV, attention_mask=None)
+        if weight.requires_grad:
+            for layer in self.layers:
+                hidden_KNV = layer(hidden_KNV, attention_mask=None)
+        else:
+            hidden_KNV = run_layers(hidden_KNV, self.layers)
         features: Tensor = hidden_KNV[:, self.num_class_tokens :]
         return features
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -126,6 +127,22 @@ def test_a_step_nobody_takes_any_more_is_waited_for() -> None:
             break
     ahead.settle()
     assert done == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_wait_for_a_slow_read_is_measured_and_no_other_time(enabled: bool) -> None:
+    def batches() -> Iterator[int]:
+        for number in range(3):
+            time.sleep(0.2)
+            yield number
+
+    ahead = Ahead(torch.device("cpu"), enabled=enabled)
+    waited = []
+    for _ in ahead.steps(batches(), lambda number: (number, torch.zeros(()))):
+        waited.append(ahead.take_waited_seconds())
+        time.sleep(0.3)
+    assert waited[0] >= 0.19
+    assert all(seconds < 0.15 if enabled else seconds >= 0.19 for seconds in waited[1:]), waited
 
 
 @pytest.mark.requires_gpu

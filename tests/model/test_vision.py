@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -62,9 +63,10 @@ def _pixels(num_images: int, config: VisionConfig, seed: int = 0) -> torch.Tenso
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("trains", [True, False], ids=["trains", "frozen"])
 @pytest.mark.parametrize("feature_layer", [-1, -2, -4])
 @pytest.mark.parametrize("tower", ["siglip", "clip"])
-def test_features_equal_transformers_hidden_states(tower: str, feature_layer: int, tmp_path: Path) -> None:
+def test_features_equal_transformers_hidden_states(tower: str, feature_layer: int, trains: bool, tmp_path: Path) -> None:
     peer = _peer(tower)
     peer.save_pretrained(tmp_path)
     config = _config(tower, path=str(tmp_path), feature_layer=feature_layer)
@@ -73,7 +75,8 @@ def test_features_equal_transformers_hidden_states(tower: str, feature_layer: in
     normalised[1] = 0
     with torch.no_grad():
         wanted = peer(normalised, output_hidden_states=True).hidden_states[feature_layer]
-        got = build_tower(config, seed=0, dtype=torch.float32)(pixels, torch.tensor([False, True, False]))
+        built = build_tower(config, seed=0, dtype=torch.float32).requires_grad_(trains)
+        got = built(pixels, torch.tensor([False, True, False]))
     wanted = wanted[:, 1:] if tower == "clip" else wanted
     assert got.shape == (3, config.tokens_per_image, config.hidden_size)
     assert (got - wanted).abs().max() <= 1e-6 * wanted.abs().max().clamp(min=1)
@@ -181,3 +184,73 @@ def test_missing_weights_are_named_not_made_up(tmp_path: Path) -> None:
     save_file({name: value for name, value in weights.items() if name != lost}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"lacks 1 of the tower's .* layers\.1\.mlp\.fc1\.weight"):
         build_tower(config, seed=0, dtype=torch.float32)
+
+
+# ---- a frozen tower ----------------------------------------------------------------------------------------------------
+
+
+def _frozen(tower: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    """A frozen tower of random weights, its norms and biases too."""
+    built = build_tower(_config(tower), seed=seed, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return built.to(dtype).requires_grad_(False)
+
+
+def _features(tower: Any, num_images: int = 3) -> torch.Tensor:
+    features: torch.Tensor = tower(_pixels(num_images, _config("siglip")), torch.zeros(num_images, dtype=torch.bool))
+    return features.detach()
+
+
+@pytest.mark.parametrize("tower", ["siglip", "clip"])
+def test_a_frozen_tower_knows_its_weights_by_the_same_names_after_it_ran_and_takes_others(tower: str) -> None:
+    from safetensors.torch import load, save
+
+    one, other = _frozen(tower, seed=1), _frozen(tower, seed=2)
+    before = {name: value.clone() for name, value in one.state_dict().items()}
+    first, second = _features(one), _features(other)
+    after = load(save(one.state_dict()))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    one.load_state_dict(other.state_dict())
+    assert torch.equal(_features(one), second)
+    one.load_state_dict(before, assign=True)
+    assert torch.equal(_features(one), first)
+
+
+def test_a_frozen_tower_still_fits_after_a_change_of_its_dtype_and_a_copy() -> None:
+    tower = _frozen("siglip")
+    features = _features(tower)
+    copied = copy.deepcopy(tower)
+    assert torch.equal(_features(copied), features)
+    with torch.no_grad():
+        copied.layers[0].self_attn.k_proj.weight.zero_()
+    assert not torch.equal(_features(copied), features)
+    assert torch.equal(_features(tower), features)
+    doubled = tower.double()
+    for layer in doubled.layers:
+        assert layer.self_attn.v_proj.weight.dtype == torch.float64
+    assert torch.equal(_features(doubled.float()), features)
+
+
+def test_a_frozen_tower_in_bf16_is_as_near_to_float32_as_the_modules_are() -> None:
+    wanted = _features(_frozen("siglip"))
+    frozen, modules = (_features(_frozen("siglip", dtype=torch.bfloat16).requires_grad_(trains)) for trains in (False, True))
+    errors = [float((features.float() - wanted).norm() / wanted.norm()) for features in (frozen, modules)]
+    assert errors[0] <= 1.2 * errors[1]
+    assert errors[0] <= 2e-2
+
+
+@pytest.mark.requires_gpu
+@pytest.mark.parametrize("tower", ["siglip", "clip"])
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+def test_a_frozen_tower_on_a_gpu_equals_its_modules(tower: str, dtype: torch.dtype, most: float) -> None:
+    built = _frozen(tower, dtype=dtype).cuda()
+    for num_images in (3, 5, 2):
+        pixels = _pixels(num_images, _config(tower)).cuda()
+        blank = torch.zeros(num_images, dtype=torch.bool, device="cuda")
+        frozen = built.requires_grad_(False)(pixels, blank).float()
+        modules = built.requires_grad_(True)(pixels, blank).detach().float()
+        assert (frozen - modules).norm() <= most * modules.norm()
