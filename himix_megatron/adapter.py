@@ -17,6 +17,8 @@ from .config import Config, ModelConfig
 from .flops import chunk_layers
 from .kernels import Kernels
 
+TRITON_HEAD_DIMS = (64, 128)
+"""Head widths that model/triton_attention.py has tiles for."""
 VOCAB_MULTIPLE = 128
 """The embedding's rows are padded to a multiple of this and of the tensor ranks."""
 
@@ -34,6 +36,27 @@ def attention_backend(model: ModelConfig, kernels: Kernels) -> Literal["te", "to
     if model.attention == "te" and not kernels.transformer_engine:
         raise ValueError(f"model.attention is te, but {kernels.transformer_engine_reason}: use --model.attention torch")
     return "te" if kernels.transformer_engine and (torch.cuda.is_available() or model.attention == "te") else "torch"
+
+
+def attention_core(config: Config, kernels: Kernels) -> Literal["te", "flash", "triton"]:
+    """The attention kernels to build the layers with; `flash` is plain torch on a CPU and in fp32.
+
+    Raises: ValueError for kernels that are asked for and cannot run here.
+    """
+    core, te = config.model.attention_core, attention_backend(config.model, kernels) == "te"
+    usable = torch.cuda.is_available() and kernels.triton and config.train.precision == "bf16"
+    if core == "auto":
+        return "triton" if usable and config.model.channels_per_head in TRITON_HEAD_DIMS else "te" if te else "flash"
+    if core == "te" and not te:
+        raise ValueError(
+            "model.attention_core is te, which model.attention torch does not have: use --model.attention-core auto"
+        )
+    if core == "triton" and not (usable and config.model.channels_per_head in TRITON_HEAD_DIMS):
+        raise ValueError(
+            f"model.attention_core is triton, which needs a GPU, the package triton, train.precision bf16 and a head width of "
+            f"{' or '.join(map(str, TRITON_HEAD_DIMS))}: use --model.attention-core auto"
+        )
+    return core
 
 
 def check_graphs(config: Config) -> None:

@@ -29,6 +29,8 @@ class Kernels:
     transformer_engine: bool
     """Its layers can be built; running them also takes a CUDA device."""
     transformer_engine_reason: str
+    triton: bool = False
+    """Whether kernels in Triton can be compiled; running them also takes a CUDA device."""
     fused_adam: Literal["te", "apex", "torch"]
     """Whose AdamW megatron-core uses."""
     fused_adam_reason: str
@@ -99,6 +101,7 @@ def detect(has_gpu: bool | None = None) -> Kernels:
     fused_by = "NVIDIA Apex's fused_weight_gradient_mlp_cuda found" if has_gpu else "no CUDA device, where BLAS adds in place"
     return Kernels(
         transformer_engine=layers is None,
+        triton=_fault("triton", "jit") is None,
         transformer_engine_reason=f"Transformer Engine cannot be used ({layers})" if layers else "Transformer Engine found",
         fused_adam=adam,
         fused_adam_reason=adam_reason,

@@ -72,6 +72,18 @@ class TorchMixtureAttention(torch.nn.Module):
         return mixed_BQSD.permute(2, 0, 1, 3).flatten(2)
 
 
+class TritonMixtureAttention(TorchMixtureAttention):
+    """This project's kernels in training; in generation torch's, which need none anew for each number of keys."""
+
+    def forward(
+        self, query_SBQD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, vision_kv_TG2D: Tensor, layout: Layout
+    ) -> Tensor:
+        """float[S, B, Q*D]."""
+        from .triton_attention import triton_attention
+
+        return triton_attention(query_SBQD, key_SBGD, value_SBGD, vision_kv_TG2D, layout, self.scale).flatten(2)
+
+
 @functools.cache
 def variable_length_arguments() -> frozenset[str]:
     """Arguments of torch's variable-length attention; none where torch has no such function."""

@@ -22,16 +22,15 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, 
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
-from ..adapter import attention_backend, ddp_config, gpt_arguments, has_fused_loss, overlaps, transformer_config
+from ..adapter import attention_backend, attention_core, ddp_config, gpt_arguments, has_fused_loss, overlaps, transformer_config
 from ..config import Config, Part
 from ..kernels import Kernels
 from ..loss import token_losses
 from ..parallel import Topology
-from .attention_backends import TorchMixtureAttention, TransformerEngineMixtureAttention
 from .kv_cache import KVCache
 from .layout import Layout, lay_out
 from .mixture_attention import normalise
-from .spec import block_spec
+from .spec import CORES, block_spec
 
 
 def arrange_features(features_KnV: Tensor, images_per_sample: Sequence[int]) -> tuple[Tensor, Tensor | None]:
@@ -69,11 +68,11 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
 
     def __init__(self, config: Config, kernels: Kernels, topology: Topology, *, chunk: int | None, tower: nn.Module | None):
         mcore_config = transformer_config(config, kernels)
-        backend = attention_backend(config.model, kernels)
+        backend, core = attention_backend(config.model, kernels), attention_core(config, kernels)
         first, last = chunk in (None, 0), chunk in (None, config.parallel.virtual_pipeline - 1)
         super().__init__(
             mcore_config,
-            block_spec(mcore_config, backend, config.vision.hidden_size, chunk=chunk, stage=topology.pipeline_rank),
+            block_spec(mcore_config, backend, core, config.vision.hidden_size, chunk=chunk, stage=topology.pipeline_rank),
             pre_process=topology.is_first_stage and first,
             post_process=topology.is_last_stage and last,
             vp_stage=chunk,
@@ -91,7 +90,7 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
         """Whether the cross-entropy is Transformer Engine's."""
         self.labelled: Tensor | None = None
         """Of the pass under way: `token_losses`' argument of this name."""
-        self.mixture_mask = (TransformerEngineMixtureAttention if backend == "te" else TorchMixtureAttention).mixture_mask
+        self.mixture_mask = CORES[core].mixture_mask
         for layer in self.decoder.layers:
             layer.vision_is_frozen = tower is None
         if tower is not None:

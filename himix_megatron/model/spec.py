@@ -18,19 +18,32 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from .attention_backends import TorchMixtureAttention, TransformerEngineMixtureAttention
+from .attention_backends import TorchMixtureAttention, TransformerEngineMixtureAttention, TritonMixtureAttention
 from .layer import HiMixLayer, RMSNorm, SwiGLU, TransformerEngineSwiGLU
 from .mixture_attention import MixtureAttention, MixtureAttentionSubmodules, VisionLinear, VisionNorm
 
+CORES: dict[str, Any] = {
+    "te": TransformerEngineMixtureAttention,
+    "flash": TorchMixtureAttention,
+    "triton": TritonMixtureAttention,
+}
+"""`adapter.attention_core`'s choices."""
+
 
 def block_spec(
-    config: Any, backend: Literal["te", "torch"], vision_hidden_size: int, *, chunk: int | None, stage: int
+    config: Any,
+    backend: Literal["te", "torch"],
+    core: Literal["te", "flash", "triton"],
+    vision_hidden_size: int,
+    *,
+    chunk: int | None,
+    stage: int,
 ) -> TransformerBlockSubmodules:
     """The layers of one model chunk (None: no interleaving) of a pipeline stage, and the final norm.
 
     Raises: ImportError for `te` where Transformer Engine is not installed.
     """
-    layer = _transformer_engine_layer(vision_hidden_size) if backend == "te" else _torch_layer(vision_hidden_size)
+    layer = (_transformer_engine_layer if backend == "te" else _torch_layer)(vision_hidden_size, CORES[core])
     num_layers = get_num_layers_to_build(config, vp_stage=chunk, pp_rank=stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=_norm(backend))
 
@@ -43,7 +56,7 @@ def _norm(backend: Literal["te", "torch"]) -> type:
     return TENorm  # type: ignore[no-any-return]
 
 
-def _torch_layer(vision_hidden_size: int) -> ModuleSpec:
+def _torch_layer(vision_hidden_size: int, core: type) -> ModuleSpec:
     return ModuleSpec(
         module=HiMixLayer,
         submodules=TransformerLayerSubmodules(
@@ -52,7 +65,7 @@ def _torch_layer(vision_hidden_size: int) -> ModuleSpec:
                 vision_hidden_size,
                 MixtureAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
-                    core_attention=TorchMixtureAttention,
+                    core_attention=core,
                     linear_proj=RowParallelLinear,
                     vision_norm=VisionNorm,
                     linear_vision_kv=VisionLinear,
@@ -74,7 +87,7 @@ def _torch_layer(vision_hidden_size: int) -> ModuleSpec:
     )
 
 
-def _transformer_engine_layer(vision_hidden_size: int) -> ModuleSpec:
+def _transformer_engine_layer(vision_hidden_size: int, core: type) -> ModuleSpec:
     from megatron.core.extensions.transformer_engine import (
         TELayerNormColumnParallelLinear,
         TERowParallelLinear,
@@ -87,7 +100,7 @@ def _transformer_engine_layer(vision_hidden_size: int) -> ModuleSpec:
                 vision_hidden_size,
                 MixtureAttentionSubmodules(
                     linear_qkv=TELayerNormColumnParallelLinear,
-                    core_attention=TransformerEngineMixtureAttention,
+                    core_attention=core,
                     linear_proj=TERowParallelLinear,
                     vision_norm=VisionNorm,
                     linear_vision_kv=VisionLinear,

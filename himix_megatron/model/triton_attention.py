@@ -15,6 +15,8 @@ Source of the scheme: FlashAttention-2, arXiv 2307.08691.
 Letters: R query heads of a key/value head, D head width; M rows and N keys of a tile.
 """
 
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# Arguments of Triton's functions have no types that mypy knows.
 from __future__ import annotations
 
 import math
@@ -72,9 +74,9 @@ class _Mixture(torch.autograd.Function):
         delta, num_rows = torch.empty_like(lse), lse[0].numel()
         num_heads, width = grad.shape[2:]
         _row_sums[(triton.cdiv(num_rows, 16), num_heads)](mixed, grad, delta, num_rows, num_heads, D=width, M=16)
-        beside = (grad, lse, delta, ctx.layout, ctx.scale)
-        of_key, of_value, of_vision = backward_of_keys(*given, *beside, _tile(OF_KEYS, grad))
-        of_query = backward_of_queries(*given, *beside, _tile(OF_QUERIES, grad)) if any(ctx.needs_input_grad[:3]) else None
+        beside: tuple[Any, ...] = (*given, grad, lse, delta, ctx.layout, ctx.scale)
+        of_key, of_value, of_vision = backward_of_keys(*beside, _tile(OF_KEYS, grad))
+        of_query = backward_of_queries(*beside, _tile(OF_QUERIES, grad)) if any(ctx.needs_input_grad[:3]) else None
         return of_query, of_key, of_value, of_vision, None, None
 
 
@@ -153,19 +155,19 @@ def _constants(query: Tensor, key: Tensor, tile: Tile) -> dict[str, int]:
 
 
 @triton.jit
-def _load_rows(pointer, begin, step, rows, inside, group, R: tl.constexpr, G: tl.constexpr, D: tl.constexpr):  # type: ignore[no-untyped-def]
+def _load_rows(pointer, begin, step, rows, inside, group, R: tl.constexpr, G: tl.constexpr, D: tl.constexpr):
     """Rows (token x head) of [S * B, Q, D]; zeros outside."""
     places = (begin + (rows // R).to(tl.int64) * step) * (G * R) + group * R + rows % R
     return tl.load(pointer + places[:, None] * D + tl.arange(0, D)[None, :], mask=inside[:, None], other=0.0)
 
 
 @triton.jit
-def _score(query, key_block, qk_scale):  # type: ignore[no-untyped-def]
+def _score(query, key_block, qk_scale):
     return tl.dot(query, tl.trans(key_block)) * qk_scale
 
 
 @triton.jit
-def _forward_block(query, key_at, value_at, keys, seen, best, total, mixed, qk_scale):  # type: ignore[no-untyped-def]
+def _forward_block(query, key_at, value_at, keys, seen, best, total, mixed, qk_scale):
     """One block of keys into the running softmax. `keys`: bool[N], which exist; `seen`: bool[M, N] or [1, N]."""
     key_block = tl.load(key_at, mask=keys[:, None], other=0.0)
     scores = tl.where(seen, _score(query, key_block, qk_scale), float("-inf"))
@@ -178,7 +180,7 @@ def _forward_block(query, key_at, value_at, keys, seen, best, total, mixed, qk_s
 
 
 @triton.jit
-def _forward(  # type: ignore[no-untyped-def]
+def _forward(
     query_at, key_at, value_at, vision_at, mixed_at, lse_at, samples_at, num_samples, step, num_rows,
     key_row, key_group, value_row, value_group, qk_scale,
     R: tl.constexpr, G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
@@ -229,7 +231,7 @@ def _forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _row_sums(mixed_at, grad_at, delta_at, num_rows, num_heads, D: tl.constexpr, M: tl.constexpr):  # type: ignore[no-untyped-def]
+def _row_sums(mixed_at, grad_at, delta_at, num_rows, num_heads, D: tl.constexpr, M: tl.constexpr):
     """Of output times its gradient, for each row and head: float[Q, S * B]."""
     rows, head = tl.program_id(0) * M + tl.arange(0, M), tl.program_id(1)
     inside = rows < num_rows
@@ -240,7 +242,7 @@ def _row_sums(mixed_at, grad_at, delta_at, num_rows, num_heads, D: tl.constexpr,
 
 
 @triton.jit
-def _backward_of_keys(  # type: ignore[no-untyped-def]
+def _backward_of_keys(
     query_at, key_at, value_at, vision_at, grad_at, lse_at, delta_at, of_key_at, of_value_at, of_vision_at,
     samples_at, num_samples, step, num_rows, key_row, key_group, value_row, value_group, qk_scale, scale,
     R: tl.constexpr, G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
@@ -297,7 +299,7 @@ def _backward_of_keys(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _of_query_block(query, grad, lse, delta, key_at, value_at, keys, seen, of_query, qk_scale):  # type: ignore[no-untyped-def]
+def _of_query_block(query, grad, lse, delta, key_at, value_at, keys, seen, of_query, qk_scale):
     key_block = tl.load(key_at, mask=keys[:, None], other=0.0)
     value_block = tl.load(value_at, mask=keys[:, None], other=0.0)
     shares = tl.where(seen, tl.math.exp2(_score(query, key_block, qk_scale) - lse[:, None]), 0.0)
@@ -306,7 +308,7 @@ def _of_query_block(query, grad, lse, delta, key_at, value_at, keys, seen, of_qu
 
 
 @triton.jit
-def _backward_of_queries(  # type: ignore[no-untyped-def]
+def _backward_of_queries(
     query_at, key_at, value_at, vision_at, grad_at, lse_at, delta_at, of_query_at,
     samples_at, num_samples, step, num_rows, key_row, key_group, value_row, value_group, qk_scale, scale,
     R: tl.constexpr, G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
