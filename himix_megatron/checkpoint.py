@@ -305,10 +305,14 @@ class Checkpoints:
             state["optimizer"] = self.optimizer.state_dict() | {"param_state_sharding_type": _SHARDING}
         snapshot = describe_state(state, validate=not self._validated)
         self._validated = True
-        if divided is not None:
-            snapshot.later = divided.take(self._copies, _merged(_model_state(self.stages)))
+
+        def copy() -> None:
+            if divided is not None:
+                snapshot.later = divided.take(self._copies, _merged(_model_state(self.stages)))
+            self._copies.take(snapshot)
+
         if mode == "async":
-            failure = failure or _error_of(lambda: self._copies.take(snapshot))
+            failure = failure or _error_of(copy)
         failure = failure or _error_of(lambda: progress.at("save/snapshot"))
         return partial(_or_raise, snapshot, failure)
 

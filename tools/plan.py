@@ -47,7 +47,8 @@ class Arguments:
     gpus: int | None = None
     """How many."""
     gpu: str = "h100-80gb"
-    """Which: a100-40gb, a100-80gb, h100-80gb, h100-80gb-pcie, h200-141gb, b200-180gb; cpu is what --measure measured."""
+    """Which: a100-40gb, a100-80gb, h100-80gb, h100-80gb-pcie, h100-94gb-nvl, h200-141gb, b200-180gb; cpu is what --measure
+    measured."""
     interconnect: str | None = None
     """Between nodes: ib-hdr-200, ib-ndr-400, ethernet-100, ethernet-400; None: what such GPUs usually come with."""
     gpus_per_node: int = 8
