@@ -113,8 +113,10 @@ def test_texts_are_padded_to_what_their_products_need() -> None:
     assert multiple("blockwise", tensor=2, sequence=True) == 256
 
 
-@pytest.mark.parametrize(("overlap", "wanted"), [("auto", torch.cuda.is_available()), ("on", True), ("off", False)])
-def test_communication_overlaps_the_passes_where_there_is_a_gpu(overlap: str, wanted: bool) -> None:
+@pytest.mark.parametrize(("overlap", "always"), [("auto", None), ("on", True), ("off", False)])
+def test_communication_overlaps_the_passes_where_there_is_a_gpu(overlap: str, always: bool | None) -> None:
+    wanted = torch.cuda.is_available() if always is None else always
+
     def settings(distributed: bool) -> Config:
         config = RECIPES["llama3_2_1b_align"]()
         return replace(config, parallel=replace(config.parallel, overlap=overlap, distributed_optimizer=distributed))
