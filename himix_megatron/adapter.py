@@ -71,13 +71,40 @@ def check_fp8(config: Config, kernels: Kernels) -> None:
     """Raises: ValueError if `train.fp8` is asked for and cannot run here."""
     if config.train.fp8 == "none":
         return
+    fp8 = config.train.fp8
     if attention_backend(config.model, kernels) != "te":
-        reason = kernels.transformer_engine_reason or "model.attention is torch, or there is no CUDA device"
-        raise ValueError(f"train.fp8 is {config.train.fp8}, which is Transformer Engine's, but {reason}: use --train.fp8 none")
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
+        without = "model.attention is torch, or there is no CUDA device"
+        reason = without if kernels.transformer_engine else kernels.transformer_engine_reason
+        raise ValueError(f"train.fp8 is {fp8}, which is Transformer Engine's, but {reason}: use --train.fp8 none")
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+    if capability < (8, 9):
+        raise ValueError(f"train.fp8 is {fp8}, but there is no GPU with FP8 here (Ada, Hopper or later): use --train.fp8 none")
+    cuda = torch.version.cuda or "0.0"
+    if fp8 == "blockwise" and (capability < (9, 0) or tuple(map(int, cuda.split("."))) < (12, 9)):
         raise ValueError(
-            f"train.fp8 is {config.train.fp8}, but there is no GPU with FP8 here (Ada, Hopper or later): use --train.fp8 none"
+            f"train.fp8 is blockwise, which takes a GPU of compute capability 9.0 (Hopper) or above and torch for CUDA 12.9 or "
+            f"above; here they are {capability[0]}.{capability[1]} and {cuda}: use --train.fp8 tensorwise"
         )
+    _check_fp8_widths(config)
+
+
+def _check_fp8_widths(config: Config) -> None:
+    """Raises: ValueError if a tensor rank's share of a layer is not as wide as FP8 products take it."""
+    model, tensor = config.model, config.parallel.tensor
+    for name, width in (
+        ("model.hidden_size", model.hidden_size),
+        ("model.ffn_hidden_size / parallel.tensor", model.ffn_hidden_size // tensor),
+        (
+            "model.num_attention_heads x head width / parallel.tensor",
+            model.num_attention_heads * model.channels_per_head // tensor,
+        ),
+        ("model.num_query_groups x head width / parallel.tensor", model.num_query_groups * model.channels_per_head // tensor),
+    ):
+        if width % 16:
+            raise ValueError(
+                f"train.fp8 is {config.train.fp8}, but {name} is {width}, and FP8 products take multiples of 16: use "
+                f"--train.fp8 none{', or a smaller --parallel.tensor' if tensor > 1 else ''}"
+            )
 
 
 def has_fused_loss(kernels: Kernels) -> bool:
@@ -86,9 +113,11 @@ def has_fused_loss(kernels: Kernels) -> bool:
 
 
 def text_multiple(config: Config) -> int:
-    """Texts are padded to a multiple of this: sequence parallelism splits them evenly over the tensor ranks, and FP8 products
-    want 16 rows on each."""
-    return (config.parallel.tensor if config.parallel.sequence else 1) * (1 if config.train.fp8 == "none" else 16)
+    """Texts are padded to a multiple of this: sequence parallelism splits them evenly over the tensor ranks, FP8 products want
+    16 rows, and what blockwise FP8 gathers over the tensor ranks must be whole blocks (else it is gathered in bf16)."""
+    sequence, fp8 = config.parallel.sequence, config.train.fp8
+    rows = 1 if fp8 == "none" else 128 if fp8 == "blockwise" and sequence else 16
+    return rows * (config.parallel.tensor if sequence else 1)
 
 
 def overlaps(config: Config) -> bool:
@@ -139,7 +168,10 @@ def transformer_config(config: Config, kernels: Kernels) -> TransformerConfig:
         pipeline_model_parallel_layout=pipeline_layout(config),
         sequence_parallel=parallel.sequence,
         bf16=config.train.precision == "bf16",
-        fp8=None if config.train.fp8 == "none" else config.train.fp8,
+        # A gradient's large range takes e5m2 where a whole tensor has one scale; a block's scale gives it that of e4m3.
+        fp8={"none": None, "tensorwise": "hybrid", "blockwise": "e4m3"}[config.train.fp8],
+        # Never mcore's default, delayed scaling: its state is a pickle, which Transformer Engine refuses to load.
+        fp8_recipe="blockwise" if config.train.fp8 == "blockwise" else "tensorwise",
         params_dtype=params_dtype(config),
         pipeline_dtype=params_dtype(config),
         calculate_per_token_loss=True,

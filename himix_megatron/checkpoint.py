@@ -4,6 +4,10 @@ Flows in: model chunks, optimizer, and a few numbers of position; out: RUN/check
 megatron-core's distributed checkpoint (tensors by global name and offset) and `himix.json` (what model this is, what
 trains, where in the data). The learning rate is a function of the position and is not stored. How a folder becomes a
 checkpoint is in `saving.py`, and what vouches for it in `envelope.py`.
+
+Modules' extra states are neither saved nor loaded: Transformer Engine's layers and megatron-core's each have their own, all of
+them empty but for FP8's delayed scaling, which is not offered. So a checkpoint loads under either layer spec, and one that
+holds extra states (as earlier versions wrote them) loads as if it did not.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedObject, is_main_replica
+from megatron.core.dist_checkpointing.mapping import is_main_replica
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from safetensors.torch import load_file
@@ -57,6 +61,8 @@ _ARCHITECTURE = (
     "family", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size",
     "rope_theta", "rope_scaling_factor", "norm_eps", "tie_embeddings",
 )  # fmt: skip
+_EXTRA_STATE = "_extra_state"
+"""How the name of a module's extra state ends in its state dict."""
 _SHARDING = "fully_reshardable"
 """How megatron-core describes a distributed optimizer: as one that is not divided, so that it loads at any layout."""
 _TOWER = (
@@ -128,7 +134,24 @@ def _metadata() -> dict[str, Any]:
 
 
 def _model_state(stages: list[Any]) -> dict[str, Any]:
-    return {f"model{i}": bare(stage).sharded_state_dict(metadata=_metadata()) for i, stage in enumerate(stages)}
+    state = {}
+    for i, stage in enumerate(stages):
+        described = bare(stage).sharded_state_dict(metadata=_metadata())
+        state[f"model{i}"] = {name: value for name, value in described.items() if not name.endswith(_EXTRA_STATE)}
+    return state
+
+
+def put_weights(module: nn.Module, weights: Mapping[str, Any]) -> None:
+    """Load all of a module's parameters and buffers; its extra states stay as they are.
+
+    Raises: RuntimeError naming what is missing, superfluous or of another shape.
+    """
+    found = module.load_state_dict(weights, strict=False)
+    missing = [name for name in found.missing_keys if not name.endswith(_EXTRA_STATE)]
+    wrong = [f"missing: {', '.join(missing)}"] if missing else []
+    wrong += [f"superfluous: {', '.join(found.unexpected_keys)}"] if found.unexpected_keys else []
+    if wrong:
+        raise RuntimeError(f"weights do not fit {type(module).__name__}: {'; '.join(wrong)}")
 
 
 def _tower_state(tower: nn.Module) -> dict[str, Any]:
@@ -282,10 +305,14 @@ class Checkpoints:
             state["optimizer"] = self.optimizer.state_dict() | {"param_state_sharding_type": _SHARDING}
         snapshot = describe_state(state, validate=not self._validated)
         self._validated = True
-        if divided is not None:
-            snapshot.later = divided.take(self._copies, _merged(_model_state(self.stages)))
+
+        def copy() -> None:
+            if divided is not None:
+                snapshot.later = divided.take(self._copies, _merged(_model_state(self.stages)))
+            self._copies.take(snapshot)
+
         if mode == "async":
-            failure = failure or _error_of(lambda: self._copies.take(snapshot))
+            failure = failure or _error_of(copy)
         failure = failure or _error_of(lambda: progress.at("save/snapshot"))
         return partial(_or_raise, snapshot, failure)
 
@@ -308,7 +335,7 @@ class Checkpoints:
         trained = {id(p) for stage in self.stages for p in stage.parameters() if p.requires_grad}
         for chunk in _model_state(self.stages).values():
             for part in chunk.values():
-                if not isinstance(part, ShardedObject) and is_main_replica(part.replica_id):
+                if is_main_replica(part.replica_id):
                     width = part.data.element_size()
                     # Two moments and, beside weights of fewer bits or divided among ranks, the weights themselves: in fp32.
                     optimizer = (12 if width < 4 or is_divided else 8) if id(part.data) in trained else 0
@@ -374,7 +401,7 @@ class Checkpoints:
             chunk = loaded[f"model{i}"]
             if tower is not None and self.frozen_tower is None:
                 chunk |= {f"tower.{name}": tensor for name, tensor in tower.items()}
-            bare(stage).load_state_dict(chunk, strict=True)
+            put_weights(bare(stage), chunk)
 
     def _store_tower(self) -> str | None:
         """Rank 0: see that the frozen tower lies in the run folder. Returns: its file name, None if it trains."""

@@ -326,9 +326,10 @@ class TrainConfig:
     """Samples per forward pass on one replica. Unused with packing."""
     precision: Literal["bf16", "fp32"]
     """bf16 keeps fp32 main weights and fp32 gradient sums."""
-    fp8: Literal["none", "hybrid"] = "none"
-    """Linear layers in FP8 by Transformer Engine (e4m3 forward, e5m2 backward, delayed scaling); needs bf16 and a GPU that
-    has it. Not yet run on one."""
+    fp8: Literal["none", "tensorwise", "blockwise"] = "none"
+    """The layers' products of text in FP8, by Transformer Engine; needs bf16 and a GPU that has it. tensorwise: one scale a
+    tensor, from what is in it (e4m3 forward, e5m2 backward); blockwise: one for 128 numbers of an activation, and for 128 x 128
+    of a weight (e4m3). Neither keeps a state. Generation, and evaluation of a saved run, are in bf16."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: core attention only, or whole layers."""
     cuda_graphs: Literal["off", "on"] = "off"
@@ -664,6 +665,11 @@ def to_json(config: Any) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
+_OLD_VALUES = {("train", "fp8", "hybrid"): "tensorwise"}
+"""What fields held in runs of earlier versions, and what stands for it now (delayed scaling, whose state Transformer Engine no
+longer loads, is gone)."""
+
+
 def _build(cls: type, values: dict[str, Any]) -> Any:
     hints = typing.get_type_hints(cls)
     built: dict[str, Any] = {}
@@ -682,7 +688,11 @@ def _build(cls: type, values: dict[str, Any]) -> Any:
 
 def from_json(text: str) -> Config:
     """A Config from `to_json`'s text. Raises: ValueError for a field this version does not know."""
-    config = _build(Config, json.loads(text))
+    tree = json.loads(text)
+    for (section, name, old), new in _OLD_VALUES.items():
+        if tree.get(section, {}).get(name) == old:
+            tree[section][name] = new
+    config = _build(Config, tree)
     assert isinstance(config, Config)
     return config
 

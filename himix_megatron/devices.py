@@ -55,6 +55,10 @@ DEVICES = (
         link_bytes_per_second=64e9, source="NVIDIA H100 data sheet, PCIe: 1513 TFLOP/s sparse, PCIe 5.0 x16",
     ),
     Device(
+        name="h100-94gb-nvl", words=("H100", "NVL"), bf16_flops=835e12, memory_gib=93.1, memory_bytes_per_second=3.9e12,
+        link_bytes_per_second=300e9, source="NVIDIA H100 data sheet, NVL: 1671 TFLOP/s sparse, NVLink 600 GB/s both ways",
+    ),
+    Device(
         name="h100-80gb", words=("H100",), bf16_flops=989e12, memory_gib=79.1, memory_bytes_per_second=3.35e12,
         link_bytes_per_second=450e9, source="NVIDIA H100 data sheet, SXM5: 1979 TFLOP/s sparse, NVLink 900 GB/s both ways",
     ),

@@ -64,8 +64,10 @@ class Answerer:
         Args: tower: one to use as it is; None: fresh too.
         """
         assert "tower" not in config.train.parts
-        # One token cannot be split over the tensor ranks, and the outcome is the same.
-        self.config = config = replace(config, parallel=replace(config.parallel, sequence=False))
+        # One token cannot be split over the tensor ranks, with the same outcome; and it is too few rows for FP8.
+        self.config = config = replace(
+            config, parallel=replace(config.parallel, sequence=False), train=replace(config.train, fp8="none")
+        )
         self.topology = topology
         dtype = params_dtype(config)
         if tower is None:

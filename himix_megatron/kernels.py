@@ -1,8 +1,8 @@
 """Which optional fused kernels can be used here, and why not the others. Flows in: what is installed; out: Kernels.
 
 Transformer Engine and NVIDIA Apex are recognised by the functions that are called, never by a package's name: the `apex`
-that a package index offers is a toolkit for Pyramid web applications. megatron-core takes whichever of them imports;
-`prepare_import` and `settle` make its choice agree with `detect`'s.
+that a package index offers is a toolkit for Pyramid web applications. megatron-core takes whichever of them imports, and ends
+with any error but an ImportError; `prepare_import` and `settle` make its choice agree with `detect`'s.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 _ADAM_NAMES = {"te": "Transformer Engine's FusedAdam", "apex": "NVIDIA Apex's FusedAdam", "torch": "torch AdamW"}
 _hidden_apex: str | None = None
+_hidden_te: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,13 +50,17 @@ class Kernels:
 
 
 def prepare_import() -> None:
-    """Keep megatron-core from importing an `apex` that it could not use; runs when himix_megatron is imported.
+    """Keep megatron-core from importing an `apex` or a Transformer Engine that it could not use; runs when himix_megatron is
+    imported.
 
     megatron-core expects an ImportError or NVIDIA's package. A namesake, or an Apex built without its CUDA extensions, may
     raise anything on import, or import well and fail when the first optimizer or norm is built. Nothing else is touched: an
-    `apex` that was imported already stays.
+    `apex` that was imported already stays. Transformer Engine says of what it misses (another version of its parts, of cuDNN, a
+    module) only when it is imported, which takes seconds: that waits until megatron-core, which imports it too, is wanted.
     """
     global _hidden_apex
+    if "megatron.core" not in sys.modules and not any(isinstance(finder, _BeforeMegatron) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _BeforeMegatron())
     # megatron-core says this four times a rank; our one log line says which optimizer is used and why.
     warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed", category=UserWarning)
     if "apex" not in sys.modules and (fault := _apex_fault()):
@@ -89,13 +94,34 @@ def hidden_apex() -> str | None:
     return _hidden_apex
 
 
+class _BeforeMegatron:
+    """Among Python's finders of modules; it finds none, but looks at Transformer Engine as megatron-core is imported."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        """Called for each module that is imported for the first time."""
+        if name == "megatron.core":
+            sys.meta_path.remove(self)
+            _hide_unusable_transformer_engine()
+
+
+def _hide_unusable_transformer_engine() -> None:
+    global _hidden_te
+    if importlib.util.find_spec("transformer_engine") is None or not (fault := _fault("transformer_engine.pytorch")):
+        return
+    _hidden_te = fault
+    # Parts of it may have been imported, and would be found though it is hidden itself.
+    for name in [name for name in sys.modules if name.startswith("transformer_engine.")]:
+        del sys.modules[name]
+    sys.modules["transformer_engine"] = None  # type: ignore[assignment]
+
+
 def detect(has_gpu: bool | None = None) -> Kernels:
     """Try the functions that would be called. `has_gpu` None asks torch."""
     if has_gpu is None:
         import torch  # not at the top: the package imports this module, and its settings need no torch
 
         has_gpu = torch.cuda.is_available()
-    layers = _fault("transformer_engine.pytorch", "Linear", "LayerNormLinear", "DotProductAttention", "RMSNorm")
+    layers = _hidden_te or _fault("transformer_engine.pytorch", "Linear", "LayerNormLinear", "DotProductAttention", "RMSNorm")
     adam, adam_reason = _adam(has_gpu)
     fusion = _fault("fused_weight_gradient_mlp_cuda", "wgrad_gemm_accum_fp32") if has_gpu else None
     fused_by = "NVIDIA Apex's fused_weight_gradient_mlp_cuda found" if has_gpu else "no CUDA device, where BLAS adds in place"
@@ -136,7 +162,9 @@ def _adam(has_gpu: bool) -> tuple[Literal["te", "apex", "torch"], str]:
     """megatron-core's own order: Transformer Engine, Apex, torch."""
     if not has_gpu:
         return "torch", _hidden_apex or "no CUDA device"
-    te = _fault("transformer_engine.pytorch.optimizers", "FusedAdam", "multi_tensor_applier", "multi_tensor_l2norm")
+    te = _hidden_te or _fault(
+        "transformer_engine.pytorch.optimizers", "FusedAdam", "multi_tensor_applier", "multi_tensor_l2norm"
+    )
     if te is None:
         return "te", "Transformer Engine found"
     apex = _hidden_apex or _fault("apex.optimizers", "FusedAdam") or _fault("amp_C", "multi_tensor_adam", "multi_tensor_l2norm")
@@ -162,9 +190,12 @@ def _fault(module: str, *names: str) -> str | None:
     """Why these names of a module cannot be used; None if they can."""
     try:
         imported = importlib.import_module(module)
-    except ModuleNotFoundError:
-        return f"no module {module}"
-    except (ImportError, OSError) as error:  # an extension built for another torch or CUDA
-        return f"module {module} does not load: {' '.join(str(error).split())[:120]}"
+    except ModuleNotFoundError as error:
+        if error.name is None or f"{module}.".startswith(f"{error.name}."):
+            return f"no module {module}"
+        return f"module {module} does not load: it needs {error.name}, which is not installed"
+    except Exception as error:  # whatever a package raises that was built for another torch, CUDA, or version of its own parts
+        kind = "" if isinstance(error, (ImportError, OSError)) else f"{type(error).__name__}: "
+        return f"module {module} does not load: {kind}{' '.join(str(error).split())[:200]}"
     missing = [name for name in names if not hasattr(imported, name)]
     return f"no {module}.{missing[0]}" if missing else None

@@ -224,6 +224,8 @@ def _device(launch: Launch) -> torch.device:
 
 
 def _join(launch: Launch, device: torch.device, timeout: timedelta) -> None:
+    # No device_id: torch would make subgroups of NCCL by splitting the world's communicator, in which ranks that are not in a
+    # subgroup take part, those of gloo's too, whose members do not: wherever such a group leaves ranks out, they would hang.
     backend = "nccl" if device.type == "cuda" else "gloo"
     if launch.kind == "alone":
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

@@ -109,7 +109,7 @@ class Pictures:
 
 def answerer_of(config: Config, start: Start, run: Run) -> Answerer:
     """One that answers with the run's weights, whatever trains."""
-    frozen = replace(config, train=replace(config.train, parts=("vision_kv",), fp8="none"))
+    frozen = replace(config, train=replace(config.train, parts=("vision_kv",)))
     tower: Any = bare(run.stages[0]).tower if "tower" in config.train.parts else run.encoder.tower
     with torch.random.fork_rng(devices=[]):  # training draws what it would have drawn
         answerer = Answerer(frozen, start.kernels, run.topology, tower)

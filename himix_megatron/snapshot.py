@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor
@@ -62,6 +64,37 @@ def describe_state(state: dict[str, Any], *, validate: bool) -> Snapshot:
     return Snapshot(dict(shards), common)
 
 
+class PinnedRoom:
+    """Room for tensors in pinned memory, laid into few large blocks.
+
+    torch rounds each pinned allocation up to a power of two: with one for each tensor up to twice the state would be locked. So
+    blocks of such sizes are taken, growing with what has been asked for.
+    """
+
+    SMALLEST, USUAL, ALIGNMENT = 64 << 20, 1 << 30, 512
+    """Bytes."""
+
+    def __init__(self, allocate: Callable[[int], Tensor] | None = None):
+        """`allocate`: gives a block, uint8[bytes]; None: pinned memory."""
+        self._allocate = allocate or (lambda size: torch.empty(size, dtype=torch.uint8, pin_memory=True))
+        self._blocks: list[npt.NDArray[np.uint8]] = []
+        self._used: list[int] = []
+
+    def empty_like(self, tensor: Tensor) -> Tensor:
+        """Contiguous, of the same shape and type. Its storage is no larger: torch copies a part of one before writing it."""
+        size = tensor.nbytes
+        if size == 0:
+            return torch.empty(tensor.shape, dtype=tensor.dtype)
+        number = next((i for i, block in enumerate(self._blocks) if self._used[i] + size <= len(block)), len(self._blocks))
+        if number == len(self._blocks):
+            wanted = max(size, min(self.USUAL, max(self.SMALLEST, sum(map(len, self._blocks)))))
+            self._blocks.append(self._allocate(1 << (wanted - 1).bit_length()).numpy())
+            self._used.append(0)
+        start = self._used[number]
+        self._used[number] = start + -(-size // self.ALIGNMENT) * self.ALIGNMENT
+        return torch.from_numpy(self._blocks[number][start : start + size]).view(tensor.dtype).view(tensor.shape)
+
+
 class HostCopies:
     """Copies snapshots into host memory that is kept from one to the next: fresh pages cost more than the copy itself.
 
@@ -70,6 +103,7 @@ class HostCopies:
 
     def __init__(self) -> None:
         self._kept: dict[tuple[Any, ...], Tensor] = {}
+        self._room = PinnedRoom()
 
     def take(self, snapshot: Snapshot) -> None:
         """Let a snapshot hold the state as of now, sharing no memory with training."""
@@ -87,7 +121,8 @@ class HostCopies:
         """A tensor's copy, in the memory that is kept under this name. On a GPU it is complete after `take`."""
         kept = self._kept.get(name)
         if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
-            kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=torch.cuda.is_available())
+            on_gpu = torch.cuda.is_available()
+            kept = self._room.empty_like(tensor) if on_gpu else torch.empty(tensor.shape, dtype=tensor.dtype)
             self._kept[name] = kept
         return kept.copy_(tensor, non_blocking=True)
 

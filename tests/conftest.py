@@ -1,11 +1,17 @@
-"""What all tests share: one thread per process, and tests for a GPU skip where there is none."""
+"""What all tests share: one thread per process; a GPU is for the tests that are marked as needing one.
+
+Where there is none these skip. Where there is one they come first, and all others run on the CPU, as on a machine without one:
+their ranks may be more than its GPUs, and they compare to the last bit.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+from collections.abc import Iterator
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,21 +21,42 @@ os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 def pytest_sessionstart() -> None:
     """Start the fork server that ranks come from, with what they need (there is one server a process, and the data room's
-    tests would start it with less)."""
+    tests would start it with less). It sees no GPU, and neither do they: a process that has asked for one cannot be forked."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.preload"])
-    forkserver.ensure_running()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        forkserver.ensure_running()
+
+
+def needs_gpu(item: pytest.Item) -> bool:
+    """Whether it is marked so."""
+    return item.get_closest_marker("requires_gpu") is not None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked `requires_gpu` where torch sees no CUDA device."""
-    marked = [item for item in items if item.get_closest_marker("requires_gpu")]
-    if not marked:
-        return
+    """Put first what is marked `requires_gpu`, and skip it where torch sees no CUDA device."""
     import torch
 
-    if not torch.cuda.is_available():
-        for item in marked:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none here"))
+    if torch.cuda.is_available():
+        # What follows may redirect this process to the CPU for good (himix_megatron/cpu.py).
+        items.sort(key=needs_gpu, reverse=True)
+        return
+    for item in filter(needs_gpu, items):
+        item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none here"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[Any]:
+    """Hide the GPUs from a test that is not marked, its fixtures and the processes that it starts."""
+    import torch
+
+    if needs_gpu(item) or not torch.cuda.is_available():
+        return (yield)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(torch.cuda, "device_count", lambda: 0)
+        return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -4,24 +4,101 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 
-from himix_megatron.adapter import ddp_config, optimizer_config, text_multiple
-from himix_megatron.config import Config
+from himix_megatron.adapter import check_fp8, ddp_config, optimizer_config, text_multiple, transformer_config
+from himix_megatron.config import Config, from_json, to_json
+from himix_megatron.kernels import detect
 from himix_megatron.start import prepare
 from pipelines.recipes import RECIPES
+from tests.distributed import run_ranks
 from tests.runs import small_config
 
 
 def test_fp8_is_refused_where_it_cannot_run(mixed_dataset: Path, tmp_path: Path) -> None:
     config = small_config(mixed_dataset, tmp_path, parts=("vision_kv",), precision="bf16")
-    config = replace(config, train=replace(config.train, fp8="hybrid"))
-    with pytest.raises(ValueError, match=r"train\.fp8 is hybrid, which is Transformer Engine's, but .*: use --train\.fp8 none"):
+    config = replace(config, train=replace(config.train, fp8="tensorwise"))
+    with pytest.raises(ValueError, match=r"fp8 is tensorwise, which is Transformer Engine's, but .*: use --train\.fp8 none"):
         prepare(config, 1)
-    with pytest.raises(ValueError, match=r"train\.fp8 is hybrid, .* use --train\.precision bf16"):
+    with pytest.raises(ValueError, match=r"train\.fp8 is tensorwise, .* use --train\.precision bf16"):
         replace(config.train, precision="fp32")
+
+
+WITH_TE = replace(
+    detect(False), transformer_engine=True, transformer_engine_reason="Transformer Engine found"
+)  # as if, wherever this runs
+
+
+def refusal(fp8: Any, *, capability: tuple[int, int] | None, cuda: str = "13.0", attention: Any = "te", **model: Any) -> str:
+    """Why FP8 cannot be used on such a GPU (None: there is none); empty if it can."""
+    recipe = RECIPES["llama3_2_1b_align"]()
+    config = replace(recipe, model=replace(recipe.model, attention=attention, **model), train=replace(recipe.train, fp8=fp8))
+    with (
+        patch("torch.cuda.is_available", return_value=capability is not None),
+        patch("torch.cuda.get_device_capability", return_value=capability),
+        patch("torch.version.cuda", cuda),
+    ):
+        try:
+            check_fp8(config, WITH_TE)
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
+def test_fp8_is_judged_by_the_gpu_and_the_widths() -> None:
+    for fp8 in ("tensorwise", "blockwise"):
+        assert refusal(fp8, capability=(9, 0)) == ""
+        assert "there is no GPU with FP8 here" in refusal(fp8, capability=(8, 0))
+        assert "there is no GPU with FP8 here" in refusal(fp8, capability=None)
+        assert "but model.attention is torch, or there is no CUDA device" in refusal(fp8, capability=(9, 0), attention="torch")
+        assert "but model.ffn_hidden_size / parallel.tensor is 8200" in refusal(fp8, capability=(9, 0), ffn_hidden_size=8200)
+    assert refusal("tensorwise", capability=(8, 9), cuda="12.4") == ""
+    for capability, cuda in (((9, 0), "12.8"), ((8, 9), "13.0")):
+        told = refusal("blockwise", capability=capability, cuda=cuda)
+        assert f"here they are {capability[0]}.{capability[1]} and {cuda}: use --train.fp8 tensorwise" in told
+
+
+@pytest.mark.parametrize(
+    ("fp8", "wanted"), [("none", None), ("tensorwise", ("hybrid", "tensorwise")), ("blockwise", ("e4m3", "blockwise"))]
+)
+def test_fp8_keeps_no_state(fp8: Any, wanted: tuple[str, str] | None) -> None:
+    """Delayed scaling, megatron-core's default, keeps one that Transformer Engine does not load."""
+    config = RECIPES["llama3_2_1b_align"]()
+    found = transformer_config(replace(config, train=replace(config.train, fp8=fp8)), detect(False))
+    assert (found.fp8 and (found.fp8, found.fp8_recipe)) == wanted
+    assert not found.fp8_param
+    assert not found.fp8_dot_product_attention
+
+
+def test_a_stored_run_with_delayed_scaling_is_read_as_tensorwise() -> None:
+    config = RECIPES["llama3_2_1b_align"]()
+    old = to_json(replace(config, train=replace(config.train, fp8="hybrid")))  # type: ignore[arg-type]
+    assert from_json(old) == replace(config, train=replace(config.train, fp8="tensorwise"))
+
+
+def answers_in(config: Config) -> tuple[Any, ...]:
+    """What an Answerer makes of a run's settings, and an answer of its."""
+    from himix_megatron import parallel
+    from himix_megatron.generate import Answerer, Prompt
+    from himix_megatron.model.himix import bare
+
+    topology = parallel.start(config.parallel, seed=1)
+    answerer = Answerer(config, detect(), topology)
+    (answer,) = answerer.answer([Prompt(np.arange(5), ())], (), 2)
+    parallel.shutdown()
+    return answerer.config.train.fp8, bare(answerer.stages[0]).config.fp8, len(answer)
+
+
+def test_runs_in_fp8_answer_in_bf16(mixed_dataset: Path, tmp_path: Path) -> None:
+    """One row is too few for FP8, and a machine without it can answer."""
+    config = small_config(mixed_dataset, tmp_path, parts=("vision_kv",), precision="bf16")
+    config = replace(config, train=replace(config.train, fp8="tensorwise"))
+    assert run_ranks(answers_in, 1, config, start_gloo=False) == [("none", None, 2)]
 
 
 def test_texts_are_padded_to_what_their_products_need() -> None:
@@ -31,11 +108,15 @@ def test_texts_are_padded_to_what_their_products_need() -> None:
 
     assert multiple("none", tensor=2) == 1
     assert multiple("none", tensor=2, sequence=True) == 2
-    assert multiple("hybrid", tensor=2, sequence=True) == 32
+    assert multiple("tensorwise", tensor=2) == multiple("blockwise", tensor=2) == 16
+    assert multiple("tensorwise", tensor=2, sequence=True) == 32
+    assert multiple("blockwise", tensor=2, sequence=True) == 256
 
 
-@pytest.mark.parametrize(("overlap", "wanted"), [("auto", torch.cuda.is_available()), ("on", True), ("off", False)])
-def test_communication_overlaps_the_passes_where_there_is_a_gpu(overlap: str, wanted: bool) -> None:
+@pytest.mark.parametrize(("overlap", "always"), [("auto", None), ("on", True), ("off", False)])
+def test_communication_overlaps_the_passes_where_there_is_a_gpu(overlap: str, always: bool | None) -> None:
+    wanted = torch.cuda.is_available() if always is None else always
+
     def settings(distributed: bool) -> Config:
         config = RECIPES["llama3_2_1b_align"]()
         return replace(config, parallel=replace(config.parallel, overlap=overlap, distributed_optimizer=distributed))

@@ -114,7 +114,11 @@ def test_another_models_tokenizer_is_broken() -> None:
     assert Finding.code([finding]) == 1
 
 
-def test_the_namesake_of_apex_is_named_and_flash_attention_that_does_not_load(tmp_path: Path) -> None:
+def test_fused_kernels_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    """The namesake of Apex; flash attention that does not load; Transformer Engine without what it needs."""
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine" / "__init__.py").write_text("")
+    (tmp_path / "transformer_engine" / "pytorch.py").write_text("import no_such_dependency\n")
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("raise RuntimeError('Pyramid')\n")
     (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c10')\n")
@@ -123,6 +127,7 @@ def test_the_namesake_of_apex_is_named_and_flash_attention_that_does_not_load(tm
     shown = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
     assert re.search(r"^apex broken .*it is not NVIDIA Apex .*pip uninstall apex", shown, re.MULTILINE), shown
     assert re.search(r"^flash attention broken .*undefined symbol", shown, re.MULTILINE), shown
+    assert re.search(r"^transformer engine broken .*it needs no_such_dependency, which is not installed", shown, re.MULTILINE)
 
 
 def test_packages_that_are_absent_or_of_another_version_are_named() -> None:

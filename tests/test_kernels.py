@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 REPORT = """
@@ -25,6 +27,7 @@ from megatron.core.optimizer import clip_grads
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer import transformer_block
 print(json.dumps(dict(
+    te=found.transformer_engine, mcore_has_te="transformer_engine.pytorch" in sys.modules,
     adam=found.fused_adam, fusion=found.accumulation_fusion, reasons=found.reasons(),
     mcore_adam=optimizer.Adam.__module__, mcore_is_torch=optimizer.USING_PYTORCH_OPTIMIZER,
     mcore_norm=clip_grads.l2_norm_impl.__module__, mcore_fusion=layers._grad_accum_fusion_available,
@@ -116,3 +119,43 @@ def test_an_extension_without_the_function_or_that_does_not_load_is_not_used(tmp
     assert found["adam"] == "torch"
     assert "module amp_C does not load: undefined symbol" in found["reasons"][0]
     assert found["mcore_is_torch"], "megatron-core took an optimizer whose extension does not load"
+
+
+ENGINE = {
+    "transformer_engine/__init__.py": "try:\n    from . import pytorch\nexcept ImportError:\n    pass",
+    "transformer_engine/part.py": "",
+}
+"""The real one also leaves an ImportError of its PyTorch part to whoever asks for that."""
+BROKEN_ENGINES = {
+    "raise AssertionError('versions: 2.20 and 2.19')": "AssertionError: versions: 2.20 and 2.19",
+    "raise RuntimeError('cuDNN 9.12 or newer\\nis wanted')": "RuntimeError: cuDNN 9.12 or newer is wanted",
+    "import ctypes; ctypes.CDLL('libnowhere.so')": "libnowhere.so: cannot open shared object file",
+    "import transformer_engine.part, no_such_dependency.part": "it needs no_such_dependency, which is not installed",
+}
+
+
+@pytest.mark.parametrize(
+    ("error", "has_gpu"), [*((error, True) for error in BROKEN_ENGINES), (next(iter(BROKEN_ENGINES)), False)]
+)
+def test_a_transformer_engine_that_does_not_load_is_named_and_hidden(tmp_path: Path, error: str, has_gpu: bool) -> None:
+    """megatron-core would end with whatever it raises, though it is not asked for."""
+    found = report(tmp_path, {**ENGINE, "transformer_engine/pytorch.py": error}, has_gpu=has_gpu)
+    assert not found["te"]
+    assert not found["mcore_has_te"]
+    assert found["adam"] == "torch"
+    told = found["reasons"][2]
+    assert told.startswith("Transformer Engine cannot be used (module transformer_engine.pytorch does not load: ")
+    assert BROKEN_ENGINES[error] in told
+    if has_gpu:
+        assert BROKEN_ENGINES[error] in found["reasons"][0]
+
+
+def test_it_is_not_imported_before_megatron_core_is(tmp_path: Path) -> None:
+    """It takes seconds: a program that only prints its flags does not wait for it."""
+    for name, text in {**ENGINE, "transformer_engine/pytorch.py": ""}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    code = "import sys, himix_megatron, himix_megatron.config; print('transformer_engine' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "False"

@@ -49,7 +49,8 @@ class Arguments:
     gpus: int | None = None
     """How many."""
     gpu: str = "h100-80gb"
-    """Which: a100-40gb, a100-80gb, h100-80gb, h100-80gb-pcie, h200-141gb, b200-180gb; cpu is what --measure measured."""
+    """Which: a100-40gb, a100-80gb, h100-80gb, h100-80gb-pcie, h100-94gb-nvl, h200-141gb, b200-180gb; cpu is what --measure
+    measured."""
     machine_file: Path | None = None
     """Measured rates, which tools.gpu_check writes as DIR/machine.json, in place of --gpu's assumed ones."""
     interconnect: str | None = None

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 
 from ..agreement import Agreement
@@ -29,11 +29,6 @@ from .mapped import Scratch
 from .stages import TE_NAMES
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
-_STATEFUL = (
-    "self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.linear_vision_kv", "mlp.linear_fc1",
-    "mlp.linear_fc2",
-)  # fmt: skip
-"""megatron-core's linear layers, each of which stores an (empty) extra state and wants one when it loads."""
 
 
 def _place(name: str) -> tuple[str, int | None]:
@@ -81,7 +76,6 @@ def write_run(
         if number % 80 == 0:
             progress(f"arranging tensor {number + 1} of {len(layout(config.model))}")
         state |= _described(ours, [weights[name] for name, _ in parts], [heads for _, heads in parts], config.model, scratch)
-    state |= _extra_states(config.model)
     progress("writing the checkpoint")
     write(describe_state({"model0": state}, validate=True), writing, Agreement(config.checkpoint.timeout_seconds))
     # Nothing trained: a run that would continue in this folder is told to start a new one from it.
@@ -100,15 +94,6 @@ def _described(name: str, parts: list[Tensor], heads: list[int], model: ModelCon
     rows = sum(part.shape[0] for part in parts)
     fused = join(parts, heads, model, out=scratch.empty((rows, *parts[0].shape[1:]), parts[0].dtype))
     return {name: _sharded(name, fused, model)}
-
-
-def _extra_states(model: ModelConfig) -> dict[str, Any]:
-    keys = [f"decoder.layers.{name}._extra_state" for name in _STATEFUL]
-    return {
-        f"{key}.{layer}": ShardedObject(key, None, (model.num_layers,), (layer,))
-        for key in keys
-        for layer in range(model.num_layers)
-    }
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 `torch` runs anywhere; `te` is Transformer Engine: norms fused into the linear layers, fused attention. The vision norm and
 projection are the same in both: the norm's statistics are shared by all layers, which no fused layer offers. Parameters carry
-the same names in a checkpoint under both. Continuing a run on the other backend has still to be tried on a GPU: the modules of
-Transformer Engine keep an extra state beside their parameters, which a checkpoint written under torch does not hold.
+the same names in a checkpoint under both, and the extra states that some modules keep beside them are not stored
+(checkpoint.py): a run may be continued on the other backend.
 """
 
 from __future__ import annotations

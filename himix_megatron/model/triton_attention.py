@@ -74,7 +74,8 @@ class _Mixture(torch.autograd.Function):
         delta, num_rows = torch.empty_like(lse), lse[0].numel()
         num_heads, width = grad.shape[2:]
         _row_sums[(triton.cdiv(num_rows, 16), num_heads)](mixed, grad, delta, num_rows, num_heads, D=width, M=16)
-        beside: tuple[Any, ...] = (*given, grad, lse, delta, ctx.layout, ctx.scale)
+        query, key, value, vision_kv = given
+        beside = (query, key, value, vision_kv, grad, lse, delta, ctx.layout, ctx.scale)
         of_key, of_value, of_vision = backward_of_keys(*beside, _tile(OF_KEYS, grad))
         of_query = backward_of_queries(*beside, _tile(OF_QUERIES, grad)) if any(ctx.needs_input_grad[:3]) else None
         return of_query, of_key, of_value, of_vision, None, None

@@ -108,7 +108,7 @@ def test_language_weights_go_back_bit_for_bit(pairs: dict[str, tuple[Path, Path]
 
 
 def test_files_on_disk_are_those_of_a_saved_model(tmp_path: Path, tower: Path) -> None:
-    """Keys, shapes, dtypes, parts, and megatron-core's extra states: a run's own checkpoint of the same model has the same."""
+    """Keys, shapes, dtypes, parts: a run's own checkpoint of the same model has the same."""
     language = make_language(tmp_path / "language", **LANGUAGE["qwen2, untied, two shards"])
     convert.hf_to_himix(convert.HfToHimix(language=language, vision=tower, out=tmp_path / "run"))
     converted = find_checkpoint(str(tmp_path / "run"))

@@ -25,7 +25,7 @@ SETTINGS = {
     "--train.micro-batch-samples 0": "train.micro_batch_samples is 0",
     "--train.global-batch-samples -8": "train.global_batch_samples is -8",
     "--train.parts language language": "train.parts is ['language', 'language']: name each part to train once",
-    "--train.fp8 hybrid": "train.fp8 is hybrid, which keeps everything else in bf16",
+    "--train.fp8 tensorwise": "train.fp8 is tensorwise, which keeps everything else in bf16",
     "--optimizer.learning-rate nan": "optimizer.learning_rate is nan",
     "--optimizer.learning-rate 0": "optimizer.learning_rate is 0",
     "--optimizer.min-learning-rate 1": "optimizer.min_learning_rate (1.0) is above optimizer.learning_rate",

@@ -218,6 +218,7 @@ def test_cuda_names_are_known() -> None:
     names = {
         "NVIDIA H100 80GB HBM3": "h100-80gb",
         "NVIDIA H100 PCIe": "h100-80gb-pcie",
+        "NVIDIA H100 NVL": "h100-94gb-nvl",
         "NVIDIA A100-SXM4-40GB": "a100-40gb",
         "NVIDIA A100-SXM4-80GB": "a100-80gb",
         "NVIDIA H200": "h200-141gb",
