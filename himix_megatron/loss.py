@@ -22,9 +22,9 @@ from torch.utils.checkpoint import checkpoint
 
 CHUNK_LOGITS = 2**26
 """Most logits of a rank that exist at once where the head runs in chunks: 256 MiB in fp32."""
-MAX_LOGITS = 2**30
+MAX_LOGITS = 2**31
 """Most logits of a rank that are kept for the backward pass where the cross-entropy needs nothing beside them and writes its
-gradient over them: 2 GiB in bf16. Above, chunks of a quarter of this."""
+gradient over them: 4 GiB in bf16. Above, chunks of an eighth of this."""
 
 
 def chunk_tokens(num_tokens: int, num_logits: int, *, keeps: bool) -> int:
@@ -34,7 +34,7 @@ def chunk_tokens(num_tokens: int, num_logits: int, *, keeps: bool) -> int:
     """
     if keeps and num_tokens * num_logits <= MAX_LOGITS:
         return max(1, num_tokens)
-    return max(1, (MAX_LOGITS // 4 if keeps else CHUNK_LOGITS) // num_logits)
+    return max(1, (MAX_LOGITS // 8 if keeps else CHUNK_LOGITS) // num_logits)
 
 
 def token_losses(

@@ -16,7 +16,7 @@ from himix_megatron.flops import chunk_layers
 GIB = 2**30
 VOCAB_MULTIPLE = 128
 """As in adapter.py, which takes torch."""
-HEAD_CHUNK_LOGITS = 2**26
+HEAD_CHUNK_LOGITS, HEAD_MAX_LOGITS = 2**26, 2**31
 """As in loss.py, which takes torch."""
 FIXED_BYTES = 2.5 * GIB
 """CUDA context, NCCL's buffers and cuBLAS's workspaces: an allowance, not measured here."""
@@ -71,6 +71,8 @@ class MicroBatch:
     vision_tokens: float
     rows: float = 1.0
     """Of text; a pack is one."""
+    labelled_tokens: float | None = None
+    """Text tokens with a label; None: all."""
 
 
 def padded_vocab(config: Config) -> int:
@@ -172,8 +174,14 @@ def rank_memory(
     again = layer if train.recompute == "full" else 0.0
     logits = 0.0
     if stage == parallel.pipeline - 1:
-        chunk = min(HEAD_CHUNK_LOGITS, micro_batch.text_tokens * padded_vocab(config) / parallel.tensor)
-        logits = 12 * chunk + 3 * size * text
+        rows = padded_vocab(config) / parallel.tensor
+        tokens = micro_batch.text_tokens if micro_batch.labelled_tokens is None else micro_batch.labelled_tokens
+        if on_gpu and config.model.attention != "torch":
+            # Transformer Engine's loss: all logits once, and the weight's gradient beside them.
+            chunk = tokens * rows if tokens * rows <= HEAD_MAX_LOGITS else HEAD_MAX_LOGITS / 8
+            logits = size * (chunk + ("language" in train.parts) * rows * config.model.hidden_size + 3 * text)
+        else:
+            logits = 12 * min(HEAD_CHUNK_LOGITS, tokens * rows) + 3 * size * text
     features = 2 * images_per_step * vision.tokens_per_image * vision.hidden_size * size
     if not config.data.features:
         share = images_per_step / (parallel.tensor * parallel.pipeline)

@@ -1,9 +1,9 @@
 """Forward and backward of a micro-batch as one CUDA graph: the host starts one thing instead of two thousand kernels.
 
 Flows in: micro-batches of packed text, padded to a few sizes; out: their loss and what is reported of it, the gradients added
-up in the parameters' `main_grad`. A decoder of narrow layers is bound by the host: Qwen2-0.5B's 24 layers take it twice as long
-as they take an H100 at 8,192 text tokens (docs/log.md). A graph is recorded when a size comes for the second time, so that the first
-micro-batch has everything compiled and chosen; all graphs share one pool of memory, since one runs at a time.
+up in the parameters' `main_grad`. A decoder of narrow layers is bound by the host: Qwen2-0.5B's 24 layers take it twice as
+long as they take an H100 at 8,192 text tokens (docs/log.md). A graph is recorded when a size comes for the second time, so that
+the first micro-batch has everything compiled and chosen; all graphs share one pool of memory, since one runs at a time.
 
 Everything that differs between two micro-batches of one size is in tensors: what text and vision lengths decide is in the
 Layout's, which labels count in `labelled`. Nothing in the step may therefore depend on a number that the host reads.
@@ -72,14 +72,15 @@ class MicroBatchGraphs:
         assert given.packed_lengths is not None
         assert given.labels is not None
         assert given.labelled is not None
-        missing = self.num_text - given.text_ids.shape[1]
+        num_text = max(self.num_text, _up(given.text_ids.shape[1], TEXT_MULTIPLE))
+        missing = num_text - given.text_ids.shape[1]
         num_images, tokens, _ = given.images.shape
         extra_images = _up(max(1, num_images), IMAGE_MULTIPLE) - num_images
         vision_lengths = [count * tokens for count in given.images_per_sample]
         text_ids = F.pad(given.text_ids, (0, missing))
         labelled = given.labelled
         extra_labels = _up(max(1, len(labelled)), LABEL_MULTIPLE) - len(labelled)
-        num_padding = -(-(self.num_text - sum(given.packed_lengths)) // self.max_text)
+        num_padding = -(-(num_text - sum(given.packed_lengths)) // self.max_text)
         sizes = Sizes(
             num_samples=_up(len(vision_lengths) + num_padding, SAMPLE_MULTIPLE),
             num_vision=(num_images + extra_images) * tokens,
@@ -94,7 +95,7 @@ class MicroBatchGraphs:
             blank=F.pad(given.blank, (0, extra_images)),
             labels=F.pad(given.labels, (0, missing), value=-100),
             # The last token of a row has nothing to predict, so no label.
-            labelled=F.pad(labelled, (0, extra_labels), value=self.num_text - 1),
+            labelled=F.pad(labelled, (0, extra_labels), value=num_text - 1),
             token_sources=None if given.token_sources is None else F.pad(given.token_sources, (0, missing)),
             layout=lay_out(text_ids, given.packed_lengths, vision_lengths, rotary, sizes),
         )

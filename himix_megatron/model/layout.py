@@ -65,8 +65,8 @@ class Layout(PackedSeqParams):  # type: ignore[misc]
     num_keys: int = 0
     """Rows of all keys."""
     samples: Tensor | None = None
-    """int32[4, n]: of each sample, padding included, where its text begins in [S * B, ...], its length, where its vision begins,
-    its length. In a row a sample's tokens follow each other; in [S, B] they lie B apart."""
+    """int32[4, n]: of each sample, padding included, where its text begins in [S * B, ...], its length, where its vision
+    begins, its length. In a row a sample's tokens follow each other; in [S, B] they lie B apart."""
     max_vision: int = 0
     """Vision tokens of a sample at most."""
     pads_vision: bool = False

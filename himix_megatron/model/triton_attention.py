@@ -61,7 +61,8 @@ def triton_attention(query: Tensor, key: Tensor, value: Tensor, vision_kv: Tenso
 class _Mixture(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, vision_kv: Tensor, layout: Layout, scale: float) -> Tensor:
-        given = (query.contiguous(), key, value, vision_kv.contiguous())
+        # The values are a part of what the projection gives, all of which they would keep.
+        given = (query.contiguous(), key.contiguous(), value.contiguous(), vision_kv.contiguous())
         mixed, lse = forward(*given, layout, scale, _tile(FORWARD, query))
         ctx.layout, ctx.scale = layout, scale
         ctx.save_for_backward(*given, mixed, lse)

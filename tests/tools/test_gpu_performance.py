@@ -113,7 +113,7 @@ def test_what_a_model_holds_fits_an_80_gb_gpu() -> None:
                 continue  # not compared with concatenation
             for packs in (beside, inside):
                 images = 729 * len(packs.text_lengths[0]) if packs.images == "beside" else 0
-                assert images <= 729 * 128
+                assert images <= 729 * 320
                 own = dataclasses.replace(packs, tokens_per_image=729 if images else 0)
                 assert performance.expected_memory(config, own, optimizer=False).total < 75 * GIB
 

@@ -20,8 +20,10 @@ from typing import Any, Literal
 import torch
 
 from himix_megatron import parallel
+from himix_megatron.adapter import attention_core
 from himix_megatron.config import Config
 from himix_megatron.flops import tower_flops
+from himix_megatron.kernels import detect
 from himix_megatron.memory import FIXED_BYTES, FRAGMENTS, GIB, MicroBatch, RankMemory, rank_memory
 from pipelines.recipes import RECIPES
 from tools.bench_training import WANTED_MFU, Decoder, Packs, device_name, packed, tower_step
@@ -50,8 +52,10 @@ class Model:
     """Of a step."""
     concatenated_samples: int = 26
     """Of a pack with the images inside the text: what fits into 80 GB."""
-    caption_samples: int = 128
-    """Of a pack of captions."""
+    chat_samples: int = 80
+    """Of a pack of chats beside it: about as many tokens go through the decoder."""
+    caption_samples: int = 320
+    """Of a pack of captions beside it."""
     optimizer: bool = False
     """Whether the optimizer's step is measured too."""
 
@@ -61,8 +65,8 @@ MODELS = {
     for model in (
         Model(name="qwen2_0_5b", optimizer=True),
         Model(name="llama3_2_1b", optimizer=True),
-        Model(name="llama3_2_3b", concatenated_samples=12, caption_samples=64),
-        Model(name="vicuna_7b", text_tokens=4096, samples=13),
+        Model(name="llama3_2_3b", concatenated_samples=12, chat_samples=40, caption_samples=128, packs=3),
+        Model(name="vicuna_7b", text_tokens=4096, samples=13, packs=3),
         Model(name="tinyllama_1_1b"),
     )
 }
@@ -121,7 +125,9 @@ def configuration(model: Model, context: Context, spec: Spec, fp8: str = "none")
         ),
     )  # fmt: skip
     text_tokens, samples, packs = sizes(model, context)
-    return packed(config, text_tokens=text_tokens, images=samples, packs=packs)
+    config = packed(config, text_tokens=text_tokens, images=samples, packs=packs)
+    graphs_run = torch.cuda.is_available() and fp8 == "none"
+    return replace(config, train=replace(config.train, cuda_graphs="on" if graphs_run else "off"))
 
 
 def sizes(model: Model, context: Context) -> tuple[int, int, int]:
@@ -208,7 +214,11 @@ def allocated() -> int:
 def expected_memory(config: Config, packs: Packs, *, optimizer: bool) -> RankMemory:
     """What himix_megatron.memory says of the model as measured: features as given, and an optimizer only where there is one."""
     images = [len(pack) for pack in packs.text_lengths]
-    largest = MicroBatch(text_tokens=packs.row_tokens, vision_tokens=max(images) * packs.tokens_per_image)
+    largest = MicroBatch(
+        text_tokens=packs.row_tokens,
+        vision_tokens=max(images) * packs.tokens_per_image,
+        labelled_tokens=packs.work().head_tokens / len(images),
+    )
     found = rank_memory(config, 0, data_size=1, micro_batch=largest, images_per_step=0)
     size = 2 if config.train.precision == "bf16" else 4
     given = size * sum(images) * packs.tokens_per_image * config.vision.hidden_size
@@ -273,10 +283,10 @@ def concatenation(model: Model, context: Context) -> Iterator[Line]:
 
 def pairs(model: Model, context: Context, tokens_per_image: int) -> Iterator[tuple[str, Packs, Packs]]:
     """Chats and captions: HiMix's packs, and concatenated ones of samples like theirs, as many as fit."""
-    text_tokens, samples, _ = sizes(model, context)
-    caption_tokens, captions = (CAPTION_TOKENS, model.caption_samples) if not context.tiny else (8, 3)
-    for mean, count in ((text_tokens // samples, samples), (caption_tokens, captions)):
-        inside = min(count, model.concatenated_samples)
+    chats, captions = (model.chat_samples, model.caption_samples) if not context.tiny else (3, 3)
+    for mean, count in ((314, chats), (CAPTION_TOKENS, captions)) if not context.tiny else ((32, chats), (8, captions)):
+        # As many tokens go through the decoder on both sides, or as many as the head's share of memory allows.
+        inside = min(count, model.concatenated_samples * (314 + tokens_per_image) // (mean + tokens_per_image))
         yield (
             str(mean),
             Packs.of(mean * count, count, 1, tokens_per_image),
@@ -364,7 +374,7 @@ def machine(context: Context) -> Iterator[Line]:
             heads = rates.Heads(config.model.num_attention_heads, config.model.num_query_groups, config.model.channels_per_head)
             found = rates.attention_seconds(heads, packs, device, dtype)
             rows = {core: rates.attention_row(heads, packs, seconds) for core, seconds in found.items()}
-            attention[rows.get("te") or rows["torch"]] = None
+            attention[rows[attention_core(config, detect())]] = None
             yield from attention_lines(model.name, packs, found, rows)
             free()
     if not context.tiny:
@@ -441,7 +451,7 @@ def host(context: Context) -> Iterator[Line]:
 
 
 def host_seconds(spec: Spec, context: Context) -> float:
-    """Of a layer, forward and backward: what more layers add to a step in which there is next to nothing to compute."""
+    """Of a layer, forward and backward, kernel by kernel: what more layers add to a step with next to nothing to compute."""
     if spec not in SESSION.host:
         few, many = (1, 2) if context.tiny else (2, 8)
         taken = [small_step_seconds(spec, layers, context) for layers in (few, many)]
@@ -452,7 +462,11 @@ def host_seconds(spec: Spec, context: Context) -> float:
 def small_step_seconds(spec: Spec, layers: int, context: Context) -> float:
     """By the clock, of 26 samples of 16 text and 32 vision tokens."""
     config = configuration(MODELS["qwen2_0_5b"], context, spec)
-    config = replace(config, model=replace(config.model, num_layers=layers, vocab_size=128))
+    config = replace(
+        config,
+        model=replace(config.model, num_layers=layers, vocab_size=128),
+        train=replace(config.train, cuda_graphs="off"),
+    )
     with built(config) as own:
         step, taken = own.step_on(Packs.of(26 * 16, 26, 1, 32)), []
         for _ in range(2 if context.tiny else 12):

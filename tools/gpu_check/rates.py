@@ -6,7 +6,6 @@ Nothing here runs a model. Shapes are those of the recipes' decoders; each produ
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import statistics
@@ -14,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -112,66 +112,41 @@ class Heads:
     width: int
 
 
-Core = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
-"""Queries, keys, values (one after the other), ends of texts and keys, the longest of both; to what is mixed."""
+def cores(heads: Heads, device: torch.device) -> dict[str, torch.nn.Module]:
+    """The decoder's attention kernels that can be run here (`model.attention_core`); on a CPU there is one."""
+    from himix_megatron.adapter import TRITON_HEAD_DIMS
+    from himix_megatron.kernels import detect
+    from himix_megatron.model.spec import CORES
 
-
-def cores(heads: Heads, device: torch.device) -> dict[str, Core]:
-    """What can be run here: Transformer Engine's attention, torch's variable-length flash attention; on a CPU a loop."""
-    if device.type == "cpu":
-        return {"torch": _one_by_one}
-    found: dict[str, Core] = {}
-    try:
-        from transformer_engine.pytorch import DotProductAttention
-    except (ImportError, OSError, RuntimeError, AssertionError):  # whatever keeps Transformer Engine from loading
-        pass
-    else:
-        core = DotProductAttention(
-            heads.query, heads.width, heads.groups, attention_dropout=0.0, qkv_format="thd", attention_type="cross",
-            attn_mask_type="padding_causal_bottom_right",
-        ).to(device)  # fmt: skip
-        found["te"] = lambda q, k, v, texts, keys, longest, longest_keys: core(
-            q, k, v, cu_seqlens_q=texts, cu_seqlens_kv=keys, max_seqlen_q=longest, max_seqlen_kv=longest_keys
-        )
-    from himix_megatron.model.attention_backends import has_variable_length
-
-    if has_variable_length():
-        import inspect
-
-        from torch.nn.attention.varlen import varlen_attn
-
-        grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-        found["torch"] = lambda q, k, v, texts, keys, longest, longest_keys: varlen_attn(
-            q, k, v, texts, keys, longest, longest_keys, window_size=(-1, 0), **grouped
-        ).flatten(1)
-    return found
-
-
-def _one_by_one(q: Tensor, k: Tensor, v: Tensor, texts: Tensor, keys: Tensor, longest: int, longest_keys: int) -> Tensor:
-    mixed = []
-    for (a, b), (c, d) in zip(itertools.pairwise(texts.tolist()), itertools.pairwise(keys.tolist()), strict=True):
-        mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))
-        parts = (x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d]))
-        own = torch.nn.functional.scaled_dot_product_attention(*parts, attn_mask=mask, enable_gqa=True)
-        mixed.append(own[0].transpose(0, 1).flatten(1))
-    return torch.cat(mixed)
+    kernels = detect()
+    usable = {
+        "te": kernels.transformer_engine and device.type == "cuda",
+        "flash": True,
+        "triton": kernels.triton and device.type == "cuda" and heads.width in TRITON_HEAD_DIMS,
+    }
+    sizes = SimpleNamespace(
+        num_attention_heads=heads.query, num_query_groups=heads.groups, kv_channels=heads.width, tensor_model_parallel_size=1
+    )
+    return {name: CORES[name](sizes, layer_number=1).to(device) for name, runs in usable.items() if runs}
 
 
 def attention_seconds(heads: Heads, packs: Packs, device: torch.device, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
-    """Seconds forward and backward over the first pack, by core."""
+    """Seconds forward and backward over the first pack, by core; putting keys together counts where a core wants it."""
+    from himix_megatron.model.layout import lay_out
+
     texts = packs.text_lengths[0]
-    keys = [length + packs.tokens_per_image for length in texts]
-    ends = [torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device) for lengths in (texts, keys)]
-    query = torch.randn(sum(texts), heads.query, heads.width, device=device, dtype=dtype, requires_grad=True)
-    key, value = (
-        torch.randn(sum(keys), heads.groups, heads.width, device=device, dtype=dtype, requires_grad=True) for _ in range(2)
-    )
-    grad = torch.randn(sum(texts), heads.query * heads.width, device=device, dtype=dtype)
+    visions = [packs.tokens_per_image] * len(texts)
+    ids = torch.zeros(1, sum(texts), dtype=torch.long, device=device)
+    layout = lay_out(ids, texts, visions, lambda length: torch.zeros(length, 1, 1, heads.width, device=device))
+    shapes = [(sum(texts), 1, number, heads.width) for number in (heads.query, heads.groups, heads.groups)]
+    shapes.append((sum(visions), heads.groups, 2, heads.width))
+    given = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes]
+    grad = torch.randn(sum(texts), 1, heads.query * heads.width, device=device, dtype=dtype)
     found = {}
     for name, core in cores(heads, device).items():
-        run = [lambda core=core: core(query, key, value, *ends, max(texts), max(keys))] * 4
+        run = [lambda core=core: core(*given, layout)] * 4
         forward = queued_seconds(run)
-        both = queued_seconds([lambda one=one: torch.autograd.grad(one(), (query, key, value), grad) for one in run])
+        both = queued_seconds([lambda one=one: torch.autograd.grad(one(), given, grad) for one in run])
         found[name] = (forward, max(both - forward, 1e-9))
     return found
 

@@ -138,8 +138,10 @@ def layer_pass(machine: Machine, layout: Layout, job: Job, *, first: bool = Fals
     mixing = _attention(machine, job, ranks)
     elements = 10 * text * hidden / sequence + text * (6 * (query + key_value) + 3 * inner) / ranks
     passing = size * elements / machine.passing
-    # Keys and values of vision and text are put together for each sample, and their gradients taken apart.
-    joined = size * 4 * (text + work.vision_tokens) * key_value / ranks / machine.passing if work.vision_tokens else 0.0
+    # Keys and values of vision and text are put together for each sample, and their gradients taken apart; measured attention
+    # has that in it.
+    joins = work.vision_tokens and not machine.attention
+    joined = size * 4 * (text + work.vision_tokens) * key_value / ranks / machine.passing if joins else 0.0
     forward = _started(machine, forward + mixing.forward + passing + joined)
     again = {"none": 0.0, "selective": mixing.forward, "full": forward}[layout.recompute]
     backward = _started(machine, backward + mixing.backward + 2 * passing + joined) + again
