@@ -13,6 +13,7 @@ Shapes: K images, N tokens of one, M = K * N, V width, D = V / heads.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Norm = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
@@ -30,8 +32,9 @@ def run_layers(hidden_KNV: Tensor, layers: Iterable[Any]) -> Tensor:
     hidden_MV = hidden_KNV.reshape(-1, hidden_KNV.shape[-1])
     norm = _compiled_norm() if hidden_MV.is_cuda else add_and_normalise
     left_out_V = torch.zeros(hidden_MV.shape[1], dtype=torch.float32, device=hidden_MV.device)
-    for layer in layers:
-        left_out_V = run_layer(hidden_MV, left_out_V, layer, len(hidden_KNV), norm)
+    with _attention_kernels(hidden_MV):
+        for layer in layers:
+            left_out_V = run_layer(hidden_MV, left_out_V, layer, len(hidden_KNV), norm)
     return (hidden_MV + left_out_V).to(hidden_MV.dtype).view_as(hidden_KNV)
 
 
@@ -64,6 +67,14 @@ def add_and_normalise(hidden_MV: Tensor, left_out_V: Tensor, weight_V: Tensor, b
     """LayerNorm of the residual stream with the biases that it lacks, computed in float32."""
     normed = F.layer_norm(hidden_MV.float() + left_out_V, left_out_V.shape, weight_V.float(), bias_V.float(), eps)
     return normed.to(hidden_MV.dtype)
+
+
+def _attention_kernels(hidden: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """cuDNN's before torch's flash attention: 0.58 against 0.83 ms for 64 images of 729 tokens, 16 heads of 72 (H100)."""
+    if not hidden.is_cuda:
+        return contextlib.nullcontext()
+    backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(backends, set_priority=True)
 
 
 @cache

@@ -57,6 +57,7 @@ from tools.gpu_check.runner import Check, Context  # noqa: E402
 from tools.measure import Line  # noqa: E402
 
 Spec = Literal["te", "torch"]
+Core = Literal["te", "torch", "triton"]
 Precision = Literal["fp32", "bf16"]
 
 MOST_TEXT = 90
@@ -110,10 +111,12 @@ def dtype_of(precision: Precision) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def usable(context: Context, spec: Spec) -> Iterator[Line]:
-    """Without a GPU nothing of Transformer Engine can run; with one it has to."""
+def usable(context: Context, spec: Core) -> Iterator[Line]:
+    """Without a GPU nothing of Transformer Engine or Triton can run; with one it has to."""
     if spec == "te" and not context.tiny:
         yield Line("Transformer Engine can be used", detect().transformer_engine, 1)
+    if spec == "triton" and not context.tiny:
+        yield Line("Triton can be used", detect().triton, 1)
 
 
 def config_of(heads: Heads, spec: Spec, precision: Precision, fp8: str = "none", *, bias: bool = False) -> Config:
@@ -159,11 +162,13 @@ def fused_attention_only(precision: Precision) -> Iterator[None]:
 # ---- attention cores -----------------------------------------------------------------------------------------------
 
 
-def core_of(spec: Spec, heads: Heads, precision: Precision, device: torch.device) -> Any:
+def core_of(spec: Core, heads: Heads, precision: Precision, device: torch.device) -> Any:
     """An attention core as the layer specs build it."""
-    config = transformer_config(config_of(heads, spec, precision), kernels())
+    config = transformer_config(config_of(heads, "te" if spec == "te" else "torch", precision), kernels())
     if spec == "torch":
         return attention_backends.TorchMixtureAttention(config)
+    if spec == "triton":
+        return attention_backends.TritonMixtureAttention(config)
     return attention_backends.TransformerEngineMixtureAttention(config, layer_number=1).to(device)
 
 
@@ -192,10 +197,10 @@ def given(inputs: list[Tensor], dtype: torch.dtype, device: torch.device) -> lis
 NAMES = ("values", "gradient of the query", "gradient of the key", "gradient of the value", "gradient of the vision")
 
 
-def core(context: Context, spec: Spec, precision: Precision) -> Iterator[Line]:
+def core(context: Context, spec: Core, precision: Precision) -> Iterator[Line]:
     """Values and all gradients of training's attention."""
     yield from usable(context, spec)
-    if spec == "te" and context.tiny:
+    if spec != "torch" and context.tiny:
         return
     device, worst = device_of(context), Worst()
     if spec == "torch" and precision == "bf16" and not context.tiny:
@@ -526,8 +531,10 @@ def gpu_tests(context: Context) -> Iterator[Line]:
         raise failure
 
 
-def _specs(check: str, seconds: float, run: Any) -> Iterable[Check]:
-    """A check of both specs in both precisions."""
+def _specs(check: str, seconds: float, run: Any, *more: str) -> Iterable[Check]:
+    """A check of both specs in both precisions; of `more` in bf16."""
+    for spec in more:
+        yield Check(f"{check}-{spec}-bf16", "correctness", seconds, functools.partial(run, spec=spec, precision="bf16"))
     for spec in ("te", "torch"):
         for precision in ("bf16", "fp32"):
             name = f"{check}-{spec}-{precision}"
@@ -536,7 +543,7 @@ def _specs(check: str, seconds: float, run: Any) -> Iterable[Check]:
 
 CHECKS: tuple[Check, ...] = (
     Check("gpu-tests", "correctness", 60, gpu_tests, beside=True),
-    *_specs("core", 8, core),
+    *_specs("core", 8, core, "triton"),
     *_specs("continued", 4, continued),
     *_specs("layer", 8, layer),
     Check("layer-fp8", "correctness", 5, fp8_layer),
