@@ -67,8 +67,8 @@ class ModelConfig:
     """Backend of the whole layer: Transformer Engine, plain torch, or te where it is installed and a GPU is present."""
     attention_core: Literal["auto", "te", "flash", "triton"] = "auto"
     """Kernels of the attention itself, in training on a GPU in 16 bits: Transformer Engine's (cuDNN), torch's flash attention,
-    or this project's in Triton, which read the vision where it lies; auto: triton for head widths that it has, else te, else
-    flash."""
+    or this project's in Triton, which read the vision where it lies; auto: the one that was measured to be fastest for the
+    head's width (docs/results.md)."""
     text_only: Literal["zero_image", "none"] = "none"
     """A sample without an image attends to the features of an all-zero image (as the authors' code does), or to none."""
 
