@@ -100,7 +100,7 @@ class _BeforeMegatron:
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         """Called for each module that is imported for the first time."""
         if name == "megatron.core":
-            sys.meta_path.remove(self)
+            sys.meta_path = [finder for finder in sys.meta_path if finder is not self]  # the list is being gone through
             _hide_unusable_transformer_engine()
 
 

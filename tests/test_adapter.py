@@ -174,12 +174,18 @@ def test_cuda_graphs_are_refused_where_they_cannot_be_recorded() -> None:
     train = replace(recipe.train, global_batch_samples=None, global_batch_packs=4, cuda_graphs="on")
     config = replace(recipe, data=data, train=train)
     with pytest.raises(ValueError, match=r"there is no GPU here: use --train\.cuda-graphs off"):
-        check_graphs(config)
+        check_graphs(config, WITH_TE)
     with patch("torch.cuda.is_available", return_value=True):
-        check_graphs(config)
+        check_graphs(config, WITH_TE)
         assert not overlaps(config)
         with pytest.raises(ValueError, match=r"use --train\.precision bf16"):
-            check_graphs(replace(config, train=replace(train, precision="fp32")))
+            check_graphs(replace(config, train=replace(train, precision="fp32")), WITH_TE)
+        own = replace(config, model=replace(config.model, attention="torch"))
+        with (
+            patch("himix_megatron.model.attention_backends.has_variable_length", return_value=False),
+            pytest.raises(ValueError, match=r"use torch 2\.11 or later"),
+        ):
+            check_graphs(own, WITH_TE)
     for section, changes in (
         ("parallel", {"tensor": 2}),
         ("parallel", {"pipeline": 2}),

@@ -47,11 +47,6 @@ OF_QUERIES = {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2)}
 """By head width, for each kernel. The first two of width 64 are the fastest of nine on an H200; the others are untuned."""
 
 
-def supports(head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether the kernels take heads of this width and numbers of this kind."""
-    return head_dim in FORWARD and dtype in (torch.bfloat16, torch.float16)
-
-
 def triton_attention(query: Tensor, key: Tensor, value: Tensor, vision_kv: Tensor, layout: Layout, scale: float) -> Tensor:
     """float[S, B, Q, D], from text float[S, B, heads, D] and vision float[T, G, 2, D]."""
     mixed: Tensor = _Mixture.apply(query, key, value, vision_kv, layout, scale)  # type: ignore[no-untyped-call]
