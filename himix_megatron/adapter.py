@@ -74,7 +74,7 @@ def check_graphs(config: Config, kernels: Kernels) -> None:
 
     if attention_core(config, kernels) == "flash" and not has_variable_length():
         raise ValueError(
-            f"train.cuda_graphs is on, but attention by torch {torch.__version__} goes sample by sample: use torch 2.11 or later"
+            f"train.cuda_graphs is on, but torch {torch.__version__} attends sample by sample: use torch 2.11 or later"
         )
 
 
