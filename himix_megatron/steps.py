@@ -168,7 +168,7 @@ def count(
         totals[4] = len(batch.bad_keys)
         totals[5] = batch.num_cut
     torch.distributed.all_reduce(totals)
-    loss, answer_tokens, text_tokens, images, bad, cut, not_finite, norm, *apart = totals.tolist()
+    loss, answer_tokens, text_tokens, images, bad, cut, not_finite, whole_norm, *apart = totals.tolist()
     counts = StepCounts(
         loss=loss / answer_tokens if answer_tokens else math.nan,
         answer_tokens=int(answer_tokens),
@@ -179,7 +179,7 @@ def count(
         cut_samples=int(cut),
         sources=tuple(zip(apart[::2], apart[1::2], strict=True)),
     )
-    return counts, not_finite == 0 and (not answer_tokens or math.isfinite(loss)), norm
+    return counts, not_finite == 0 and (not answer_tokens or math.isfinite(loss)), whole_norm
 
 
 def text_tokens_read(batch: StepBatch) -> int:

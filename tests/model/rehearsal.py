@@ -13,7 +13,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -161,7 +160,6 @@ class Rehearsal(TorchDispatchMode):
     def synchronise(self, *_: Any) -> None:
         """Stands for `torch.cuda.synchronize`."""
         self.note("torch.cuda.synchronize")
-
 
     def leave(self) -> None:
         """After a step that ended with an error: leave its groups."""
