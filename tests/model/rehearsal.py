@@ -203,8 +203,8 @@ def moved(module: torch.nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], r
 
 
 @contextmanager
-def rehearsing() -> Iterator[Rehearsal]:
-    """This process has a GPU, or so it seems."""
+def rehearsing(*, transformer_engine: bool = False) -> Iterator[Rehearsal]:
+    """This process has a GPU, or so it seems; and Transformer Engine's layers, where a stand-in for them is installed."""
     from himix_megatron import kernels, parallel
 
     device = fake_gpu()
@@ -224,8 +224,9 @@ def rehearsing() -> Iterator[Rehearsal]:
             mode.gloo.add(group.group_name)
         return group
 
-    without = kernels.Kernels(
-        transformer_engine=False, transformer_engine_reason="rehearsal", fused_adam="torch", fused_adam_reason="rehearsal",
+    usable = kernels.Kernels(
+        transformer_engine=transformer_engine, transformer_engine_reason="rehearsal",
+        fused_adam="torch", fused_adam_reason="rehearsal",
         accumulation_fusion=False, accumulation_fusion_reason="rehearsal",
     )  # fmt: skip
     with ExitStack() as stack:
@@ -234,7 +235,7 @@ def rehearsing() -> Iterator[Rehearsal]:
             (torch.cuda, "is_current_stream_capturing", lambda: False),
             (parallel, "_device", lambda launch: device),
             (parallel, "_join", join),
-            (kernels, "detect", lambda *_: without),
+            (kernels, "detect", lambda *_: usable),
             (dist, "new_group", new_group),
             (dist.distributed_c10d, "new_group", new_group),
             (dist.ProcessGroup, "_has_hooks", lambda self: False),  # it would warn of each group

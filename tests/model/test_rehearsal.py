@@ -7,7 +7,10 @@ micro-batches, and in megatron-core's where `MEGATRON` says so.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import subprocess
+import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -190,3 +193,33 @@ def test_mistakes_are_found_with_their_places() -> None:
         "Expected all tensors to be on the same device" in found["not moved"] or "two different devices" in found["not moved"]
     )
     assert "aten.nonzero.default at himix_megatron/loss.py" in found["finds labels"]
+
+
+# ---- Transformer Engine's layers -----------------------------------------------------------------------------------
+
+
+def test_transformer_engines_layers_are_called_as_recorded() -> None:
+    root, environment = Path(__file__).parents[2], {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.model.te_stand_in"]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    passes = NUM_LAYERS * NUM_MICRO_BATCHES * 2  # of two steps
+    for case, waits, calls in json.loads(done.stdout.splitlines()[-1]):
+        assert places([Wait(*wait) for wait in waits]) == accepted(), f"{case}: {waits}"
+        forward = {name: number for name, number in calls.items() if not name.endswith("__init__")}
+        assert forward == {
+            "LayerNormLinear.forward": 2 * passes,  # queries, keys and values; gate and up
+            "attention.rope.apply_rotary_pos_emb": 2 * passes,
+            "DotProductAttention.forward": passes,
+            "Linear.forward": 2 * passes,
+            "ops.SwiGLU.forward": passes,
+            "RMSNorm.forward": passes // NUM_LAYERS,
+            "cross_entropy.parallel_cross_entropy": passes // NUM_LAYERS,
+        }, case
+
+
+def test_a_call_that_does_not_fit_the_record_is_an_error() -> None:
+    from tests.model.te_stand_in import Linear
+
+    with pytest.raises(TypeError, match=r"pytorch\.Linear\.__init__.*got an unexpected keyword argument 'width'"):
+        Linear(in_features=1, out_features=1, width=1)
