@@ -2,7 +2,7 @@
 
 megatron-core asks for CUDA by name in about a dozen ways. `activate_if_needed` redirects each of them to its CPU
 counterpart; it does nothing on a machine that has an accelerator, and nothing in the rest of the project knows about it.
-Call it before the first import of `megatron.core`.
+Call it before the first import of `megatron.core`. `activate` redirects to any device: a rehearsal's, which only keeps shapes.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from typing import Any
 import torch
 import torch.utils._device
 
-_CPU = torch.device("cpu")
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like", "ones_like", "as_tensor")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """glibc's names for what mallopt(3) sets."""
 _is_active = False
+_device = torch.device("cpu")
+"""Where CUDA requests go."""
 
 
 def activate_if_needed() -> bool:
@@ -29,16 +30,23 @@ def activate_if_needed() -> bool:
 
     Returns: whether the redirections are in force.
     """
-    global _is_active
-    if torch.cuda.is_available() or _is_active:
-        return _is_active
+    if not torch.cuda.is_available() and not _is_active:
+        activate(_device)
+    return _is_active
+
+
+def activate(device: torch.device) -> None:
+    """Redirect megatron-core's CUDA requests to this device, from now on; where they go elsewhere already, too."""
+    global _is_active, _device
+    _device = device
+    if _is_active:
+        return
     _is_active = True
     _redirect_devices()
     _redirect_runtime()
     _redirect_random_state()
     _redirect_weight_gradients()
     keep_freed_memory()
-    return True
 
 
 def _redirect_devices() -> None:
@@ -46,10 +54,10 @@ def _redirect_devices() -> None:
     # `with torch.device("meta")` knows the factories by identity and lists them at first use: list the true ones now.
     torch.utils._device._device_constructors()
     for name in _FACTORIES:
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
-    stay: Callable[..., Any] = lambda self, *_, **__: self  # noqa: E731
-    torch.Tensor.cuda = stay  # type: ignore[method-assign]
-    torch.nn.Module.cuda = stay  # type: ignore[method-assign]
+        setattr(torch, name, _elsewhere(getattr(torch, name)))
+    go: Callable[..., Any] = lambda self, *_, **__: self if _device.type == "cpu" else self.to(_device)  # noqa: E731
+    torch.Tensor.cuda = go  # type: ignore[method-assign]
+    torch.nn.Module.cuda = go  # type: ignore[method-assign]
 
     # The optimizers sort parameters by the string of their type and know only 'torch.cuda.FloatTensor' and its kin.
     # Only megatron-core gets this answer: other callers are told the truth.
@@ -59,18 +67,18 @@ def _redirect_devices() -> None:
     def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         answer = plain_type(self, *args, **kwargs)
         if isinstance(answer, str) and _caller_is_megatron():
-            return answer.replace("torch.", "torch.cuda.", 1)
+            return answer.replace("torch." if _device.type == "cpu" else f"torch.{_device.type}.", "torch.cuda.", 1)
         return answer
 
     torch.Tensor.type = type_name  # type: ignore[method-assign, assignment]
 
 
-def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+def _elsewhere(factory: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(factory)
     def create(*args: Any, **kwargs: Any) -> Any:
         device = kwargs.get("device")
         if device is not None and str(device).startswith("cuda"):
-            kwargs["device"] = _CPU
+            kwargs["device"] = _device
         return factory(*args, **kwargs)
 
     return create
@@ -105,7 +113,7 @@ def _redirect_runtime() -> None:
     """Current device, synchronisation, streams: asked for around every communication."""
     cuda: Any = torch.cuda
     # Used as a device throughout; the true answer would be an index, and asking raises without a driver.
-    cuda.current_device = lambda: _CPU
+    cuda.current_device = lambda: _device
     for name in ("synchronize", "empty_cache", "set_device"):
         setattr(cuda, name, lambda *_, **__: None)
     for name in ("Stream", "Event"):

@@ -163,7 +163,10 @@ def settle(kernels: Kernels) -> None:
     from megatron.core.optimizer import clip_grads, distrib_optimizer
     from megatron.core.optimizer import optimizer as mixed_precision
 
-    if kernels.fused_adam != "torch" or optimizer.USING_PYTORCH_OPTIMIZER:
+    if kernels.fused_adam != "torch":
+        return
+    clip_grads.l2_norm_impl = _norm_of_all
+    if optimizer.USING_PYTORCH_OPTIMIZER:
         return
     optimizer.Adam, optimizer.SGD, optimizer.USING_PYTORCH_OPTIMIZER = torch.optim.AdamW, torch.optim.SGD, True
     distrib_optimizer.Adam, distrib_optimizer.HAVE_APEX_OR_TE = torch.optim.Adam, False
@@ -171,8 +174,14 @@ def settle(kernels: Kernels) -> None:
     for module in (clip_grads, mixed_precision):
         module.multi_tensor_applier = utils.local_multi_tensor_applier
         module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
-    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
     clip_grads.multi_tensor_scale_tensor_impl = None  # from 0.17 on; None is what it is without Transformer Engine
+
+
+def _norm_of_all(_: int, __: Any, tensor_lists: list[list[Any]], *___: Any) -> tuple[Any, None]:
+    """megatron-core's own, used without fused kernels, reads the norm of each gradient back to the host."""
+    import torch
+
+    return torch.stack([torch.norm(tensor) for tensor in tensor_lists[0]]).norm()[None].float(), None
 
 
 def _adam(has_gpu: bool) -> tuple[Literal["te", "apex", "torch"], str]:

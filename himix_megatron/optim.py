@@ -11,6 +11,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 
 from .adapter import optimizer_config
 from .config import Config
@@ -29,18 +30,20 @@ def apply_settings(config: Config, optimizer: Any) -> None:
         group["betas"], group["eps"] = (settings.beta1, settings.beta2), settings.eps
 
 
-def gradient_norm(optimizer: Any) -> float:
-    """Make the gradients ready for an update. Returns: their global norm, before clipping; all ranks call it.
+def gradient_norm(optimizer: Any) -> Tensor | float:
+    """Make the gradients ready for an update. Returns: their global norm, before clipping; all ranks call it. With fused
+    kernels newer versions of mcore leave it on the device, for which nobody has waited then.
 
     With `update` it does what mcore's `optimizer.step` does, which without a gradient scaler takes any gradient: here somebody
     can look at the norm in between.
     """
     optimizer.prepare_grads()
-    return float(optimizer.get_grad_norm())
+    norm: Tensor | float = optimizer.get_grad_norm()
+    return norm
 
 
 def update(optimizer: Any, norm: float, clip_norm: float) -> None:
-    """Clip the gradients to `clip_norm` (0: not), and take the optimizer's step. `norm`: as `gradient_norm` gave it."""
+    """Clip the gradients to `clip_norm` (0: not), and take the optimizer's step. `norm`: what `gradient_norm` gave."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         parameters = [] if part.is_stub_optimizer else part.get_parameters()
         if clip_norm > 0 and parameters:

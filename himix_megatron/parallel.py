@@ -74,6 +74,10 @@ class Topology:
     """Group of all ranks of this model replica."""
     encoding: Any
     """The same ranks once more: in it the next step's features are gathered while this step uses the other groups."""
+    control: Any
+    """Group of all ranks, for what hosts know: on gloo, so that no host waits for its device."""
+    replica_control: Any
+    """The same of this model replica."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -187,10 +191,13 @@ def _topology(config: ParallelConfig, launch: Launch, device: torch.device) -> T
 
     tensor, pipeline = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_pipeline_model_parallel_group()
     data, replica = parallel_state.get_data_parallel_group(), parallel_state.get_model_parallel_group()
-    encoding, _ = dist.new_subgroups_by_enumeration(
-        _replicas(config, launch.world_size), timeout=timedelta(seconds=config.timeout_seconds + GRACE_SECONDS)
-    )
+    replicas, timeout = _replicas(config, launch.world_size), timedelta(seconds=config.timeout_seconds + GRACE_SECONDS)
+    encoding, _ = dist.new_subgroups_by_enumeration(replicas, timeout=timeout)
     assert dist.get_process_group_ranks(encoding) == dist.get_process_group_ranks(replica)
+    control, replica_control = dist.group.WORLD, encoding
+    if device.type != "cpu":
+        control = dist.new_group(backend="gloo", timeout=timeout)
+        replica_control, _ = dist.new_subgroups_by_enumeration(replicas, backend="gloo", timeout=timeout)
     return Topology(
         rank=launch.rank,
         world_size=launch.world_size,
@@ -208,6 +215,8 @@ def _topology(config: ParallelConfig, launch: Launch, device: torch.device) -> T
         data=data,
         replica=replica,
         encoding=encoding,
+        control=control,
+        replica_control=replica_control,
     )
 
 

@@ -75,4 +75,4 @@ def stage_inputs(batch: StepBatch, images: Tensor, device: torch.device) -> list
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor there; to a GPU by a copy that the host does not wait for."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type != "cpu" else tensor.to(device)

@@ -50,7 +50,7 @@ def _read(batches: Iterable[StepBatch], device: torch.device) -> Iterator[StepBa
         faults.reach("data/wait")
         if (batch := next(source, None)) is None:
             return
-        yield pinned(batch) if device.type == "cuda" else batch
+        yield pinned(batch) if device.type != "cpu" else batch
 
 
 def together(run: Run, batches: Iterable[StepBatch], request: StopRequest) -> Iterator[tuple[StepBatch, Tensor]]:
@@ -61,8 +61,8 @@ def together(run: Run, batches: Iterable[StepBatch], request: StopRequest) -> It
     """
 
     def go_on() -> bool:
-        asked = torch.tensor(float(request.asked), device=run.topology.device)
-        torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
+        asked = torch.tensor(float(request.asked))
+        torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX, group=run.topology.control)
         if asked.item():
             request.note("another rank was asked")
             request.is_agreed = True
@@ -74,7 +74,8 @@ def together(run: Run, batches: Iterable[StepBatch], request: StopRequest) -> It
 def train_step(
     config: Config, run: Run, batch: StepBatch, images: Tensor, judge: Callable[[float, bool], Verdict]
 ) -> tuple[StepCounts, float, Verdict]:
-    """One optimizer step, unless `judge(loss, finite)`, which is the same on every rank, says otherwise.
+    """One optimizer step, unless `judge(loss, finite)`, which is the same on every rank, says otherwise. The host waits for
+    the device once, in `count`; megatron-core may wait for it too.
 
     Returns: what it processed over all ranks, the gradient's global norm before clipping, and the verdict.
     """
@@ -83,9 +84,9 @@ def train_step(
     run.optimizer.zero_grad()
     reported = run_schedule(run, batch, images, forward_only=False)
     faults.spoil("step/gradient", *(buffer.grad_data for stage in run.stages for buffer in stage.buffers))
-    norm = gradient_norm(run.optimizer)
+    own_norm, own_finite = gradient_norm(run.optimizer), has_finite_gradients(run)
     progress.at("step/collective")
-    counts, finite = count(config, run.topology, batch, reported, finite=has_finite_gradients(run, norm))
+    counts, finite, norm = count(config, run.topology, batch, reported, finite=own_finite, norm=own_norm)
     verdict = judge(counts.loss, finite)
     if verdict.action == "update":
         progress.at("step/optimizer")
@@ -93,15 +94,17 @@ def train_step(
     return counts, norm, verdict
 
 
-def has_finite_gradients(run: Run, norm: float) -> bool:
-    """Whether all gradients that this rank holds are finite, those that its norm leaves to another rank too."""
+def has_finite_gradients(run: Run) -> Tensor:
+    """bool[], on the device: whether all gradients that this rank holds are finite, those too that its norm leaves to another
+    rank."""
     largest = [
         torch.linalg.vector_norm(buffer.grad_data, ord=math.inf)
         for stage in run.stages
         for buffer in stage.buffers + stage.expert_parallel_buffers
         if buffer.grad_data.numel()
     ]
-    return math.isfinite(norm) and (not largest or bool(torch.stack(largest).isfinite().all()))
+    device = run.topology.device
+    return torch.stack(largest).isfinite().all() if largest else torch.ones((), dtype=torch.bool, device=device)
 
 
 def run_schedule(run: Run, batch: StepBatch, images: Tensor, *, forward_only: bool) -> list[Tensor]:
@@ -118,16 +121,16 @@ def agree_on_bad(batch: StepBatch, topology: Topology) -> StepBatch:
     if topology.replica_size == 1:
         return batch
     num_samples = sum(len(m.keys) for m in batch.micro_batches)
-    marks = torch.zeros(len(batch.blank) + num_samples, dtype=torch.uint8, device=topology.device)
+    marks = torch.zeros(len(batch.blank) + num_samples, dtype=torch.uint8)
     marks[: len(batch.blank)] = batch.blank
     marks[[len(batch.blank) + sample for sample in batch.bad_samples]] = 1
-    torch.distributed.all_reduce(marks, op=torch.distributed.ReduceOp.MAX, group=topology.encoding)
-    marks = marks.cpu()
+    torch.distributed.all_reduce(marks, op=torch.distributed.ReduceOp.MAX, group=topology.replica_control)
     bad = marks[len(batch.blank) :].nonzero().flatten().tolist()
     keys = [key for m in batch.micro_batches for key in m.keys]
+    blank = marks[: len(batch.blank)].bool()
     agreed = replace(
         batch,
-        blank=marks[: len(batch.blank)].bool(),
+        blank=blank if topology.device.type == "cpu" else blank.pin_memory(),
         bad_samples=tuple(bad),
         bad_keys=tuple(keys[sample] for sample in bad),
     )
@@ -135,27 +138,37 @@ def agree_on_bad(batch: StepBatch, topology: Topology) -> StepBatch:
 
 
 def count(
-    config: Config, topology: Topology, batch: StepBatch, reported: list[Tensor], *, finite: bool = True
-) -> tuple[StepCounts, bool]:
+    config: Config,
+    topology: Topology,
+    batch: StepBatch,
+    reported: list[Tensor],
+    *,
+    finite: Tensor | bool = True,
+    norm: Tensor | float = 0.0,
+) -> tuple[StepCounts, bool, float]:
     """Add the step up over all ranks: the loss from the last stages, the counts once from each replica.
 
-    Returns: the counts, and whether the loss is finite and all ranks find their gradients `finite`; one collective for both.
+    Returns: the counts; whether the loss and the norm are finite and all ranks find their gradients `finite`; and the first
+    rank's norm. One collective, and one wait for the device, for all of it.
     """
     if batch.bad_keys:
         logger.warning("could not read %s: no loss from them", ", ".join(batch.bad_keys))
     num_sources = batch.num_sources if batch.num_sources > 1 else 0
-    totals = torch.zeros(7 + 2 * num_sources, dtype=torch.float64, device=topology.device)
+    totals = torch.zeros(8 + 2 * num_sources, dtype=torch.float64, device=topology.device)
+    totals[7] = norm
+    totals[6] = ~(totals[7].isfinite() & finite)
+    if topology.rank > 0:
+        totals[7] = 0.0
     if topology.is_last_stage and topology.tensor_rank == 0:
         found = torch.stack(reported).sum(0)
-        totals[:2], totals[7:] = found[:2], found[2:]
+        totals[:2], totals[8:] = found[:2], found[2:]
     if topology.replica_rank == 0:
         totals[2] = text_tokens_read(batch)
         totals[3] = images_seen(batch)
         totals[4] = len(batch.bad_keys)
         totals[5] = batch.num_cut
-    totals[6] = not finite
     torch.distributed.all_reduce(totals)
-    loss, answer_tokens, text_tokens, images, bad, cut, not_finite, *apart = totals.tolist()
+    loss, answer_tokens, text_tokens, images, bad, cut, not_finite, whole_norm, *apart = totals.tolist()
     counts = StepCounts(
         loss=loss / answer_tokens if answer_tokens else math.nan,
         answer_tokens=int(answer_tokens),
@@ -166,7 +179,7 @@ def count(
         cut_samples=int(cut),
         sources=tuple(zip(apart[::2], apart[1::2], strict=True)),
     )
-    return counts, not_finite == 0 and (not answer_tokens or math.isfinite(loss))
+    return counts, not_finite == 0 and (not answer_tokens or math.isfinite(loss)), whole_norm
 
 
 def text_tokens_read(batch: StepBatch) -> int:

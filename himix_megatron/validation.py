@@ -44,7 +44,7 @@ class Validation:
         for batch, images in together(self.run, batches, self.supervision.request):
             progress.at("validation/step")
             reported = run_schedule(self.run, batch, images, forward_only=True)
-            counts, _ = count(self.config, self.run.topology, batch, reported)
+            counts, _, _ = count(self.config, self.run.topology, batch, reported)
             if counts.answer_tokens:
                 total, tokens = total + counts.loss * counts.answer_tokens, tokens + counts.answer_tokens
         return total / tokens if tokens and not self.supervision.request.is_agreed else None

@@ -104,7 +104,7 @@ def test_apex_is_not_used_without_a_cuda_device(tmp_path: Path) -> None:
     assert found["adam"] == "torch"
     assert found["mcore_is_torch"]
     assert found["mcore_adam"].startswith("torch.optim")
-    assert found["mcore_norm"] == "megatron.core.utils"
+    assert found["mcore_norm"] == "himix_megatron.kernels"
     assert found["reasons"][0] == "no CUDA device: using torch AdamW"
     assert found["reasons"][1].startswith("no CUDA device, where BLAS adds in place: gradient accumulation is fused")
 

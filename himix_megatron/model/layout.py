@@ -217,6 +217,6 @@ def _tensors(
 def _to(device: torch.device, arrays: list[np.ndarray[Any, Any]]) -> list[Tensor]:
     """int64 tensors on the device, by one copy that the host does not wait for."""
     joined = torch.from_numpy(np.concatenate(arrays).astype(np.int64))
-    if device.type == "cuda":
+    if device.type != "cpu":
         joined = joined.pin_memory().to(device, non_blocking=True)
     return list(torch.split(joined, [len(array) for array in arrays]))

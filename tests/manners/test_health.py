@@ -116,8 +116,8 @@ def spiking(config: Config, die_at: int | None = None) -> tuple[int, list[str]]:
     count = steps.count
 
     def count_with_spike(config: Config, topology: Any, batch: Any, *arguments: Any, **options: Any) -> Any:
-        counts, finite = count(config, topology, batch, *arguments, **options)
-        return (replace(counts, loss=100 * counts.loss) if batch.after.samples == 64 else counts), finite
+        counts, *others = count(config, topology, batch, *arguments, **options)
+        return (replace(counts, loss=100 * counts.loss) if batch.after.samples == 64 else counts), *others
 
     def reach(point: str) -> None:
         journal = config.run_dir / "journal.jsonl"

@@ -225,7 +225,7 @@ def _tower_gradients(config: Config) -> tuple[float, dict[str, torch.Tensor]]:
     for stage in run.stages:
         stage.zero_grad_buffer()
     reported = steps.run_schedule(run, batch, images, forward_only=False)
-    counts, _ = steps.count(config, topology, batch, reported)
+    counts, *_ = steps.count(config, topology, batch, reported)
     gradients = {name: p.main_grad.clone() for name, p in bare(run.stages[0]).tower.named_parameters()}
     return counts.loss, gradients
 
