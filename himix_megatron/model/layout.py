@@ -89,7 +89,9 @@ class Layout(PackedSeqParams):  # type: ignore[misc]
 
     def unflat(self, flat_TX: Tensor, num_text: int) -> Tensor:
         """The opposite: [S, B, X]."""
-        return flat_TX.unsqueeze(1) if self.packed else flat_TX.view(-1, num_text, flat_TX.shape[1]).transpose(0, 1).contiguous()
+        if self.packed:
+            return flat_TX.unsqueeze(1)
+        return flat_TX.view(-1, num_text, flat_TX.shape[1]).transpose(0, 1).contiguous()
 
     def join(self, vision_kv_TG2D: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> tuple[Tensor, Tensor]:
         """All keys, and all values, each float[num_keys, G, D]: by sample, its vision first, then its text."""
