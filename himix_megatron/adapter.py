@@ -5,6 +5,7 @@ Flows in: Config and what kernels are usable here; out: mcore's TransformerConfi
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any, Literal
 
@@ -61,12 +62,20 @@ def attention_core(config: Config, kernels: Kernels) -> Literal["te", "flash", "
     return core
 
 
-def check_graphs(config: Config) -> None:
+def check_graphs(config: Config, kernels: Kernels) -> None:
     """Raises: ValueError if `train.cuda_graphs` is asked for and cannot run here."""
-    if config.train.cuda_graphs == "on" and not torch.cuda.is_available():
+    if config.train.cuda_graphs == "off":
+        return
+    if not torch.cuda.is_available():
         raise ValueError("train.cuda_graphs is on, but there is no GPU here: use --train.cuda-graphs off")
-    if config.train.cuda_graphs == "on" and config.train.precision != "bf16":
+    if config.train.precision != "bf16":
         raise ValueError("train.cuda_graphs is on, but attention in fp32 goes sample by sample: use --train.precision bf16")
+    from .model.attention_backends import has_variable_length
+
+    if attention_core(config, kernels) == "flash" and not has_variable_length():
+        raise ValueError(
+            f"train.cuda_graphs is on, but torch {torch.__version__} attends sample by sample: use torch 2.11 or later"
+        )
 
 
 def check_fp8(config: Config, kernels: Kernels) -> None:
@@ -111,7 +120,14 @@ def _check_fp8_widths(config: Config) -> None:
 
 def has_fused_loss(kernels: Kernels) -> bool:
     """Whether the cross-entropy is Transformer Engine's: a kernel of its own, whatever the layers are made of."""
-    return kernels.transformer_engine and torch.cuda.is_available()
+    if not (kernels.transformer_engine and torch.cuda.is_available()):
+        return False
+    from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
+
+    try:
+        return "overwrite_input" in inspect.signature(parallel_cross_entropy).parameters  # not in earlier versions
+    except (TypeError, ValueError):
+        return False
 
 
 def text_multiple(config: Config) -> int:

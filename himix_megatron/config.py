@@ -334,7 +334,8 @@ class TrainConfig:
     """Activation recomputation: core attention only, or whole layers."""
     cuda_graphs: Literal["off", "on"] = "off"
     """Run forward and backward of each packed micro-batch as one CUDA graph, recorded once for each of a few sizes: for narrow
-    decoders, which keep the host busier than the GPU. Needs a GPU, packing, one rank for each replica, and a frozen tower."""
+    decoders, which keep the host busier than the GPU. Needs a GPU, packing, one rank for each replica, a frozen tower, and
+    memory for the activations of two micro-batches."""
     seed: int = 1234
     """Of the fresh weights and of the data order."""
 

@@ -100,7 +100,7 @@ class _BeforeMegatron:
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         """Called for each module that is imported for the first time."""
         if name == "megatron.core":
-            sys.meta_path.remove(self)
+            sys.meta_path = [finder for finder in sys.meta_path if finder is not self]  # the list is being gone through
             _hide_unusable_transformer_engine()
 
 
@@ -132,12 +132,29 @@ def detect(has_gpu: bool | None = None) -> Kernels:
     return Kernels(
         transformer_engine=layers is None,
         triton=_fault("triton", "jit") is None,
-        transformer_engine_reason=f"Transformer Engine cannot be used ({layers})" if layers else "Transformer Engine found",
+        transformer_engine_reason=f"Transformer Engine cannot be used ({layers})" if layers else _found(has_gpu),
         fused_adam=adam,
         fused_adam_reason=adam_reason,
         accumulation_fusion=fusion is None,
         accumulation_fusion_reason=fusion or fused_by,
     )
+
+
+def _found(has_gpu: bool) -> str:
+    """That Transformer Engine is here, and whether it uses another cuDNN than torch: it would fall back without a word."""
+    import torch
+
+    if has_gpu:
+        # Not on the page that describes its interface: a version without it is believed.
+        with contextlib.suppress(ImportError, RuntimeError):
+            from transformer_engine.pytorch.utils import get_cudnn_version
+
+            number = torch.backends.cudnn.version() or 0  # type: ignore[no-untyped-call]
+            theirs, ours = tuple(get_cudnn_version()), (number // 10_000, number % 10_000 // 100, number % 100)
+            if theirs != ours:
+                own, other = (".".join(map(str, version)) for version in (ours, theirs))
+                return f"Transformer Engine found, but with cuDNN {other} beside torch's {own}: its attention may run unfused"
+    return "Transformer Engine found"
 
 
 def settle(kernels: Kernels) -> None:

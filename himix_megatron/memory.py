@@ -171,17 +171,20 @@ def rank_memory(
     kept = layer if train.recompute != "full" else text / (parallel.tensor if parallel.sequence else 1)
     normalised = micro_batch.vision_tokens * vision.hidden_size
     under_way = chunks_under_way(config, stage, num_micro_batches) * (layers * kept + normalised)
+    if train.cuda_graphs == "on":
+        under_way *= 2  # the graphs' pool, and beside it micro-batches of a size that is not recorded yet
     again = layer if train.recompute == "full" else 0.0
     logits = 0.0
     if stage == parallel.pipeline - 1:
         rows = padded_vocab(config) / parallel.tensor
         tokens = micro_batch.text_tokens if micro_batch.labelled_tokens is None else micro_batch.labelled_tokens
-        if on_gpu and config.model.attention != "torch":
-            # Transformer Engine's loss: all logits once, and the weight's gradient beside them.
+        logits = 12 * min(HEAD_CHUNK_LOGITS, tokens * rows)
+        if on_gpu:
+            # With Transformer Engine's loss, whatever the layers are: all logits once, and the weight's gradient beside them.
             chunk = tokens * rows if tokens * rows <= HEAD_MAX_LOGITS else HEAD_MAX_LOGITS / 8
-            logits = size * (chunk + ("language" in train.parts) * rows * config.model.hidden_size + 3 * text)
-        else:
-            logits = 12 * min(HEAD_CHUNK_LOGITS, tokens * rows) + 3 * size * text
+            kept = size * (chunk + ("language" in train.parts) * rows * config.model.hidden_size)
+            logits = kept if config.model.attention != "torch" else max(logits, kept)
+        logits += 3 * size * text
     features = 2 * images_per_step * vision.tokens_per_image * vision.hidden_size * size
     if not config.data.features:
         share = images_per_step / (parallel.tensor * parallel.pipeline)

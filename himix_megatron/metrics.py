@@ -136,6 +136,7 @@ class Metrics:
         """Forget the time since the last step (saving, validation): it belongs to no step."""
         self._last = time.perf_counter()
         self.run.passes.take()
+        self.run.ahead.take_waited_seconds()
 
     def data_ready(self, batch: StepBatch) -> None:
         """The step's batch has arrived."""

@@ -54,6 +54,7 @@ class MicroBatchGraphs:
         self._recorded: dict[Any, _Recorded] = {}
         self._seen: set[Any] = set()
         self._pool: Any = None
+        self._inputs: dict[Any, Tensor] = {}
 
     def run(self, given: StageInput, loss_of: Callable[[StageInput, Tensor], Report]) -> Report:
         """One micro-batch, forward and backward. `loss_of`: from an input and its per-token losses."""
@@ -106,16 +107,19 @@ class MicroBatchGraphs:
         return report[0].detach(), *report[1:]
 
     def _record(self, given: StageInput, loss_of: Callable[[StageInput, Tensor], Report]) -> _Recorded:
-        own = _with_tensors(given, [tensor.clone() for tensor in _tensors(given)])
-        for module in self._stage.modules():
-            # Transformer Engine would overwrite gradient sums in a step's first micro-batch, and the graph serves all of them.
-            if hasattr(module, "is_first_microbatch"):
-                module.is_first_microbatch = False
+        own = _with_tensors(given, [self._kept(number, tensor) for number, tensor in enumerate(_tensors(given))])
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stage.graph_stream, capture_error_mode="thread_local"):
             report = self._step(own, loss_of)
         self._pool = self._pool or graph.pool()
         return _Recorded(graph, own, report)
+
+    def _kept(self, number: int, like: Tensor) -> Tensor:
+        """A tensor for graphs to read: one for all of them whose inputs have the same shape here, since one runs at a time."""
+        key = (number, like.shape, like.dtype)
+        if key not in self._inputs:
+            self._inputs[key] = torch.zeros_like(like)
+        return self._inputs[key]
 
     @staticmethod
     def _replay(recorded: _Recorded, given: StageInput) -> Report:

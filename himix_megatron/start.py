@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from . import attempt, faults
-from .adapter import attention_backend, check_fp8, check_graphs
+from .adapter import attention_core, check_fp8, check_graphs
 from .agreement import Agreement
 from .checkpoint import Checkpoints, Position, check_architecture, position_of, tower_hash
 from .config import Config, DataConfig, differences, from_json, to_json
@@ -71,9 +71,9 @@ def prepare(config: Config, data_size: int) -> Start:
     if stop.is_file() and not config.run.resume_after_stop:
         raise ValueError(f"{stop} says: {stop.read_text().strip()} (to go on all the same: --run.resume-after-stop)")
     kernels = detect()
-    attention_backend(config.model, kernels)
+    attention_core(config, kernels)
     check_fp8(config, kernels)
-    check_graphs(config)
+    check_graphs(config, kernels)
     check_text(config)
     plan = make_stream(config, data_size) if config.data.stream else make_plan(config, config.data)
     held_out = None

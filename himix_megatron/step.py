@@ -67,6 +67,7 @@ def _run(
             progress.at("step/forward")
         if graphs is not None:
             loss = graphs.run(given, lambda own, losses: report(own)(losses))
+            progress.at("step/backward")
             # Its backward pass is done: what the schedule goes back through is this number alone.
             return loss[0].requires_grad_(), lambda total: (total, *loss[1:])
         output = given.through(stage)

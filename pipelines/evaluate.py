@@ -130,8 +130,11 @@ def load_config(run: Path, layout: ParallelConfig) -> Config:
     if not path.is_file():
         raise ValueError(f"{run} is no run folder: it has no config.json")
     config = from_json(path.read_text())
-    # What trains must be named; the Answerer freezes everything, and a frozen tower is encoded once per image.
-    return dataclasses.replace(config, parallel=layout, train=dataclasses.replace(config.train, parts=("vision_kv",)))
+    # What trains must be named; the Answerer freezes everything, and a frozen tower is encoded once per image. How training ran
+    # its kernels changes no answer, and may not be possible here.
+    train = dataclasses.replace(config.train, parts=("vision_kv",), cuda_graphs="off")
+    model = dataclasses.replace(config.model, attention_core="auto")
+    return dataclasses.replace(config, parallel=layout, model=model, train=train)
 
 
 def trained(arguments: Arguments) -> tuple[Config, Path, int]:

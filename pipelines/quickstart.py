@@ -99,7 +99,8 @@ def plan(settings: Settings, flags: Sequence[str], num_gpus: int, has_ray: bool)
         if num_gpus and layout.tensor * layout.pipeline > num_gpus:
             raise ValueError(
                 f"--tensor ({layout.tensor}) x --parallel.pipeline ({layout.pipeline}) is more than the {num_gpus} GPU"
-                f"{'s' if num_gpus > 1 else ''} of this machine: use --tensor {min(2, num_gpus)}"
+                f"{'s' if num_gpus > 1 else ''} of this machine: use "
+                + (f"--tensor {min(2, num_gpus)}" if layout.pipeline == 1 else "--parallel.pipeline 1")
             )
     engine = settings.engine if settings.engine != "auto" else "ray" if has_ray else "local"
     return Job(settings.out, steps, tuple(words), layout.tensor, layout.pipeline, engine)

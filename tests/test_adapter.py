@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from himix_megatron.adapter import check_fp8, ddp_config, optimizer_config, text_multiple, transformer_config
+from himix_megatron.adapter import (
+    attention_core,
+    check_fp8,
+    check_graphs,
+    ddp_config,
+    optimizer_config,
+    overlaps,
+    text_multiple,
+    transformer_config,
+)
 from himix_megatron.config import Config, from_json, to_json
 from himix_megatron.kernels import detect
 from himix_megatron.start import prepare
@@ -133,3 +142,57 @@ def test_a_trainable_tower_cannot_be_summed_while_the_passes_run(mixed_dataset: 
     with pytest.raises(ValueError, match=r"parallel\.overlap is on, but the tower trains"):
         small_config(mixed_dataset, tmp_path, parts=("tower",), overlap="on")
     assert not ddp_config(small_config(mixed_dataset, tmp_path, parts=("tower",))).overlap_grad_reduce
+
+
+def core(head_dim: int, *, gpu: bool = True, kernels: Any = WITH_TE, precision: Any = "bf16", **model: Any) -> str:
+    """Which attention kernels such a model would be built with."""
+    recipe = RECIPES["llama3_2_1b_align"]()
+    config = replace(
+        recipe, model=replace(recipe.model, head_dim=head_dim, **model), train=replace(recipe.train, precision=precision)
+    )
+    with patch("torch.cuda.is_available", return_value=gpu):
+        return attention_core(config, kernels)
+
+
+def test_attention_kernels_are_chosen_by_what_is_here_and_by_the_head_width() -> None:
+    with_both, without_te = replace(WITH_TE, triton=True), replace(WITH_TE, transformer_engine=False, triton=True)
+    assert [core(dim, kernels=with_both) for dim in (64, 128, 96)] == ["triton", "te", "te"]
+    assert [core(dim, kernels=without_te) for dim in (64, 128, 96)] == ["triton", "triton", "flash"]
+    assert core(64, kernels=with_both, precision="fp32") == "te"
+    assert core(64, kernels=with_both, gpu=False) == "flash"
+    assert core(128, kernels=with_both, attention_core="triton") == "triton"
+    assert core(64, kernels=with_both, attention_core="flash") == "flash"
+    with pytest.raises(ValueError, match=r"attention_core is te, .*: use --model\.attention-core auto"):
+        core(64, kernels=without_te, attention_core="te")
+    with pytest.raises(ValueError, match=r"attention_core is triton, which needs .* a head width of 64 or 128: use"):
+        core(96, kernels=with_both, attention_core="triton")
+
+
+def test_cuda_graphs_are_refused_where_they_cannot_be_recorded() -> None:
+    recipe = RECIPES["qwen2_0_5b_instruct"]()
+    data = replace(recipe.data, pack_text_tokens=8192, pack_images=32)
+    train = replace(recipe.train, global_batch_samples=None, global_batch_packs=4, cuda_graphs="on")
+    config = replace(recipe, data=data, train=train)
+    with pytest.raises(ValueError, match=r"there is no GPU here: use --train\.cuda-graphs off"):
+        check_graphs(config, WITH_TE)
+    with patch("torch.cuda.is_available", return_value=True):
+        check_graphs(config, WITH_TE)
+        assert not overlaps(config)
+        with pytest.raises(ValueError, match=r"use --train\.precision bf16"):
+            check_graphs(replace(config, train=replace(train, precision="fp32")), WITH_TE)
+        own = replace(config, model=replace(config.model, attention="torch"))
+        with (
+            patch("himix_megatron.model.attention_backends.has_variable_length", return_value=False),
+            pytest.raises(ValueError, match=r"use torch 2\.11 or later"),
+        ):
+            check_graphs(own, WITH_TE)
+    for section, changes in (
+        ("parallel", {"tensor": 2}),
+        ("parallel", {"pipeline": 2}),
+        ("parallel", {"overlap": "on"}),
+        ("train", {"parts": ("vision_kv", "language", "tower")}),
+        ("train", {"recompute": "full"}),
+        ("train", {"fp8": "tensorwise"}),
+    ):
+        with pytest.raises(ValueError, match=r"train\.cuda_graphs is on, which .* does not allow: it needs "):
+            replace(config, **{section: replace(getattr(config, section), **changes)})

@@ -51,11 +51,12 @@ def help_of(module: str, first: str) -> str:
     out, argv = io.StringIO(), sys.argv
     needs_first = first in RECIPES or (module, first) in SUBCOMMANDS or module == "slurm.submit"
     sys.argv = [module, *([first] if needs_first else []), "--help"]
+    program = f"{module}.__main__" if (ROOT / module.replace(".", "/")).is_dir() else module
     columns = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "200"
     try:
         with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as left:
-            importlib.import_module(module).main()
+            importlib.import_module(program).main()
     finally:
         sys.argv = argv
         os.environ.pop("COLUMNS")

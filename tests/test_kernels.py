@@ -10,9 +10,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+
+from himix_megatron import kernels
 
 ROOT = Path(__file__).parents[1]
 
@@ -229,3 +232,17 @@ def test_torch_is_imported_before_transformer_engine(tmp_path: Path) -> None:
     )
     engine = {**ENGINE, "transformer_engine/pytorch.py": needs_torch + USABLE_ENGINE}
     assert loaded_cudnn(tmp_path, engine, CUDNN_HOME="/chosen")[3]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "said"), [((9, 19, 0), "found"), ((9, 14, 0), "found, but with cuDNN 9.14.0 beside torch's 9.19.0")]
+)
+def test_another_cudnn_than_torchs_is_said(theirs: tuple[int, int, int], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.backends.cudnn.version", lambda: 91900)
+    for name in ("transformer_engine", "transformer_engine.pytorch"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    utils = ModuleType("transformer_engine.pytorch.utils")
+    utils.get_cudnn_version = lambda: theirs  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, utils.__name__, utils)
+    assert kernels._found(True).startswith(f"Transformer Engine {said}")
+    assert kernels._found(False) == "Transformer Engine found"

@@ -232,7 +232,7 @@ def training(arguments: Arguments) -> list[Line]:
 
 def tower_step(tower: Any, images: int, config: Config, device: torch.device) -> Callable[[], object]:
     """The frozen tower over so many images, in batches of at most 64."""
-    tower, size = tower.to(device), config.vision.image_size
+    tower, size = tower.to(device).requires_grad_(False), config.vision.image_size
     pixels = torch.zeros(images, 3, size, size, dtype=torch.uint8, device=device)
     blank = torch.zeros(images, dtype=torch.bool, device=device)
 

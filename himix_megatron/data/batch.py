@@ -42,7 +42,8 @@ class MicroBatch:
         """int64 as text_ids: which dataset each token is from; 0 for padding."""
         sources = torch.tensor(self.sources)
         if not self.packed:
-            return sources[:, None].expand(self.text_ids.shape)
+            # A number of its own for each token: memory that is pinned cannot be written through one that stands for many.
+            return sources[:, None].expand(self.text_ids.shape).contiguous()
         found = torch.zeros_like(self.text_ids)
         found[0, : int(self.text_lengths.sum())] = sources.repeat_interleave(self.text_lengths)
         return found

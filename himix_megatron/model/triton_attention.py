@@ -44,12 +44,7 @@ class Tile:
 FORWARD = {64: Tile(64, 64, 4, 3), 128: Tile(128, 64, 8, 3)}
 OF_KEYS = {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 8, 2)}
 OF_QUERIES = {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2)}
-"""By head width, for each kernel. The first two of width 64 are the fastest of nine tried on an H200; the others are the first."""
-
-
-def supports(head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether the kernels take heads of this width and numbers of this kind."""
-    return head_dim in FORWARD and dtype in (torch.bfloat16, torch.float16)
+"""By head width, for each kernel. The first two of width 64 are the fastest of nine on an H200; the others are untuned."""
 
 
 def triton_attention(query: Tensor, key: Tensor, value: Tensor, vision_kv: Tensor, layout: Layout, scale: float) -> Tensor:

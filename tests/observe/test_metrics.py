@@ -135,6 +135,7 @@ def test_each_token_counts_for_its_own_dataset() -> None:
     assert report.tolist() == [6.5, 3, 6.0, 2, 0, 0, 0.5, 1]
     rows = MicroBatch(labels.view(2, 3), labels.view(2, 3), torch.tensor([3, 1]), (0, 0), ("s/a", "s/b"), (2, 0))
     assert rows.token_sources().tolist() == [[2, 2, 2], [0, 0, 0]]
+    assert rows.token_sources().is_contiguous()  # pinned memory takes each number once
 
 
 # ---- the gradient's norm -----------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,30 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from himix_megatron.config import ParallelConfig
+from himix_megatron.config import ParallelConfig, to_json
 from pipelines import evaluate
 from pipelines.evaluate import Arguments
+from pipelines.recipes import RECIPES
 from tests.datasets import COLOURS
 from tests.distributed import run_ranks
 from tests.pipelines.test_mistakes import message
 from tests.runs import history, small_config, train
 
 NUM_IMAGES = 10
+
+
+def test_a_run_is_evaluated_at_any_layout_however_its_kernels_ran(tmp_path: Path) -> None:
+    """CUDA graphs and attention's kernels are training's business, and may not be possible where it is evaluated."""
+    recipe = RECIPES["qwen2_0_5b_instruct"]()
+    config = replace(
+        recipe,
+        model=replace(recipe.model, attention_core="triton"),
+        data=replace(recipe.data, pack_text_tokens=8192, pack_images=32),
+        train=replace(recipe.train, global_batch_samples=None, global_batch_packs=4, cuda_graphs="on"),
+    )
+    (tmp_path / "config.json").write_text(to_json(config))
+    found = evaluate.load_config(tmp_path, ParallelConfig(tensor=2, pipeline=2))
+    assert (found.train.cuda_graphs, found.model.attention_core, found.parallel.tensor) == ("off", "auto", 2)
 
 
 def evaluated(*steps: Arguments | Callable[[], Any]) -> list[dict[str, Any]]:
