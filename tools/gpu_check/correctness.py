@@ -237,15 +237,12 @@ def compare_core(worst: Worst, attend: Any, batch: Batch, heads: Heads, precisio
             worst.note(TIMES, error / of_rounding, case)
 
 
-def continued(context: Context, spec: Spec, precision: Precision) -> Iterator[Line]:
-    """Generation's attention, prompts and single tokens, with holes among the earlier keys and without."""
-    yield from usable(context, spec)
-    if spec == "te" and context.tiny:
-        return
+def continued(context: Context, precision: Precision) -> Iterator[Line]:
+    """Generation's attention, torch's for all cores: prompts and single tokens, with holes among earlier keys and without."""
     device, worst = device_of(context), Worst()
-    with fused_attention_only(precision), torch.no_grad():
+    with torch.no_grad():
         for heads in TINY_HEADS if context.tiny else HEADS:
-            attend = core_of(spec, heads, precision, device)
+            attend = core_of("torch", heads, precision, device)
             for num_text in (1, 5, 33):
                 for earlier in ((49, 49, 49), (98, 0, 49, 17), (0, 0), (7,)):
                     if num_text == 1 and not any(earlier):
@@ -275,7 +272,7 @@ def continued_error(
     holes = padding.to(device) if padding.any() else None
     mask = attend.mixture_mask(num_text, most, holes, device)
     cast = (tensor.to(device, dtype_of(precision)) for tensor in (query, key, value))
-    found = attend.continued(*cast, mask, holes).double().cpu()
+    found = attend.continued(*cast, mask).double().cpu()
     return distance(found, exact, float(exact.norm()))
 
 
@@ -544,7 +541,8 @@ def _specs(check: str, seconds: float, run: Any, *more: str) -> Iterable[Check]:
 CHECKS: tuple[Check, ...] = (
     Check("gpu-tests", "correctness", 60, gpu_tests, beside=True),
     *_specs("core", 8, core, "triton"),
-    *_specs("continued", 4, continued),
+    Check("continued-bf16", "correctness", 4, functools.partial(continued, precision="bf16")),
+    Check("continued-fp32", "correctness", 4, functools.partial(continued, precision="fp32")),
     *_specs("layer", 8, layer),
     Check("layer-fp8", "correctness", 5, fp8_layer),
     Check("features", "correctness", 3, features),
