@@ -1,4 +1,4 @@
-"""Runs checks in their order within a budget of seconds. Flows in: checks; out: OUT/results.jsonl, OUT/errors.txt, a table.
+"""Runs checks in their order within a budget of seconds. Flows in: checks; out: OUT/results.jsonl, OUT/errors.txt, stdout.
 
 Every line is in the file, and on stdout, as soon as it is known: a machine that is taken away leaves what was found so far.
 A check that raises does not end the others. Checks that are marked `beside` mostly wait for processes of their own; they run
@@ -52,7 +52,7 @@ class Check:
     stage: Stage
     """Correctness runs before performance."""
     seconds: float
-    """Estimated on an H100; a check that would not fit into what is left of the budget is skipped."""
+    """On a machine with an H200 and slow cores; a check that would not fit into what is left of the budget is skipped."""
     run: Callable[[Context], Iterable[Line]]
     """Gives lines as they come."""
     beside: bool = False
@@ -65,10 +65,8 @@ class Recorder:
 
     out: Path
     results: TextIO
-    rows: list[tuple[str, str]] = field(default_factory=list)
-    """Of the table at the end: check, and what it found."""
-    failures: int = 0
-    """Lines that were missed and checks that failed."""
+    failures: list[str] = field(default_factory=list)
+    """Lines that were missed and checks that failed, as they were shown."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def line(self, check: str, line: Line) -> None:
@@ -93,23 +91,17 @@ class Recorder:
         with self.lock:
             self.results.write(json.dumps(found) + "\n")
             self.results.flush()
-            print(f"{check:<{_NAME_WIDTH}} {shown}", flush=True)
-            self.rows.append((check, shown))
-            self.failures += failed
+            shown = f"{check:<{_NAME_WIDTH}} {shown}"
+            print(shown, flush=True)
+            self.failures += [shown] if failed else []
 
 
 _NAME_WIDTH = 22
 _TRACEBACK_CHARACTERS = 20_000
 
 
-def run_checks(checks: Sequence[Check], context: Context, unusable: Sequence[tuple[str, Exception]] = ()) -> int:
-    """Run them and say what came of it.
-
-    Args:
-        unusable: parts of this package that could not be imported, each with its error; recorded as failed.
-
-    Returns: the exit code, 1 if a line is missed or a check failed.
-    """
+def run_checks(checks: Sequence[Check], context: Context) -> int:
+    """Run them and say what came of it. Returns: the exit code, 1 if a line is missed or a check failed."""
     context.out.mkdir(parents=True, exist_ok=True)
     with (context.out / "results.jsonl").open("w") as results:
         (context.out / "errors.txt").unlink(missing_ok=True)
@@ -117,16 +109,16 @@ def run_checks(checks: Sequence[Check], context: Context, unusable: Sequence[tup
         found = header()
         results.write(json.dumps(found) + "\n")
         print("; ".join(f"{name} {value}" for name, value in found.items()), flush=True)
-        for name, error in unusable:
-            recorder.failed(name, error, 0.0)
         for stage in ("correctness", "performance"):
             of_stage = [check for check in checks if check.stage == stage]
             with _running([check for check in of_stage if check.beside], context, recorder):
                 for check in of_stage:
                     if not check.beside:
                         run_check(check, context, recorder)
-    print(_table(recorder), flush=True)
-    return int(recorder.failures > 0)
+    number = len(recorder.failures)
+    ending = f"{number} lines missed or checks failed:" if number else "all hold"
+    print("\n".join(["", ending, *recorder.failures]), flush=True)
+    return int(number > 0)
 
 
 @contextlib.contextmanager
@@ -175,10 +167,3 @@ def header() -> dict[str, Any]:
         "Python": platform.python_version(),
         "code": code_version(),
     }
-
-
-def _table(recorder: Recorder) -> str:
-    """All of it again, by check, with the number of failures."""
-    names = dict.fromkeys(name for name, _ in recorder.rows)
-    rows = [f"{name:<{_NAME_WIDTH}} {shown}" for name in names for of, shown in recorder.rows if of == name]
-    return "\n".join(["", *rows, "", f"{recorder.failures} lines missed or checks failed" if recorder.failures else "all hold"])
