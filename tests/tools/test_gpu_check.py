@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -47,11 +48,13 @@ def test_a_check_that_raises_does_not_stop_the_others(tmp_path: Path, capsys: py
         check("sound", Line("b", 3)),
     ]
     assert run_checks(checks, context(tmp_path)) == 1
-    assert [(line["check"], line.get("what", line.get("failed"))) for line in written(tmp_path)] == [
+    assert [(line["check"], line.get("what", line.get("error"))) for line in written(tmp_path)] == [
         ("broken", "first"), ("broken", "OSError: no such luck"), ("sound", "b"),
     ]  # fmt: skip
     assert "test_gpu_check.py" in (tmp_path / "errors.txt").read_text()
-    assert "1 lines missed or checks failed" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "1 missed or failed:" in shown
+    assert shown.count("no such luck") == 2
 
 
 @pytest.mark.parametrize(("value", "code"), [(1.0, 0), (3.0, 1), (float("nan"), 1)])
@@ -151,14 +154,14 @@ def test_packs_of_every_kind_are_tried() -> None:
 
 
 def test_losses_of_two_runs_are_compared_step_by_step(tmp_path: Path) -> None:
-    for name, numbers in {"one": [1.0, 2.0, 3.0], "other": [1.0, 2.5, 3.0], "short": [1.0]}.items():
+    for name, numbers in {"one": [1.0, 2.0, 3.0], "other": [1.0, 2.5, 3.0], "short": [1.0, math.nan]}.items():
         (tmp_path / name / "ledger").mkdir(parents=True)
         lines = [json.dumps({"step": step, "loss": loss.hex()}) for step, loss in enumerate(numbers, 1)]
         (tmp_path / name / "ledger" / "steps.jsonl").write_text("\n".join(lines) + "\n")
-    assert processes.apart(tmp_path / "one", tmp_path / "other") == pytest.approx(0.2)
-    assert processes.apart(tmp_path / "one", tmp_path / "other", [1, 3]) == 0
-    with pytest.raises(ValueError, match=r"\[2, 3\]"):
-        processes.apart(tmp_path / "one", tmp_path / "short")
+    one = tmp_path / "one"
+    assert processes.apart(one, tmp_path / "other", [1, 2, 3]) == pytest.approx(0.2)
+    assert processes.apart(one, tmp_path / "other", [1, 3]) == 0
+    assert processes.apart(one, tmp_path / "short", [1, 2]) == processes.apart(one, tmp_path / "none", [1]) == math.inf
 
 
 def test_a_process_that_fails_is_told_with_the_end_of_its_output(tmp_path: Path) -> None:
@@ -166,5 +169,10 @@ def test_a_process_that_fails_is_told_with_the_end_of_its_output(tmp_path: Path)
         processes.python(context(tmp_path), "-c", "import sys; print('the reason'); sys.exit(3)")
     with pytest.raises(processes.ProcessError, match="when the budget ended"):
         processes.python(context(tmp_path, seconds=0.1), "-c", "import time; time.sleep(60)")
+    error = processes.in_turn(context(tmp_path), [("builtins:int", "no number"), ("tools.gpu_check.end_to_end:copied",)])
+    assert error
+    assert "failed: builtins:int 'no number'" in str(error)
+    assert "failed: tools.gpu_check.end_to_end:copied" in str(error)
+    assert processes.in_turn(context(tmp_path), [("builtins:print", "one"), ("builtins:print", "two")]) is None
     hidden = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'] == '')"
     assert processes.python(context(tmp_path), "-c", hidden, on_cpu=True).strip() == "True"

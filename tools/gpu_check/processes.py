@@ -11,6 +11,7 @@ import functools
 import gc
 import importlib
 import json
+import math
 import os
 import shlex
 import shutil
@@ -155,13 +156,17 @@ def losses(run: Path) -> dict[int, list[float]]:
 def apart(one: Path, other: Path, steps: Iterable[int]) -> float:
     """The largest relative difference of two runs' losses, each step as it was done last; infinite if one is missing."""
     left, right = losses(one), losses(other)
-    return widest((left.get(step, [float("nan")])[-1], right.get(step, [float("nan")])[-1]) for step in steps)
+    return widest((left.get(step, [math.nan])[-1], right.get(step, [math.nan])[-1]) for step in steps)
 
 
 def widest(pairs: Iterable[Sequence[float]]) -> float:
     """The largest relative difference between the numbers of a group; infinite where one is no number."""
-    found = [(max(group) - min(group)) / max(abs(number) for number in group) for group in pairs]
-    return max(value if value == value else float("inf") for value in found)
+    wide = 0.0
+    for group in pairs:
+        if any(math.isnan(number) for number in group):
+            return math.inf
+        wide = max(wide, (max(group) - min(group)) / max(abs(number) for number in group))
+    return wide
 
 
 if __name__ == "__main__":

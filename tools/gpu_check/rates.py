@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -32,8 +33,9 @@ CACHE_BYTES = 128 << 20
 """Operands of one shape are spread over as much: more than a second-level cache holds."""
 
 
-AHEAD_CYCLES = 40_000_000
-"""20 ms, for which the GPU waits before it begins what is measured: longer than a slow host takes to queue it all."""
+MOST_AHEAD_SECONDS = 0.02
+CYCLES_PER_SECOND = 2e9
+"""Of a GPU, at the most."""
 
 
 def peak_flops() -> float:
@@ -49,14 +51,19 @@ def peak_flops() -> float:
 def queued_seconds(calls: Sequence[Callable[[], object]], repetitions: int = 5) -> float:
     """Median seconds of one of these calls while they are queued one after the other; the first round is not counted."""
 
+    taken, host = [], 0.0
+
     def queue() -> None:
+        nonlocal host
+        begun = time.perf_counter()
         for call in calls:
             call()
+        host = time.perf_counter() - begun
 
-    taken = []
     for number in range(repetitions + 1):
         if torch.cuda.is_available():
-            torch.cuda._sleep(AHEAD_CYCLES)
+            # The GPU waits until all is queued: else calls of a few small kernels would take as long as a slow host takes.
+            torch.cuda._sleep(int(min(2 * host, MOST_AHEAD_SECONDS) * CYCLES_PER_SECOND))
         seconds = seconds_of(queue)
         if number:
             taken.append(seconds / len(calls))
@@ -195,7 +202,7 @@ def _norm(hidden: int, device: torch.device, dtype: torch.dtype) -> torch.nn.Mod
 
 
 def measured_machine(
-    products: Sequence[tuple[Product, float]], attention: Sequence[tuple[float, ...]], rates: dict[str, float]
+    products: Mapping[Product, float], attention: Sequence[tuple[float, ...]], rates: Mapping[str, float]
 ) -> Machine:
     """The GPU here: its data sheet, and over it what was measured.
 
@@ -204,7 +211,7 @@ def measured_machine(
     """
     known = device_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     base = machine_named(known.name if known else "h100-80gb", None)
-    large = max((product.flops / seconds for product, seconds in products), default=base.product_flops)
+    large = max((product.flops / seconds for product, seconds in products.items()), default=base.product_flops)
     return replace(
         base,
         name=f"{device_name()}, measured",
@@ -214,7 +221,7 @@ def measured_machine(
         memory_bytes_per_second=rates["copy"],
         passing_bytes_per_second=rates["passing"],
         layer_seconds=rates["layer_seconds"],
-        products=tuple((item.rows, item.inner, item.columns, item.flops / seconds) for item, seconds in products),
+        products=tuple((item.rows, item.inner, item.columns, item.flops / seconds) for item, seconds in products.items()),
         attention=tuple(attention),  # type: ignore[arg-type]
     )
 
