@@ -16,6 +16,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -41,8 +42,8 @@ from tools.gpu_check.reference import (  # noqa: E402
     FP8_LIMIT,
     FP32_LIMIT,
     Batch,
+    Given,
     Heads,
-    Outcome,
     batches,
     distance,
     drawn,
@@ -145,22 +146,12 @@ def kernels() -> Kernels:
     return dataclasses.replace(detect(), accumulation_fusion=False)
 
 
-@contextlib.contextmanager
-def fused_attention_only(precision: Precision) -> Iterator[None]:
+def fused_attention_only(precision: Precision) -> contextlib.AbstractContextManager[Any]:
     """In bf16 a shape that Transformer Engine's fused kernels refuse is an error, not a matrix of all scores.
 
     No model can be built within it: megatron-core insists on values of its own.
     """
-    before = os.environ.get("NVTE_UNFUSED_ATTN")
-    if precision == "bf16":
-        os.environ["NVTE_UNFUSED_ATTN"] = "0"
-    try:
-        yield
-    finally:
-        if precision == "bf16":
-            del os.environ["NVTE_UNFUSED_ATTN"]
-        if before is not None:
-            os.environ["NVTE_UNFUSED_ATTN"] = before
+    return mock.patch.dict(os.environ, {"NVTE_UNFUSED_ATTN": "0"} if precision == "bf16" else {})
 
 
 # ---- attention cores -----------------------------------------------------------------------------------------------
@@ -317,36 +308,14 @@ def layer_model(config: Config, topology: Topology) -> tuple[HiMixModel, dict[st
     return model, weights
 
 
-@dataclass(frozen=True)
-class Given:
-    """A micro-batch's random tensors, text flat, in float64 on the CPU."""
-
-    ids: Tensor
-    labels: Tensor
-    features: Tensor
-    by: Tensor
-    """Each loss's weight; 0 for a token that has none."""
-
-    @staticmethod
-    def of(batch: Batch, width: int) -> Given:
-        """`width`: of the features."""
-        number = sum(batch.text)
-        ids, labels = (
-            drawn(f"{batch.name} {kind}", (number,)).abs().mul(60).long().clamp(max=259) for kind in ("ids", "labels")
-        )
-        by = drawn(f"{batch.name} by", (number,)).abs() * (torch.arange(number) % 5 != 1)
-        return Given(ids, labels, drawn(f"{batch.name} features", (sum(batch.images), IMAGE_TOKENS, width)), by)
-
-
-def model_outcome(model: HiMixModel, batch: Batch, inputs: Given, dtype: torch.dtype, device: torch.device) -> Outcome:
-    """What the model gives for it."""
+def model_outcome(
+    model: HiMixModel, batch: Batch, inputs: Given, dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    """What the model gives for it, as `outcome_of`."""
 
     def as_rows(flat: Tensor, fill: int) -> Tensor:
         padded = torch.nn.functional.pad(flat, (0, batch.padding if batch.packed else 0), value=fill)
         return padded.view(batch.rows).to(device)
-
-    def real(rows: Tensor) -> Tensor:
-        return rows.detach().double().cpu().flatten(0, 1)[: sum(batch.text)]
 
     caught: list[Tensor] = []
     hook = model.decoder.register_forward_hook(lambda _, __, output: caught.append(output))
@@ -358,11 +327,11 @@ def model_outcome(model: HiMixModel, batch: Batch, inputs: Given, dtype: torch.d
     hook.remove()
     model.zero_grad(set_to_none=True)
     (losses.float() * as_rows(inputs.by.float(), 0)).sum().backward()
-    gradients = {stored_name(name): parameter.grad for name, parameter in model.named_parameters()} | {
-        "features": features.grad
-    }
-    known_ones = {name: grad.double().cpu() for name, grad in gradients.items() if grad is not None}
-    return Outcome(real(caught[0].transpose(0, 1)), real(losses), known_ones)
+    found = {stored_name(name): parameter.grad for name, parameter in model.named_parameters()}
+    found |= {"states": caught[0].transpose(0, 1), "losses": losses, "features": features.grad}
+    given = {name: tensor.detach().double().cpu() for name, tensor in found.items() if tensor is not None}
+    flat = {name: given[name].flatten(0, 1)[: sum(batch.text)] for name in ("states", "losses")}
+    return given | flat | {"losses": flat["losses"][inputs.by > 0]}
 
 
 def layer(context: Context, spec: Spec, precision: Precision, fp8: str = "none") -> Iterator[Line]:
@@ -392,24 +361,21 @@ def compare_layer(
     worst: Worst, config: Config, model: HiMixModel, weights: dict[str, Tensor], batch: Batch, device: torch.device
 ) -> None:
     """One case."""
-    inputs, dtype = Given.of(batch, config.vision.hidden_size), dtype_of(config.train.precision)
-    real, scale = inputs.by > 0, float(inputs.by.norm())
+    inputs, dtype = Given.of(batch, IMAGE_TOKENS, config.vision.hidden_size), dtype_of(config.train.precision)
 
-    def exactly(cast: torch.dtype) -> Outcome:
+    def exactly(cast: torch.dtype) -> dict[str, Tensor]:
         own = {name: tensor.to(cast).double() for name, tensor in weights.items()}
-        return outcome_of(config.model, own, batch, inputs.ids, inputs.labels, inputs.features.to(cast).double(), inputs.by)
+        rounded = dataclasses.replace(inputs, features=inputs.features.to(cast).double())
+        key = (config.model.num_attention_heads, config.model.channels_per_head, config.model.has_qkv_bias, batch, cast)
+        return known(key, lambda: outcome_of(config.model, own, batch, rounded))
 
-    of_model = (config.model.num_attention_heads, config.model.channels_per_head, config.model.has_qkv_bias, batch)
-    exact = known((*of_model, torch.float64), lambda: exactly(torch.float64))
-    near = known((*of_model, dtype), lambda: exactly(dtype)) if dtype == torch.bfloat16 else exact
+    exact = exactly(torch.float64)
+    near = exactly(dtype) if dtype == torch.bfloat16 else exact
     found = model_outcome(model, batch, inputs, dtype, device)
-    compared = {"states": ("states", found.states, exact.states, near.states)}
-    compared["losses"] = ("losses", found.losses[real], exact.losses[real], near.losses[real])
-    for name, right in exact.gradients.items():
-        own = found.gradients.get(name, torch.zeros_like(right))
-        compared[name.removeprefix("decoder.layers.0.")] = ("gradients", own, right, near.gradients[name])
-    for name, (figure, own, right, rounded) in compared.items():
-        worst.compare(figure, own, right, rounded, scale, f"{name}, {config.model.num_attention_heads} heads, {batch.name}")
+    for name, right in exact.items():
+        figure, own = name if name in ("states", "losses") else "gradients", found.get(name, torch.zeros_like(right))
+        case = f"{name.removeprefix('decoder.layers.0.')}, {config.model.num_attention_heads} heads, {batch.name}"
+        worst.compare(figure, own, right, near[name], float(inputs.by.norm()), case)
 
 
 # ---- the tests that want a GPU -------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """How fast a decoder trains on one GPU: MFU, beside concatenation, memory and time beside what the planner says.
 
 Flows in: a Context; out: lines, OUT/machine.json (rates for `tools.plan --machine-file`) and OUT/profiles.txt. All runs in one
-process, a model at a time; what one check measured, later ones use. Without a GPU the sizes are tiny and the layers torch's: the
-same code, no claim.
+process, a model at a time; what one check measured, later ones use. Without a GPU the sizes are tiny and the layers torch's: no
+claim.
 """
 
 from __future__ import annotations
@@ -347,24 +347,13 @@ def planner_lines(own: Machine, context: Context) -> Iterator[Line]:
 
 def host_seconds(context: Context) -> float:
     """Of a layer, forward and backward, kernel by kernel: what more layers add to a step with next to nothing to compute."""
-    few, many = (1, 2) if context.tiny else (2, 8)
-    taken = [small_step_seconds(layers, context) for layers in (few, many)]
-    return max(1e-9, (taken[1] - taken[0]) / (many - few))
-
-
-def small_step_seconds(layers: int, context: Context) -> float:
-    """By the clock, of 26 samples of 16 text and 32 vision tokens."""
-    config = configuration(MODELS["qwen2_0_5b"], context, "te")
-    small = replace(config.model, num_layers=layers, vocab_size=128)
-    with built(replace(config, model=small, train=replace(config.train, cuda_graphs="off"))) as own:
-        step, taken = own.step_on(Packs.of(26 * 16, 26, 1, 32)), []
-        for _ in range(2 if context.tiny else 12):
-            begun = time.perf_counter()
-            step()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            taken.append(time.perf_counter() - begun)
-    return statistics.median(taken[len(taken) // 3 :])
+    layers, taken = (1, 2) if context.tiny else (2, 8), []
+    for number in layers:
+        config = configuration(MODELS["qwen2_0_5b"], context, "te")
+        small = replace(config.model, num_layers=number, vocab_size=128)
+        with built(replace(config, model=small, train=replace(config.train, cuda_graphs="off"))) as own:
+            taken.append(own.seconds(Packs.of(26 * 16, 26, 1, 32), repetitions=1 if context.tiny else 8, warm=4))
+    return max(1e-9, (taken[1] - taken[0]) / (layers[1] - layers[0]))
 
 
 CHECKS: tuple[Check, ...] = (

@@ -171,8 +171,12 @@ def passing_rate(device: torch.device, dtype: torch.dtype) -> float:
     rows, hidden, inner = (32768, 3072, 8192) if device.type == "cuda" else (64, 96, 256)
     x, y = (torch.randn(rows, 1, hidden, device=device, dtype=dtype) for _ in range(2))
     halves = torch.randn(rows, 1, 2 * inner, device=device, dtype=dtype, requires_grad=True)
-    layer = TransformerEngineSwiGLU if device.type == "cuda" and detect().transformer_engine else SwiGLU
-    norm, activate = _norm(hidden, device, dtype), layer(None)
+    if device.type == "cuda" and detect().transformer_engine:
+        from transformer_engine.pytorch import RMSNorm
+
+        norm, activate = RMSNorm(hidden, dtype=dtype, device=device), TransformerEngineSwiGLU(None)
+    else:
+        norm, activate = torch.nn.RMSNorm(hidden, device=device, dtype=dtype), SwiGLU(None)
     given, grad, of_half = x.clone().requires_grad_(), torch.randn_like(x), torch.randn_like(halves[..., :inner])
 
     def normed() -> None:
@@ -189,26 +193,14 @@ def passing_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 3 * dtype.itemsize * rows * (5 * hidden + 3 * inner) / seconds
 
 
-def _norm(hidden: int, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-    if device.type == "cpu" or not detect().transformer_engine:
-        return torch.nn.RMSNorm(hidden, device=device, dtype=dtype)
-    from transformer_engine.pytorch import RMSNorm
-
-    norm: torch.nn.Module = RMSNorm(hidden, dtype=dtype, device=device)
-    return norm
-
-
 # ---- together ----------------------------------------------------------------------------------------------------------
 
 
 def measured_machine(
     products: Mapping[Product, float], attention: Sequence[tuple[float, ...]], rates: Mapping[str, float]
 ) -> Machine:
-    """The GPU here: its data sheet, and over it what was measured.
-
-    Args: products: with their seconds; attention: rows of `attention_row`; rates: `copy`, `passing` in bytes/s, and
-        `layer_seconds`, a layer's least time in one direction.
-    """
+    """The GPU here: its data sheet, and over it what was measured: seconds of products, rows of `attention_row`, bytes/s of a
+    `copy` and of `passing`, and `layer_seconds`, a layer's least time in one direction."""
     known = device_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     base = machine_named(known.name if known else "h100-80gb", None)
     large = max((product.flops / seconds for product, seconds in products.items()), default=base.product_flops)
