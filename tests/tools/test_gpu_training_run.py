@@ -30,8 +30,8 @@ def test_the_line_of_a_run_is_understood(mixed_dataset: Path, tmp_path: Path, ca
     ]
     said[0] = said[0].replace(f"{first['seconds']} s/step", "1000.0 s/step")
     found = logged("\n".join(said))
-    assert found.seconds == pytest.approx(float(first["seconds"]))
-    assert found.peak_gib == 9.9
+    assert found["seconds"] == pytest.approx(float(first["seconds"]))
+    assert found["peak_gib"] == 9.9
 
 
 def test_the_flags_are_those_of_the_recipe_and_memory_is_predicted(mixed_dataset: Path) -> None:

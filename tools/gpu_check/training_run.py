@@ -13,7 +13,6 @@ import shlex
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 
 from himix_megatron.config import Config
@@ -47,37 +46,12 @@ _LINE = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Logged:
-    """The mean of a run's lines after its first steps."""
-
-    seconds: float
-    data_wait: float
-    text_tokens: float
-    """A second."""
-    mfu: float
-    """Of the whole step, the tower's included."""
-    peak_gib: float
-    """Of the whole run."""
-
-
 def train(context: Context) -> Iterator[Line]:
     """A run of some steps, which kills itself then: a last save would take longer than the steps."""
     num_samples, steps = (64, 15) if context.tiny else (600, 25)
     folder, begun = room("train"), time.monotonic()
     annotations, images = write_source(folder / "source", num_samples, words=WORDS)
-    flags = (
-        "--engine",
-        "local",
-        "--check",
-        "header",
-        "--samples-per-shard",
-        "250",
-        "--tokenizer",
-        "bytes",
-        "--template",
-        "tiny",
-    )
+    flags = shlex.split("--engine local --check header --samples-per-shard 250 --tokenizer bytes --template tiny")
     where = ("--annotations", annotations, "--images", images, "--out", folder / "shards")
     python(context, "-m", "pipelines.preprocess", *where, *flags)
     yield Line(f"seconds to make shards of {num_samples} photographs, without Ray", time.monotonic() - begun)
@@ -91,28 +65,24 @@ def train(context: Context) -> Iterator[Line]:
     yield from lines_of(parse(words), logged(said), context)
 
 
-def logged(said: str) -> Logged:
-    """What a run said, without the first ten steps, which compile and fill memory."""
+def logged(said: str) -> dict[str, float]:
+    """The means of what a run said, without the first ten steps, which compile and fill memory; the peak is the whole run's."""
     lines = [{name: float(value) for name, value in found.groupdict().items()} for found in _LINE.finditer(said)]
-
-    def mean(name: str) -> float:
-        return statistics.fmean(line[name] for line in lines if line["step"] > 10)
-
-    peak = max(line["peak_gib"] for line in lines)
-    return Logged(mean("seconds"), mean("data_wait"), mean("text_tokens"), mean("mfu") / 100, peak)
+    means = {name: statistics.fmean(line[name] for line in lines if line["step"] > 10) for name in lines[0]}
+    return means | {"peak_gib": max(line["peak_gib"] for line in lines)}
 
 
-def lines_of(config: Config, run: Logged, context: Context) -> Iterator[Line]:
+def lines_of(config: Config, run: dict[str, float], context: Context) -> Iterator[Line]:
     """What a run logged, beside what was wanted and predicted."""
     judged = not context.tiny
-    yield Line("seconds of a step, images encoded ahead", run.seconds)
+    yield Line("seconds of a step, images encoded ahead", run["seconds"])
     what = f"data wait, share of a step, {config.data.num_workers} workers"
-    yield Line(what, run.data_wait / run.seconds, MOST_DATA_WAIT if judged else None, at_most=True)
-    yield Line("text tokens a second", run.text_tokens)
-    yield Line("MFU of the whole step, tower included", run.mfu)
-    predicted = predicted_gib(config)
-    what = f"peak memory, {run.peak_gib:.2f} GiB, off memory.py's {predicted:.2f} (without its allowance) by"
-    yield Line(what, abs(run.peak_gib / predicted - 1), MOST_MEMORY_ERROR if judged else None, at_most=True)
+    yield Line(what, run["data_wait"] / run["seconds"], MOST_DATA_WAIT if judged else None, at_most=True)
+    yield Line("text tokens a second", run["text_tokens"])
+    yield Line("MFU of the whole step, tower included", run["mfu"] / 100)
+    peak, predicted = run["peak_gib"], predicted_gib(config)
+    what = f"peak memory, {peak:.2f} GiB, off memory.py's {predicted:.2f} (without its allowance) by"
+    yield Line(what, abs(peak / predicted - 1), MOST_MEMORY_ERROR if judged else None, at_most=True)
 
 
 def predicted_gib(config: Config) -> float:
