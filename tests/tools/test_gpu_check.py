@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,13 @@ def test_packs_of_every_kind_are_tried() -> None:
     assert {count for batch in tried for count in batch.images} == {0, 1, 2, 3}
     assert any(1 in batch.text and len(batch.text) > 1 for batch in tried)
     assert all(sum(random_batch(seed, 90, multiple=16).rows[1:]) % 16 == 0 for seed in range(5))
+
+
+def test_checks_that_start_at_once_share_a_folder() -> None:
+    with ThreadPoolExecutor(8) as pool:
+        rooms = list(pool.map(processes.room, map(str, range(64))))
+    assert len({room.parent for room in rooms}) == 1
+    assert all(room.is_dir() for room in rooms)
 
 
 def test_losses_of_two_runs_are_compared_step_by_step(tmp_path: Path) -> None:

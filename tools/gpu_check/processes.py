@@ -7,7 +7,6 @@ the budget's end. Where libraries take ten seconds to load, commands that need n
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import importlib
 import json
@@ -19,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -38,15 +38,16 @@ class ProcessError(RuntimeError):
     """A command ended otherwise than it should."""
 
 
-@functools.cache
-def scratch() -> tempfile.TemporaryDirectory[str]:
-    """One temporary folder for all checks, removed when this process ends."""
-    return tempfile.TemporaryDirectory(prefix="gpu-check-", ignore_cleanup_errors=True)
+_SCRATCH: list[tempfile.TemporaryDirectory[str]] = []
+_LOCK = threading.Lock()
 
 
 def room(name: str) -> Path:
-    """A fresh folder in it."""
-    folder = Path(scratch().name) / name
+    """A fresh folder in one temporary folder for all checks, which is removed when this process ends."""
+    with _LOCK:  # checks that run at once would make two, and the first to be forgotten takes its files along
+        if not _SCRATCH:
+            _SCRATCH.append(tempfile.TemporaryDirectory(prefix="gpu-check-", ignore_cleanup_errors=True))
+    folder = Path(_SCRATCH[0].name) / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
