@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from tools.doctor_software import nvidia_driver
 from tools.gpu_check import correctness, end_to_end, processes
 from tools.gpu_check.reference import BF16_LIMIT, FP32_LIMIT, Heads, batches, random_batch
 from tools.gpu_check.runner import Check, Context, run_checks
@@ -183,3 +184,26 @@ def test_a_process_that_fails_is_told_with_the_end_of_its_output(tmp_path: Path)
     assert "failed: tools.gpu_check.end_to_end:copied" in str(error)
     hidden = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'] == '')"
     assert processes.python(context(tmp_path), "-c", hidden, on_cpu=True).strip() == "True"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27",
+        "NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release",
+    ],
+)
+def test_the_driver_is_known_by_its_kernel_module(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "version").write_text(f"NVRM version: {name}\nGCC version:  gcc version 12.3.0\n")
+    assert nvidia_driver(tmp_path / "version") == "580.65.06"
+    assert nvidia_driver(tmp_path / "none") is None
+
+
+def test_the_driver_is_asked_for_where_the_kernel_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "version").touch()
+    assert nvidia_driver(tmp_path / "version") == "of unknown version"
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 570.1\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert nvidia_driver(tmp_path / "version") == "570.1"

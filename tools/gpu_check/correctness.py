@@ -56,7 +56,8 @@ from tools.gpu_check.runner import Check, Context  # noqa: E402
 from tools.measure import Line  # noqa: E402
 
 Spec = Literal["te", "torch"]
-Core = Literal["te", "torch", "triton"]
+Core = Literal["te", "torch", "flash", "triton"]
+"""An attention core by its spec's name or by `model.attention_core`'s; torch and flash are the same one."""
 Precision = Literal["fp32", "bf16"]
 
 MOST_TEXT = 90
@@ -160,7 +161,7 @@ def fused_attention_only(precision: Precision) -> contextlib.AbstractContextMana
 def core_of(spec: Core, heads: Heads, precision: Precision, device: torch.device) -> Any:
     """An attention core as the layer specs build it."""
     config = transformer_config(config_of(heads, "te" if spec == "te" else "torch", precision), kernels())
-    return CORES["flash" if spec == "torch" else spec](config, layer_number=1).to(device)
+    return CORES.get(spec, CORES["flash"])(config, layer_number=1).to(device)
 
 
 def layout_of(batch: Batch, device: torch.device, tokens: int) -> Layout:

@@ -131,7 +131,7 @@ def built(config: Config) -> Iterator[Decoder]:
 
 
 def free() -> None:
-    """Give back what nobody holds: megatron-core's wrappers refer to each other in circles."""
+    """Give back what nobody holds (megatron-core's wrappers refer to each other in circles); the peak begins anew."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -139,7 +139,8 @@ def free() -> None:
 
 
 def measured(own: Decoder, packs: Packs, context: Context) -> float:
-    """Median seconds of a step."""
+    """Median seconds of a step; the allocator's peak is its own."""
+    free()
     return own.seconds(packs, repetitions=1 if context.tiny else 3, warm=1 if context.tiny else 2)
 
 

@@ -24,15 +24,13 @@ from himix_megatron.kernels import detect
 from himix_megatron.memory import padded_vocab
 from himix_megatron.model.layer import SwiGLU, TransformerEngineSwiGLU
 from tools.bench_training import Packs, device_name
-from tools.gpu_check.correctness import Core, core_of, layout_of
+from tools.gpu_check.correctness import core_of, layout_of
 from tools.gpu_check.reference import Batch, Heads
 from tools.measure import seconds_of
 from tools.planning.machine import Machine, machine_named
 
 CACHE_BYTES = 128 << 20
 """Operands of one shape are spread over as much: more than a second-level cache holds."""
-
-
 MOST_AHEAD_SECONDS = 0.02
 CYCLES_PER_SECOND = 2e9
 """Of a GPU, at the most."""
@@ -50,7 +48,6 @@ def peak_flops() -> float:
 
 def queued_seconds(calls: Sequence[Callable[[], object]], repetitions: int = 5) -> float:
     """Median seconds of one of these calls while they are queued one after the other; the first round is not counted."""
-
     taken, host = [], 0.0
 
     def queue() -> None:
@@ -122,9 +119,6 @@ def products_of(config: Config, text_tokens: int, images: int) -> Iterator[Produ
 
 # ---- attention ---------------------------------------------------------------------------------------------------------
 
-CORES: dict[str, Core] = {"te": "te", "flash": "torch", "triton": "triton"}
-"""`model.attention_core`'s choices, as `correctness` calls them."""
-
 
 def attention_seconds(heads: Heads, packs: Packs, device: torch.device) -> dict[str, tuple[float, float]]:
     """Seconds forward and backward over the first pack, by core; putting keys together counts where a core wants it."""
@@ -134,12 +128,11 @@ def attention_seconds(heads: Heads, packs: Packs, device: torch.device) -> dict[
     shapes.append((len(texts) * packs.tokens_per_image, heads.groups, 2, heads.dim))
     given = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes]
     grad = torch.randn(sum(texts), 1, heads.query * heads.dim, device=device, dtype=dtype)
-    kernels, found = detect(), {}
-    usable = {"te": kernels.transformer_engine, "triton": kernels.triton and heads.dim in TRITON_HEAD_DIMS}
-    for name, spec in CORES.items():
-        if name != "flash" and (device.type == "cpu" or not usable[name]):
-            continue
-        attend = core_of(spec, heads, "bf16", device)
+    kernels, found, cores = detect(), {}, ["flash"]
+    if device.type == "cuda":
+        cores += ["te"] * kernels.transformer_engine + ["triton"] * (kernels.triton and heads.dim in TRITON_HEAD_DIMS)
+    for name in cores:
+        attend = core_of(name, heads, "bf16", device)
         run = [lambda attend=attend: attend(*given, layout)] * 4
         forward = queued_seconds(run)
         both = queued_seconds([lambda one=one: torch.autograd.grad(one(), given, grad) for one in run])
