@@ -363,12 +363,14 @@ def compare_layer(
 ) -> None:
     """One case."""
     inputs, dtype = Given.of(batch, IMAGE_TOKENS, config.vision.hidden_size), dtype_of(config.train.precision)
+    bias = config.model.has_qkv_bias
 
     def exactly(cast: torch.dtype) -> dict[str, Tensor]:
-        own = {name: tensor.to(cast).double() for name, tensor in weights.items()}
-        rounded = dataclasses.replace(inputs, features=inputs.features.to(cast).double())
-        key = (config.model.num_attention_heads, config.model.channels_per_head, config.model.has_qkv_bias, batch, cast)
-        return known(key, lambda: outcome_of(config.model, own, batch, rounded))
+        def compute() -> dict[str, Tensor]:
+            own = {name: tensor.to(cast).double() for name, tensor in weights.items()}
+            return outcome_of(config.model, own, batch, dataclasses.replace(inputs, features=inputs.features.to(cast).double()))
+
+        return known((config.model.num_attention_heads, config.model.channels_per_head, bias, batch, cast), compute)
 
     exact = exactly(torch.float64)
     near = exactly(dtype) if dtype == torch.bfloat16 else exact
