@@ -22,7 +22,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, 
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
-from ..adapter import attention_backend, attention_core, ddp_config, gpt_arguments, has_fused_loss, overlaps, transformer_config
+from ..adapter import attention_core, chosen_layer_spec, ddp_config, gpt_arguments, has_fused_loss, overlaps, transformer_config
 from ..config import Config, Part
 from ..kernels import Kernels
 from ..loss import token_losses
@@ -69,7 +69,7 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
 
     def __init__(self, config: Config, kernels: Kernels, topology: Topology, *, chunk: int | None, tower: nn.Module | None):
         mcore_config = transformer_config(config, kernels)
-        backend, core = attention_backend(config.model, kernels), attention_core(config, kernels)
+        backend, core = chosen_layer_spec(config.model, kernels), attention_core(config, kernels)
         first, last = chunk in (None, 0), chunk in (None, config.parallel.virtual_pipeline - 1)
         super().__init__(
             mcore_config,

@@ -102,7 +102,7 @@ def test_what_a_model_holds_fits_an_80_gb_gpu() -> None:
         config = performance.configuration(model, ON_GPU, "te")
         config = dataclasses.replace(
             config,
-            model=dataclasses.replace(config.model, attention="te"),
+            model=dataclasses.replace(config.model, layer_spec="te"),
             train=dataclasses.replace(config.train, precision="bf16"),
         )
         packs = performance.packs_of(model, ON_GPU, config)

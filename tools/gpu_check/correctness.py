@@ -135,7 +135,7 @@ def config_of(heads: Heads, spec: Spec, precision: Precision, fp8: str = "none",
         num_attention_heads=heads.query,
         num_query_groups=heads.groups,
         head_dim=heads.dim,
-        attention=spec,
+        layer_spec=spec,
         family="qwen2" if bias else "llama",
     )
     train: TrainConfig = dataclasses.replace(recipe.train, precision=precision, fp8=fp8)

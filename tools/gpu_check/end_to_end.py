@@ -62,7 +62,7 @@ def training(context: Context) -> Iterator[Line]:
     # One step at the warm-up's rate of 0: fresh weights as a checkpoint.
     start = pretrain("tiny_instruct", *data, "--train.steps", "1", "--run.dir", folder / "start", *ROWS)
     commands = [(f"{HERE}:mixed_data", folder / "data"), start]
-    commands += [train(f"{shape} cpu fp32", "--model.attention", "torch", *flags) for shape, flags in SHAPES.items()]
+    commands += [train(f"{shape} cpu fp32", "--model.layer-spec", "torch", *flags) for shape, flags in SHAPES.items()]
     error = in_turn(context, commands, on_cpu=True)
     what = f"fall of the loss over {steps} steps on the CPU: less would say little"
     of_cpu = losses(folder / "packs cpu fp32")
@@ -73,15 +73,15 @@ def training(context: Context) -> Iterator[Line]:
         for spec in dict.fromkeys(reversed(specs(context))):
             for precision in ("fp32", "bf16"):
                 run = f"{shape} {spec} {precision}"
-                commands.append(train(run, "--model.attention", spec, "--train.precision", precision, *flags))
+                commands.append(train(run, "--model.layer-spec", spec, "--train.precision", precision, *flags))
                 others = [f"{shape} cpu fp32", *([f"{shape} torch bf16"] if (spec, precision) == ("te", "bf16") else [])]
                 compared += [(run, other, FP32_LOSS if precision == "fp32" else BF16_LOSS) for other in others]
     inline = ("--vision.no-encode-ahead", *SHAPES["packs"])
-    commands.append(train("packs torch fp32 inline", "--model.attention", "torch", *inline))
+    commands.append(train("packs torch fp32 inline", "--model.layer-spec", "torch", *inline))
     compared.append(("packs torch fp32 inline", "packs torch fp32", 0 if context.tiny else FP32_LOSS))
     if not context.tiny:
         graphs = ("--train.precision", "bf16", "--train.cuda-graphs", "on", *SHAPES["packs"])
-        commands.append(train("packs te bf16 graphs", "--model.attention", "te", *graphs))
+        commands.append(train("packs te bf16 graphs", "--model.layer-spec", "te", *graphs))
         compared.append(("packs te bf16 graphs", "packs te bf16", BF16_LOSS))
     error = in_turn(context, commands)
     for run, other, limit in compared:
@@ -121,7 +121,7 @@ def copied(run: str, other: str, spec: str, precision: str) -> None:
     shutil.copytree(run, other)
     file = Path(other) / "config.json"
     config = json.loads(file.read_text())
-    config["model"]["attention"], config["train"]["precision"] = spec, precision
+    config["model"]["layer_spec"], config["train"]["precision"] = spec, precision
     file.write_text(json.dumps(config))
 
 
@@ -134,7 +134,7 @@ def chain(context: Context) -> Iterator[Line]:
 
     def train(name: str, spec: str, steps: int) -> Command:
         where = ("--data.path", data / "instruct", "--checkpoint.initial", folder / "start", "--run.dir", folder / name)
-        what = ("--model.attention", spec, "--train.precision", "bf16", "--train.steps", str(steps), *ROWS)
+        what = ("--model.layer-spec", spec, "--train.precision", "bf16", "--train.steps", str(steps), *ROWS)
         save = ("--checkpoint.interval-steps", str(INTERVAL), "--optimizer.schedule", "constant", "--run.faults", plan)
         return pretrain("tiny_instruct", *CONVERTED, *where, *what, *save)
 
@@ -199,7 +199,7 @@ def answers(run: Path) -> list[str]:
 def quickstart(context: Context) -> Iterator[Line]:
     """The whole job on a small world, in bf16 on a GPU; a few steps of it without one."""
     folder = room("quickstart")
-    of_gpu = ("--train.precision", "bf16", "--model.attention", "te")
+    of_gpu = ("--train.precision", "bf16", "--model.layer-spec", "te")
     words = ("--align-steps", "2", "--instruct-steps", "2") if context.tiny else of_gpu
     python(context, "-m", "pipelines.quickstart", "--out", folder, "--tensor", "1", "--engine", "local", *words)
     summary = json.loads((folder / "summary.json").read_text())

@@ -99,7 +99,7 @@ def configuration(model: Model, context: Context, spec: Spec, fp8: str = "none")
     train = replace(
         config.train, parts=("language", "vision_kv"), precision="bf16" if gpu else "fp32", fp8=fp8, cuda_graphs=graphs
     )  # type: ignore[arg-type]
-    own = replace(config.model, attention=spec if gpu else "torch")
+    own = replace(config.model, layer_spec=spec if gpu else "torch")
     return replace(config, recipe=f"{model.name}_instruct", model=own, train=train)
 
 
