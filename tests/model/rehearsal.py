@@ -81,7 +81,8 @@ class Rehearsal(TorchDispatchMode):
             return func(*args, **kwargs)
         if self.in_step:
             self.note_copies(func, args, kwargs)
-        args, kwargs = tree_map_only(torch.Tensor, self.fake, (args, kwargs))
+        if not all(isinstance(x, FakeTensor) for x in given):
+            args, kwargs = tree_map_only(torch.Tensor, self.fake, (args, kwargs))
         try:
             with self.fakes:
                 return func(*args, **kwargs)

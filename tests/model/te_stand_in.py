@@ -47,6 +47,7 @@ def checked(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                     given.update(given.pop(parameter.name, {}))
             return function(**given)
 
+        call.__signature__ = signature  # type: ignore[attr-defined]  # what `inspect` tells of the real one
         return call
 
     return decorate
