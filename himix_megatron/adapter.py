@@ -52,12 +52,12 @@ def attention_core(config: Config, kernels: Kernels) -> Literal["te", "flash", "
         return "triton" if usable and config.model.channels_per_head in fitting else "te" if te else "flash"
     if core == "te" and not te:
         raise ValueError(
-            "model.attention_core is te, which model.layer_spec torch does not have: use --model.layer_spec-core auto"
+            "model.attention_core is te, which model.layer_spec torch does not have: use --model.attention-core auto"
         )
     if core == "triton" and not (usable and config.model.channels_per_head in TRITON_HEAD_DIMS):
         raise ValueError(
             f"model.attention_core is triton, which needs a GPU, the package triton, train.precision bf16 and a head width of "
-            f"{' or '.join(map(str, TRITON_HEAD_DIMS))}: use --model.layer_spec-core auto"
+            f"{' or '.join(map(str, TRITON_HEAD_DIMS))}: use --model.attention-core auto"
         )
     return core
 
