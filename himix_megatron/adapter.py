@@ -30,13 +30,13 @@ def padded_vocab_size(vocab_size: int, tensor_size: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
-def attention_backend(model: ModelConfig, kernels: Kernels) -> Literal["te", "torch"]:
+def chosen_layer_spec(model: ModelConfig, kernels: Kernels) -> Literal["te", "torch"]:
     """The layer backend to build. Raises: ValueError if `te` is asked for and cannot run here."""
-    if model.attention == "torch":
+    if model.layer_spec == "torch":
         return "torch"
-    if model.attention == "te" and not kernels.transformer_engine:
-        raise ValueError(f"model.attention is te, but {kernels.transformer_engine_reason}: use --model.attention torch")
-    return "te" if kernels.transformer_engine and (torch.cuda.is_available() or model.attention == "te") else "torch"
+    if model.layer_spec == "te" and not kernels.transformer_engine:
+        raise ValueError(f"model.layer_spec is te, but {kernels.transformer_engine_reason}: use --model.layer-spec torch")
+    return "te" if kernels.transformer_engine and (torch.cuda.is_available() or model.layer_spec == "te") else "torch"
 
 
 def attention_core(config: Config, kernels: Kernels) -> Literal["te", "flash", "triton"]:
@@ -44,7 +44,7 @@ def attention_core(config: Config, kernels: Kernels) -> Literal["te", "flash", "
 
     Raises: ValueError for kernels that are asked for and cannot run here.
     """
-    core, te = config.model.attention_core, attention_backend(config.model, kernels) == "te"
+    core, te = config.model.attention_core, chosen_layer_spec(config.model, kernels) == "te"
     usable = torch.cuda.is_available() and kernels.triton and config.train.precision == "bf16"
     if core == "auto":
         # As measured (docs/results.md): at width 64 Triton's is the fastest; at 128 Transformer Engine's is, then Triton's.
@@ -52,7 +52,7 @@ def attention_core(config: Config, kernels: Kernels) -> Literal["te", "flash", "
         return "triton" if usable and config.model.channels_per_head in fitting else "te" if te else "flash"
     if core == "te" and not te:
         raise ValueError(
-            "model.attention_core is te, which model.attention torch does not have: use --model.attention-core auto"
+            "model.attention_core is te, which model.layer_spec torch does not have: use --model.attention-core auto"
         )
     if core == "triton" and not (usable and config.model.channels_per_head in TRITON_HEAD_DIMS):
         raise ValueError(
@@ -83,8 +83,8 @@ def check_fp8(config: Config, kernels: Kernels) -> None:
     if config.train.fp8 == "none":
         return
     fp8 = config.train.fp8
-    if attention_backend(config.model, kernels) != "te":
-        without = "model.attention is torch, or there is no CUDA device"
+    if chosen_layer_spec(config.model, kernels) != "te":
+        without = "model.layer_spec is torch, or there is no CUDA device"
         reason = without if kernels.transformer_engine else kernels.transformer_engine_reason
         raise ValueError(f"train.fp8 is {fp8}, which is Transformer Engine's, but {reason}: use --train.fp8 none")
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
@@ -163,7 +163,7 @@ def transformer_config(config: Config, kernels: Kernels) -> TransformerConfig:
     model, parallel = config.model, config.parallel
     on_gpu = torch.cuda.is_available()
     interleaved = parallel.virtual_pipeline > 1
-    te = attention_backend(model, kernels) == "te"
+    te = chosen_layer_spec(model, kernels) == "te"
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,

@@ -63,8 +63,9 @@ class ModelConfig:
     """Whether the output head is the input embedding."""
     init_std: float = 0.02
     """Standard deviation of freshly initialised matrices."""
-    attention: Literal["auto", "te", "torch"] = "auto"
-    """Backend of the whole layer: Transformer Engine, plain torch, or te where it is installed and a GPU is present."""
+    layer_spec: Literal["auto", "te", "torch"] = "auto"
+    """What decoder layers are made of: Transformer Engine's modules, megatron-core's own with torch's operations, or te where
+    Transformer Engine is installed and a GPU is present."""
     attention_core: Literal["auto", "te", "flash", "triton"] = "auto"
     """Kernels of the attention itself, in training on a GPU in 16 bits: Transformer Engine's (cuDNN), torch's flash attention,
     or this project's in Triton, which read the vision where it lies; auto: the one that was measured to be fastest for the
@@ -666,6 +667,8 @@ def to_json(config: Any) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
+_OLD_NAMES = {("ModelConfig", "attention"): "layer_spec"}
+"""Fields as runs of earlier versions name them, and their names now."""
 _OLD_VALUES = {("train", "fp8", "hybrid"): "tensorwise"}
 """What fields held in runs of earlier versions, and what stands for it now (delayed scaling, whose state Transformer Engine no
 longer loads, is gone)."""
@@ -674,7 +677,8 @@ longer loads, is gone)."""
 def _build(cls: type, values: dict[str, Any]) -> Any:
     hints = typing.get_type_hints(cls)
     built: dict[str, Any] = {}
-    for name, value in values.items():
+    for stored, value in values.items():
+        name = _OLD_NAMES.get((cls.__name__, stored), stored)
         if name not in hints:
             raise ValueError(f"{cls.__name__} has no field {name}: written by another version?")
         hint = hints[name]

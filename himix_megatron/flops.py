@@ -128,8 +128,8 @@ class StepFlops:
     """LM head."""
     tower: float
     recomputed: float
-    """Done beyond them: logits a second time (always counted, though Transformer Engine's loss does without), attention or whole
-    layers as train.recompute says (which also takes the gradient of the first layer's text where nothing in front of it
+    """Done beyond them: logits a second time (always counted, though Transformer Engine's loss does without), attention or
+    whole layers as train.recompute says (which also takes the gradient of the first layer's text where nothing in front of it
     trains)."""
 
     @property

@@ -106,7 +106,11 @@ class _BeforeMegatron:
 
 def _hide_unusable_transformer_engine() -> None:
     global _hidden_te
-    if importlib.util.find_spec("transformer_engine") is None or not (fault := _fault("transformer_engine.pytorch")):
+    if importlib.util.find_spec("transformer_engine") is None:
+        return
+    import torch  # noqa: F401  # loads libraries of its wheels, like NCCL's, that Transformer Engine is linked with
+
+    if not (fault := _fault("transformer_engine.pytorch")):
         return
     _hidden_te = fault
     # Parts of it may have been imported, and would be found though it is hidden itself.

@@ -132,7 +132,7 @@ def layer_activations(config: Config, micro_batch: MicroBatch) -> float:
     model, parallel = config.model, config.parallel
     query, key_value = (heads * model.channels_per_head for heads in (model.num_attention_heads, model.num_query_groups))
     text, sequence = micro_batch.text_tokens, parallel.tensor if parallel.sequence else 1
-    trains, plain = "language" in config.train.parts, model.attention == "torch"
+    trains, plain = "language" in config.train.parts, model.layer_spec == "torch"
     # The two norms' inputs; where weights train also what comes out of them, and in 16 bits torch's norm keeps what it scales.
     scaled = plain and config.train.precision == "bf16"
     whole = text * model.hidden_size * (2 + (2 + 2 * scaled) * trains) / sequence
@@ -183,7 +183,7 @@ def rank_memory(
             # With Transformer Engine's loss, whatever the layers are: all logits once, and the weight's gradient beside them.
             chunk = tokens * rows if tokens * rows <= HEAD_MAX_LOGITS else HEAD_MAX_LOGITS / 8
             kept = size * (chunk + ("language" in train.parts) * rows * config.model.hidden_size)
-            logits = kept if config.model.attention != "torch" else max(logits, kept)
+            logits = kept if config.model.layer_spec != "torch" else max(logits, kept)
         logits += 3 * size * text
     features = 2 * images_per_step * vision.tokens_per_image * vision.hidden_size * size
     if not config.data.features:

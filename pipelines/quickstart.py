@@ -1,7 +1,7 @@
 """From nothing to a model that answers questions about images, in a few minutes on a laptop.
 
     python -m pipelines.quickstart                     (or: make quickstart)
-    python -m pipelines.quickstart --model.attention torch --train.precision fp32
+    python -m pipelines.quickstart --model.layer-spec torch --train.precision fp32
 
 Renders a corpus of scenes as LLaVA data, then runs what a user would run: preprocessing (by Ray where it is installed), align,
 instruct, evaluate, on two tensor-parallel ranks, or on one where there is one GPU; on GPUs in bf16. Flags with a section

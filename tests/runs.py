@@ -45,7 +45,7 @@ def small_config(
             num_query_groups=2,
             vocab_size=260,
             text_only=text_only,
-            attention="torch",
+            layer_spec="torch",
         ),
         vision=VisionConfig(
             tower="tiny",

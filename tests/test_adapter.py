@@ -43,10 +43,10 @@ WITH_TE = replace(
 )  # as if, wherever this runs
 
 
-def refusal(fp8: Any, *, capability: tuple[int, int] | None, cuda: str = "13.0", attention: Any = "te", **model: Any) -> str:
+def refusal(fp8: Any, *, capability: tuple[int, int] | None, cuda: str = "13.0", layer_spec: Any = "te", **model: Any) -> str:
     """Why FP8 cannot be used on such a GPU (None: there is none); empty if it can."""
     recipe = RECIPES["llama3_2_1b_align"]()
-    config = replace(recipe, model=replace(recipe.model, attention=attention, **model), train=replace(recipe.train, fp8=fp8))
+    config = replace(recipe, model=replace(recipe.model, layer_spec=layer_spec, **model), train=replace(recipe.train, fp8=fp8))
     with (
         patch("torch.cuda.is_available", return_value=capability is not None),
         patch("torch.cuda.get_device_capability", return_value=capability),
@@ -64,7 +64,9 @@ def test_fp8_is_judged_by_the_gpu_and_the_widths() -> None:
         assert refusal(fp8, capability=(9, 0)) == ""
         assert "there is no GPU with FP8 here" in refusal(fp8, capability=(8, 0))
         assert "there is no GPU with FP8 here" in refusal(fp8, capability=None)
-        assert "but model.attention is torch, or there is no CUDA device" in refusal(fp8, capability=(9, 0), attention="torch")
+        assert "but model.layer_spec is torch, or there is no CUDA device" in refusal(
+            fp8, capability=(9, 0), layer_spec="torch"
+        )
         assert "but model.ffn_hidden_size / parallel.tensor is 8200" in refusal(fp8, capability=(9, 0), ffn_hidden_size=8200)
     assert refusal("tensorwise", capability=(8, 9), cuda="12.4") == ""
     for capability, cuda in (((9, 0), "12.8"), ((8, 9), "13.0")):
@@ -87,6 +89,7 @@ def test_fp8_keeps_no_state(fp8: Any, wanted: tuple[str, str] | None) -> None:
 def test_a_stored_run_with_delayed_scaling_is_read_as_tensorwise() -> None:
     config = RECIPES["llama3_2_1b_align"]()
     old = to_json(replace(config, train=replace(config.train, fp8="hybrid")))  # type: ignore[arg-type]
+    old = old.replace('"layer_spec"', '"attention"')
     assert from_json(old) == replace(config, train=replace(config.train, fp8="tensorwise"))
 
 
@@ -180,7 +183,7 @@ def test_cuda_graphs_are_refused_where_they_cannot_be_recorded() -> None:
         assert not overlaps(config)
         with pytest.raises(ValueError, match=r"use --train\.precision bf16"):
             check_graphs(replace(config, train=replace(train, precision="fp32")), WITH_TE)
-        own = replace(config, model=replace(config.model, attention="torch"))
+        own = replace(config, model=replace(config.model, layer_spec="torch"))
         with (
             patch("himix_megatron.model.attention_backends.has_variable_length", return_value=False),
             pytest.raises(ValueError, match=r"use torch 2\.11 or later"),

@@ -5,13 +5,23 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
-from himix_megatron.flops import Work, step_flops
-from tools.bench_concatenation import lines_of
-from tools.bench_model import Arguments, sizes
-from tools.measure import Line
+from himix_megatron import cpu
+
+cpu.activate_if_needed()
+
+from himix_megatron.flops import Work, step_flops  # noqa: E402
+from tools import bench_generate, bench_padding  # noqa: E402
+from tools.bench_concatenation import lines_of, vanilla  # noqa: E402
+from tools.bench_model import Arguments, layers_step, sizes  # noqa: E402
+from tools.measure import Line  # noqa: E402
+from tools.plain_padded import PlainDecoder  # noqa: E402
 
 
 def bench(*flags: str) -> subprocess.CompletedProcess[str]:
@@ -52,3 +62,76 @@ def test_lines_are_held_to_what_was_wanted() -> None:
     assert Line.code([Line("", 0.5, 0.6, at_most=True)]) == 0
     assert Line.code([Line("", 0.7, 0.6, at_most=True)]) == 1
     assert not lines_of(arguments, config, seconds | {"vanilla 64": [11 * at_peak / 0.8]})[0].holds
+
+
+META = torch.device("meta")
+"""torch's device without memory, in the place of a GPU: it is not the CPU either, and every other one is refused."""
+
+
+class Elsewhere(nn.Module):
+    """A decoder of one number on that device, and in its dtype; notes where what it is given lies."""
+
+    def __init__(self, *_: Any):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, dtype=torch.bfloat16, device=META))
+        self.seen: list[tuple[torch.device, torch.dtype]] = []
+
+    def forward(self, hidden: Tensor, *_: Any, context: Tensor | None = None, **__: Any) -> Tensor:
+        for tensor in (hidden, *(() if context is None else (context,))):
+            self.seen.append((tensor.device, tensor.dtype))
+        return hidden * self.weight
+
+
+def test_layers_are_given_what_lies_on_their_device() -> None:
+    decoder: Any = Elsewhere()
+    decoder.layers = [SimpleNamespace(mlp=decoder)]
+    model: Any = SimpleNamespace(
+        parameters=decoder.parameters, decoder=decoder, config=SimpleNamespace(hidden_size=8, layernorm_epsilon=1e-6),
+        rotary_pos_emb=lambda length: torch.zeros(length, 1, 1, 4, device=META),
+    )  # fmt: skip
+    for is_packed in (False, True):
+        layers_step(model, [3, 3], [2, 4], 16, packed=is_packed)()  # torch refuses a gradient from another device
+    assert decoder.seen == [(META, torch.bfloat16)] * 4
+
+
+def test_concatenation_and_padding_are_given_what_lies_on_their_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = Arguments(samples=2, text_tokens=(3,), vision_tokens=4, layers=1)
+    decoder, topology = Elsewhere(), SimpleNamespace(device=META)
+    monkeypatch.setattr("tools.vanilla.VanillaDecoder", lambda *_: decoder)
+    vanilla(arguments, topology)["vanilla 3"]()  # type: ignore[arg-type]
+    assert decoder.seen == [(META, torch.bfloat16)]
+
+    seen = []
+
+    class Noting(PlainDecoder):
+        def forward(self, text_BSH: Tensor, vision_BNV: Tensor, lengths: list[int]) -> Tensor:
+            seen.extend([next(self.parameters()).device, text_BSH.device, vision_BNV.device])
+            return super().forward(text_BSH, vision_BNV, lengths)
+
+    monkeypatch.setattr(bench_padding, "PlainDecoder", Noting)
+    bench_padding.plain_padded(arguments, [3, 5], topology)()  # type: ignore[arg-type]
+    assert seen == [META] * 3
+
+
+def test_answers_are_made_of_what_lies_on_the_models_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    class Answering(Elsewhere):
+        embedding = nn.Identity()
+
+        def forward(self, text_ids: Tensor, *_: Any, **__: Any) -> Tensor:
+            given.append(text_ids)
+            return torch.zeros(len(text_ids), 1, 7, device=text_ids.device)
+
+    def cache(vision_NBV: Tensor, _: Any, lengths: Tensor, *__: Any) -> Any:
+        given.extend([vision_NBV, lengths])
+        return SimpleNamespace(advance=lambda: None)
+
+    monkeypatch.setattr("himix_megatron.model.himix.build_stage", lambda *_, **__: [Answering()])
+    monkeypatch.setattr("himix_megatron.model.himix.bare", lambda stage: stage)
+    monkeypatch.setattr("himix_megatron.model.kv_cache.KVCache", cache)
+    arguments = bench_generate.Arguments(images=2, text_tokens=3, vision_tokens=4, new_tokens=1)
+    for kind in (bench_generate.Himix, bench_generate.Concatenating):
+        kind(bench_generate.sizes(arguments), arguments, SimpleNamespace()).answer()  # type: ignore[arg-type]
+    assert len(given) == 2 * 4
+    assert {tensor.device for tensor in given} == {META}

@@ -164,6 +164,76 @@ def test_it_is_not_imported_before_megatron_core_is(tmp_path: Path) -> None:
     assert done.stdout.strip() == "False"
 
 
+CUDNN = ("libcudnn.so.9", "libcudnn_graph.so.9")
+LOADED = """
+import ctypes, json, os, sys
+from pathlib import Path
+loaded, load = [], ctypes.CDLL
+def record(name, mode=0, *args, **kwargs):
+    if "cudnn" not in str(name):
+        return load(name, mode, *args, **kwargs)
+    loaded.append([str(name), mode == ctypes.RTLD_GLOBAL, "transformer_engine" in sys.modules])
+    if "graph" in str(name):
+        raise OSError("no such symbol")  # nothing to stop at
+ctypes.CDLL = record
+import himix_megatron
+before = list(loaded)
+import megatron.core
+from himix_megatron import kernels
+print(json.dumps([before, loaded[len(before):], os.environ.get("CUDNN_HOME"), kernels.detect(has_gpu=True).transformer_engine]))
+"""
+MEGATRON = {"megatron/core/__init__.py": ""}
+USABLE_ENGINE = "class Linear: ...\nLayerNormLinear = DotProductAttention = RMSNorm = Linear\nimport ctypes, os\n"
+USABLE_ENGINE += "ctypes.CDLL(os.environ['CUDNN_HOME'] + '/lib/libcudnn.so.9')"
+
+
+def loaded_cudnn(folder: Path, files: dict[str, str], **environment: str) -> tuple[list[Any], list[Any], str | None, bool]:
+    """Of a process that imports an empty megatron-core: which of cuDNN's libraries were loaded when this project had been
+    imported, and which after that; CUDNN_HOME; whether Transformer Engine can be used."""
+    for name, text in {**MEGATRON, **files}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    env = {name: text for name, text in os.environ.items() if name != "CUDNN_HOME"}
+    env |= {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", **environment}
+    command = [sys.executable, "-c", LOADED]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    found: tuple[list[Any], list[Any], str | None, bool] = tuple(json.loads(done.stdout.splitlines()[-1]))
+    return found
+
+
+def test_transformer_engine_finds_torchs_own_cudnn(tmp_path: Path) -> None:
+    """And not the system's, of which it would take parts beside torch's."""
+    own = tmp_path / "nvidia" / "cudnn"
+    libraries = {f"nvidia/cudnn/lib/{name}": "" for name in CUDNN}
+    engine = {**ENGINE, "transformer_engine/pytorch.py": USABLE_ENGINE}
+    before, after, home, usable = loaded_cudnn(tmp_path, {**libraries, **engine})
+    assert [name for name, *_ in before] == [str(own / "lib" / name) for name in CUDNN]
+    assert all(is_global and not is_late for _, is_global, is_late in before), before
+    assert home == str(own)
+    assert [name for name, *_ in after] == [str(own / "lib" / CUDNN[0])], "Transformer Engine asked for another"
+    assert usable
+
+
+def test_cudnn_is_left_alone_where_nothing_asks_for_it(tmp_path: Path) -> None:
+    libraries = {f"nvidia/cudnn/lib/{name}": "" for name in CUDNN}
+    assert loaded_cudnn(tmp_path, libraries) == ([], [], None, False)
+
+
+def test_a_cudnn_of_the_users_choice_stays_the_first_that_transformer_engine_asks_for(tmp_path: Path) -> None:
+    files = {f"nvidia/cudnn/lib/{name}": "" for name in CUDNN} | ENGINE | {"transformer_engine/pytorch.py": USABLE_ENGINE}
+    assert loaded_cudnn(tmp_path, files, CUDNN_HOME="/chosen")[2] == "/chosen"
+
+
+def test_torch_is_imported_before_transformer_engine(tmp_path: Path) -> None:
+    """torch loads libraries of its wheels, like NCCL's, that Transformer Engine is linked with and does not find by itself."""
+    needs_torch = (
+        "import sys\nif 'torch' not in sys.modules:\n    raise OSError('libnccl.so.2: cannot open shared object file')\n"
+    )
+    engine = {**ENGINE, "transformer_engine/pytorch.py": needs_torch + USABLE_ENGINE}
+    assert loaded_cudnn(tmp_path, engine, CUDNN_HOME="/chosen")[3]
+
+
 @pytest.mark.parametrize(
     ("theirs", "said"), [((9, 19, 0), "found"), ((9, 14, 0), "found, but with cuDNN 9.14.0 beside torch's 9.19.0")]
 )

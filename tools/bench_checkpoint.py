@@ -64,7 +64,7 @@ def sizes(arguments: Arguments, run: Path, *, divided: bool) -> Config:
     layers = arguments.layers or (24 if on_gpu else 4)
     model = tiny.model if arguments.tiny else recipe.model
     if not on_gpu:
-        model = dataclasses.replace(model, vocab_size=min(model.vocab_size, 32768), attention="torch")
+        model = dataclasses.replace(model, vocab_size=min(model.vocab_size, 32768), layer_spec="torch")
     return dataclasses.replace(
         recipe,
         model=dataclasses.replace(model, num_layers=layers),

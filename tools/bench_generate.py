@@ -63,7 +63,7 @@ def sizes(arguments: Arguments) -> Config:
     config = RECIPES[arguments.recipe]()
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, num_layers=arguments.layers, attention="torch"),
+        model=dataclasses.replace(config.model, num_layers=arguments.layers, layer_spec="torch"),
         train=dataclasses.replace(
             config.train, precision="bf16" if torch.cuda.is_available() else "fp32", parts=("vision_kv",)
         ),

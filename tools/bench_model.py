@@ -59,8 +59,8 @@ class Arguments:
     """`training`: images of a pack, one a sample."""
     packs: int = 2
     """`training`: packs of a step."""
-    attention: Literal["auto", "te", "torch"] = "auto"
-    """`training`: backend of the layers, as --model.attention."""
+    layer_spec: Literal["auto", "te", "torch"] = "auto"
+    """`training`: backend of the layers, as --model.layer-spec."""
     fp8: str = "none"
     """`training`: as --train.fp8."""
     recompute: Literal["none", "selective", "full"] = "none"
@@ -87,7 +87,7 @@ def sizes(arguments: Arguments, parts: tuple[Part, ...] = ("vision_kv", "languag
     return dataclasses.replace(
         config,
         # The embedding and the head are not run: a small vocabulary saves their memory.
-        model=dataclasses.replace(config.model, num_layers=arguments.layers or 4, attention="torch", vocab_size=128),
+        model=dataclasses.replace(config.model, num_layers=arguments.layers or 4, layer_spec="torch", vocab_size=128),
         train=dataclasses.replace(config.train, precision=precision(), parts=parts, recompute="none"),
         parallel=dataclasses.replace(
             config.parallel, tensor=2 if arguments.part == "tensor" else 1, pipeline=1, sequence=False

@@ -89,7 +89,7 @@ def settings(arguments: Arguments, data: Path, folder: Path) -> Config:
             num_attention_heads=4,
             num_query_groups=2,
             vocab_size=1024,
-            attention="torch",
+            layer_spec="torch",
         ),
         vision=VisionConfig(
             tower="tiny",

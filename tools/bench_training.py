@@ -188,7 +188,7 @@ def configuration(arguments: Arguments) -> Config:
     layers = arguments.layers or config.model.num_layers
     config = dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, num_layers=layers, attention=arguments.attention),
+        model=dataclasses.replace(config.model, num_layers=layers, layer_spec=arguments.layer_spec),
         train=dataclasses.replace(config.train, fp8=arguments.fp8, recompute=arguments.recompute),  # type: ignore[arg-type]
     )
     config = packed(config, text_tokens=arguments.pack_text_tokens, images=arguments.pack_images, packs=arguments.packs)
@@ -197,13 +197,13 @@ def configuration(arguments: Arguments) -> Config:
 
 def training(arguments: Arguments) -> list[Line]:
     """Measure, print and return the lines."""
-    from himix_megatron.adapter import attention_backend, check_fp8, check_graphs, params_dtype
+    from himix_megatron.adapter import check_fp8, check_graphs, chosen_layer_spec, params_dtype
     from himix_megatron.kernels import detect
     from himix_megatron.model.vision import build_tower
 
-    config = configuration(arguments)
-    check_fp8(config, detect())
-    check_graphs(config)
+    config, kernels = configuration(arguments), detect()
+    check_fp8(config, kernels)
+    check_graphs(config, kernels)
     torch.set_num_threads(arguments.threads)
     topology = parallel.start(config.parallel, seed=0)
     decoder, vision = Decoder(config, topology), config.vision
@@ -222,7 +222,7 @@ def training(arguments: Arguments) -> list[Line]:
     lines = lines_of(arguments, config, packs, seconds)
     title = f"training: {config.recipe}, {config.model.num_layers} layers, {config.train.precision}, fp8 {config.train.fp8}, "
     title += (
-        f"{attention_backend(config.model, detect())}, recompute {config.train.recompute}, graphs {config.train.cuda_graphs}, "
+        f"{chosen_layer_spec(config.model, kernels)}, recompute {config.train.recompute}, graphs {config.train.cuda_graphs}, "
     )
     title += f"parts {' '.join(config.train.parts)}, {arguments.packs} packs of {arguments.pack_text_tokens} text tokens and "
     title += f"{arguments.pack_images} images, {device_name()}{memory}"

@@ -54,7 +54,7 @@ class Arguments:
     """Model chunks per stage."""
     sequence_parallel: bool = False
     """Split activations along the text; the text is padded to a multiple of --tensor."""
-    attention: Literal["auto", "te", "torch"] = "torch"
+    layer_spec: Literal["auto", "te", "torch"] = "torch"
     """Layer backend."""
 
 
@@ -109,7 +109,7 @@ def configuration(arguments: Arguments, reference: Reference) -> Config:
             rope_theta=sizes["rope_theta"],
             norm_eps=sizes["rms_norm_eps"],
             tie_embeddings=sizes["tie_word_embeddings"],
-            attention=arguments.attention,
+            layer_spec=arguments.layer_spec,
         ),
         # The features come from the file: the tower's own sizes play no part.
         vision=VisionConfig(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -131,13 +132,20 @@ def gpu(index: int, driver: str | None) -> Finding:
     return Finding(f"gpu {index}", "ok", text)
 
 
-def nvidia_driver() -> str | None:
-    """Its version, from the kernel."""
+def nvidia_driver(file: Path = Path("/proc/driver/nvidia/version")) -> str | None:
+    """Its version, from the kernel or nvidia-smi; None: there is no driver."""
     try:
-        found = re.search(r"Kernel Module\D*?\s([\d.]+)", Path("/proc/driver/nvidia/version").read_text())
+        found = re.search(r"Kernel Module(?: +for \S+)? +([\d.]+)", file.read_text())
     except OSError:
-        return None
-    return found[1] if found else "of unknown version"
+        found = None
+    if found:
+        return found[1]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()
+        if said:
+            return said[0]
+    return "of unknown version" if file.exists() else None
 
 
 def fused_kernels() -> Iterator[Finding]:

@@ -133,7 +133,7 @@ def checking_config(config: Config) -> Config:
     train = dataclasses.replace(config.train, precision="fp32", fp8="none", parts=("vision_kv",))
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, attention="torch", attention_core="auto"),
+        model=dataclasses.replace(config.model, layer_spec="torch", attention_core="auto"),
         vision=dataclasses.replace(config.vision, path=None),
         train=train,
     )
@@ -147,7 +147,7 @@ def open_excerpt(checkpoint: Path, excerpt: Excerpt, topology: Topology, *, with
         answerer.load(checkpoint)
         return answerer
     stored = StoredWeights(checkpoint, config.model)
-    cut = dataclasses.replace(config, model=dataclasses.replace(excerpt.model, attention="torch", attention_core="auto"))
+    cut = dataclasses.replace(config, model=dataclasses.replace(excerpt.model, layer_spec="torch", attention_core="auto"))
     answerer = Answerer(cut, detect(), topology)
     scatter(answerer.stages, _Cut(stored, list(stored), excerpt.model.vocab_size), topology)
     if with_tower:

@@ -1,12 +1,14 @@
-"""The core of Mixture Attention, by two backends: softmax(q [k_v ; k_t]^T / sqrt(D) + mask) [v_v ; v_t].
+"""The core of Mixture Attention, by three backends: softmax(q [k_v ; k_t]^T / sqrt(D) + mask) [v_v ; v_t].
 
 Training: `forward` takes queries, keys and values of the text, float[S, B, heads, D], keys and values of the vision, flat over
-the samples, float[T, G, 2, D], and a Layout that says which belong together. Neither pads vision nor works across samples.
+the samples, float[T, G, 2, D], and a Layout that says which belong together. None pads vision or works across samples.
 
 Generation: `continued` takes float[L, B, G, D] keys and values of all that came before and of the text, the text last, with
-holes where a sample has fewer (model/kv_cache.py). torch wants the mask spelled out, once per pass (`mixture_mask`);
-Transformer Engine's kernels know the bottom-right causal form by name. Both give float[S, B, Q*D], hold no parameters, and
-are compared with each other by the tests. Text padding needs no mask: it lies on the right, where causality hides it.
+holes where a sample has fewer (model/kv_cache.py). It is torch's for all: each token makes another number of keys, and cuDNN
+builds a graph for each number. torch wants the mask spelled out, once per pass (`mixture_mask`).
+
+All give float[S, B, Q*D], hold no parameters, and are compared with each other by the tests. Text padding needs no mask: it
+lies on the right, where causality hides it.
 """
 
 from __future__ import annotations
@@ -61,10 +63,8 @@ class TorchMixtureAttention(torch.nn.Module):
             vision = ~vision_padding_BN[:, None, None, :].expand(-1, 1, num_text, -1)
         return torch.cat((vision, text_SS.expand(vision.shape[0], 1, -1, -1)), dim=-1)
 
-    def continued(
-        self, query_SBQD: Tensor, key_LBGD: Tensor, value_LBGD: Tensor, mask: Tensor, padding_BE: Tensor | None = None
-    ) -> Tensor:
-        """float[S, B, Q*D]. The padding is already in the mask."""
+    def continued(self, query_SBQD: Tensor, key_LBGD: Tensor, value_LBGD: Tensor, mask: Tensor) -> Tensor:
+        """float[S, B, Q*D]."""
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBQD, key_LBGD, value_LBGD))
         mixed_BQSD = torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, scale=self.scale, enable_gqa=query.shape[1] != key.shape[1]
@@ -73,7 +73,7 @@ class TorchMixtureAttention(torch.nn.Module):
 
 
 class TritonMixtureAttention(TorchMixtureAttention):
-    """This project's kernels in training; in generation torch's, which need none anew for each number of keys."""
+    """This project's kernels in training; in generation torch's."""
 
     def forward(
         self, query_SBQD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, vision_kv_TG2D: Tensor, layout: Layout
@@ -141,11 +141,12 @@ def _one_by_one(query: Tensor, key: Tensor, value: Tensor, vision_kv: Tensor, la
     return layout.unflat(torch.nn.functional.pad(mixed_TX, (0, 0, 0, padding)), len(query))
 
 
-class TransformerEngineMixtureAttention(torch.nn.Module):
-    """Transformer Engine's fused attention, bottom-right causal, with each sample's keys one after the other (`thd`)."""
+class TransformerEngineMixtureAttention(TorchMixtureAttention):
+    """Transformer Engine's fused attention, bottom-right causal, with each sample's keys one after the other (`thd`); in
+    generation torch's."""
 
     def __init__(self, config: Any, layer_number: int, softmax_scale: float | None = None, pg_collection: Any = None, **_: Any):
-        super().__init__()
+        super().__init__(config, softmax_scale)
         from transformer_engine.pytorch import DotProductAttention
 
         self.core = DotProductAttention(
@@ -153,8 +154,8 @@ class TransformerEngineMixtureAttention(torch.nn.Module):
             kv_channels=config.kv_channels,
             num_gqa_groups=config.num_query_groups,
             attention_dropout=0.0,
-            qkv_format="sbhd",
-            attn_mask_type="causal_bottom_right",
+            qkv_format="thd",
+            attn_mask_type="padding_causal_bottom_right",
             # Where it writes masks out (fp32), "self" would take the keys' lengths from the queries'.
             attention_type="cross",
             tp_size=config.tensor_model_parallel_size,
@@ -184,34 +185,3 @@ class TransformerEngineMixtureAttention(torch.nn.Module):
             max_seqlen_kv=layout.max_seqlen_kv,
         )
         return layout.unflat(mixed_TH.flatten(1), len(query_SBQD))
-
-    @staticmethod
-    def mixture_mask(num_text: int, num_vision: int, vision_padding_BN: Tensor | None, device: torch.device) -> None:
-        """None: the kernels know the mask by name."""
-
-    def continued(
-        self, query_SBQD: Tensor, key_LBGD: Tensor, value_LBGD: Tensor, mask: None, padding_BE: Tensor | None = None
-    ) -> Tensor:
-        """float[S, B, Q*D]. Where there are holes the keys that exist are packed: the kernels want no holes."""
-        if padding_BE is None:
-            mixed: Tensor = self.core(
-                query_SBQD.contiguous(), key_LBGD, value_LBGD, qkv_format="sbhd", attn_mask_type="causal_bottom_right"
-            )
-            return mixed
-        num_text, num_samples = query_SBQD.shape[:2]
-        text_BS = padding_BE.new_ones(num_samples, num_text)
-        present_BL = torch.cat((~padding_BE, text_BS), dim=1)
-        key_TGD, value_TGD = (x.transpose(0, 1)[present_BL] for x in (key_LBGD, value_LBGD))
-        lengths = present_BL.sum(1, dtype=torch.int32)
-        mixed_TH: Tensor = self.core(
-            query_SBQD.transpose(0, 1).flatten(0, 1),
-            key_TGD,
-            value_TGD,
-            qkv_format="thd",
-            attn_mask_type="padding_causal_bottom_right",
-            cu_seqlens_q=torch.arange(num_samples + 1, dtype=torch.int32, device=lengths.device) * num_text,
-            cu_seqlens_kv=torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)),
-            max_seqlen_q=num_text,
-            max_seqlen_kv=key_LBGD.shape[0],
-        )
-        return mixed_TH.view(num_samples, num_text, -1).transpose(0, 1).contiguous()

@@ -22,15 +22,16 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, 
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
-from ..adapter import attention_backend, attention_core, ddp_config, gpt_arguments, has_fused_loss, overlaps, transformer_config
+from ..adapter import attention_core, chosen_layer_spec, ddp_config, gpt_arguments, has_fused_loss, overlaps, transformer_config
 from ..config import Config, Part
 from ..kernels import Kernels
 from ..loss import token_losses
 from ..parallel import Topology
+from .attention_backends import TorchMixtureAttention
 from .kv_cache import KVCache
 from .layout import Layout, lay_out
 from .mixture_attention import normalise
-from .spec import CORES, block_spec
+from .spec import block_spec
 
 
 def arrange_features(features_KnV: Tensor, images_per_sample: Sequence[int]) -> tuple[Tensor, Tensor | None]:
@@ -68,7 +69,7 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
 
     def __init__(self, config: Config, kernels: Kernels, topology: Topology, *, chunk: int | None, tower: nn.Module | None):
         mcore_config = transformer_config(config, kernels)
-        backend, core = attention_backend(config.model, kernels), attention_core(config, kernels)
+        backend, core = chosen_layer_spec(config.model, kernels), attention_core(config, kernels)
         first, last = chunk in (None, 0), chunk in (None, config.parallel.virtual_pipeline - 1)
         super().__init__(
             mcore_config,
@@ -90,7 +91,6 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
         """Whether the cross-entropy is Transformer Engine's."""
         self.labelled: Tensor | None = None
         """Of the pass under way: `token_losses`' argument of this name."""
-        self.mixture_mask = CORES[core].mixture_mask
         for layer in self.decoder.layers:
             layer.vision_is_frozen = tower is None
         if tower is not None:
@@ -145,8 +145,7 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
 
     def _continue(self, text_ids: Tensor, cache: KVCache) -> Tensor:
         """Logits of each sample's last token, or hidden states, of text that goes on where the cache ends."""
-        padding_BE = cache.padding
-        mask = self.mixture_mask(text_ids.shape[1], cache.num_earlier, padding_BE, text_ids.device)
+        mask = TorchMixtureAttention.mixture_mask(text_ids.shape[1], cache.num_earlier, cache.padding, text_ids.device)
         cache.angles_SB1D = self.rotary_pos_emb(cache.num_slots)[cache.positions].flatten(2, 3)
         with self._head_on(cache.last):
             output: Tensor = super().forward(text_ids, None, mask, extra_block_kwargs={"context": cache})

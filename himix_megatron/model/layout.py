@@ -85,11 +85,13 @@ class Layout(PackedSeqParams):  # type: ignore[misc]
 
     def flat(self, text_SBX: Tensor) -> Tensor:
         """[S, B, ...] text as [S * B, ...], sample by sample; what pads a packed row stays at its end."""
-        return text_SBX[:, 0] if self.packed else text_SBX.transpose(0, 1).flatten(0, 1)
+        return text_SBX.squeeze(1) if self.packed else text_SBX.transpose(0, 1).flatten(0, 1)
 
     def unflat(self, flat_TX: Tensor, num_text: int) -> Tensor:
         """The opposite: [S, B, X]."""
-        return flat_TX[:, None] if self.packed else flat_TX.view(-1, num_text, flat_TX.shape[1]).transpose(0, 1).contiguous()
+        if self.packed:
+            return flat_TX.unsqueeze(1)
+        return flat_TX.view(-1, num_text, flat_TX.shape[1]).transpose(0, 1).contiguous()
 
     def join(self, vision_kv_TG2D: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> tuple[Tensor, Tensor]:
         """All keys, and all values, each float[num_keys, G, D]: by sample, its vision first, then its text."""
@@ -122,7 +124,9 @@ class _Join(torch.autograd.Function):
         if ctx.has_spare:
             of_keys[-1].zero_()  # where no kernel wrote anything
             of_values[-1].zero_()
-        of_vision = torch.stack([rows.index_select(0, vision_places) for rows in (of_keys, of_values)], dim=2)
+        of_vision = of_keys.new_empty(len(vision_places), of_keys.shape[1], 2, of_keys.shape[2])
+        for rows, own in ((of_keys, of_vision[:, :, 0]), (of_values, of_vision[:, :, 1])):
+            torch.index_select(rows, 0, vision_places, out=own)
         if not any(ctx.needs_input_grad[1:3]):  # the first layer of a frozen decoder
             return of_vision, None, None, None, None, None
         of_text = (rows.index_select(0, text_places).view(ctx.text_shape) for rows in (of_keys, of_values))

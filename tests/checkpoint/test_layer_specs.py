@@ -106,7 +106,7 @@ def load_and_save(checkpoint: Path, run: Path, attention: str, change: Callable[
     from himix_megatron.optim import build_optimizer
 
     config = replace(read_config(checkpoint), run=RunConfig(dir=str(run)))
-    config = replace(config, model=replace(config.model, attention=attention))
+    config = replace(config, model=replace(config.model, layer_spec=attention))
     run.mkdir()
     (run / "config.json").write_text(to_json(config))
     topology = parallel.start(config.parallel, seed=1)

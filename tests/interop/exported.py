@@ -24,7 +24,7 @@ def random_config(family: Any = "qwen2", tower: Any = "tiny", **model: Any) -> C
     """2 decoder layers of width 32 and 4 image tokens; the bytes tokenizer."""
     sizes: dict[str, Any] = {
         "num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4, "num_query_groups": 2,
-        "vocab_size": 260, "attention": "torch", "init_std": 0.2,
+        "vocab_size": 260, "layer_spec": "torch", "init_std": 0.2,
     }  # fmt: skip
     return Config(
         recipe="random",

@@ -39,7 +39,7 @@ def described(attention: str) -> dict[str, str | None]:
     from tests.runs import small_config
 
     config = small_config(Path("unused"), Path("unused"), parts=("language", "vision_kv"))
-    config = replace(config, model=replace(config.model, attention=attention))
+    config = replace(config, model=replace(config.model, layer_spec=attention))
     topology = parallel.start(config.parallel, seed=1)
     tower = build_tower(config.vision, seed=1, dtype=torch.float32)
     with as_with_gpu(attention):

@@ -217,7 +217,7 @@ def main() -> None:
     with rehearsing(transformer_engine=True) as mode:
         for case, world_size in ((ALIGN, 1), (INSTRUCT | PACKED, 1), (INSTRUCT | {"tensor": 2, "sequence": True}, 2)):
             config = config_for(**case)
-            config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="te"))
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, layer_spec="te"))
             CALLS.clear()
             waits = rehearse(mode, config, world_size - 1, world_size)
             found.append((str(case), [dataclasses.astuple(wait) for wait in waits], dict(CALLS)))

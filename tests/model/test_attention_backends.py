@@ -1,12 +1,10 @@
-"""Generation's attention against a spelled-out softmax; both backends against each other."""
+"""Generation's attention against a spelled-out softmax, and how features are laid out by sample."""
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,7 +15,7 @@ from himix_megatron import cpu
 cpu.activate_if_needed()
 
 
-from himix_megatron.model.attention_backends import TorchMixtureAttention, TransformerEngineMixtureAttention  # noqa: E402
+from himix_megatron.model.attention_backends import TorchMixtureAttention  # noqa: E402
 from himix_megatron.model.himix import arrange_features  # noqa: E402
 
 HEADS, GROUPS, DIM, TEXT = 4, 2, 8, 5
@@ -60,21 +58,19 @@ CASES = {"one image each": [6, 6, 6], "other counts": [6, 0, 3], "no image at al
 def test_torch_backend_is_the_formula(vision_counts: list[int]) -> None:
     query, key, value, padding = inputs(vision_counts)
     mask = TorchMixtureAttention.mixture_mask(TEXT, max(vision_counts), padding, query.device)
-    found = TorchMixtureAttention(Sizes).continued(query, key, value, mask, padding)
+    found = TorchMixtureAttention(Sizes).continued(query, key, value, mask)
     assert torch.allclose(found, spelled_out(query, key, value, vision_counts), atol=1e-12)
 
 
 class SpelledOutKernel(nn.Module):
     """What Transformer Engine's kernels compute for the calls we make, in plain torch; stands for them where no GPU is."""
 
+    PACKED = "padding_causal_bottom_right"
+
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, *, qkv_format: str, attn_mask_type: str, **lengths: Any
     ) -> Tensor:
-        if qkv_format == "sbhd":
-            assert attn_mask_type == "causal_bottom_right"
-            parts = [self.one(query[:, b], key[:, b], value[:, b]) for b in range(query.shape[1])]
-            return torch.stack(parts, dim=1)
-        assert (qkv_format, attn_mask_type) == ("thd", "padding_causal_bottom_right")
+        assert (qkv_format, attn_mask_type) == ("thd", self.PACKED)
         ends_q, ends_kv = lengths["cu_seqlens_q"].tolist(), lengths["cu_seqlens_kv"].tolist()
         assert lengths["max_seqlen_q"] >= max(b - a for a, b in itertools.pairwise(ends_q))
         assert lengths["max_seqlen_kv"] >= max(b - a for a, b in itertools.pairwise(ends_kv))
@@ -86,46 +82,22 @@ class SpelledOutKernel(nn.Module):
     def one(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """One sample, causal from the bottom right."""
         num_query, num_key = len(query), len(key)
-        key, value = (x.repeat_interleave(HEADS // GROUPS, dim=1) for x in (key, value))
+        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
         scores = torch.einsum("qhd,khd->hqk", query, key) / math.sqrt(DIM)
         hidden = torch.ones(num_query, num_key, dtype=torch.bool).triu(num_key - num_query + 1)
         weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
         return torch.einsum("hqk,khd->qhd", weights, value).flatten(1)
 
 
-@pytest.mark.parametrize("vision_counts", CASES.values(), ids=CASES)
-def test_te_backend_hands_the_kernels_the_right_keys(vision_counts: list[int]) -> None:
-    query, key, value, padding = inputs(vision_counts)
-    backend = TransformerEngineMixtureAttention.__new__(TransformerEngineMixtureAttention)
-    nn.Module.__init__(backend)
-    backend.core = SpelledOutKernel()
-    found = backend.continued(query, key, value, None, padding)
-    assert torch.allclose(found, spelled_out(query, key, value, vision_counts), atol=1e-12)
-
-
-def test_te_takes_the_arguments_we_give() -> None:
-    te = pytest.importorskip("transformer_engine.pytorch", reason="Transformer Engine is not installed")
-    taken = inspect.signature(te.DotProductAttention.forward).parameters
-    for name in ("qkv_format", "attn_mask_type", "cu_seqlens_q", "cu_seqlens_kv", "max_seqlen_q", "max_seqlen_kv"):
-        assert name in taken
-    with patch("torch.cuda.is_available", return_value=True):  # it refuses to be built, not only to run, without a GPU
-        backend = TransformerEngineMixtureAttention(Sizes, layer_number=1)
-    assert backend.core.attn_mask_type == "causal_bottom_right"
-    for mask in ("causal_bottom_right", "padding_causal_bottom_right"):
-        assert mask in inspect.getsource(inspect.getmodule(te.DotProductAttention))
-
-
 @pytest.mark.requires_gpu
 @pytest.mark.parametrize("vision_counts", CASES.values(), ids=CASES)
-def test_backends_continue_alike_in_bf16(vision_counts: list[int]) -> None:
-    pytest.importorskip("transformer_engine.pytorch", reason="Transformer Engine is not installed")
+def test_generation_in_bf16_on_a_gpu_is_the_formula(vision_counts: list[int]) -> None:
     wanted = spelled_out(*inputs(vision_counts)[:3], vision_counts)
     query, key, value, padding = (x if x is None else x.cuda() for x in inputs(vision_counts))
     query, key, value = (x.bfloat16() for x in (query, key, value))
     mask = TorchMixtureAttention.mixture_mask(TEXT, max(vision_counts), padding, query.device)
-    for backend, given in ((TorchMixtureAttention(Sizes), mask), (TransformerEngineMixtureAttention(Sizes, 1).cuda(), None)):
-        found = backend.continued(query, key, value, given, padding).cpu().double()
-        assert torch.allclose(found, wanted, atol=2e-2), type(backend).__name__
+    found = TorchMixtureAttention(Sizes).continued(query, key, value, mask).cpu().double()
+    assert torch.allclose(found, wanted, atol=2e-2)
 
 
 def test_features_are_laid_out_by_sample() -> None:

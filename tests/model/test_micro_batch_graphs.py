@@ -75,7 +75,7 @@ def on_a_cpu() -> list[tuple[torch.Tensor, torch.Tensor]]:
     from himix_megatron import micro_batch_graphs
 
     micro_batch_graphs.MAX_GRAPHS = 0
-    return both_ways({"attention": "torch"}, "fp32")
+    return both_ways({"layer_spec": "torch"}, "fp32")
 
 
 def test_padding_to_a_size_changes_no_loss_and_no_gradient() -> None:
@@ -84,9 +84,9 @@ def test_padding_to_a_size_changes_no_loss_and_no_gradient() -> None:
 
 
 @pytest.mark.requires_gpu
-@pytest.mark.parametrize("attention", ["te", "torch"])
-def test_graphs_change_no_loss_and_no_gradient(attention: str) -> None:
-    if attention == "te":
+@pytest.mark.parametrize("spec", ["te", "torch"])
+def test_graphs_change_no_loss_and_no_gradient(spec: str) -> None:
+    if spec == "te":
         pytest.importorskip("transformer_engine.pytorch", reason="Transformer Engine is not installed")
-    for way, plain in both_ways({"attention": attention}, "bf16"):
+    for way, plain in both_ways({"layer_spec": spec}, "bf16"):
         assert (way - plain.to(way)).norm() <= 1e-2 * plain.norm()  # flash attention's gradients are added up in any order

@@ -25,7 +25,7 @@ def names_and_shapes(attention: str) -> dict[str, tuple[int, ...]]:
     from himix_megatron.model.vision import build_tower
 
     config = small_config(Path("unused"), Path("unused"), parts=("language", "vision_kv"))
-    config = replace(config, model=replace(config.model, attention=attention))
+    config = replace(config, model=replace(config.model, layer_spec=attention))
     topology = parallel.start(config.parallel, seed=1)
     tower = build_tower(config.vision, seed=1, dtype=torch.float32)
     # Transformer Engine's modules refuse to be built, not only to run, where torch sees no GPU.

@@ -17,7 +17,9 @@ from himix_megatron.model.attention_backends import (  # noqa: E402
     TorchMixtureAttention,
     TransformerEngineMixtureAttention,
     _one_by_one,
+    _variable_length,
     has_variable_length,
+    variable_length_arguments,
 )
 from himix_megatron.model.layout import Layout, lay_out  # noqa: E402
 from tests.model.test_attention_backends import SpelledOutKernel  # noqa: E402
@@ -150,6 +152,58 @@ def test_a_frozen_decoders_first_layer_asks_for_the_visions_gradient_alone() -> 
     wanted = outcome(spelled_out, layout, inputs(layout, (4, 2), torch.float64))[4]
     assert vision_kv.grad is not None
     assert torch.allclose(vision_kv.grad, wanted, rtol=0, atol=1e-13)
+
+
+def varlen_of_torch_2_11(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
+    return_aux: Any = None, scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
+) -> Tensor:  # fmt: skip
+    """torch's function of this signature takes grouped heads as they are, and a GPU; here, what it computes, in plain torch."""
+    assert window_size == (-1, 0), "causal from the bottom right"
+    assert (cu_seq_q.dtype, cu_seq_k.dtype, scale) == (torch.int32, torch.int32, DIM**-0.5)
+    ends = {"cu_seqlens_q": cu_seq_q, "cu_seqlens_kv": cu_seq_k, "max_seqlen_q": max_q, "max_seqlen_kv": max_k}
+    return SpelledOutKernel()(query, key, value, qkv_format="thd", attn_mask_type=SpelledOutKernel.PACKED, **ends).view_as(
+        query
+    )
+
+
+def varlen_of_torch_2_13(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor | None, max_q: int, max_k: int, *,
+    return_aux: Any = None, scale: float | None = None, window_size: tuple[int, int] = (-1, -1), enable_gqa: bool = False,
+    seqused_k: Tensor | None = None, block_table: Tensor | None = None, num_splits: int | None = None,
+) -> Tensor:  # fmt: skip
+    """The same; this one wants to be told of grouped heads."""
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    assert cu_seq_k is not None
+    return varlen_of_torch_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
+
+
+def put_in_place(monkeypatch: pytest.MonkeyPatch, varlen_attn: Any) -> None:
+    """Of torch's; its arguments, which are kept once asked for, are asked for anew."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    anew = variable_length_arguments.__wrapped__
+    monkeypatch.setattr("himix_megatron.model.attention_backends.variable_length_arguments", anew)
+
+
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("varlen_attn", [varlen_of_torch_2_11, varlen_of_torch_2_13])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_torchs_flash_attention_is_called_as_each_version_wants_it(
+    layout: Layout, varlen_attn: Any, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_in_place(monkeypatch, varlen_attn)
+    monkeypatch.setattr("tests.model.test_attention_backends.DIM", DIM)
+    assert has_variable_length()
+    wanted = outcome(spelled_out, layout, inputs(layout, heads, torch.float64))
+    found = outcome(lambda *given: _variable_length(*given, DIM**-0.5), layout, inputs(layout, heads, torch.float64))
+    for of_varlen, exact in zip(found, wanted, strict=True):
+        assert torch.allclose(of_varlen, exact, rtol=0, atol=1e-13)
+
+
+def test_without_a_window_torchs_flash_attention_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in torch 2.10: causal alone is aligned to the top left there."""
+    put_in_place(monkeypatch, lambda query, key, value, *, is_causal=False, scale=None: query)
+    assert not has_variable_length()
 
 
 @pytest.mark.requires_gpu

@@ -50,7 +50,7 @@ MISTAKES = {
     "parts": (["DATA", "--train.parts", "vision"], r"--train.parts.* vision"),
     "manifest": (["EMPTY"], r"EMPTY is not a shard dataset \(no manifest.json\): make one with python -m pipelines.preprocess"),
     "initial": (["DATA", "--checkpoint.initial", "EMPTY"], r"EMPTY holds no checkpoint"),
-    "attention": (["DATA", "--model.attention", "te"], r"model.attention is te, but .*: use --model.attention torch"),
+    "attention": (["DATA", "--model.layer-spec", "te"], r"model.layer_spec is te, but .*: use --model.layer-spec torch"),
     "vocabulary": (["DATA", "--model.vocab-size", "200"], r"260 tokens, but model.vocab_size is 200"),
     "tokenizer": (["DATA", "--data.tokenizer", "EMPTY"], r"data.tokenizer is .*EMPTY"),
     "template": (["DATA", "--data.template", "chatml"], r"data.template chatml needs <\|im_start\|>"),

@@ -37,12 +37,12 @@ def test_ranks_and_precision_fit_the_machine(num_gpus: int, ranks: int, precisio
 
 
 def test_flags_with_a_section_reach_both_trainings_and_win() -> None:
-    words = ("--train.precision", "fp32", "--tensor", "1", "--model.attention=torch", "--parallel.pipeline", "2")
+    words = ("--train.precision", "fp32", "--tensor", "1", "--model.layer-spec=torch", "--parallel.pipeline", "2")
     job = planned(*words, "--align-steps", "3", num_gpus=4)
     for stage in ("align", "instruct"):
         ranks, config = trained(job, stage)
         assert (ranks, config.parallel.tensor, config.parallel.pipeline) == (2, 1, 2)
-        assert (config.train.precision, config.model.attention) == ("fp32", "torch")
+        assert (config.train.precision, config.model.layer_spec) == ("fp32", "torch")
     assert trained(job, "align")[1].train.steps == 3
     assert layout_of(evaluate(job)) == ("--parallel.tensor", "1", "--parallel.pipeline", "2")
     assert trained(planned("--train.global-batch-samples", "128"))[1].global_batch == 128

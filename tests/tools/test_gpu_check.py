@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tools.doctor_software import nvidia_driver
 from tools.gpu_check import correctness, end_to_end, processes
 from tools.gpu_check.reference import BF16_LIMIT, FP32_LIMIT, Heads, batches, random_batch
 from tools.gpu_check.runner import Check, Context, run_checks
@@ -47,11 +50,13 @@ def test_a_check_that_raises_does_not_stop_the_others(tmp_path: Path, capsys: py
         check("sound", Line("b", 3)),
     ]
     assert run_checks(checks, context(tmp_path)) == 1
-    assert [(line["check"], line.get("what", line.get("failed"))) for line in written(tmp_path)] == [
+    assert [(line["check"], line.get("what", line.get("error"))) for line in written(tmp_path)] == [
         ("broken", "first"), ("broken", "OSError: no such luck"), ("sound", "b"),
     ]  # fmt: skip
     assert "test_gpu_check.py" in (tmp_path / "errors.txt").read_text()
-    assert "1 lines missed or checks failed" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "1 missed or failed:" in shown
+    assert shown.count("no such luck") == 2
 
 
 @pytest.mark.parametrize(("value", "code"), [(1.0, 0), (3.0, 1), (float("nan"), 1)])
@@ -95,10 +100,10 @@ def test_names_are_unique_and_every_check_says_how_long_it_takes() -> None:
 
 
 def test_the_command_runs_real_checks(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "tools.gpu_check", "--out", tmp_path, "--only", "core-torch-fp32", "continued-torch-bf16"]
+    words = [sys.executable, "-m", "tools.gpu_check", "--out", tmp_path, "--only", "core-torch-fp32", "continued-bf16"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {line["check"] for line in written(tmp_path)} == {"core-torch-fp32", "continued-torch-bf16"}
+    assert {line["check"] for line in written(tmp_path)} == {"core-torch-fp32", "continued-bf16"}
     assert {file.name for file in tmp_path.iterdir()} == {"results.jsonl"}
     words[-2:] = ["core-torch-fp23"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
@@ -150,15 +155,22 @@ def test_packs_of_every_kind_are_tried() -> None:
     assert all(sum(random_batch(seed, 90, multiple=16).rows[1:]) % 16 == 0 for seed in range(5))
 
 
+def test_checks_that_start_at_once_share_a_folder() -> None:
+    with ThreadPoolExecutor(8) as pool:
+        rooms = list(pool.map(processes.room, map(str, range(64))))
+    assert len({room.parent for room in rooms}) == 1
+    assert all(room.is_dir() for room in rooms)
+
+
 def test_losses_of_two_runs_are_compared_step_by_step(tmp_path: Path) -> None:
-    for name, numbers in {"one": [1.0, 2.0, 3.0], "other": [1.0, 2.5, 3.0], "short": [1.0]}.items():
+    for name, numbers in {"one": [1.0, 2.0, 3.0], "other": [1.0, 2.5, 3.0], "short": [1.0, math.nan]}.items():
         (tmp_path / name / "ledger").mkdir(parents=True)
         lines = [json.dumps({"step": step, "loss": loss.hex()}) for step, loss in enumerate(numbers, 1)]
         (tmp_path / name / "ledger" / "steps.jsonl").write_text("\n".join(lines) + "\n")
-    assert processes.apart(tmp_path / "one", tmp_path / "other") == pytest.approx(0.2)
-    assert processes.apart(tmp_path / "one", tmp_path / "other", [1, 3]) == 0
-    with pytest.raises(ValueError, match=r"\[2, 3\]"):
-        processes.apart(tmp_path / "one", tmp_path / "short")
+    one = tmp_path / "one"
+    assert processes.apart(one, tmp_path / "other", [1, 2, 3]) == pytest.approx(0.2)
+    assert processes.apart(one, tmp_path / "other", [1, 3]) == 0
+    assert processes.apart(one, tmp_path / "short", [1, 2]) == processes.apart(one, tmp_path / "none", [1]) == math.inf
 
 
 def test_a_process_that_fails_is_told_with_the_end_of_its_output(tmp_path: Path) -> None:
@@ -166,5 +178,32 @@ def test_a_process_that_fails_is_told_with_the_end_of_its_output(tmp_path: Path)
         processes.python(context(tmp_path), "-c", "import sys; print('the reason'); sys.exit(3)")
     with pytest.raises(processes.ProcessError, match="when the budget ended"):
         processes.python(context(tmp_path, seconds=0.1), "-c", "import time; time.sleep(60)")
+    error = processes.in_turn(context(tmp_path), [("builtins:int", "no number"), ("tools.gpu_check.end_to_end:copied",)])
+    assert error
+    assert "failed: builtins:int 'no number'" in str(error)
+    assert "failed: tools.gpu_check.end_to_end:copied" in str(error)
     hidden = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'] == '')"
     assert processes.python(context(tmp_path), "-c", hidden, on_cpu=True).strip() == "True"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27",
+        "NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release",
+    ],
+)
+def test_the_driver_is_known_by_its_kernel_module(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "version").write_text(f"NVRM version: {name}\nGCC version:  gcc version 12.3.0\n")
+    assert nvidia_driver(tmp_path / "version") == "580.65.06"
+    assert nvidia_driver(tmp_path / "none") is None
+
+
+def test_the_driver_is_asked_for_where_the_kernel_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "version").touch()
+    assert nvidia_driver(tmp_path / "version") == "of unknown version"
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 570.1\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert nvidia_driver(tmp_path / "version") == "570.1"

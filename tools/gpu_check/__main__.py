@@ -2,7 +2,7 @@
 
     python -m tools.gpu_check --out DIR                                      (everything; no network, no Ray)
     python -m tools.gpu_check --out DIR --stage correctness --budget-seconds 200
-    python -m tools.gpu_check --out DIR --only cores layers
+    python -m tools.gpu_check --out DIR --only core-te-bf16 layer-te-bf16
 
 DIR gets results.jsonl (a header, then a line a number) and, where a check raised, errors.txt. Exit code 1 if a number is not
 as wanted or a check failed. Without a GPU the same code runs with tiny sizes: `make gpu-check`.
@@ -10,11 +10,11 @@ as wanted or a check failed. Without a GPU the same code runs with tiny sizes: `
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
+import logging
 import os
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -24,16 +24,13 @@ from pipelines.cli import parse_settings, run_main
 if TYPE_CHECKING:
     from tools.gpu_check.runner import Check
 
-PARTS = ("correctness", "end_to_end", "performance", "training_run")
-"""The modules whose CHECKS run, in this order."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
     """Settings of the check."""
 
     out: Path
-    """Where results.jsonl and errors.txt go (the performance stage may add a few small files)."""
+    """Where results.jsonl and errors.txt go (the performance stage adds a few small files)."""
     stage: Literal["correctness", "performance", "all"] = "all"
     """Which checks run."""
     budget_seconds: float = 3600.0
@@ -42,18 +39,12 @@ class Settings:
     """Names of checks; empty: all of the stage."""
 
 
-def load() -> tuple[list[Check], list[tuple[str, Exception]]]:
-    """All checks, most important first, and the parts that cannot be imported, each with its error."""
-    checks: list[Check] = []
-    unusable: list[tuple[str, Exception]] = []
-    for part in PARTS:
-        if importlib.util.find_spec(f"tools.gpu_check.{part}") is None:
-            continue
-        try:
-            checks += importlib.import_module(f"tools.gpu_check.{part}").CHECKS
-        except Exception as error:  # a part that does not load must not take the others' turn on the machine
-            unusable.append((part, error))
-    return checks, unusable
+def quiet() -> None:
+    """Keep the libraries' notes to their developers out of the results, here and in processes that are started."""
+    os.environ |= {"PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR", "TQDM_DISABLE": "1"}
+    warnings.simplefilter("ignore")
+    logging.basicConfig(level=logging.ERROR)
+    logging.getLogger("megatron").setLevel(logging.ERROR)
 
 
 def chosen(checks: list[Check], settings: Settings) -> list[Check]:
@@ -71,17 +62,19 @@ def main() -> int:
     # Read when CUDA's libraries load. Without it Transformer Engine's products in fp32, and convolutions, are TF32, and the
     # checks in fp32 would find that. What is measured for speed is in bf16 and FP8.
     os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+    quiet()
 
     import torch
 
     from himix_megatron import cpu
-    from tools.gpu_check.runner import Context, run_checks
 
     cpu.activate_if_needed()  # before any part imports megatron-core
 
-    checks, unusable = load()
-    context = Context(settings.out.absolute(), not torch.cuda.is_available(), deadline)
-    return run_checks(chosen(checks, settings), context, unusable)
+    from tools.gpu_check import correctness, end_to_end, performance, training_run
+    from tools.gpu_check.runner import Context, run_checks
+
+    checks = [check for part in (correctness, end_to_end, performance, training_run) for check in part.CHECKS]
+    return run_checks(chosen(checks, settings), Context(settings.out.absolute(), not torch.cuda.is_available(), deadline))
 
 
 if __name__ == "__main__":

@@ -1,21 +1,21 @@
 """How fast a decoder trains on one GPU: MFU, beside concatenation, memory and time beside what the planner says.
 
-Flows in: a Context; out: lines, OUT/measured.json (each measured step), OUT/machine.json (rates for `tools.plan
---machine-file`) and OUT/profiles.txt. Everything runs in one process, a model at a time; what one check measured, later ones
-use, and measure again where they run alone. Without a GPU the sizes are tiny and the layers torch's: the same code, no claim.
+Flows in: a Context; out: lines, OUT/machine.json (rates for `tools.plan --machine-file`) and OUT/profiles.txt. All runs in one
+process, a model at a time; what one check measured, later ones use. Without a GPU the sizes are tiny and the layers torch's: no
+claim.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
-import json
 import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -26,38 +26,36 @@ from himix_megatron.flops import tower_flops
 from himix_megatron.kernels import detect
 from himix_megatron.memory import FIXED_BYTES, FRAGMENTS, GIB, MicroBatch, RankMemory, rank_memory
 from pipelines.recipes import RECIPES
-from tools.bench_training import WANTED_MFU, Decoder, Packs, device_name, packed, tower_step
-from tools.gpu_check import graphs, rates
-from tools.gpu_check.profiles import idle_share, profiled, table
+from tools.bench_training import WANTED_MFU, Decoder, Packs, device_name, packed
+from tools.gpu_check import rates
+from tools.gpu_check.profiles import profiled
+from tools.gpu_check.reference import Heads
 from tools.gpu_check.runner import Check, Context
+from tools.gpu_check.tower import CHECKS as TOWER
+from tools.gpu_check.tower import encoder_of
 from tools.measure import Line, seconds_of
 from tools.planning.decoder import predicted_seconds
 from tools.planning.machine import Machine, machine_of_file
 
-PEAK_FLOPS = 989e12
-"""Dense bf16 of an H100 SXM."""
 Spec = Literal["te", "torch"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Model:
-    """A recipe's decoder, and the packs it is measured with."""
+    """A recipe's decoder, and the packs it is measured with: of text tokens and samples of 314 on average, so many a step.
+
+    Beside packs with the images inside the text (as many samples as fit into 80 GB) stand chats of about as many tokens through
+    the decoder, and captions. `optimizer`: whether its step is measured too.
+    """
 
     name: str
     text_tokens: int = 8192
-    """Of a pack."""
     samples: int = 26
-    """Of a pack: texts are 314 tokens on average."""
     packs: int = 2
-    """Of a step."""
     concatenated_samples: int = 26
-    """Of a pack with the images inside the text: what fits into 80 GB."""
     chat_samples: int = 80
-    """Of a pack of chats beside it: about as many tokens go through the decoder."""
     caption_samples: int = 320
-    """Of a pack of captions beside it."""
     optimizer: bool = False
-    """Whether the optimizer's step is measured too."""
 
 
 MODELS = {
@@ -79,34 +77,13 @@ WITHIN = 0.10
 """Of what memory.py says."""
 PREDICTED_WITHIN = 0.15
 """Of what the planner says."""
+STEP_SECONDS: dict[tuple[str, str], float] = {}
+"""Of the steps in bf16 measured so far in this process, by model and spec."""
 
 
-@dataclass
-class Session:
-    """What was measured so far in this process."""
-
-    seconds: dict[tuple[str, str, str], float] = field(default_factory=dict)
-    """Of a step with a model's own packs, by model, spec and FP8."""
-    steps: list[dict[str, Any]] = field(default_factory=list)
-    """Every measured step, for OUT/measured.json."""
-    tower: float | None = None
-    """Seconds an image."""
-    host: dict[str, float] = field(default_factory=dict)
-    """Seconds of a layer, forward and backward, by spec."""
-
-    def note(self, context: Context, config: Config, packs: Packs, seconds: float) -> None:
-        """Keep a measured step, and write all of them."""
-        self.steps.append(
-            {
-                "recipe": config.recipe, "spec": config.model.attention, "fp8": config.train.fp8, "images": packs.images,
-                "text_lengths": packs.text_lengths, "row_tokens": packs.row_tokens, "seconds": seconds,
-                "model_flops": packs.flops(config),
-            }
-        )  # fmt: skip
-        (context.out / "measured.json").write_text(json.dumps({"device": device_name(), "steps": self.steps}, indent=1) + "\n")
-
-
-SESSION = Session()
+def on_gpu(wanted: float | None) -> float | None:
+    """What is wanted, where a GPU is measured."""
+    return wanted if torch.cuda.is_available() else None
 
 
 # ---- a model and its packs ---------------------------------------------------------------------------------------------
@@ -114,20 +91,16 @@ SESSION = Session()
 
 def configuration(model: Model, context: Context, spec: Spec, fp8: str = "none") -> Config:
     """Language model and vision keys and values train, in bf16; without a GPU the tiny recipe in fp32."""
+    gpu = torch.cuda.is_available()
     config = RECIPES["tiny_instruct" if context.tiny else f"{model.name}_instruct"]()
-    config = replace(
-        config,
-        recipe=f"{model.name}_instruct",
-        model=replace(config.model, attention=spec if torch.cuda.is_available() else "torch"),
-        train=replace(
-            config.train, parts=("language", "vision_kv"), fp8=fp8,  # type: ignore[arg-type]
-            precision="bf16" if torch.cuda.is_available() else "fp32",
-        ),
-    )  # fmt: skip
     text_tokens, samples, packs = sizes(model, context)
     config = packed(config, text_tokens=text_tokens, images=samples, packs=packs)
-    graphs_run = torch.cuda.is_available() and fp8 == "none"
-    return replace(config, train=replace(config.train, cuda_graphs="on" if graphs_run else "off"))
+    graphs = "on" if gpu and fp8 == "none" else "off"
+    train = replace(
+        config.train, parts=("language", "vision_kv"), precision="bf16" if gpu else "fp32", fp8=fp8, cuda_graphs=graphs
+    )  # type: ignore[arg-type]
+    own = replace(config.model, layer_spec=spec if gpu else "torch")
+    return replace(config, recipe=f"{model.name}_instruct", model=own, train=train)
 
 
 def sizes(model: Model, context: Context) -> tuple[int, int, int]:
@@ -138,11 +111,6 @@ def sizes(model: Model, context: Context) -> tuple[int, int, int]:
 def packs_of(model: Model, context: Context, config: Config) -> Packs:
     """Chats."""
     return Packs.of(*sizes(model, context), config.vision.tokens_per_image)
-
-
-def repetitions(context: Context) -> dict[str, int]:
-    """Of a measured step."""
-    return {"repetitions": 1, "warm": 1} if context.tiny else {"repetitions": 5, "warm": 3}
 
 
 @contextmanager
@@ -163,10 +131,17 @@ def built(config: Config) -> Iterator[Decoder]:
 
 
 def free() -> None:
-    """Give back what nobody holds: megatron-core's wrappers refer to each other in circles."""
+    """Give back what nobody holds (megatron-core's wrappers refer to each other in circles); the peak begins anew."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def measured(own: Decoder, packs: Packs, context: Context) -> float:
+    """Median seconds of a step; the allocator's peak is its own."""
+    free()
+    return own.seconds(packs, repetitions=1 if context.tiny else 3, warm=1 if context.tiny else 2)
 
 
 # ---- the decoder -------------------------------------------------------------------------------------------------------
@@ -175,39 +150,24 @@ def free() -> None:
 def decoder(model: Model, spec: Spec, context: Context) -> Iterator[Line]:
     """MFU and tokens a second, memory, a profile; where asked for the optimizer."""
     config = configuration(model, context, spec)
-    packs, name = packs_of(model, context, config), f"{model.name}, {spec}"
-    free()
-    before = allocated()
+    packs, name, before = packs_of(model, context, config), f"{model.name}, {spec}", allocated()
     with built(config) as own:
-        seconds = SESSION.seconds[model.name, config.model.attention, "none"] = measured(own, packs, context)
-        yield from rate_lines(name, config, packs, seconds, wanted=WANTED_MFU.get(model.name) if spec == "te" else None)
+        seconds = STEP_SECONDS[model.name, spec] = measured(own, packs, context)
+        mfu = packs.flops(config) / seconds / rates.peak_flops()
+        shape = f"{len(packs.text_lengths)} packs of {packs.row_tokens} text tokens and {len(packs.text_lengths[0])} images"
+        what = f"{name}: decoder's MFU, forward and backward, {shape}, {1e3 * seconds:.1f} ms"
+        yield Line(what, mfu, on_gpu(WANTED_MFU.get(model.name) if spec == "te" else None))
+        yield Line(f"{name}: real text tokens a second", packs.text_tokens / seconds)
         yield from memory_lines(name, config, packs, before, optimizer=False)
         if spec == "te":
             yield profile_line(name, own, packs, seconds, context)
-        if model.optimizer and spec == "te":
+        if spec == "te" and model.optimizer:
             yield from optimizer_lines(name, own, packs, seconds, before)
-
-
-def measured(own: Decoder, packs: Packs, context: Context) -> float:
-    """Median seconds of a step; noted."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    seconds = own.seconds(packs, **repetitions(context))
-    SESSION.note(context, own.config, packs, seconds)
-    return seconds
-
-
-def rate_lines(name: str, config: Config, packs: Packs, seconds: float, wanted: float | None) -> Iterator[Line]:
-    """MFU and tokens a second."""
-    mfu = packs.flops(config) / seconds / PEAK_FLOPS
-    held = wanted if torch.cuda.is_available() else None
-    sizes = f"{len(packs.text_lengths)} packs of {packs.row_tokens} text tokens and {len(packs.text_lengths[0])} images"
-    yield Line(f"{name}: decoder's MFU, forward and backward, {sizes}, {1e3 * seconds:.1f} ms", mfu, held)
-    yield Line(f"{name}: real text tokens a second", packs.text_tokens / seconds)
 
 
 def allocated() -> int:
     """Bytes in tensors now."""
+    free()
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
 
 
@@ -219,6 +179,8 @@ def expected_memory(config: Config, packs: Packs, *, optimizer: bool) -> RankMem
         vision_tokens=max(images) * packs.tokens_per_image,
         labelled_tokens=packs.work().head_tokens / len(images),
     )
+    # All packs have one size here: no micro-batch runs beside the graphs' pool.
+    config = replace(config, train=replace(config.train, cuda_graphs="off"))
     found = rank_memory(config, 0, data_size=1, micro_batch=largest, images_per_step=0)
     size = 2 if config.train.precision == "bf16" else 4
     given = size * sum(images) * packs.tokens_per_image * config.vision.hidden_size
@@ -234,32 +196,32 @@ def memory_lines(name: str, config: Config, packs: Packs, before: int, *, optimi
         yield Line(f"{name}: GiB by himix_megatron.memory", total / GIB)
         return
     peak = torch.cuda.max_memory_allocated() - before
-    with_optimizer = " with the optimizer" if optimizer else ""
-    what = f"{name}: peak memory{with_optimizer}, {peak / GIB:.2f} GiB, is {peak / total:.3f} of memory.py's {total / GIB:.2f}"
-    yield Line(f"{what}; off by", abs(peak / total - 1), WITHIN, at_most=True)
+    name = f"{name}, with the optimizer" if optimizer else name
+    what = f"{name}: peak memory, {peak / GIB:.2f} GiB, is {peak / total:.3f} of memory.py's {total / GIB:.2f}; off by"
+    yield Line(what, abs(peak / total - 1), WITHIN, at_most=True)
     available, size = torch.cuda.mem_get_info()
-    used = size - available
-    what = f"{name}: the device's {used / GIB:.2f} GiB in use{with_optimizer} over memory.py's, its allowance included"
-    yield Line(f"{what} ({expected.total / GIB:.2f})", used / expected.total, 1.0, at_most=True)
+    used, promised = (size - available) / GIB, expected.total / GIB
+    what = f"{name}: the device's {used:.2f} GiB in use over memory.py's, its allowance included ({promised:.2f})"
+    yield Line(what, used / promised, 1.0, at_most=True)
 
 
 def profile_line(name: str, own: Decoder, packs: Packs, seconds: float, context: Context) -> Line:
     """Appends the longest kernels to OUT/profiles.txt; how much of the step the GPU has nothing to do."""
     found = profiled(own.step_on(packs))
     with (context.out / "profiles.txt").open("a") as file:
-        file.write(table(f"{name}, {device_name()}", found, seconds))
-    return Line(f"{name}: share of the step in which no kernel runs ({found.launches} launches)", idle_share(found, seconds))
+        file.write(found.table(f"{name}, {device_name()}", seconds))
+    what = f"{name}: share of the step in which no kernel runs ({found.launches} launches)"
+    return Line(what, found.idle_share(seconds))
 
 
 def optimizer_lines(name: str, own: Decoder, packs: Packs, seconds: float, before: int) -> Iterator[Line]:
     """Its step, its share, and memory with it."""
-    step, optimize = own.step_on(packs), own.optimizer_step()
-    taken = []
+    step, optimize, taken = own.step_on(packs), own.optimizer_step(), []
     for _ in range(4):
         step()
         taken.append(seconds_of(optimize))
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    own.graphs = None  # a graph that is replayed allocates nothing: its pool would be missing in the peak
+    free()
     step()
     optimize()
     own_seconds = statistics.median(taken[1:])
@@ -273,9 +235,8 @@ def optimizer_lines(name: str, own: Decoder, packs: Packs, seconds: float, befor
 
 def concatenation(model: Model, context: Context) -> Iterator[Line]:
     """The same layers with the images inside the text: seconds a sample over HiMix's, beside what the FLOPs promise."""
-    config = configuration(model, context, "te")
-    tower = tower_seconds(config, context)
-    yield Line(f"{config.vision.tower}: the frozen tower's ms an image, as it is without a compiler", 1e3 * tower)
+    config, tower = configuration(model, context, "te"), tower_seconds(context)
+    yield Line("the frozen tower's ms an image", 1e3 * tower)
     with built(config) as own:
         for name, beside, inside in pairs(model, context, config.vision.tokens_per_image):
             yield from gain_lines(f"{model.name}, {name} text tokens", own, beside, inside, tower, context)
@@ -283,15 +244,12 @@ def concatenation(model: Model, context: Context) -> Iterator[Line]:
 
 def pairs(model: Model, context: Context, tokens_per_image: int) -> Iterator[tuple[str, Packs, Packs]]:
     """Chats and captions: HiMix's packs, and concatenated ones of samples like theirs, as many as fit."""
-    chats, captions = (model.chat_samples, model.caption_samples) if not context.tiny else (3, 3)
-    for mean, count in ((314, chats), (CAPTION_TOKENS, captions)) if not context.tiny else ((32, chats), (8, captions)):
+    kinds = ((32, 3), (8, 3)) if context.tiny else ((314, model.chat_samples), (CAPTION_TOKENS, model.caption_samples))
+    for mean, count in kinds:
         # As many tokens go through the decoder on both sides, or as many as the head's share of memory allows.
         inside = min(count, model.concatenated_samples * (314 + tokens_per_image) // (mean + tokens_per_image))
-        yield (
-            str(mean),
-            Packs.of(mean * count, count, 1, tokens_per_image),
-            Packs.of(mean * inside, inside, 1, tokens_per_image).concatenated(),
-        )
+        beside, own = (Packs.of(mean * number, number, 1, tokens_per_image) for number in (count, inside))
+        yield str(mean), beside, own.concatenated()
 
 
 def gain_lines(name: str, own: Decoder, beside: Packs, inside: Packs, tower: float, context: Context) -> Iterator[Line]:
@@ -300,59 +258,40 @@ def gain_lines(name: str, own: Decoder, beside: Packs, inside: Packs, tower: flo
     for packs in (beside, inside):
         times.append(measured(own, packs, context) / packs.samples)
         flops.append(packs.flops(own.config) / packs.samples)
-    images = tower_flops(own.config.vision)
-    held = WANTED_GAIN if torch.cuda.is_available() else None
-    for what, seconds, operations in (("decoder", 0.0, 0.0), ("whole step", tower, images)):
+    for what, seconds, operations in (("decoder", 0.0, 0.0), ("whole step", tower, tower_flops(own.config.vision))):
         gain = (times[1] + seconds) / (times[0] + seconds)
         honest = (flops[1] + operations) / (flops[0] + operations)
         each = f"{1e3 * (times[0] + seconds):.2f} and {1e3 * (times[1] + seconds):.2f} ms a sample"
         yield Line(f"{name}, {what}: concatenation takes so many times longer ({each}; by FLOPs {honest:.2f})", gain)
-        yield Line(f"{name}, {what}: that gain over the FLOPs' one", gain / honest, held)
-    mfu = [operations / seconds / PEAK_FLOPS for operations, seconds in zip(flops, times, strict=True)]
+        yield Line(f"{name}, {what}: that gain over the FLOPs' one", gain / honest, on_gpu(WANTED_GAIN))
+    mfu = [operations / seconds / rates.peak_flops() for operations, seconds in zip(flops, times, strict=True)]
     yield Line(f"{name}: the concatenating decoder's own MFU (HiMix's {mfu[0]:.3f})", mfu[1])
 
 
-def tower_seconds(config: Config, context: Context) -> float:
+@functools.cache
+def tower_seconds(context: Context) -> float:
     """The frozen tower's forward pass on one image, of 64 at once."""
-    if SESSION.tower is None:
-        from himix_megatron.adapter import params_dtype
-        from himix_megatron.model.vision import build_tower
-
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        tower = build_tower(replace(config.vision, path=None), seed=0, dtype=params_dtype(config))
-        images = 2 if context.tiny else 64
-        step = tower_step(tower, images, config, device)
-        SESSION.tower = rates.queued_seconds([step] * 2, repetitions=1 if context.tiny else 3) / images
-    return SESSION.tower
-
-
-# ---- FP8 ---------------------------------------------------------------------------------------------------------------
+    _, images, encode = encoder_of(context)
+    return rates.queued_seconds([lambda: encode(True)] * 2, repetitions=3) / images
 
 
 def fp8(model: Model, context: Context) -> Iterator[Line]:
-    """The same step in FP8, beside bf16's."""
-    seconds = bf16_seconds(model, context)
+    """The same step in FP8, beside bf16's, which is measured now if it was not."""
+    config = configuration(model, context, "te")
+    packs = packs_of(model, context, config)
+    if (model.name, "te") not in STEP_SECONDS:
+        with built(config) as own:
+            STEP_SECONDS[model.name, "te"] = measured(own, packs, context)
     kind = "tensorwise" if torch.cuda.is_available() else "none"
-    config = configuration(model, context, "te", kind)
-    packs, name, before = packs_of(model, context, config), f"{model.name}, te, FP8 {kind}", allocated()
-    with built(config) as own:
-        own_seconds = measured(own, packs, context)
-        held = WANTED_FP8 if torch.cuda.is_available() else None
-        yield Line(f"{name}: tokens a second over bf16's ({1e3 * own_seconds:.1f} ms)", seconds / own_seconds, held)
-        yield Line(f"{name}: real text tokens a second", packs.text_tokens / own_seconds)
+    name, before = f"{model.name}, te, FP8 {kind}", allocated()
+    with built(configuration(model, context, "te", kind)) as own:
+        seconds = measured(own, packs, context)
+        gain = STEP_SECONDS[model.name, "te"] / seconds
+        yield Line(f"{name}: tokens a second over bf16's ({1e3 * seconds:.1f} ms)", gain, on_gpu(WANTED_FP8))
+        yield Line(f"{name}: real text tokens a second", packs.text_tokens / seconds)
         if torch.cuda.is_available():
             yield Line(f"{name}: peak memory in GiB", (torch.cuda.max_memory_allocated() - before) / GIB)
-            yield profile_line(name, own, packs, own_seconds, context)
-
-
-def bf16_seconds(model: Model, context: Context) -> float:
-    """Of a step with Transformer Engine; measured now if it was not."""
-    config = configuration(model, context, "te")
-    key = (model.name, config.model.attention, "none")
-    if key not in SESSION.seconds:
-        with built(config) as own:
-            SESSION.seconds[key] = measured(own, packs_of(model, context, config), context)
-    return SESSION.seconds[key]
+            yield profile_line(name, own, packs, seconds, context)
 
 
 # ---- the planner -------------------------------------------------------------------------------------------------------
@@ -362,136 +301,77 @@ def machine(context: Context) -> Iterator[Line]:
     """The GPU's rates into OUT/machine.json; what the planner makes of them beside the measured steps."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    products: dict[rates.Product, float] = {}
-    attention: dict[tuple[float, ...], None] = {}
+    shapes: dict[rates.Product, None] = {}
+    attention: list[tuple[float, ...]] = []
     for model in MODELS.values():
         config = configuration(model, context, "te")
-        for product in rates.products_of(config, *sizes(model, context)[:2]):
-            products.setdefault(product, 0.0)
-        for packs in (packs_of(model, context, config), captions(model, context, config)):
-            if packs is None:
-                continue
-            heads = rates.Heads(config.model.num_attention_heads, config.model.num_query_groups, config.model.channels_per_head)
-            found = rates.attention_seconds(heads, packs, device, dtype)
-            rows = {core: rates.attention_row(heads, packs, seconds) for core, seconds in found.items()}
-            attention[rows[attention_core(config, detect())]] = None
-            yield from attention_lines(model.name, packs, found, rows)
+        shapes |= dict.fromkeys(rates.products_of(config, *sizes(model, context)[:2]))
+        heads = Heads(config.model.num_attention_heads, config.model.num_query_groups, config.model.channels_per_head)
+        packs = [packs_of(model, context, config)]
+        if not context.tiny and model.name in ("qwen2_0_5b", "llama3_2_3b"):  # captions: their attention has another shape
+            packs.append(Packs.of(CAPTION_TOKENS * 128, 128, 1, config.vision.tokens_per_image))
+        for own in packs:
+            found = rates.attention_seconds(heads, own, device)
+            rows = {core: rates.attention_row(heads, own, seconds) for core, seconds in found.items()}
+            attention.append(rows[attention_core(config, detect())])
+            for core, (forward, backward) in found.items():
+                rate = (rows[core][3] * forward + rows[core][4] * backward) / (forward + backward) / 1e12
+                what = f"attention of {model.name}, {len(own.text_lengths[0])} samples, {core}: TFLOP/s"
+                yield Line(f"{what}, {1e3 * forward:.2f} and {1e3 * backward:.2f} ms forward and backward", rate)
             free()
     if not context.tiny:
-        products.setdefault(rates.Product(8192, 8192, 8192, "forward"), 0.0)
-    for product in products:
-        products[product] = product.seconds(device, dtype)
-    yield from product_lines(products)
-    own = rates.measured_machine(
-        list(products.items()),
-        list(attention),
-        {
-            "copy": rates.copy_rate(device),
-            "passing": rates.passing_rate(device, dtype),
-            "layer_seconds": host_seconds("te", context) / 2,
-        },
-    )
-    yield Line("memory: copy, TB/s", own.memory_bytes_per_second / 1e12)
-    yield Line("memory: norms, residuals and activations, TB/s as the planner counts", own.passing / 1e12)
+        shapes[rates.Product(8192, 8192, 8192, "forward")] = None
+    products = {product: product.seconds(device, dtype) for product in shapes}
+    ordered = sorted(products, key=lambda product: product.flops / products[product])
+    for what, product in (("slowest", ordered[0]), ("median", ordered[len(ordered) // 2]), ("fastest", ordered[-1])):
+        shape = f"{product.rows} x {product.inner} x {product.columns}, {product.form}"
+        yield Line(f"{what} product, {shape}: TFLOP/s", product.flops / products[product] / 1e12)
+    measured_rates = {"copy": rates.copy_rate(device), "passing": rates.passing_rate(device, dtype)}
+    found_machine = rates.measured_machine(products, attention, {**measured_rates, "layer_seconds": host_seconds(context) / 2})
+    yield Line("memory: copy, TB/s", found_machine.memory_bytes_per_second / 1e12)
+    yield Line("memory: norms, residuals and activations, TB/s as the planner counts", found_machine.passing / 1e12)
+    yield Line("host: ms a layer and micro-batch, forward and backward, kernel by kernel", 2e3 * found_machine.layer_seconds)
     file = context.out / "machine.json"
-    rates.write_machine(file, own, f"{device_name()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
+    rates.write_machine(file, found_machine, f"{device_name()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
     free()
     yield from planner_lines(machine_of_file(file), context)
-
-
-def captions(model: Model, context: Context, config: Config) -> Packs | None:
-    """A pack of captions, of a narrow and a wide model: their attention has another shape."""
-    if context.tiny or model.name not in ("qwen2_0_5b", "llama3_2_3b"):
-        return None
-    return Packs.of(CAPTION_TOKENS * 128, 128, 1, config.vision.tokens_per_image)
-
-
-def attention_lines(
-    name: str, packs: Packs, found: dict[str, tuple[float, float]], rows: dict[str, tuple[float, float, float, float, float]]
-) -> Iterator[Line]:
-    """TFLOP/s of each core, both directions."""
-    for core, (forward, backward) in found.items():
-        rate = (rows[core][3] * forward + rows[core][4] * backward) / (forward + backward)
-        what = f"attention of {name}, {len(packs.text_lengths[0])} samples, {core}: TFLOP/s, forward and backward"
-        yield Line(f"{what} ({1e3 * forward:.2f} and {1e3 * backward:.2f} ms)", rate / 1e12)
-
-
-def product_lines(products: dict[rates.Product, float]) -> Iterator[Line]:
-    """The fastest, the slowest and the middle of each form."""
-    for form in ("forward", "input", "weight"):
-        rate = {item: item.flops / seconds for item, seconds in products.items() if item.form == form}
-        ordered = sorted(rate, key=rate.__getitem__)
-        for item in (ordered[0], ordered[len(ordered) // 2], ordered[-1]):
-            yield Line(f"product {item.rows} x {item.inner} x {item.columns}, {form}: TFLOP/s", rate[item] / 1e12)
 
 
 def planner_lines(own: Machine, context: Context) -> Iterator[Line]:
     """Predicted over measured, of the models measured in this process."""
     for model in MODELS.values():
-        config = configuration(model, context, "te")
-        seconds = SESSION.seconds.get((model.name, config.model.attention, "none"))
-        if seconds is None:
-            continue
-        predicted = predicted_seconds(config, packs_of(model, context, config), own)
-        what = (
-            f"{model.name}: the planner's {1e3 * predicted:.1f} ms are {predicted / seconds:.3f} of {1e3 * seconds:.1f}; off by"
-        )
-        held = PREDICTED_WITHIN if torch.cuda.is_available() else None
-        yield Line(what, abs(predicted / seconds - 1), held, at_most=True)
+        if seconds := STEP_SECONDS.get((model.name, "te")):
+            config = configuration(model, context, "te")
+            predicted = predicted_seconds(config, packs_of(model, context, config), own)
+            ratio = predicted / seconds
+            what = f"{model.name}: the planner's {1e3 * predicted:.1f} ms are {ratio:.3f} of {1e3 * seconds:.1f}; off by"
+            yield Line(what, abs(ratio - 1), on_gpu(PREDICTED_WITHIN), at_most=True)
 
 
-# ---- the host ----------------------------------------------------------------------------------------------------------
-
-
-def host(context: Context) -> Iterator[Line]:
-    """What a layer costs the host, which starts its kernels."""
-    for spec in ("te", "torch"):
-        what = f"host: ms a layer and micro-batch, forward and backward, 26 samples a pack, {spec}"
-        yield Line(what, 1e3 * host_seconds(spec, context))
-
-
-def host_seconds(spec: Spec, context: Context) -> float:
+def host_seconds(context: Context) -> float:
     """Of a layer, forward and backward, kernel by kernel: what more layers add to a step with next to nothing to compute."""
-    if spec not in SESSION.host:
-        few, many = (1, 2) if context.tiny else (2, 8)
-        taken = [small_step_seconds(spec, layers, context) for layers in (few, many)]
-        SESSION.host[spec] = max(1e-9, (taken[1] - taken[0]) / (many - few))
-    return SESSION.host[spec]
-
-
-def small_step_seconds(spec: Spec, layers: int, context: Context) -> float:
-    """By the clock, of 26 samples of 16 text and 32 vision tokens."""
-    config = configuration(MODELS["qwen2_0_5b"], context, spec)
-    config = replace(
-        config,
-        model=replace(config.model, num_layers=layers, vocab_size=128),
-        train=replace(config.train, cuda_graphs="off"),
-    )
-    with built(config) as own:
-        step, taken = own.step_on(Packs.of(26 * 16, 26, 1, 32)), []
-        for _ in range(2 if context.tiny else 12):
-            begun = time.perf_counter()
-            step()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            taken.append(time.perf_counter() - begun)
-    return statistics.median(taken[len(taken) // 3 :])
+    layers, taken = (1, 2) if context.tiny else (2, 8), []
+    for number in layers:
+        config = configuration(MODELS["qwen2_0_5b"], context, "te")
+        small = replace(config.model, num_layers=number, vocab_size=128)
+        with built(replace(config, model=small, train=replace(config.train, cuda_graphs="off"))) as own:
+            taken.append(own.seconds(Packs.of(26 * 16, 26, 1, 32), repetitions=1 if context.tiny else 8, warm=4))
+    return max(1e-9, (taken[1] - taken[0]) / (layers[1] - layers[0]))
 
 
 CHECKS: tuple[Check, ...] = (
-    Check("decoder_0.5b", "performance", 22, partial(decoder, MODELS["qwen2_0_5b"], "te")),
-    Check("decoder_3b", "performance", 22, partial(decoder, MODELS["llama3_2_3b"], "te")),
-    Check("decoder_1b", "performance", 14, partial(decoder, MODELS["llama3_2_1b"], "te")),
-    Check("decoder_7b", "performance", 24, partial(decoder, MODELS["vicuna_7b"], "te")),
-    Check("decoder_tinyllama", "performance", 12, partial(decoder, MODELS["tinyllama_1_1b"], "te")),
-    Check("concatenation_0.5b", "performance", 20, partial(concatenation, MODELS["qwen2_0_5b"])),
-    Check("concatenation_3b", "performance", 20, partial(concatenation, MODELS["llama3_2_3b"])),
-    Check("fp8_3b", "performance", 15, partial(fp8, MODELS["llama3_2_3b"])),
+    Check("decoder_0.5b", "performance", 13, partial(decoder, MODELS["qwen2_0_5b"], "te")),
+    Check("decoder_3b", "performance", 13, partial(decoder, MODELS["llama3_2_3b"], "te")),
+    Check("decoder_1b", "performance", 10, partial(decoder, MODELS["llama3_2_1b"], "te")),
+    Check("decoder_7b", "performance", 17, partial(decoder, MODELS["vicuna_7b"], "te")),
+    Check("concatenation_0.5b", "performance", 16, partial(concatenation, MODELS["qwen2_0_5b"])),
+    Check("concatenation_3b", "performance", 13, partial(concatenation, MODELS["llama3_2_3b"])),
+    Check("fp8_3b", "performance", 16, partial(fp8, MODELS["llama3_2_3b"])),
+    Check("decoder_tinyllama", "performance", 9, partial(decoder, MODELS["tinyllama_1_1b"], "te")),
+    Check("machine", "performance", 25, machine),
+    *TOWER,
     Check("torch_0.5b", "performance", 7, partial(decoder, MODELS["qwen2_0_5b"], "torch")),
-    Check("torch_3b", "performance", 11, partial(decoder, MODELS["llama3_2_3b"], "torch")),
     Check("torch_1b", "performance", 8, partial(decoder, MODELS["llama3_2_1b"], "torch")),
-    Check("machine", "performance", 20, machine),
-    Check("host", "performance", 8, host),
-    Check("concatenation_1b", "performance", 14, partial(concatenation, MODELS["llama3_2_1b"])),
-    Check("graphs", "performance", 50, graphs.check),
+    Check("torch_3b", "performance", 11, partial(decoder, MODELS["llama3_2_3b"], "torch")),
+    Check("torch_7b", "performance", 15, partial(decoder, MODELS["vicuna_7b"], "torch")),
 )

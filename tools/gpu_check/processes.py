@@ -1,14 +1,16 @@
-"""Commands of this project as processes of their own, and what a run leaves behind.
+"""Commands of this project in processes of their own, and what a run leaves behind.
 
 Each gets the environment that this process started with (a check may have changed its own since), one thread, and a time limit:
-the budget's end. One that fails is reported with the end of its output.
+the budget's end. Where libraries take ten seconds to load, commands that need no process each run in one: `in_turn`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
+import gc
+import importlib
 import json
+import math
 import os
 import shlex
 import shutil
@@ -16,11 +18,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import traceback
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from tools.gpu_check.runner import Context
 
@@ -28,23 +30,24 @@ ROOT = Path(__file__).parents[2]
 _ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
 _TAIL = 6_000
 _LEAST_SECONDS = 1.0
-Result = TypeVar("Result")
-Key = TypeVar("Key", bound=Hashable)
+Command = tuple[str | Path, ...]
+"""A module with a `main`, or `module:function`, and its arguments."""
 
 
 class ProcessError(RuntimeError):
     """A command ended otherwise than it should."""
 
 
-@functools.cache
-def scratch() -> tempfile.TemporaryDirectory[str]:
-    """One temporary folder for all checks, removed when this process ends."""
-    return tempfile.TemporaryDirectory(prefix="gpu-check-", ignore_cleanup_errors=True)
+_SCRATCH: list[tempfile.TemporaryDirectory[str]] = []
+_LOCK = threading.Lock()
 
 
 def room(name: str) -> Path:
-    """A fresh folder in it."""
-    folder = Path(scratch().name) / name
+    """A fresh folder in one temporary folder for all checks, which is removed when this process ends."""
+    with _LOCK:  # checks that run at once would make two, and the first to be forgotten takes its files along
+        if not _SCRATCH:
+            _SCRATCH.append(tempfile.TemporaryDirectory(prefix="gpu-check-", ignore_cleanup_errors=True))
+    folder = Path(_SCRATCH[0].name) / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
@@ -85,62 +88,87 @@ def python(context: Context, *words: str | Path, on_cpu: bool = False, wanted: i
     return said
 
 
-def attempt(context: Context, calls: Mapping[Key, Callable[[], Result]]) -> tuple[dict[Key, Result], list[Exception]]:
-    """All of them at the same time (two at a time without a GPU). Returns: what they return, and what the others raise."""
-    with ThreadPoolExecutor(2 if context.tiny else len(calls)) as pool:
-        futures = {key: pool.submit(call) for key, call in calls.items()}
-    results, errors = {}, []
-    for key, future in futures.items():
+def in_turn(context: Context, commands: Sequence[Command], *, on_cpu: bool = False, wanted: int = 0) -> ProcessError | None:
+    """Run these one after the other in one process; one that fails does not stop the others.
+
+    Returns: what went wrong, to be raised when what the others found has been told. Args: as for `python`.
+    """
+    words = json.dumps([[str(word) for word in command] for command in commands])
+    try:
+        python(context, "-m", "tools.gpu_check.processes", words, on_cpu=on_cpu, wanted=wanted)
+    except ProcessError as error:
+        return error
+    return None
+
+
+def complain(error: ProcessError | None) -> None:
+    """Raises: it, if there is one."""
+    if error:
+        raise error
+
+
+def main() -> int:
+    """The process of `in_turn`. Returns: the exit code."""
+    failed = 0
+    for number, (entry, *words) in enumerate(json.loads(sys.argv[1])):
+        if number:
+            _start_afresh()
+        module, _, function = entry.partition(":")
+        sys.argv = [module, *words]
         try:
-            results[key] = future.result()
-        except Exception as error:  # told when what the others found has been
-            error.add_note(f"in {key}")
-            errors.append(error)
-    return results, errors
+            code = getattr(importlib.import_module(module), function or "main")(*(words if function else ()))
+            if isinstance(code, int) and code:
+                raise RuntimeError(f"exit code {code}")
+        except (Exception, SystemExit):  # whatever it is, the next command may do better
+            traceback.print_exc()
+            print(f"failed: {entry} {shlex.join(words)}", flush=True)
+            failed += 1
+    return int(failed > 0)
 
 
-def together(context: Context, *calls: Callable[[], Result]) -> list[Result]:
-    """The same for calls that all have to succeed. Raises: ExceptionGroup of what they raise, all having run."""
-    results, errors = attempt(context, dict(enumerate(calls)))
-    complain(errors)
-    return list(results.values())
+def _start_afresh() -> None:
+    """Undo what a training run or an evaluation leaves in its process."""
+    import torch.distributed
+
+    from himix_megatron import log, parallel
+
+    gc.collect()  # recorded graphs, before the groups whose collectives they hold
+    if torch.distributed.is_initialized():
+        parallel.shutdown()
+    log.stop()
 
 
-def complain(errors: Sequence[Exception]) -> None:
-    """Raises: ExceptionGroup if there are any."""
-    if errors:
-        raise ExceptionGroup(f"{len(errors)} processes failed", errors)
-
-
-def pretrain(context: Context, recipe: str, *flags: str | Path, on_cpu: bool = False, wanted: int = 0) -> None:
+def pretrain(recipe: str, *flags: str | Path) -> Command:
     """A training run that keeps a ledger, on one rank."""
     quiet = ("--log.ledger", "--log.pictures-interval-steps", "0", "--data.num-workers", "0")
-    python(context, "-m", "pipelines.pretrain", recipe, *flags, *quiet, on_cpu=on_cpu, wanted=wanted)
+    return ("pipelines.pretrain", recipe, *flags, *quiet)
 
 
 def losses(run: Path) -> dict[int, list[float]]:
-    """Every step's loss to the bit, as often as the run did the step."""
+    """Every step's loss to the bit, as often as the run did the step; none of a run that took none."""
     found: dict[int, list[float]] = defaultdict(list)
-    for line in (run / "ledger" / "steps.jsonl").read_text().splitlines():
+    file = run / "ledger" / "steps.jsonl"
+    for line in file.read_text().splitlines() if file.is_file() else ():
         step = json.loads(line)
         found[step["step"]].append(float.fromhex(step["loss"]))
     return dict(found)
 
 
-def apart(one: Path, other: Path, steps: Iterable[int] | None = None) -> float:
-    """The largest relative difference of two runs' losses, each step as it was done last.
-
-    Raises: ValueError if a step of either is missing.
-    """
+def apart(one: Path, other: Path, steps: Iterable[int]) -> float:
+    """The largest relative difference of two runs' losses, each step as it was done last; infinite if one is missing."""
     left, right = losses(one), losses(other)
-    compared = sorted(left | right) if steps is None else list(steps)
-    missing = [step for step in compared if step not in left or step not in right]
-    if missing or not compared:
-        raise ValueError(f"steps {missing} are not in both ledgers: {sorted(left)} and {sorted(right)}")
-    return widest((left[step][-1], right[step][-1]) for step in compared)
+    return widest((left.get(step, [math.nan])[-1], right.get(step, [math.nan])[-1]) for step in steps)
 
 
 def widest(pairs: Iterable[Sequence[float]]) -> float:
     """The largest relative difference between the numbers of a group; infinite where one is no number."""
-    found = [(max(group) - min(group)) / max(abs(number) for number in group) for group in pairs]
-    return max(value if value == value else float("inf") for value in found)
+    wide = 0.0
+    for group in pairs:
+        if any(math.isnan(number) for number in group):
+            return math.inf
+        wide = max(wide, (max(group) - min(group)) / max(abs(number) for number in group))
+    return wide
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,41 +10,58 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
+from himix_megatron.adapter import TRITON_HEAD_DIMS
 from himix_megatron.config import Config
 from himix_megatron.devices import device_of
+from himix_megatron.kernels import detect
 from himix_megatron.memory import padded_vocab
+from himix_megatron.model.layer import SwiGLU, TransformerEngineSwiGLU
 from tools.bench_training import Packs, device_name
+from tools.gpu_check.correctness import core_of, layout_of
+from tools.gpu_check.reference import Batch, Heads
+from tools.measure import seconds_of
 from tools.planning.machine import Machine, machine_named
 
 CACHE_BYTES = 128 << 20
 """Operands of one shape are spread over as much: more than a second-level cache holds."""
+MOST_AHEAD_SECONDS = 0.02
+CYCLES_PER_SECOND = 2e9
+"""Of a GPU, at the most."""
+
+
+def peak_flops() -> float:
+    """Dense bf16 of the device here; without a GPU infinite. Raises: ValueError for a device that is not known."""
+    if not torch.cuda.is_available():
+        return math.inf
+    found = device_of(torch.cuda.get_device_name())
+    if found is None:
+        raise ValueError(f"no peak is known for {torch.cuda.get_device_name()}")
+    return found.bf16_flops
 
 
 def queued_seconds(calls: Sequence[Callable[[], object]], repetitions: int = 5) -> float:
     """Median seconds of one of these calls while they are queued one after the other; the first round is not counted."""
-    taken = []
+    taken, host = [], 0.0
+
+    def queue() -> None:
+        nonlocal host
+        begun = time.perf_counter()
+        for call in calls:
+            call()
+        host = time.perf_counter() - begun
+
     for number in range(repetitions + 1):
         if torch.cuda.is_available():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            for call in calls:
-                call()
-            end.record()
-            torch.cuda.synchronize()
-            seconds = begin.elapsed_time(end) / 1000
-        else:
-            begun = time.perf_counter()
-            for call in calls:
-                call()
-            seconds = time.perf_counter() - begun
+            # The GPU waits until all is queued: else calls of a few small kernels would take as long as a slow host takes.
+            torch.cuda._sleep(int(min(2 * host, MOST_AHEAD_SECONDS) * CYCLES_PER_SECOND))
+        seconds = seconds_of(queue)
         if number:
             taken.append(seconds / len(calls))
     return statistics.median(taken)
@@ -103,48 +120,20 @@ def products_of(config: Config, text_tokens: int, images: int) -> Iterator[Produ
 # ---- attention ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Heads:
-    """Of an attention."""
-
-    query: int
-    groups: int
-    width: int
-
-
-def cores(heads: Heads, device: torch.device) -> dict[str, torch.nn.Module]:
-    """The decoder's attention kernels that can be run here (`model.attention_core`); on a CPU there is one."""
-    from himix_megatron.adapter import TRITON_HEAD_DIMS
-    from himix_megatron.kernels import detect
-    from himix_megatron.model.spec import CORES
-
-    kernels = detect()
-    usable = {
-        "te": kernels.transformer_engine and device.type == "cuda",
-        "flash": True,
-        "triton": kernels.triton and device.type == "cuda" and heads.width in TRITON_HEAD_DIMS,
-    }
-    sizes = SimpleNamespace(
-        num_attention_heads=heads.query, num_query_groups=heads.groups, kv_channels=heads.width, tensor_model_parallel_size=1
-    )
-    return {name: CORES[name](sizes, layer_number=1).to(device) for name, runs in usable.items() if runs}
-
-
-def attention_seconds(heads: Heads, packs: Packs, device: torch.device, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
+def attention_seconds(heads: Heads, packs: Packs, device: torch.device) -> dict[str, tuple[float, float]]:
     """Seconds forward and backward over the first pack, by core; putting keys together counts where a core wants it."""
-    from himix_megatron.model.layout import lay_out
-
-    texts = packs.text_lengths[0]
-    visions = [packs.tokens_per_image] * len(texts)
-    ids = torch.zeros(1, sum(texts), dtype=torch.long, device=device)
-    layout = lay_out(ids, texts, visions, lambda length: torch.zeros(length, 1, 1, heads.width, device=device))
-    shapes = [(sum(texts), 1, number, heads.width) for number in (heads.query, heads.groups, heads.groups)]
-    shapes.append((sum(visions), heads.groups, 2, heads.width))
+    dtype, texts = torch.bfloat16 if device.type == "cuda" else torch.float32, packs.text_lengths[0]
+    layout = layout_of(Batch("", texts, (1,) * len(texts), packed=True), device, packs.tokens_per_image)
+    shapes = [(sum(texts), 1, number, heads.dim) for number in (heads.query, heads.groups, heads.groups)]
+    shapes.append((len(texts) * packs.tokens_per_image, heads.groups, 2, heads.dim))
     given = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes]
-    grad = torch.randn(sum(texts), 1, heads.query * heads.width, device=device, dtype=dtype)
-    found = {}
-    for name, core in cores(heads, device).items():
-        run = [lambda core=core: core(*given, layout)] * 4
+    grad = torch.randn(sum(texts), 1, heads.query * heads.dim, device=device, dtype=dtype)
+    kernels, found, cores = detect(), {}, ["flash"]
+    if device.type == "cuda":
+        cores += ["te"] * kernels.transformer_engine + ["triton"] * (kernels.triton and heads.dim in TRITON_HEAD_DIMS)
+    for name in cores:
+        attend = core_of(name, heads, "bf16", device)
+        run = [lambda attend=attend: attend(*given, layout)] * 4
         forward = queued_seconds(run)
         both = queued_seconds([lambda one=one: torch.autograd.grad(one(), given, grad) for one in run])
         found[name] = (forward, max(both - forward, 1e-9))
@@ -156,8 +145,8 @@ def attention_row(heads: Heads, packs: Packs, seconds: tuple[float, float]) -> t
     texts = packs.text_lengths[0]
     pairs = sum(length * packs.tokens_per_image + length * (length + 1) / 2 for length in texts)
     length = sum(length * (length + 1) for length in texts) / sum(texts) - 1  # as the cost model finds it
-    flops = 4.0 * heads.query * heads.width * pairs
-    return heads.query, heads.width, max(1.0, length), flops / seconds[0], 2.5 * flops / seconds[1]
+    flops = 4.0 * heads.query * heads.dim * pairs
+    return heads.query, heads.dim, max(1.0, length), flops / seconds[0], 2.5 * flops / seconds[1]
 
 
 # ---- memory ------------------------------------------------------------------------------------------------------------
@@ -175,7 +164,12 @@ def passing_rate(device: torch.device, dtype: torch.dtype) -> float:
     rows, hidden, inner = (32768, 3072, 8192) if device.type == "cuda" else (64, 96, 256)
     x, y = (torch.randn(rows, 1, hidden, device=device, dtype=dtype) for _ in range(2))
     halves = torch.randn(rows, 1, 2 * inner, device=device, dtype=dtype, requires_grad=True)
-    norm, activate = _norm(hidden, device, dtype), _swiglu(device)
+    if device.type == "cuda" and detect().transformer_engine:
+        from transformer_engine.pytorch import RMSNorm
+
+        norm, activate = RMSNorm(hidden, dtype=dtype, device=device), TransformerEngineSwiGLU(None)
+    else:
+        norm, activate = torch.nn.RMSNorm(hidden, device=device, dtype=dtype), SwiGLU(None)
     given, grad, of_half = x.clone().requires_grad_(), torch.randn_like(x), torch.randn_like(halves[..., :inner])
 
     def normed() -> None:
@@ -192,46 +186,17 @@ def passing_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 3 * dtype.itemsize * rows * (5 * hidden + 3 * inner) / seconds
 
 
-def _norm(hidden: int, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-    if device.type == "cuda":
-        try:
-            from transformer_engine.pytorch import RMSNorm
-        except (ImportError, OSError, RuntimeError, AssertionError):
-            pass
-        else:
-            norm: torch.nn.Module = RMSNorm(hidden, dtype=dtype, device=device)
-            return norm
-    return torch.nn.RMSNorm(hidden, device=device, dtype=dtype)
-
-
-def _swiglu(device: torch.device) -> Callable[[Tensor], Tensor]:
-    """What the layers use: Transformer Engine's; without it megatron-core's on a GPU, ours on a CPU."""
-    from himix_megatron.model.layer import SwiGLU, TransformerEngineSwiGLU
-
-    if device.type == "cpu":
-        return SwiGLU(None)
-    try:
-        return TransformerEngineSwiGLU(None)
-    except (ImportError, OSError, RuntimeError, AssertionError):  # whatever keeps Transformer Engine from loading
-        from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
-
-        return lambda halves: bias_swiglu_impl(halves, None)
-
-
 # ---- together ----------------------------------------------------------------------------------------------------------
 
 
 def measured_machine(
-    products: Sequence[tuple[Product, float]], attention: Sequence[tuple[float, ...]], rates: dict[str, float]
+    products: Mapping[Product, float], attention: Sequence[tuple[float, ...]], rates: Mapping[str, float]
 ) -> Machine:
-    """The GPU here: its data sheet, and over it what was measured.
-
-    Args: products: with their seconds; attention: rows of `attention_row`; rates: `copy`, `passing` in bytes/s, and
-        `layer_seconds`, a layer's least time in one direction.
-    """
+    """The GPU here: its data sheet, and over it what was measured: seconds of products, rows of `attention_row`, bytes/s of a
+    `copy` and of `passing`, and `layer_seconds`, a layer's least time in one direction."""
     known = device_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     base = machine_named(known.name if known else "h100-80gb", None)
-    large = max((product.flops / seconds for product, seconds in products), default=base.product_flops)
+    large = max((product.flops / seconds for product, seconds in products.items()), default=base.product_flops)
     return replace(
         base,
         name=f"{device_name()}, measured",
@@ -241,7 +206,7 @@ def measured_machine(
         memory_bytes_per_second=rates["copy"],
         passing_bytes_per_second=rates["passing"],
         layer_seconds=rates["layer_seconds"],
-        products=tuple((item.rows, item.inner, item.columns, item.flops / seconds) for item, seconds in products),
+        products=tuple((item.rows, item.inner, item.columns, item.flops / seconds) for item, seconds in products.items()),
         attention=tuple(attention),  # type: ignore[arg-type]
     )
 

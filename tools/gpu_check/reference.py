@@ -107,24 +107,31 @@ def weight(name: str, shape: Sequence[int]) -> Tensor:
     return drawn(name, shape, shape[-1] ** -0.5)
 
 
-@dataclass
-class Outcome:
-    """What a model gives for a micro-batch, real text tokens only, in float64 on the CPU."""
+@dataclass(frozen=True)
+class Given:
+    """A micro-batch's random tensors, text flat, in float64 on the CPU."""
 
-    states: Tensor
-    """float[T, H] after the final norm."""
-    losses: Tensor
-    """float[T]."""
-    gradients: dict[str, Tensor]
-    """Of the weighted sum of the losses: parameters by stored name, and "features"."""
+    ids: Tensor
+    labels: Tensor
+    features: Tensor
+    by: Tensor
+    """Each loss's weight; 0 for a token that has none."""
+
+    @staticmethod
+    def of(batch: Batch, tokens: int, width: int) -> Given:
+        """`tokens`, `width`: of an image's features."""
+        number = sum(batch.text)
+        ids, labels = (drawn(f"{batch.name} {kind}", (number,)).abs().mul(60).long() for kind in ("ids", "labels"))
+        by = drawn(f"{batch.name} by", (number,)).abs() * (torch.arange(number) % 5 != 1)
+        features = drawn(f"{batch.name} features", (sum(batch.images), tokens, width))
+        return Given(ids.clamp(max=259), labels.clamp(max=259), features, by)
 
 
-def outcome_of(
-    model: ModelConfig, weights: Mapping[str, Tensor], batch: Batch, ids: Tensor, labels: Tensor, features: Tensor, by: Tensor
-) -> Outcome:
-    """The formula. Args: ids, labels: int64[T], flat; features: float64[K, n, V]; by: float64[T], each loss's weight."""
+def outcome_of(model: ModelConfig, weights: Mapping[str, Tensor], batch: Batch, given: Given) -> dict[str, Tensor]:
+    """The formula: "states" of real text tokens after the final norm, their "losses" where they have a weight, and of the
+    weighted sum of the losses all gradients, by stored name and of the "features"."""
     own = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
-    seen = features.clone().requires_grad_()
+    seen = given.features.clone().requires_grad_()
     layer = "decoder.layers.0."
     query_groups, dim = model.num_query_groups, model.channels_per_head
 
@@ -135,15 +142,15 @@ def outcome_of(
     def product(x: Tensor, name: str) -> Tensor:
         return torch.nn.functional.linear(x, own[f"{name}.weight"], own.get(f"{name}.bias"))
 
-    x = own["embedding.word_embeddings.weight"][ids]
+    x = own["embedding.word_embeddings.weight"][given.ids]
     qkv = product(normed(x, f"{layer}self_attention.linear_qkv.layer_norm_weight"), f"{layer}self_attention.linear_qkv")
-    qkv = qkv.view(len(ids), query_groups, -1, dim)
+    qkv = qkv.view(len(given.ids), query_groups, -1, dim)
     query, key, value = qkv[:, :, :-2].flatten(1, 2), qkv[:, :, -2], qkv[:, :, -1]
     places = torch.cat([torch.arange(length, dtype=torch.float64) for length in batch.text])
     query, key = (_turned(part, places, model.rope_theta) for part in (query, key))
     unit = normed(seen.flatten(0, 1), None) * own[f"{layer}self_attention.vision_norm.weight"]
     vision_kv = product(unit, f"{layer}self_attention.linear_vision_kv").view(-1, query_groups, 2, dim)
-    lengths = tuple(count * features.shape[1] for count in batch.images)
+    lengths = tuple(count * seen.shape[1] for count in batch.images)
     layout: Any = SimpleNamespace(text_lengths=batch.text, vision_lengths=lengths, packed=True)
     mixed = spelled_out(query[:, None], key[:, None], value[:, None], vision_kv, layout)[:, 0]
     x = x + product(mixed, f"{layer}self_attention.linear_proj")
@@ -151,11 +158,11 @@ def outcome_of(
     x = x + product(torch.nn.functional.silu(gate) * up, f"{layer}mlp.linear_fc2")
     states = normed(x, "decoder.final_layernorm.weight")
     logits = product(states, "output_layer")[:, : model.vocab_size]  # the other rows pad the vocabulary
-    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-    (losses * by).sum().backward()
-    gradients = {name: torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for name, tensor in own.items()}
-    gradients["features"] = torch.zeros_like(seen) if seen.grad is None else seen.grad
-    return Outcome(states.detach(), losses.detach(), gradients)
+    losses = torch.nn.functional.cross_entropy(logits, given.labels, reduction="none")
+    (losses * given.by).sum().backward()
+    leaves = own | {"features": seen}
+    gradients = {name: torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for name, tensor in leaves.items()}
+    return {"states": states.detach(), "losses": losses.detach()[given.by > 0], **gradients}
 
 
 def _turned(x_THD: Tensor, places: Tensor, theta: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Runs checks in their order within a budget of seconds. Flows in: checks; out: OUT/results.jsonl, OUT/errors.txt, a table.
+"""Runs checks in their order within a budget of seconds. Flows in: checks; out: OUT/results.jsonl, OUT/errors.txt, stdout.
 
 Every line is in the file, and on stdout, as soon as it is known: a machine that is taken away leaves what was found so far.
 A check that raises does not end the others. Checks that are marked `beside` mostly wait for processes of their own; they run
@@ -7,24 +7,22 @@ beside the others of their stage, one thread each, and no check of the next stag
 
 from __future__ import annotations
 
-import contextlib
 import json
 import platform
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import torch
 
 from himix_megatron.environment import code_version, version
 from tools.doctor_software import nvidia_driver
 from tools.measure import Line
-
-Stage = Literal["correctness", "performance"]
 
 
 @dataclass(frozen=True)
@@ -49,10 +47,10 @@ class Check:
 
     name: str
     """One word, as `--only` takes it."""
-    stage: Stage
+    stage: Literal["correctness", "performance"]
     """Correctness runs before performance."""
     seconds: float
-    """Estimated on an H100; a check that would not fit into what is left of the budget is skipped."""
+    """On a machine with an H200 and slow cores; a check that would not fit into what is left of the budget is skipped."""
     run: Callable[[Context], Iterable[Line]]
     """Gives lines as they come."""
     beside: bool = False
@@ -64,88 +62,62 @@ class Recorder:
     """Where lines go; may be used by several threads."""
 
     out: Path
-    results: TextIO
-    rows: list[tuple[str, str]] = field(default_factory=list)
-    """Of the table at the end: check, and what it found."""
-    failures: int = 0
-    """Lines that were missed and checks that failed."""
+    failures: list[str] = field(default_factory=list)
+    """Lines that were missed and checks that failed, as they were shown."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def line(self, check: str, line: Line) -> None:
         """Note what a check found."""
-        row = {"check": check, "what": line.what, "value": line.value, "wanted": line.wanted, "at_most": line.at_most}
-        self.write({**row, "holds": line.holds}, check, str(line), failed=not line.holds)
+        row = {"what": line.what, "value": line.value, "wanted": line.wanted, "at_most": line.at_most, "holds": line.holds}
+        self.write(check, str(line), failed=not line.holds, **row)
 
-    def skipped(self, check: str, why: str) -> None:
-        """Note that a check did not run."""
-        self.write({"check": check, "skipped": why}, check, f" SKIPPED  {why}", failed=False)
-
-    def failed(self, check: str, error: BaseException, seconds: float) -> None:
+    def failed(self, check: str, error: Exception, seconds: float) -> None:
         """Note that a check raised; the traceback goes to errors.txt."""
         text = "".join(traceback.format_exception(error))
         with self.lock, (self.out / "errors.txt").open("a") as errors:
             errors.write(f"== {check} failed after {seconds:.0f} s\n{text[-_TRACEBACK_CHARACTERS:]}\n")
         last = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        self.write({"check": check, "failed": last}, check, f"  FAILED  {last}", failed=True)
+        self.write(check, f"  FAILED  {last}", failed=True, error=last)
 
-    def write(self, found: dict[str, Any], check: str, shown: str, *, failed: bool) -> None:
+    def write(self, check: str, shown: str, *, failed: bool = False, **found: Any) -> None:
         """A line of the file, and one on stdout."""
+        shown = f"{check:<22} {shown}"
         with self.lock:
-            self.results.write(json.dumps(found) + "\n")
-            self.results.flush()
-            print(f"{check:<{_NAME_WIDTH}} {shown}", flush=True)
-            self.rows.append((check, shown))
-            self.failures += failed
+            with (self.out / "results.jsonl").open("a") as results:
+                results.write(json.dumps({"check": check, **found}) + "\n")
+            print(shown, flush=True)
+            self.failures += [shown] if failed else []
 
 
-_NAME_WIDTH = 22
 _TRACEBACK_CHARACTERS = 20_000
 
 
-def run_checks(checks: Sequence[Check], context: Context, unusable: Sequence[tuple[str, Exception]] = ()) -> int:
-    """Run them and say what came of it.
-
-    Args:
-        unusable: parts of this package that could not be imported, each with its error; recorded as failed.
-
-    Returns: the exit code, 1 if a line is missed or a check failed.
-    """
+def run_checks(checks: Sequence[Check], context: Context) -> int:
+    """Run them and say what came of it. Returns: the exit code, 1 if a line is missed or a check failed."""
     context.out.mkdir(parents=True, exist_ok=True)
-    with (context.out / "results.jsonl").open("w") as results:
-        (context.out / "errors.txt").unlink(missing_ok=True)
-        recorder = Recorder(context.out, results)
-        found = header()
-        results.write(json.dumps(found) + "\n")
-        print("; ".join(f"{name} {value}" for name, value in found.items()), flush=True)
-        for name, error in unusable:
-            recorder.failed(name, error, 0.0)
-        for stage in ("correctness", "performance"):
-            of_stage = [check for check in checks if check.stage == stage]
-            with _running([check for check in of_stage if check.beside], context, recorder):
-                for check in of_stage:
-                    if not check.beside:
-                        run_check(check, context, recorder)
-    print(_table(recorder), flush=True)
-    return int(recorder.failures > 0)
-
-
-@contextlib.contextmanager
-def _running(checks: Sequence[Check], context: Context, recorder: Recorder) -> Iterator[None]:
-    """These checks, one thread each, until all have ended."""
-    threads = [threading.Thread(target=run_check, args=(check, context, recorder), name=check.name) for check in checks]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        for thread in threads:
-            thread.join()
+    (context.out / "errors.txt").unlink(missing_ok=True)
+    found, recorder = header(), Recorder(context.out)
+    (context.out / "results.jsonl").write_text(json.dumps(found) + "\n")
+    print("; ".join(f"{name} {value}" for name, value in found.items()), flush=True)
+    for stage in ("correctness", "performance"):
+        of_stage = [check for check in checks if check.stage == stage]
+        with ThreadPoolExecutor(max(1, len(of_stage))) as beside:
+            for check in of_stage:
+                if check.beside:
+                    beside.submit(run_check, check, context, recorder)
+            for check in of_stage:
+                if not check.beside:
+                    run_check(check, context, recorder)
+    number = len(recorder.failures)
+    print("\n".join(["", f"{number} missed or failed:" if number else "all hold", *recorder.failures]), flush=True)
+    return int(number > 0)
 
 
 def run_check(check: Check, context: Context, recorder: Recorder) -> None:
     """Run one, unless the budget is too small for it."""
     if not context.tiny and check.seconds > context.remaining():
-        recorder.skipped(check.name, f"needs {check.seconds:.0f} s, {max(0.0, context.remaining()):.0f} s are left")
+        why = f"needs {check.seconds:.0f} s, {max(0.0, context.remaining()):.0f} s are left"
+        recorder.write(check.name, f" SKIPPED  {why}", skipped=why)
         return
     started = time.monotonic()
     try:
@@ -175,10 +147,3 @@ def header() -> dict[str, Any]:
         "Python": platform.python_version(),
         "code": code_version(),
     }
-
-
-def _table(recorder: Recorder) -> str:
-    """All of it again, by check, with the number of failures."""
-    names = dict.fromkeys(name for name, _ in recorder.rows)
-    rows = [f"{name:<{_NAME_WIDTH}} {shown}" for name in names for of, shown in recorder.rows if of == name]
-    return "\n".join(["", *rows, "", f"{recorder.failures} lines missed or checks failed" if recorder.failures else "all hold"])

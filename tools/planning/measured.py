@@ -54,7 +54,7 @@ def settings(recompute: Any = "none", micro_batch: int = 2, **layout: Any) -> Co
         recipe="measured",
         model=ModelConfig(
             family="qwen2", num_layers=6, hidden_size=512, ffn_hidden_size=1408, num_attention_heads=8, num_query_groups=4,
-            vocab_size=4096, attention="torch",
+            vocab_size=4096, layer_spec="torch",
         ),
         vision=VisionConfig(
             tower="tiny", image_size=96, patch_size=8, hidden_size=384, num_layers=2, num_attention_heads=4,
