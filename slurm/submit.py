@@ -213,7 +213,9 @@ def check_stage(stage: Stage, ranks: int, before: Stage | None) -> None:
 
     config = with_data(stage.config)
     config = replace(
-        config, model=replace(config.model, attention="torch"), train=replace(config.train, fp8="none")
+        config,
+        model=replace(config.model, layer_spec="torch", attention_core="auto"),
+        train=replace(config.train, fp8="none", cuda_graphs="off"),
     )  # the nodes' matter
     if before is not None and config.checkpoint.initial == str(before.config.run_dir):
         old, new = architecture(before.config), architecture(config)

@@ -82,7 +82,8 @@ class Elsewhere(nn.Module):
         return hidden * self.weight
 
 
-def test_layers_are_given_what_lies_on_their_device() -> None:
+def test_layers_are_given_what_lies_on_their_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # for a GPU alone
     decoder: Any = Elsewhere()
     decoder.layers = [SimpleNamespace(mlp=decoder)]
     model: Any = SimpleNamespace(

@@ -66,6 +66,10 @@ class TorchMixtureAttention(torch.nn.Module):
     def continued(self, query_SBQD: Tensor, key_LBGD: Tensor, value_LBGD: Tensor, mask: Tensor) -> Tensor:
         """float[S, B, Q*D]."""
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBQD, key_LBGD, value_LBGD))
+        repeats = query.shape[1] // key.shape[1]
+        if query.is_cuda and repeats > 1:
+            # torch's memory-efficient kernel takes a mask, but no grouped heads; its plain way would write all scores out.
+            key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
         mixed_BQSD = torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, scale=self.scale, enable_gqa=query.shape[1] != key.shape[1]
         )

@@ -112,9 +112,10 @@ class _Join(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(vision_places, text_places)
         ctx.text_shape, ctx.has_spare = key.shape, num_keys == len(vision_places) + len(text_places) + 1
-        joined = []
+        # What nobody's keys fill may be read by a kernel that takes whole tiles, and times zero.
+        make, joined = key.new_zeros if ctx.has_spare else key.new_empty, []
         for of_vision, of_text in ((vision_kv[:, :, 0], key), (vision_kv[:, :, 1], value)):
-            rows = key.new_empty((num_keys, *key.shape[2:]))
+            rows = make((num_keys, *key.shape[2:]))
             joined.append(rows.index_copy_(0, vision_places, of_vision).index_copy_(0, text_places, of_text.flatten(0, 1)))
         return joined[0], joined[1]
 
@@ -124,9 +125,7 @@ class _Join(torch.autograd.Function):
         if ctx.has_spare:
             of_keys[-1].zero_()  # where no kernel wrote anything
             of_values[-1].zero_()
-        of_vision = of_keys.new_empty(len(vision_places), of_keys.shape[1], 2, of_keys.shape[2])
-        for rows, own in ((of_keys, of_vision[:, :, 0]), (of_values, of_vision[:, :, 1])):
-            torch.index_select(rows, 0, vision_places, out=own)
+        of_vision = torch.stack([rows.index_select(0, vision_places) for rows in (of_keys, of_values)], dim=2)
         if not any(ctx.needs_input_grad[1:3]):  # the first layer of a frozen decoder
             return of_vision, None, None, None, None, None
         of_text = (rows.index_select(0, text_places).view(ctx.text_shape) for rows in (of_keys, of_values))

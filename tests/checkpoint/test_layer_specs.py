@@ -111,8 +111,9 @@ def load_and_save(checkpoint: Path, run: Path, attention: str, change: Callable[
     (run / "config.json").write_text(to_json(config))
     topology = parallel.start(config.parallel, seed=1)
     tower = build_tower(config.vision, seed=1, dtype=torch.float32)
+    kernels = detect()
     with as_with_gpu(attention):
-        stages = build_stage(config, detect(), topology, tower)
+        stages = build_stage(config, kernels, topology, tower)
     change(bare(stages[0]))
     own = checkpoints.Checkpoints(config, stages, build_optimizer(config, stages), tower, take(run))
     own.load_weights(checkpoint)

@@ -42,8 +42,9 @@ def described(attention: str) -> dict[str, str | None]:
     config = replace(config, model=replace(config.model, layer_spec=attention))
     topology = parallel.start(config.parallel, seed=1)
     tower = build_tower(config.vision, seed=1, dtype=torch.float32)
+    kernels = detect()
     with as_with_gpu(attention):
-        stages = build_stage(config, detect(), topology, tower)
+        stages = build_stage(config, kernels, topology, tower)
     state = bare(stages[0]).sharded_state_dict(metadata=_metadata()).values()
     parallel.shutdown()
     found: dict[str, str | None] = {}

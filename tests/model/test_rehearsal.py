@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import traceback
@@ -182,7 +183,7 @@ def test_mistakes_are_found_with_their_places() -> None:
     assert more.pop("reads in loss") == {("himix_megatron/model/himix.py", "_postprocess"): each_micro_batch}
     assert more.pop("not pinned") == {("himix_megatron/model/encoder.py", "encode"): 2}
     assert not more
-    assert "same device" in found["not moved"]
+    assert re.search("same device|two different devices", found["not moved"])  # as versions of torch say it
     assert "himix_megatron/model/layout.py" in found["not moved"]
     assert "aten.nonzero.default at himix_megatron/loss.py" in found["finds labels"]
 

@@ -28,9 +28,10 @@ def names_and_shapes(attention: str) -> dict[str, tuple[int, ...]]:
     config = replace(config, model=replace(config.model, layer_spec=attention))
     topology = parallel.start(config.parallel, seed=1)
     tower = build_tower(config.vision, seed=1, dtype=torch.float32)
+    kernels = detect()
     # Transformer Engine's modules refuse to be built, not only to run, where torch sees no GPU.
     with patch("torch.cuda.is_available", return_value=attention == "te" or torch.cuda.is_available()):
-        stages = build_stage(config, detect(), topology, tower)
+        stages = build_stage(config, kernels, topology, tower)
     tensors = [t for t in _model_state(stages)["model0"].values() if isinstance(t, ShardedTensor)]
     parallel.shutdown()
     return {f"{tensor.key}{list(tensor.global_offset)}": tuple(tensor.global_shape) for tensor in tensors}
