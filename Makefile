@@ -11,7 +11,7 @@ PYENV_PYTHONS = $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.1[2-9]*
 # What `make test` hands to pytest, e.g. PYTEST_ARGS="-k layouts"
 PYTEST_ARGS ?=
 # What `make test-py312` repeats: parity with the reference, the layouts, the layer specs.
-PY312_TESTS ?= $(wildcard tests/model tests/test_reference.py tests/test_layouts.py tests/test_packed_training.py tests/test_generate.py tests/test_parallel.py tests/test_kernels.py)
+PY312_TESTS ?= $(wildcard tests/model tests/checkpoint/test_layer_specs.py tests/test_reference.py tests/test_layouts.py tests/test_packed_training.py tests/test_generate.py tests/test_parallel.py tests/test_kernels.py)
 # What `make bench-data` hands to tools/bench_data.py, e.g. BENCH_ARGS="--only read pack --scale 0.1"
 BENCH_ARGS ?=
 # What `make gpu-check` hands to tools/gpu_check, e.g. GPU_CHECK_ARGS="--only core-te-bf16 layer-te-bf16"
