@@ -17,6 +17,19 @@ from pipelines.cli import run_main
 
 ROOT = Path(__file__).parents[2]
 
+
+@pytest.fixture(autouse=True)
+def no_process_group_stays() -> Iterator[None]:
+    """Runs here are refused in this process, some after ranks have met: a later test would meet their group."""
+    yield
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        from himix_megatron import parallel
+
+        parallel.shutdown()
+
+
 SETTINGS = {
     "--train.steps -1": "train.steps is -1: it must be above 0",
     "--train.epochs nan": "train.epochs is nan: it must be above 0",
