@@ -203,8 +203,6 @@ def transformer_config(config: Config, kernels: Kernels) -> TransformerConfig:
         bias_activation_fusion=on_gpu and not te,
         # Despite its name: the MLP's activation is the one that the layer spec names (model/layer.py).
         use_te_activation_func=not on_gpu or te,
-        # There is neither a bias nor dropout: compiled, the one addition costs the host three times as much.
-        bias_dropout_fusion=False,
         # One launch instead of twelve, where all samples have the same angles (model/mixture_attention.py).
         apply_rope_fusion=on_gpu and kernels.transformer_engine,
         # A workaround for old versions of torch: the host would wait for the whole device at every hop.

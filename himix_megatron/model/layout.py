@@ -113,11 +113,11 @@ class _Join(torch.autograd.Function):
         ctx.save_for_backward(vision_places, text_places)
         ctx.text_shape, ctx.has_spare = key.shape, num_keys == len(vision_places) + len(text_places) + 1
         # What nobody's keys fill may be read by a kernel that takes whole tiles, and times zero.
-        make, joined = key.new_zeros if ctx.has_spare else key.new_empty, []
-        for of_vision, of_text in ((vision_kv[:, :, 0], key), (vision_kv[:, :, 1], value)):
-            rows = make((num_keys, *key.shape[2:]))
-            joined.append(rows.index_copy_(0, vision_places, of_vision).index_copy_(0, text_places, of_text.flatten(0, 1)))
-        return joined[0], joined[1]
+        make = torch.zeros if ctx.has_spare else torch.empty
+        keys, values = make(2, num_keys, *key.shape[2:], dtype=key.dtype, device=key.device).unbind()
+        for rows, of_vision, of_text in zip((keys, values), vision_kv.unbind(2), (key, value), strict=True):
+            rows.index_copy_(0, vision_places, of_vision).index_copy_(0, text_places, of_text.flatten(0, 1))
+        return keys, values
 
     @staticmethod
     def backward(ctx: Any, of_keys: Tensor, of_values: Tensor) -> tuple[Tensor | None, ...]:

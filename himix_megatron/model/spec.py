@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -19,7 +18,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from .attention_backends import TorchMixtureAttention, TransformerEngineMixtureAttention, TritonMixtureAttention
-from .layer import HiMixLayer, RMSNorm, SwiGLU, TransformerEngineSwiGLU
+from .layer import HiMixLayer, RMSNorm, SwiGLU, TransformerEngineSwiGLU, residual_add
 from .mixture_attention import MixtureAttention, MixtureAttentionSubmodules, VisionLinear, VisionNorm
 
 CORES: dict[str, Any] = {
@@ -71,13 +70,13 @@ def _torch_layer(vision_hidden_size: int, core: type) -> ModuleSpec:
                     linear_vision_kv=VisionLinear,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=residual_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(
                 module=MLP,
                 submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, activation_func=SwiGLU, linear_fc2=RowParallelLinear),
             ),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=residual_add,
             # Transformer Engine keeps these norms inside the linear layer after them: its names are used on disk.
             sharded_state_dict_keys_map={
                 "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
@@ -106,7 +105,7 @@ def _transformer_engine_layer(vision_hidden_size: int, core: type) -> ModuleSpec
                     linear_vision_kv=VisionLinear,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=residual_add,
             mlp=ModuleSpec(
                 module=MLP,
                 submodules=MLPSubmodules(
@@ -115,7 +114,7 @@ def _transformer_engine_layer(vision_hidden_size: int, core: type) -> ModuleSpec
                     linear_fc2=TERowParallelLinear,
                 ),
             ),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=residual_add,
         ),
     )
 
