@@ -23,6 +23,7 @@ from .data.batch import StepBatch
 from .devices import device_of
 from .flops import Work, step_flops
 from .gradients import PARTS, squared_norms, whole
+from .micro_batch_graphs import padded_sizes
 from .parallel import Topology
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ class RankSums:
     """Parts of the squared gradient norm, of the interval's last step."""
     positions: float = 0.0
     """Places for text tokens: the packs' budget, or rows with their padding."""
+    computed_tokens: float = 0.0
+    """Text and vision tokens of the decoder's tensors, padding included."""
     text_tokens: float = 0.0
     vision_tokens: float = 0.0
     text_pairs: float = 0.0
@@ -87,7 +90,11 @@ class RankSums:
             work = Work.of(texts, visions, head_tokens=float((micro_batch.labels >= 0).sum()))
             for item in fields(Work):
                 setattr(self, item.name, getattr(self, item.name) + getattr(work, item.name))
-            self.positions += config.data.pack_text_tokens or micro_batch.text_ids.numel()
+            num_text, num_images = micro_batch.text_ids.numel(), sum(micro_batch.images_per_sample)
+            self.positions += config.data.pack_text_tokens or num_text
+            if config.train.cuda_graphs == "on":
+                num_text, num_images = padded_sizes(config, num_text, num_images)
+            self.computed_tokens += num_text + num_images * config.vision.tokens_per_image
 
 
 @dataclass(slots=True)
@@ -286,8 +293,10 @@ def compute_points(config: Config, ranks: Sequence[RankSums], seconds: float, pe
 
 
 def fill_points(config: Config, ranks: Sequence[RankSums], packs: int) -> dict[str, float]:
-    """How much of the places for tokens and images held any."""
+    """How much of the places for tokens and images held any, and how much of what was computed was padding."""
     points = {"data/text_fill_fraction": sum(rank.text_tokens for rank in ranks) / sum(rank.positions for rank in ranks)}
+    real = sum(rank.text_tokens + rank.vision_tokens for rank in ranks)
+    points["compute/padding_fraction"] = 1 - real / sum(rank.computed_tokens for rank in ranks)
     if config.data.pack_images is not None:
         images = sum(rank.vision_tokens for rank in ranks) / config.vision.tokens_per_image
         points["data/image_fill_fraction"] = images / (packs * config.data.pack_images)

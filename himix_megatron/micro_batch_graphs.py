@@ -48,9 +48,7 @@ class MicroBatchGraphs:
 
     def __init__(self, config: Config, stage: Any):
         """Nothing is recorded yet. Raises: nothing; `Config` refuses what cannot be recorded."""
-        self.num_text = _up(config.data.pack_text_tokens or 0, TEXT_MULTIPLE)
-        self.max_text = config.data.max_text_tokens
-        self._stage = stage
+        self._config, self._stage = config, stage
         self._recorded: dict[Any, _Recorded] = {}
         self._seen: set[Any] = set()
         self._pool: Any = None
@@ -73,19 +71,19 @@ class MicroBatchGraphs:
         assert given.packed_lengths is not None
         assert given.labels is not None
         assert given.labelled is not None
-        num_text = max(self.num_text, _up(given.text_ids.shape[1], TEXT_MULTIPLE))
-        missing = num_text - given.text_ids.shape[1]
         num_images, tokens, _ = given.images.shape
-        extra_images = _up(max(1, num_images), IMAGE_MULTIPLE) - num_images
+        num_text, padded_images = padded_sizes(self._config, given.text_ids.shape[1], num_images)
+        missing, extra_images = num_text - given.text_ids.shape[1], padded_images - num_images
         vision_lengths = [count * tokens for count in given.images_per_sample]
         text_ids = F.pad(given.text_ids, (0, missing))
         labelled = given.labelled
         extra_labels = _up(max(1, len(labelled)), LABEL_MULTIPLE) - len(labelled)
-        num_padding = -(-(num_text - sum(given.packed_lengths)) // self.max_text)
+        max_text = self._config.data.max_text_tokens
+        num_padding = -(-(num_text - sum(given.packed_lengths)) // max_text)
         sizes = Sizes(
             num_samples=_up(len(vision_lengths) + num_padding, SAMPLE_MULTIPLE),
-            num_vision=(num_images + extra_images) * tokens,
-            max_text=self.max_text,
+            num_vision=padded_images * tokens,
+            max_text=max_text,
             max_vision=max(vision_lengths),
         )
         rotary = bare(self._stage).rotary_pos_emb
@@ -128,6 +126,12 @@ class MicroBatchGraphs:
         recorded.graph.replay()
         total, num_tokens, reported = (tensor.clone() for tensor in recorded.report)
         return total, num_tokens, reported
+
+
+def padded_sizes(config: Config, num_text: int, num_images: int) -> tuple[int, int]:
+    """To how many text tokens and images a micro-batch of so many is padded."""
+    num_text = _up(max(num_text, config.data.pack_text_tokens or 0), TEXT_MULTIPLE)
+    return num_text, _up(max(1, num_images), IMAGE_MULTIPLE)
 
 
 def _up(number: int, multiple: int) -> int:

@@ -42,7 +42,7 @@ PAGES = {
         "MFU": [r"compute/\w+_mfu"],
         "seconds of a step": ["time/step_seconds", "time/data_wait_seconds", r"pipeline/stage_\d+_busy_seconds"],
         "busy stages and bubble": [r"pipeline/stage_\d+_busy_fraction", "pipeline/bubble_fraction"],
-        "fill of packs or rows": ["data/(text|image)_fill_fraction"],
+        "fill of packs or rows, share of padding": ["data/(text|image)_fill_fraction", "compute/padding_fraction"],
     },
     "Is it healthy?": {
         "wall time by cause": [r"goodput/\w+_seconds"],

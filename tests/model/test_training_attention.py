@@ -125,6 +125,25 @@ def test_torch_on_a_cpu_is_the_formula(layout: Layout, heads: tuple[int, int], d
         assert torch.allclose(of_cpu, exact, rtol=0, atol=1e-13 if dtype == torch.float64 else 5e-6)
 
 
+def test_a_merge_of_two_attentions_is_wrong_where_autograd_goes_back_through_it() -> None:
+    """Why both parts' backward kernels are called with the merged result: each drops the gradient of its log-sum-exp."""
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+    def naive(query: Tensor, key: Tensor, value: Tensor, vision_kv: Tensor, layout: Layout) -> Tensor:
+        heads_first = [x[:, 0].transpose(0, 1)[None] for x in (query, key, value)]
+        text, text_lse = flash(*heads_first, 0.0, True)
+        vision, vision_lse = flash(heads_first[0], *(x.transpose(0, 1)[None] for x in vision_kv.unbind(2)), 0.0, False)
+        share = torch.sigmoid(vision_lse - text_lse)[..., None]
+        return torch.lerp(text, vision, share)[0].transpose(0, 1).flatten(1)[:, None]
+
+    one, heads = packed([30], [1], 0), (4, 4)
+    wanted = outcome(spelled_out, one, inputs(one, heads, torch.float64))
+    merged = outcome(naive, one, inputs(one, heads, torch.float64))
+    assert torch.allclose(merged[0], wanted[0], rtol=0, atol=1e-13)
+    of_query, exact = merged[1], wanted[1]
+    assert (of_query - exact).norm() > 0.1 * exact.norm()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_one_sample_after_the_other_is_the_formula(layout: Layout) -> None:
     wanted = outcome(spelled_out, layout, inputs(layout, (4, 2), torch.float64))

@@ -7,6 +7,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from himix_megatron.config import Config
 from himix_megatron.data.batch import MicroBatch
 from himix_megatron.data.shards import ShardDataset
 from himix_megatron.loss import answer_loss
-from himix_megatron.metrics import RankSums, StepCounts, pipeline_points, source_points
+from himix_megatron.metrics import RankSums, StepCounts, fill_points, pipeline_points, source_points
 from himix_megatron.passes import PassClock
 from tests.distributed import run_ranks
 from tests.runs import history, small_config, train
@@ -104,6 +105,17 @@ def test_packs_are_filled_as_the_ledger_says(watched_run: Config, run_dir: Path)
     images = sum(line["vision_tokens"] for line in samples) / watched_run.vision.tokens_per_image / (packs * 6)
     assert found["data/text_fill_fraction"][END].value == pytest.approx(text)
     assert found["data/image_fill_fraction"][END].value == pytest.approx(images)
+
+
+@pytest.mark.parametrize(("graphs", "text", "images"), [("off", 200, 3), ("on", 256, 8)])
+def test_padding_is_what_is_computed_for_nobody(watched_run: Config, graphs: Any, text: int, images: int) -> None:
+    config = replace(watched_run, train=replace(watched_run.train, cuda_graphs=graphs))
+    row = torch.zeros(1, 200, dtype=torch.int64)
+    pack = MicroBatch(row, row, torch.tensor([100, 50]), (1, 2), ("s/a", "s/b"), packed=True)
+    sums, each = RankSums(), config.vision.tokens_per_image
+    sums.add_batch(config, SimpleNamespace(micro_batches=(pack,), blank=torch.zeros(3, dtype=torch.bool)))  # type: ignore[arg-type]
+    found = fill_points(config, [sums, RankSums()], packs=1)["compute/padding_fraction"]
+    assert found == pytest.approx(1 - (150 + 3 * each) / (text + images * each))
 
 
 def test_losses_of_the_datasets_make_up_the_loss(watched_run: Config, run_dir: Path) -> None:
