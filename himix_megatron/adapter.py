@@ -47,9 +47,11 @@ def attention_core(config: Config, kernels: Kernels) -> Literal["te", "flash", "
     core, te = config.model.attention_core, chosen_layer_spec(config.model, kernels) == "te"
     usable = torch.cuda.is_available() and kernels.triton and config.train.precision == "bf16"
     if core == "auto":
-        # As measured (docs/results.md): at width 64 Triton's is the fastest; at 128 Transformer Engine's is, then Triton's.
+        # As measured on a Hopper (docs/results.md): at width 64 Triton's is the fastest; at 128 Transformer Engine's is, then
+        # Triton's. On other GPUs nothing is known of its tiles, not even that they fit.
         fitting = TRITON_HEAD_DIMS[:1] if te else TRITON_HEAD_DIMS
-        return "triton" if usable and config.model.channels_per_head in fitting else "te" if te else "flash"
+        known = usable and torch.cuda.get_device_capability()[0] == 9
+        return "triton" if known and config.model.channels_per_head in fitting else "te" if te else "flash"
     if core == "te" and not te:
         raise ValueError(
             "model.attention_core is te, which model.layer_spec torch does not have: use --model.attention-core auto"
@@ -122,12 +124,24 @@ def has_fused_loss(kernels: Kernels) -> bool:
     """Whether the cross-entropy is Transformer Engine's: a kernel of its own, whatever the layers are made of."""
     if not (kernels.transformer_engine and torch.cuda.is_available()):
         return False
-    from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
-
     try:
+        from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
+
         return "overwrite_input" in inspect.signature(parallel_cross_entropy).parameters  # not in earlier versions
-    except (TypeError, ValueError):
+    except (ImportError, TypeError, ValueError):  # it is written in Triton, which may be missing where all else loads
         return False
+
+
+def described_kernels(config: Config, kernels: Kernels) -> str:
+    """What a run is computed with, for its log. Raises: ValueError as `attention_core`."""
+    core, spec = attention_core(config, kernels), chosen_layer_spec(config.model, kernels)
+    if core == "flash":
+        from .model.attention_backends import has_variable_length
+
+        fast = torch.cuda.is_available() and config.train.precision == "bf16" and has_variable_length()
+        core = "torch's variable-length flash attention" if fast else "torch's, sample by sample"  # type: ignore[assignment]
+    loss = "Transformer Engine's" if has_fused_loss(kernels) else "megatron-core's, in chunks"
+    return f"layers: {spec}; attention: {core}; cross-entropy: {loss}"
 
 
 def text_multiple(config: Config) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .adapter import described_kernels
 from .config import Config
 from .parallel import Topology
 
@@ -39,7 +40,8 @@ def describe_environment(config: Config, start: Start, topology: Topology) -> li
         ("code", code_version()),
         ("Slurm job", os.environ.get("SLURM_JOB_ID", "none")),
     ]
-    return rows + [("kernels", line) for line in start.kernels.reasons()]
+    used = described_kernels(config, start.kernels)
+    return rows + [("kernels", line) for line in (*start.kernels.reasons(), used)]
 
 
 def version(package: str) -> str:

@@ -20,21 +20,22 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_LOGITS = 2**26
-"""Most logits of a rank that exist at once where the head runs in chunks: 256 MiB in fp32."""
+CHUNK_LOGITS, GPU_CHUNK_LOGITS = 2**26, 2**28
+"""Most logits of a rank that exist at once where the head runs in chunks, on a CPU and on a GPU: 256 MiB and 1 GiB in fp32.
+Each chunk writes a gradient of the head's whole weight and adds it to the sum."""
 MAX_LOGITS = 2**31
 """Most logits of a rank that are kept for the backward pass where the cross-entropy needs nothing beside them and writes its
 gradient over them: 4 GiB in bf16. Above, chunks of an eighth of this."""
 
 
-def chunk_tokens(num_tokens: int, num_logits: int, *, keeps: bool) -> int:
+def chunk_tokens(num_tokens: int, num_logits: int, *, keeps: bool, on_gpu: bool) -> int:
     """Tokens with a label that go through the head at a time; all of them where nothing is computed twice.
 
     Args: num_logits: of one token on this rank; keeps: whether the cross-entropy can write its gradient over the logits.
     """
     if keeps and num_tokens * num_logits <= MAX_LOGITS:
         return max(1, num_tokens)
-    return max(1, (MAX_LOGITS // 8 if keeps else CHUNK_LOGITS) // num_logits)
+    return max(1, (MAX_LOGITS // 8 if keeps else GPU_CHUNK_LOGITS if on_gpu else CHUNK_LOGITS) // num_logits)
 
 
 def token_losses(
@@ -61,7 +62,7 @@ def token_losses(
     num_rows, num_text = labels_BS.shape
     states_M = labelled % num_text * num_rows + labelled // num_text  # where they lie in [S, B]
     hidden_MH, labels_M = hidden_SBH.flatten(0, 1).index_select(0, states_M), labels_BS.flatten()[labelled]
-    chunk = chunk_tokens(len(labelled), num_logits, keeps=keeps)
+    chunk = chunk_tokens(len(labelled), num_logits, keeps=keeps, on_gpu=not hidden_SBH.is_cpu)
     if keeps and len(labelled) and chunk >= len(labelled):
         losses_M = losses_of(hidden_MH[:, None], labels_M[:, None])
     else:

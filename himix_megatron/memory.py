@@ -16,7 +16,7 @@ from himix_megatron.flops import chunk_layers
 GIB = 2**30
 VOCAB_MULTIPLE = 128
 """As in adapter.py, which takes torch."""
-HEAD_CHUNK_LOGITS, HEAD_MAX_LOGITS = 2**26, 2**31
+HEAD_CHUNK_LOGITS, HEAD_GPU_CHUNK_LOGITS, HEAD_MAX_LOGITS = 2**26, 2**28, 2**31
 """As in loss.py, which takes torch."""
 FIXED_BYTES = 2.5 * GIB
 """CUDA context, NCCL's buffers and cuBLAS's workspaces: an allowance, not measured here."""
@@ -178,7 +178,7 @@ def rank_memory(
     if stage == parallel.pipeline - 1:
         rows = padded_vocab(config) / parallel.tensor
         tokens = micro_batch.text_tokens if micro_batch.labelled_tokens is None else micro_batch.labelled_tokens
-        logits = 12 * min(HEAD_CHUNK_LOGITS, tokens * rows)
+        logits = 12 * min(HEAD_GPU_CHUNK_LOGITS if on_gpu else HEAD_CHUNK_LOGITS, tokens * rows)
         if on_gpu:
             # With Transformer Engine's loss, whatever the layers are: all logits once, and the weight's gradient beside them.
             chunk = tokens * rows if tokens * rows <= HEAD_MAX_LOGITS else HEAD_MAX_LOGITS / 8

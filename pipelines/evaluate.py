@@ -133,7 +133,8 @@ def load_config(run: Path, layout: ParallelConfig) -> Config:
     # What trains must be named; the Answerer freezes everything, and a frozen tower is encoded once per image. How training ran
     # its kernels changes no answer, and may not be possible here.
     train = dataclasses.replace(config.train, parts=("vision_kv",), cuda_graphs="off")
-    model = dataclasses.replace(config.model, attention_core="auto")
+    spec: Literal["auto", "torch"] = "torch" if config.model.layer_spec == "torch" else "auto"
+    model = dataclasses.replace(config.model, attention_core="auto", layer_spec=spec)
     return dataclasses.replace(config, parallel=layout, model=model, train=train)
 
 

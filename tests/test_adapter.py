@@ -16,6 +16,8 @@ from himix_megatron.adapter import (
     check_fp8,
     check_graphs,
     ddp_config,
+    described_kernels,
+    has_fused_loss,
     optimizer_config,
     overlaps,
     text_multiple,
@@ -147,13 +149,18 @@ def test_a_trainable_tower_cannot_be_summed_while_the_passes_run(mixed_dataset: 
     assert not ddp_config(small_config(mixed_dataset, tmp_path, parts=("tower",))).overlap_grad_reduce
 
 
-def core(head_dim: int, *, gpu: bool = True, kernels: Any = WITH_TE, precision: Any = "bf16", **model: Any) -> str:
+def core(
+    head_dim: int, *, gpu: bool = True, capability: int = 9, kernels: Any = WITH_TE, precision: Any = "bf16", **model: Any
+) -> str:
     """Which attention kernels such a model would be built with."""
     recipe = RECIPES["llama3_2_1b_align"]()
     config = replace(
         recipe, model=replace(recipe.model, head_dim=head_dim, **model), train=replace(recipe.train, precision=precision)
     )
-    with patch("torch.cuda.is_available", return_value=gpu):
+    with (
+        patch("torch.cuda.is_available", return_value=gpu),
+        patch("torch.cuda.get_device_capability", return_value=(capability, 0)),
+    ):
         return attention_core(config, kernels)
 
 
@@ -162,6 +169,9 @@ def test_attention_kernels_are_chosen_by_what_is_here_and_by_the_head_width() ->
     assert [core(dim, kernels=with_both) for dim in (64, 128, 96)] == ["triton", "te", "te"]
     assert [core(dim, kernels=without_te) for dim in (64, 128, 96)] == ["triton", "triton", "flash"]
     assert core(64, kernels=with_both, precision="fp32") == "te"
+    # Nothing has been measured on others than Hopper.
+    assert [core(64, kernels=each, capability=8) for each in (with_both, without_te)] == ["te", "flash"]
+    assert core(64, kernels=with_both, capability=8, attention_core="triton") == "triton"
     assert core(64, kernels=with_both, gpu=False) == "flash"
     assert core(128, kernels=with_both, attention_core="triton") == "triton"
     assert core(64, kernels=with_both, attention_core="flash") == "flash"
@@ -171,6 +181,22 @@ def test_attention_kernels_are_chosen_by_what_is_here_and_by_the_head_width() ->
         core(96, kernels=with_both, attention_core="triton")
 
 
+def test_the_log_says_what_a_run_is_computed_with() -> None:
+    on_a_gpu = (
+        patch("torch.cuda.is_available", return_value=True),
+        patch("torch.cuda.get_device_capability", return_value=(9, 0)),
+        patch.dict("sys.modules", {"transformer_engine.pytorch.cross_entropy": None}),  # where Triton is missing
+    )
+    config = RECIPES["qwen2_0_5b_instruct"]()
+    without_te = replace(WITH_TE, transformer_engine=False, triton=True)
+    on_cpu = "layers: torch; attention: torch's, sample by sample; cross-entropy: megatron-core's, in chunks"
+    assert described_kernels(config, detect(False)) == on_cpu
+    with on_a_gpu[0], on_a_gpu[1], on_a_gpu[2]:
+        assert described_kernels(config, WITH_TE).startswith("layers: te; attention: te; cross-entropy: megatron-core's")
+        assert described_kernels(config, without_te).startswith("layers: torch; attention: triton;")
+        assert not has_fused_loss(WITH_TE)
+
+
 def test_cuda_graphs_are_refused_where_they_cannot_be_recorded() -> None:
     recipe = RECIPES["qwen2_0_5b_instruct"]()
     data = replace(recipe.data, pack_text_tokens=8192, pack_images=32)
@@ -178,7 +204,7 @@ def test_cuda_graphs_are_refused_where_they_cannot_be_recorded() -> None:
     config = replace(recipe, data=data, train=train)
     with pytest.raises(ValueError, match=r"there is no GPU here: use --train\.cuda-graphs off"):
         check_graphs(config, WITH_TE)
-    with patch("torch.cuda.is_available", return_value=True):
+    with patch("torch.cuda.is_available", return_value=True), patch("torch.cuda.get_device_capability", return_value=(9, 0)):
         check_graphs(config, WITH_TE)
         assert not overlaps(config)
         with pytest.raises(ValueError, match=r"use --train\.precision bf16"):

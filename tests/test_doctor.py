@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -128,6 +129,24 @@ def test_fused_kernels_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     assert re.search(r"^apex broken .*it is not NVIDIA Apex .*pip uninstall apex", shown, re.MULTILINE), shown
     assert re.search(r"^flash attention broken .*undefined symbol", shown, re.MULTILINE), shown
     assert re.search(r"^transformer engine broken .*it needs no_such_dependency, which is not installed", shown, re.MULTILINE)
+
+
+def test_triton_that_finds_no_compiler_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
+
+    found = SimpleNamespace(triton=True)
+    monkeypatch.setattr(doctor_software.metadata, "version", lambda _: "3.6.0")
+    assert doctor_software.triton_kernels(found).state == "ok"  # type: ignore[arg-type]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(doctor_software, "_attend_in_triton", fail)
+    finding = doctor_software.triton_kernels(found)  # type: ignore[arg-type]
+    assert (finding.state, "Failed to find C compiler" in finding.detail, "python3-dev" in finding.remedy) == (
+        "broken",
+        True,
+        True,
+    )
+    assert doctor_software.triton_kernels(SimpleNamespace(triton=False)).state == "missing"  # type: ignore[arg-type]
 
 
 def test_packages_that_are_absent_or_of_another_version_are_named() -> None:

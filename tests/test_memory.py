@@ -150,4 +150,5 @@ def test_constants_are_those_of_the_model() -> None:
     from himix_megatron import adapter, loss, memory
 
     assert memory.VOCAB_MULTIPLE == adapter.VOCAB_MULTIPLE
-    assert (memory.HEAD_CHUNK_LOGITS, memory.HEAD_MAX_LOGITS) == (loss.CHUNK_LOGITS, loss.MAX_LOGITS)
+    assert (memory.HEAD_CHUNK_LOGITS, memory.HEAD_GPU_CHUNK_LOGITS) == (loss.CHUNK_LOGITS, loss.GPU_CHUNK_LOGITS)
+    assert memory.HEAD_MAX_LOGITS == loss.MAX_LOGITS

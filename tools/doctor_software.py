@@ -163,6 +163,7 @@ def fused_kernels() -> Iterator[Finding]:
         yield Finding("apex", "missing", "no NVIDIA Apex: no fused AdamW of its own, no fused gradient accumulation")
     else:
         yield Finding("apex", "ok", f"NVIDIA Apex; {found.accumulation_fusion_reason}")
+    yield triton_kernels(found)
     yield Finding("optimizer", "ok", f"{found.fused_adam_reason}: {found.fused_adam}")
     try:
         flash = importlib.import_module("flash_attn")
@@ -172,6 +173,41 @@ def fused_kernels() -> Iterator[Finding]:
     except (ImportError, OSError) as error:
         detail = f"does not load: {' '.join(str(error).split())[:160]}"
         yield Finding("flash attention", "broken", detail, "build it for this torch, or uninstall it")
+
+
+def triton_kernels(found: kernels.Kernels) -> Finding:
+    """Whether Triton compiles this project's attention here: that takes a C compiler and Python's headers, not Triton alone."""
+    if not found.triton:
+        return Finding("triton", "missing", "no Triton: attention is Transformer Engine's or torch's")
+    import torch
+
+    version = metadata.version("triton")
+    if not torch.cuda.is_available():
+        return Finding("triton", "ok", f"{version}; no GPU to compile its kernels for")
+    try:
+        _attend_in_triton()
+    except Exception as error:  # whatever a compiler, a linker or a driver says
+        detail = f"{version} does not compile: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        return Finding("triton", "broken", detail, "install a C compiler and Python's headers (Debian: gcc python3-dev)")
+    return Finding("triton", "ok", f"{version} compiles the attention")
+
+
+def _attend_in_triton() -> None:
+    import torch
+
+    from himix_megatron.model.layout import lay_out
+    from himix_megatron.model.triton_attention import triton_attention
+
+    query, key, value, vision = (
+        torch.ones(4, 1, 2, 64, dtype=torch.bfloat16, device="cuda"),
+        *(torch.ones(4, 1, 1, 64, dtype=torch.bfloat16, device="cuda") for _ in range(2)),
+        torch.ones(8, 1, 2, 64, dtype=torch.bfloat16, device="cuda"),
+    )
+    ids = torch.zeros(1, 4, dtype=torch.long, device="cuda")
+    layout = lay_out(ids, [4], [8], lambda length: torch.zeros(length, 1, 1, 64, device="cuda"))
+    mixed = triton_attention(query, key, value, vision, layout, 0.125)
+    if not bool((mixed == 1).all()):  # values that are all one, however they are weighted
+        raise ValueError("attention over ones is not one")
 
 
 # ---- programs --------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, ScalarEvent
 
-from himix_megatron.config import Config
+from himix_megatron.config import Config, ParallelConfig
 from himix_megatron.data.batch import MicroBatch
 from himix_megatron.data.shards import ShardDataset
 from himix_megatron.loss import answer_loss
@@ -109,7 +109,8 @@ def test_packs_are_filled_as_the_ledger_says(watched_run: Config, run_dir: Path)
 
 @pytest.mark.parametrize(("graphs", "text", "images"), [("off", 200, 3), ("on", 256, 8)])
 def test_padding_is_what_is_computed_for_nobody(watched_run: Config, graphs: Any, text: int, images: int) -> None:
-    config = replace(watched_run, train=replace(watched_run.train, cuda_graphs=graphs))
+    train = replace(watched_run.train, parts=("language",), precision="bf16", recompute="none", cuda_graphs=graphs)
+    config = replace(watched_run, parallel=ParallelConfig(), train=train)
     row = torch.zeros(1, 200, dtype=torch.int64)
     pack = MicroBatch(row, row, torch.tensor([100, 50]), (1, 2), ("s/a", "s/b"), packed=True)
     sums, each = RankSums(), config.vision.tokens_per_image

@@ -36,13 +36,14 @@ def test_a_run_is_evaluated_at_any_layout_however_its_kernels_ran(tmp_path: Path
     recipe = RECIPES["qwen2_0_5b_instruct"]()
     config = replace(
         recipe,
-        model=replace(recipe.model, attention_core="triton"),
+        model=replace(recipe.model, attention_core="triton", layer_spec="te"),
         data=replace(recipe.data, pack_text_tokens=8192, pack_images=32),
         train=replace(recipe.train, global_batch_samples=None, global_batch_packs=4, cuda_graphs="on"),
     )
     (tmp_path / "config.json").write_text(to_json(config))
     found = evaluate.load_config(tmp_path, ParallelConfig(tensor=2, pipeline=2))
     assert (found.train.cuda_graphs, found.model.attention_core, found.parallel.tensor) == ("off", "auto", 2)
+    assert found.model.layer_spec == "auto"
 
 
 def evaluated(*steps: Arguments | Callable[[], Any]) -> list[dict[str, Any]]:
