@@ -14,7 +14,7 @@ PYTEST_ARGS ?=
 PY312_TESTS ?= $(wildcard tests/model tests/checkpoint/test_layer_specs.py tests/test_reference.py tests/test_layouts.py tests/test_packed_training.py tests/test_generate.py tests/test_parallel.py tests/test_kernels.py)
 # What `make bench-data` hands to tools/bench_data.py, e.g. BENCH_ARGS="--only read pack --scale 0.1"
 BENCH_ARGS ?=
-# What `make gpu-check` hands to tools/gpu_check, e.g. GPU_CHECK_ARGS="--only core-te-bf16 layer-te-bf16"
+# What `make gpu-check` hands to tools/gpu_check, e.g. GPU_CHECK_ARGS="--gpus 2 --only layouts"
 GPU_CHECK_ARGS ?=
 # torch is pinned in one place, and installed before anything that would take whichever torch is newest.
 TORCH = $(shell grep '^torch==' constraints.txt)

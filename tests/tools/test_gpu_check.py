@@ -12,11 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
+from himix_megatron.config import check_ranks
+from pipelines.cli import parse
 from tools.doctor_software import nvidia_driver
-from tools.gpu_check import correctness, end_to_end, processes
+from tools.gpu_check import correctness, end_to_end, layouts, processes
+from tools.gpu_check.__main__ import Settings, check_gpus, chosen
 from tools.gpu_check.reference import BF16_LIMIT, FP32_LIMIT, Heads, batches, random_batch
 from tools.gpu_check.runner import Check, Context, run_checks
 from tools.measure import Line
@@ -94,7 +98,7 @@ def test_correctness_comes_first_and_whole_before_speed_is_measured(tmp_path: Pa
 
 
 def test_names_are_unique_and_every_check_says_how_long_it_takes() -> None:
-    checks = [*correctness.CHECKS, *end_to_end.CHECKS]
+    checks = [*correctness.CHECKS, *layouts.CHECKS, *end_to_end.CHECKS]
     assert len({check.name for check in checks}) == len(checks)
     assert all(check.seconds > 0 for check in checks)
 
@@ -109,6 +113,52 @@ def test_the_command_runs_real_checks(tmp_path: Path) -> None:
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert "core-torch-fp23" in done.stderr
+
+
+# ---- several ranks -----------------------------------------------------------------------------------------------------
+
+
+def test_a_layout_of_two_ranks_trains_as_one(tmp_path: Path) -> None:
+    """One of them, the cheapest: each starts torchrun and its ranks, and tests/test_layouts.py has them all."""
+    both = Context(tmp_path, tiny=True, deadline=time.monotonic() + 300, gpus=2)
+    [name] = [name for name in layouts.layouts_of(2) if name.startswith("data 2")]
+    learned, *compared = layouts.beside_one_rank(both, {name: layouts.layouts_of(2)[name]})
+    assert learned.holds
+    assert [line.what.split(" from ")[0].removeprefix("largest relative difference of 10 ") for line in compared] == [
+        "losses", "gradient norms",
+    ]  # fmt: skip
+    assert all(0 < line.value < 1e-5 for line in compared)  # not 0: the ranks did add up in another order
+
+
+def test_a_layout_that_fails_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = iter([None, processes.ProcessError("hung"), None, None])
+    monkeypatch.setattr(layouts, "in_turn", lambda *_: next(ends))
+    assert run_checks(layouts.CHECKS, Context(tmp_path, tiny=True, deadline=math.inf, gpus=2)) == 1
+    lines = written(tmp_path)
+    assert [line["value"] for line in lines[1:-1]] == [math.inf] * 6
+    assert "1 of 3 layouts" in lines[-1]["error"]
+    assert "hung" in (tmp_path / "errors.txt").read_text()
+
+
+@pytest.mark.parametrize("gpus", [2, 3, 4, 6, 8, 16])
+def test_layouts_fit_their_ranks(gpus: int) -> None:
+    found = layouts.layouts_of(gpus)
+    assert len(found) == (4 if gpus >= 4 and gpus % 2 == 0 else 3)
+    sizes = {check_ranks(parse(["tiny_instruct", *layouts.sizes(gpus), *flags]), gpus) for flags in found.values()}
+    assert sizes == {1, gpus, *([gpus // 2] if len(found) == 4 else [])}
+
+
+def test_gpus_that_there_are_not_are_told_by_the_flag(tmp_path: Path) -> None:
+    check_gpus(2, 2)
+    check_gpus(2, 0)  # processes stand for them
+    for wanted, said in ((8, "--gpus is 8, but this machine shows 2: give --gpus 2"), (0, "--gpus is 0: wanted 1 or more")):
+        with pytest.raises(ValueError, match=f"^{said}.*$"):
+            check_gpus(wanted, 2)
+    [check] = layouts.CHECKS
+    assert chosen([check], Settings(out=tmp_path)) == []
+    assert chosen([check], Settings(out=tmp_path, gpus=2)) == [check]
+    with pytest.raises(ValueError, match=r"--only layouts: .* give --gpus 2 or more"):
+        chosen([check], Settings(out=tmp_path, only=("layouts",)))
 
 
 # ---- the comparisons ---------------------------------------------------------------------------------------------------
@@ -184,6 +234,13 @@ def test_a_process_that_fails_is_told_with_the_end_of_its_output(tmp_path: Path)
     assert "failed: tools.gpu_check.end_to_end:copied" in str(error)
     hidden = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'] == '')"
     assert processes.python(context(tmp_path), "-c", hidden, on_cpu=True).strip() == "True"
+
+
+def test_the_budgets_end_is_that_of_ranks_in_sessions_of_their_own_too(tmp_path: Path) -> None:
+    starts = "import subprocess as s, time; s.Popen(['sleep', '61.7'], start_new_session=True); time.sleep(60)"
+    with pytest.raises(processes.ProcessError, match="when the budget ended"):
+        processes.python(context(tmp_path, seconds=3.0), "-c", starts)
+    assert ["sleep", "61.7"] not in [process.info["cmdline"] for process in psutil.process_iter(["cmdline"])]
 
 
 @pytest.mark.parametrize(

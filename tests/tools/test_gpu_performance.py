@@ -41,7 +41,7 @@ def lines_of(name: str, context: Context) -> list[Line]:
 
 
 def test_checks_run_tiny_on_a_cpu(context: Context) -> None:
-    names = ["decoder_0.5b", "torch_3b", "concatenation_3b", "fp8_3b", "machine", "tower"]
+    names = ["decoder_0.5b", "loss_0.5b", "torch_3b", "concatenation_3b", "fp8_3b", "machine", "tower"]
     lines = {name: lines_of(name, context) for name in names}
     assert all(lines.values())
     assert all(math.isfinite(line.value) for found in lines.values() for line in found)

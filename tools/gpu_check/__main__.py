@@ -1,11 +1,12 @@
 """Whether this project is right and fast on the GPU of a bare machine, in one command.
 
-    python -m tools.gpu_check --out DIR                                      (everything; no network, no Ray)
+    python -m tools.gpu_check --out DIR                                      (everything on one GPU; no network, no Ray)
+    python -m tools.gpu_check --out DIR --gpus 8                             (and layouts of 8 ranks beside one)
     python -m tools.gpu_check --out DIR --stage correctness --budget-seconds 200
     python -m tools.gpu_check --out DIR --only core-te-bf16 layer-te-bf16
 
 DIR gets results.jsonl (a header, then a line a number) and, where a check raised, errors.txt. Exit code 1 if a number is not
-as wanted or a check failed. Without a GPU the same code runs with tiny sizes: `make gpu-check`.
+as wanted or a check failed, 2 for a mistake in the flags. Without a GPU the same code runs with tiny sizes: `make gpu-check`.
 """
 
 from __future__ import annotations
@@ -34,9 +35,14 @@ class Settings:
     stage: Literal["correctness", "performance", "all"] = "all"
     """Which checks run."""
     budget_seconds: float = 3600.0
-    """A check that would not fit into what is left of this is skipped."""
+    """On a GPU a check starts only if what it is estimated to take is left of this; else it is skipped, by name. Processes that
+    checks started are killed when the budget ends; a check inside this process, once started, runs to its end."""
     only: tuple[str, ...] = ()
     """Names of checks; empty: all of the stage."""
+    gpus: int = 1
+    """N above 1 adds the check `layouts` to the correctness stage: a tiny model trains in fp32 on one GPU and on N, tensor
+    parallel with sequence parallelism, pipeline parallel, data parallel with the distributed optimizer, and for an even N from
+    4 on by a mixture; losses and gradient norms must be one GPU's. Over NCCL; without a GPU, N processes over gloo."""
 
 
 def quiet() -> None:
@@ -47,17 +53,28 @@ def quiet() -> None:
     logging.getLogger("megatron").setLevel(logging.ERROR)
 
 
+def check_gpus(wanted: int, found: int) -> None:
+    """Raises: ValueError if there are not so many GPUs. `found`: 0 where there is none, and processes stand for them."""
+    if wanted < 1:
+        raise ValueError(f"--gpus is {wanted}: wanted 1 or more")
+    if 0 < found < wanted:
+        raise ValueError(f"--gpus is {wanted}, but this machine shows {found}: give --gpus {found}, or show it more of them")
+
+
 def chosen(checks: list[Check], settings: Settings) -> list[Check]:
-    """What `--stage` and `--only` leave. Raises: ValueError for a name that no check has."""
+    """What `--stage`, `--only` and `--gpus` leave. Raises: ValueError for a name that no check has."""
     names = [check.name for check in checks]
     if unknown := [name for name in settings.only if name not in names]:
         raise ValueError(f"--only {unknown[0]}: no check has this name, there are {', '.join(names)}")
+    if few := [check.name for check in checks if check.gpus > settings.gpus and check.name in settings.only]:
+        raise ValueError(f"--only {few[0]}: it sets several ranks beside one, give --gpus 2 or more")
     stages = ("correctness", "performance") if settings.stage == "all" else (settings.stage,)
-    return [check for check in checks if check.stage in stages and (not settings.only or check.name in settings.only)]
+    fit = [check for check in checks if check.stage in stages and check.gpus <= settings.gpus]
+    return [check for check in fit if not settings.only or check.name in settings.only]
 
 
 def main() -> int:
-    settings = parse_settings(Settings, sys.argv[1:], "python -m tools.gpu_check")
+    settings = parse_settings(Settings, sys.argv[1:], "python -m tools.gpu_check", __doc__)
     deadline = time.monotonic() + settings.budget_seconds
     # Read when CUDA's libraries load. Without it Transformer Engine's products in fp32, and convolutions, are TF32, and the
     # checks in fp32 would find that. What is measured for speed is in bf16 and FP8.
@@ -67,14 +84,17 @@ def main() -> int:
     import torch
 
     from himix_megatron import cpu
+    from pipelines.quickstart import num_gpus
 
+    check_gpus(settings.gpus, num_gpus())
     cpu.activate_if_needed()  # before any part imports megatron-core
 
-    from tools.gpu_check import correctness, end_to_end, performance, training_run
+    from tools.gpu_check import correctness, end_to_end, layouts, performance, training_run
     from tools.gpu_check.runner import Context, run_checks
 
-    checks = [check for part in (correctness, end_to_end, performance, training_run) for check in part.CHECKS]
-    return run_checks(chosen(checks, settings), Context(settings.out.absolute(), not torch.cuda.is_available(), deadline))
+    parts = (correctness, layouts, end_to_end, performance, training_run)
+    checks = chosen([check for part in parts for check in part.CHECKS], settings)
+    return run_checks(checks, Context(settings.out.absolute(), not torch.cuda.is_available(), deadline, settings.gpus))
 
 
 if __name__ == "__main__":

@@ -20,11 +20,12 @@ from typing import Literal
 import torch
 
 from himix_megatron import parallel
-from himix_megatron.adapter import attention_core
+from himix_megatron.adapter import attention_core, params_dtype
 from himix_megatron.config import Config
 from himix_megatron.flops import tower_flops
 from himix_megatron.kernels import detect
 from himix_megatron.memory import FIXED_BYTES, FRAGMENTS, GIB, MicroBatch, RankMemory, rank_memory
+from himix_megatron.model.himix import bare
 from pipelines.recipes import RECIPES
 from tools.bench_training import WANTED_MFU, Decoder, Packs, device_name, packed
 from tools.gpu_check import rates
@@ -69,6 +70,8 @@ MODELS = {
     )
 }
 CAPTION_TOKENS = 64
+LABELLED_TOKENS = 4096
+"""Of a pack of 8,192, half of whose text is labelled."""
 WANTED_GAIN = 0.85
 """Of the gain that the FLOPs promise."""
 WANTED_FP8 = 1.15
@@ -230,6 +233,28 @@ def optimizer_lines(name: str, own: Decoder, packs: Packs, seconds: float, befor
     yield from memory_lines(name, own.config, packs, before, optimizer=True)
 
 
+def loss(model: Model, context: Context) -> Iterator[Line]:
+    """Head and cross-entropy over labelled tokens, as the model's last stage runs them behind its layers."""
+    config = configuration(model, context, "te")
+    one_layer = replace(config.model, num_layers=1)
+    config = replace(config, model=one_layer, train=replace(config.train, cuda_graphs="off"))
+    tokens, device = 32 if context.tiny else LABELLED_TOKENS, "cpu" if context.tiny else "cuda"
+    with built(config) as own:
+        last = bare(own.stages[0])
+        last.labelled = torch.arange(tokens, device=device)
+        labels = torch.randint(one_layer.vocab_size, (1, tokens), device=device)
+        states = torch.randn(tokens, 1, one_layer.hidden_size, device=device, dtype=params_dtype(config), requires_grad=True)
+
+        forward = rates.queued_seconds([lambda: last._postprocess(states, labels=labels)] * 4)
+        both = rates.queued_seconds([lambda: last._postprocess(states, labels=labels).sum().backward()] * 4)
+    what = f"{model.name}: ms of the loss over {tokens} labelled tokens, head of {one_layer.vocab_size} included"
+    yield Line(f"{what}, forward", 1e3 * forward)
+    yield Line(f"{what}, forward and backward", 1e3 * both)
+    # The head's three products; what the cross-entropy adds is memory traffic.
+    flops = 6.0 * tokens * one_layer.hidden_size * one_layer.vocab_size
+    yield Line(f"{model.name}: the head's share of the peak in that time", flops / both / rates.peak_flops())
+
+
 # ---- beside concatenation ----------------------------------------------------------------------------------------------
 
 
@@ -361,6 +386,7 @@ def host_seconds(context: Context) -> float:
 
 CHECKS: tuple[Check, ...] = (
     Check("decoder_0.5b", "performance", 13, partial(decoder, MODELS["qwen2_0_5b"], "te")),
+    Check("loss_0.5b", "performance", 5, partial(loss, MODELS["qwen2_0_5b"])),
     Check("decoder_3b", "performance", 13, partial(decoder, MODELS["llama3_2_3b"], "te")),
     Check("decoder_1b", "performance", 10, partial(decoder, MODELS["llama3_2_1b"], "te")),
     Check("decoder_7b", "performance", 17, partial(decoder, MODELS["vicuna_7b"], "te")),

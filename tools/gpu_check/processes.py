@@ -24,6 +24,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
+
 from tools.gpu_check.runner import Context
 
 ROOT = Path(__file__).parents[2]
@@ -76,6 +78,9 @@ def python(context: Context, *words: str | Path, on_cpu: bool = False, wanted: i
             code: int | str = process.wait(max(_LEAST_SECONDS, context.remaining()))
         except subprocess.TimeoutExpired:
             code = "no exit code when the budget ended"
+            for child in psutil.Process(process.pid).children(recursive=True):  # torchrun's ranks have sessions of their own
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
         finally:
             with contextlib.suppress(ProcessLookupError):  # it has ended, and nothing that it started is left
                 os.killpg(process.pid, signal.SIGKILL)
@@ -144,19 +149,19 @@ def pretrain(recipe: str, *flags: str | Path) -> Command:
     return ("pipelines.pretrain", recipe, *flags, *quiet)
 
 
-def losses(run: Path) -> dict[int, list[float]]:
-    """Every step's loss to the bit, as often as the run did the step; none of a run that took none."""
+def losses(run: Path, field: str = "loss") -> dict[int, list[float]]:
+    """Every step's loss (or `grad_norm`) to the bit, as often as the run did the step; none of a run that took none."""
     found: dict[int, list[float]] = defaultdict(list)
     file = run / "ledger" / "steps.jsonl"
     for line in file.read_text().splitlines() if file.is_file() else ():
         step = json.loads(line)
-        found[step["step"]].append(float.fromhex(step["loss"]))
+        found[step["step"]].append(float.fromhex(step[field]))
     return dict(found)
 
 
-def apart(one: Path, other: Path, steps: Iterable[int]) -> float:
+def apart(one: Path, other: Path, steps: Iterable[int], field: str = "loss") -> float:
     """The largest relative difference of two runs' losses, each step as it was done last; infinite if one is missing."""
-    left, right = losses(one), losses(other)
+    left, right = losses(one, field), losses(other, field)
     return widest((left.get(step, [math.nan])[-1], right.get(step, [math.nan])[-1]) for step in steps)
 
 

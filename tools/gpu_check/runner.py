@@ -35,6 +35,8 @@ class Context:
     """True where there is no GPU: the same code with tiny sizes."""
     deadline: float
     """`time.monotonic()` at which the budget ends."""
+    gpus: int = 1
+    """Ranks that layouts are tried on: GPUs, or processes where there is none."""
 
     def remaining(self) -> float:
         """Seconds that are left of the budget."""
@@ -55,6 +57,8 @@ class Check:
     """Gives lines as they come."""
     beside: bool = False
     """It waits for processes of its own, and runs beside the others of its stage."""
+    gpus: int = 1
+    """It needs as many at the least."""
 
 
 @dataclass
