@@ -4,16 +4,22 @@ Flows in: a configuration; out: every wait of the host for the device within a s
 
 The device is torch's Python-defined one under the name `fakegpu`; what lies there are fake tensors. Host tensors are real, with
 values, as the host reads them. Ranks of a larger world are rehearsed one at a time: their groups exchange nothing. Where the
-code reads a number from the device it gets a stand-in, and the place is noted.
+code reads a number from the device it gets a stand-in, and the place is noted. Kernels in Triton are not run: how they are
+started is checked. Nothing is recorded as a CUDA graph; what would be runs as it is.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import inspect
+import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -32,6 +38,8 @@ from himix_megatron import cpu
 from himix_megatron.config import Config
 
 aten = torch.ops.aten
+KERNELS = ("_forward", "_row_sums", "_backward_of_keys", "_backward_of_queries")
+"""Of model/triton_attention.py."""
 
 
 def stand_in(dtype: torch.dtype) -> Any:
@@ -60,6 +68,8 @@ class Rehearsal(TorchDispatchMode):
         super().__init__()
         self.device, self.fakes = device, FakeTensorMode()
         self.waits: list[Wait] = []
+        self.started: Counter[str] = Counter()
+        """How often each of `KERNELS`."""
         self.in_step = False
         """Before it the host may wait."""
         self.gloo: set[str] = set()
@@ -170,6 +180,41 @@ class Rehearsal(TorchDispatchMode):
         parallel.shutdown()
 
 
+class Kernel:
+    """Stands for one in Triton: it may be started as that one is, and does nothing."""
+
+    def __init__(self, mode: Rehearsal, function: Callable[..., Any]) -> None:
+        self.mode, self.name, self.signature = mode, function.__name__, inspect.signature(function)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        assert all(type(size) is int for size in grid), f"{self.name}: {grid}"
+        return self.start
+
+    def start(self, *args: Any, num_warps: int = 4, num_stages: int = 3, **kwargs: Any) -> None:
+        """Tensors on the device, by their names, and numbers of the host."""
+        for name, value in self.signature.bind(*args, **kwargs).arguments.items():
+            fits = self.mode.is_there(value) if name.endswith("_at") else type(value) in (int, float)
+            assert fits, f"{self.name}: {name} is {value!r}"
+        self.mode.started[self.name] += 1
+
+
+def triton_attention() -> Any:
+    """The module. Where Triton is not installed it alone gets a stand-in: torch would take that for the real one."""
+    name = "himix_megatron.model.triton_attention"
+    if name in sys.modules or importlib.util.find_spec("triton"):
+        return importlib.import_module(name)
+    triton: Any = ModuleType("triton")
+    triton.language = ModuleType("triton.language")
+    triton.jit, triton.cdiv = lambda function: SimpleNamespace(fn=function), lambda number, by: -(-number // by)
+    modules = {"triton": triton, "triton.language": triton.language}
+    sys.modules.update(modules)
+    try:
+        return importlib.import_module(name)
+    finally:
+        for given in modules:
+            del sys.modules[given]
+
+
 _known: list[Any] = []
 """What torch calls back; it does not keep them alive by itself."""
 
@@ -206,11 +251,11 @@ def moved(module: torch.nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], r
 @contextmanager
 def rehearsing(*, transformer_engine: bool = False) -> Iterator[Rehearsal]:
     """This process has a GPU, or so it seems; and Transformer Engine's layers, where a stand-in for them is installed."""
-    from himix_megatron import kernels, parallel
+    from himix_megatron import kernels, micro_batch_graphs, parallel
 
     device = fake_gpu()
     cpu.activate(device)
-    mode = Rehearsal(device)
+    mode, attention = Rehearsal(device), triton_attention()
     plain_group, backend = dist.new_group, f"cpu:fake,{device.type}:fake"
 
     def join(launch: Any, *_: Any) -> None:
@@ -226,7 +271,7 @@ def rehearsing(*, transformer_engine: bool = False) -> Iterator[Rehearsal]:
         return group
 
     usable = kernels.Kernels(
-        transformer_engine=transformer_engine, transformer_engine_reason="rehearsal",
+        transformer_engine=transformer_engine, transformer_engine_reason="rehearsal", triton=True,
         fused_adam="torch", fused_adam_reason="rehearsal",
         accumulation_fusion=False, accumulation_fusion_reason="rehearsal",
     )  # fmt: skip
@@ -245,6 +290,8 @@ def rehearsing(*, transformer_engine: bool = False) -> Iterator[Rehearsal]:
             (torch.nn.Module, "_apply", moved),
             (FakeTensor, "tolist", lambda self: mode.listed(self)),
             (torch._dynamo.config, "disable", True),
+            (micro_batch_graphs, "MAX_GRAPHS", 0),
+            *((attention, name, Kernel(mode, getattr(attention, name).fn)) for name in KERNELS),
         ):
             stack.enter_context(patch.object(target, name, value))
         stack.enter_context(patch.object(FakeTensorMode, "__deepcopy__", lambda self, _: self, create=True))
@@ -275,6 +322,7 @@ def rehearse(mode: Rehearsal, config: Config, rank: int, world_size: int, steps:
     coming = together(run, batches, request)
     for number in range(steps):
         mode.waits.clear()
+        mode.started.clear()
         mode.in_step = number > 0
         batch, images = next(coming)
         train_step(config, run, batch, images, lambda loss, finite: UPDATE)

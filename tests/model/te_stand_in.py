@@ -210,16 +210,14 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 def main() -> None:
     """In a process of its own: megatron-core asks once, when it is imported, whether there is Transformer Engine."""
     sys.meta_path.insert(0, _Finder())
-    from tests.model.rehearsal import rehearse, rehearsing
-    from tests.model.test_rehearsal import ALIGN, INSTRUCT, PACKED, config_for
+    from tests.model.rehearsal import rehearsing
+    from tests.model.test_rehearsal import ALIGN, GRAPHS, INSTRUCT, PACKED, TENSOR, WIDE, waits_of
 
     found = []
     with rehearsing(transformer_engine=True) as mode:
-        for case, world_size in ((ALIGN, 1), (INSTRUCT | PACKED, 1), (INSTRUCT | {"tensor": 2, "sequence": True}, 2)):
-            config = config_for(**case)
-            config = dataclasses.replace(config, model=dataclasses.replace(config.model, layer_spec="te"))
+        for case, ranks in ((ALIGN, 1), (INSTRUCT | PACKED, 1), (INSTRUCT | TENSOR, 2), (INSTRUCT | GRAPHS | WIDE, 1)):
             CALLS.clear()
-            waits = rehearse(mode, config, world_size - 1, world_size)
+            waits = waits_of(mode, case | {"layer_spec": "te"}, ranks - 1, ranks)
             found.append((str(case), [dataclasses.astuple(wait) for wait in waits], dict(CALLS)))
     print(json.dumps(found))
 

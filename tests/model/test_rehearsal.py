@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -26,7 +27,7 @@ import torch
 
 from himix_megatron.config import Config
 from tests.distributed import run_ranks
-from tests.model.rehearsal import Wait, rehearse, rehearsing
+from tests.model.rehearsal import KERNELS, Kernel, Rehearsal, Wait, rehearse, rehearsing
 from tests.runs import small_config
 
 OWN = ("himix_megatron/steps.py", "count")
@@ -43,32 +44,47 @@ ALIGN: dict[str, Any] = {"parts": ("vision_kv",)}
 INSTRUCT: dict[str, Any] = {"parts": ("language", "vision_kv")}
 TOWER: dict[str, Any] = {"parts": ("language", "vision_kv", "tower")}
 PACKED = {"packed": True}
-LAYOUTS: tuple[dict[str, Any], ...] = (
-    {"tensor": 2, "sequence": True},
-    {"pipeline": 2},
-    {"distributed_optimizer": True},
-)
+GRAPHS = {"packed": True, "cuda_graphs": "on"}
+WIDE = {"head_dim": 64}
+"""Attention is in Triton; else it is flash attention, or Transformer Engine's."""
+TENSOR, PIPELINE, DATA = {"tensor": 2, "sequence": True}, {"pipeline": 2}, {"distributed_optimizer": True}
 NUM_LAYERS = NUM_MICRO_BATCHES = 2
 
 
-def config_for(*, packed: bool = False, **options: Any) -> Config:
+def config_for(
+    *, packed: bool = False, cuda_graphs: Any = "off", head_dim: int | None = None, layer_spec: Any = "torch", **options: Any
+) -> Config:
     """Two layers; steps of two micro-batches of two samples on each data rank."""
     config = small_config(Path("none"), Path("none"), precision="bf16", **options)
-    data, train = dataclasses.replace(config.data, max_text_tokens=24), config.train
+    model = dataclasses.replace(config.model, num_layers=NUM_LAYERS, head_dim=head_dim, layer_spec=layer_spec)
+    data = dataclasses.replace(config.data, max_text_tokens=24)
+    train = dataclasses.replace(config.train, cuda_graphs=cuda_graphs)
     if packed:
         data = dataclasses.replace(data, pack_text_tokens=24, pack_images=4)
         train = dataclasses.replace(train, global_batch_samples=None, global_batch_packs=4, micro_batch_samples=1)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=NUM_LAYERS), data=data, train=train)
+    return dataclasses.replace(config, model=model, data=data, train=train)
+
+
+def waits_of(mode: Rehearsal, case: dict[str, Any], rank: int = 0, world_size: int = 1) -> list[Wait]:
+    """Of the case's step, in which each kernel in Triton is started as often as it should be."""
+    waits = rehearse(mode, config_for(**case), rank, world_size)
+    passes = NUM_LAYERS * NUM_MICRO_BATCHES if "head_dim" in case else 0
+    # The queries of a frozen decoder's first layer need no gradient.
+    of_queries = passes // NUM_LAYERS * (NUM_LAYERS - ("language" not in case["parts"]))
+    assert mode.started == Counter(dict.fromkeys(KERNELS, passes) | {"_backward_of_queries": of_queries}), (case, mode.started)
+    return waits
 
 
 def waits_of_all() -> list[tuple[str, list[Wait]]]:
     """For `run_ranks` on 2 ranks. The waits of each case: of this rank in each layout, and of runs of one rank."""
     rank = int(os.environ["RANK"])
-    alone = (ALIGN, INSTRUCT | PACKED) if rank == 0 else (ALIGN | PACKED, INSTRUCT, TOWER)
+    alone = (ALIGN, INSTRUCT | GRAPHS) if rank == 0 else (ALIGN | PACKED, INSTRUCT, TOWER)
     cases = [(case, 0, 1) for case in alone]
-    cases += [(case | layout, rank, 2) for layout in LAYOUTS for case in (ALIGN, INSTRUCT | PACKED)]
+    cases += [(case | layout, rank, 2) for layout in (TENSOR, PIPELINE, DATA) for case in (ALIGN, INSTRUCT | PACKED)]
+    in_triton = (ALIGN | DATA, INSTRUCT | GRAPHS | DATA, INSTRUCT | PACKED | TENSOR)
+    cases += [(case | WIDE, rank, 2) for case in in_triton]
     with rehearsing() as mode:
-        return [(f"{case} rank {number}", rehearse(mode, config_for(**case), number, size)) for case, number, size in cases]
+        return [(f"{case} rank {number}", waits_of(mode, case, number, size)) for case, number, size in cases]
 
 
 def places(waits: list[Wait]) -> Counter[tuple[str, Any]]:
@@ -150,24 +166,63 @@ def not_pinned() -> Iterator[None]:
         yield
 
 
-MISTAKES: dict[str, Callable[[], Any]] = {
-    "none": nullcontext,
-    "not moved": not_moved,
-    "reads in attention": reads_in_attention,
-    "reads in loss": reads_in_loss,
-    "finds labels": finds_labels,
-    "not pinned": not_pinned,
+@contextmanager
+def reads_in_triton() -> Iterator[None]:
+    """Each layer looks at a number before it starts a kernel."""
+    from himix_megatron.model import triton_attention
+
+    attend = triton_attention.forward
+    with patch.object(triton_attention, "forward", lambda query, *others: (query.sum().item(), attend(query, *others))[1]):
+        yield
+
+
+@contextmanager
+def samples_on_host() -> Iterator[None]:
+    """Where samples lie, which only kernels in Triton read, stays on the host."""
+    from himix_megatron.model import himix
+
+    def lay_out(*given: Any) -> Any:
+        layout = plain(*given)
+        return dataclasses.replace(layout, samples=torch.zeros(layout.samples.shape, dtype=torch.int32))
+
+    plain = himix.lay_out
+    with patch.object(himix, "lay_out", lay_out):
+        yield
+
+
+@contextmanager
+def pads_from_host() -> Iterator[None]:
+    """What a micro-batch is padded with comes from the host."""
+    from himix_megatron import micro_batch_graphs
+
+    pad = torch.nn.functional.pad
+    own = SimpleNamespace(pad=lambda given, by, **named: pad(given, by, **named) + torch.zeros(1))
+    with patch.object(micro_batch_graphs, "F", own):
+        yield
+
+
+MISTAKES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "none": (nullcontext, ALIGN),
+    "not moved": (not_moved, ALIGN),
+    "reads in attention": (reads_in_attention, ALIGN),
+    "reads in loss": (reads_in_loss, ALIGN),
+    "finds labels": (finds_labels, ALIGN),
+    "not pinned": (not_pinned, ALIGN),
+    "reads in triton": (reads_in_triton, ALIGN | WIDE),
+    "samples on host": (samples_on_host, ALIGN | WIDE),
+    "pads from host": (pads_from_host, ALIGN | GRAPHS),
 }
+"""And in which case."""
 
 
 def with_mistakes() -> dict[str, list[Wait] | str]:
     """For `run_ranks`. What is found of each mistake: waits, or an error."""
     found: dict[str, list[Wait] | str] = {}
     with rehearsing() as mode:
-        for name, mistake in MISTAKES.items():
+        for name, (mistake, case) in MISTAKES.items():
             try:
                 with mistake():
-                    found[name] = rehearse(mode, config_for(**ALIGN), 0, 1)
+                    found[name] = waits_of(mode, case)
             except (RuntimeError, AssertionError):
                 found[name] = traceback.format_exc()
                 mode.leave()
@@ -181,11 +236,29 @@ def test_mistakes_are_found_with_their_places() -> None:
     assert more.pop("none") == Counter()
     assert more.pop("reads in attention") == {("himix_megatron/model/mixture_attention.py", "forward"): each_layer}
     assert more.pop("reads in loss") == {("himix_megatron/model/himix.py", "_postprocess"): each_micro_batch}
+    assert more.pop("reads in triton") == {("himix_megatron/model/triton_attention.py", "forward"): each_layer}
     assert more.pop("not pinned") == {("himix_megatron/model/encoder.py", "encode"): 2}
     assert not more
-    assert re.search("same device|two different devices", found["not moved"])  # as versions of torch say it
-    assert "himix_megatron/model/layout.py" in found["not moved"]
+    for name, place in (("not moved", "himix_megatron/model/layout.py"), ("pads from host", "in padded")):
+        assert re.search("same device|two different devices", found[name])  # as versions of torch say it
+        assert place in found[name]
     assert "aten.nonzero.default at himix_megatron/loss.py" in found["finds labels"]
+    assert "AssertionError: _forward: samples_at is tensor(" in found["samples on host"]
+
+
+def test_a_kernel_is_started_as_it_is_written() -> None:
+    def copy(from_at: Any, size: Any, M: Any) -> None: ...
+
+    kernel, given = Kernel(Rehearsal(torch.device("cpu")), copy), torch.ones(1)
+    kernel[(1, 2)](given, 4, M=16, num_warps=4)
+    with pytest.raises(AssertionError, match="copy: from_at is tensor"):
+        kernel[(1,)](given.to("meta"), 4, M=16)
+    with pytest.raises(AssertionError, match="copy: size is tensor"):
+        kernel[(1,)](given, given.sum(), M=16)
+    with pytest.raises(AssertionError, match=r"copy: \(tensor"):
+        kernel[(given.sum(),)]
+    with pytest.raises(TypeError, match="missing a required argument: 'M'"):
+        kernel[(1,)](given, 4, N=16)
 
 
 # ---- Transformer Engine's layers -----------------------------------------------------------------------------------
@@ -200,10 +273,10 @@ def test_transformer_engines_layers_are_called_as_recorded() -> None:
     for case, waits, calls in json.loads(done.stdout.splitlines()[-1]):
         assert places([Wait(*wait) for wait in waits]) == accepted(), f"{case}: {waits}"
         forward = {name: number for name, number in calls.items() if not name.endswith("__init__")}
+        assert forward.pop("DotProductAttention.forward", 0) == (0 if "head_dim" in case else passes), case
         assert forward == {
             "LayerNormLinear.forward": 2 * passes,  # queries, keys and values; gate and up
             "attention.rope.apply_rotary_pos_emb": 2 * passes,
-            "DotProductAttention.forward": passes,
             "Linear.forward": 2 * passes,
             "ops.SwiGLU.forward": passes,
             "RMSNorm.forward": passes // NUM_LAYERS,
