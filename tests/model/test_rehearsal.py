@@ -80,9 +80,9 @@ def waits_of_all() -> list[tuple[str, list[Wait]]]:
     rank = int(os.environ["RANK"])
     alone = (ALIGN, INSTRUCT | GRAPHS) if rank == 0 else (ALIGN | PACKED, INSTRUCT, TOWER)
     cases = [(case, 0, 1) for case in alone]
-    cases += [(case | layout, rank, 2) for layout in (TENSOR, PIPELINE, DATA) for case in (ALIGN, INSTRUCT | PACKED)]
-    in_triton = (ALIGN | DATA, INSTRUCT | GRAPHS | DATA, INSTRUCT | PACKED | TENSOR)
-    cases += [(case | WIDE, rank, 2) for case in in_triton]
+    divided = (ALIGN | TENSOR, ALIGN | PIPELINE, INSTRUCT | PACKED | PIPELINE)
+    in_triton = (ALIGN | DATA | WIDE, INSTRUCT | GRAPHS | DATA | WIDE, INSTRUCT | PACKED | TENSOR | WIDE)
+    cases += [(case, rank, 2) for case in (*divided, *in_triton)]
     with rehearsing() as mode:
         return [(f"{case} rank {number}", waits_of(mode, case, number, size)) for case, number, size in cases]
 
