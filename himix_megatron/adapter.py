@@ -132,16 +132,17 @@ def has_fused_loss(kernels: Kernels) -> bool:
         return False
 
 
-def described_kernels(config: Config, kernels: Kernels) -> str:
-    """What a run is computed with, for its log. Raises: ValueError as `attention_core`."""
-    core, spec = attention_core(config, kernels), chosen_layer_spec(config.model, kernels)
-    if core == "flash":
+def kernel_lines(config: Config, kernels: Kernels) -> tuple[str, ...]:
+    """Which kernels a run has and is computed with, and why, for its log. Raises: ValueError as `attention_core`."""
+    attention: str = attention_core(config, kernels)
+    if attention == "flash":
         from .model.attention_backends import has_variable_length
 
         fast = torch.cuda.is_available() and config.train.precision == "bf16" and has_variable_length()
-        core = "torch's variable-length flash attention" if fast else "torch's, sample by sample"  # type: ignore[assignment]
+        attention = "torch's variable-length flash attention" if fast else "torch's, sample by sample"
     loss = "Transformer Engine's" if has_fused_loss(kernels) else "megatron-core's, in chunks"
-    return f"layers: {spec}; attention: {core}; cross-entropy: {loss}"
+    layers = chosen_layer_spec(config.model, kernels)
+    return (*kernels.reasons(), f"layers: {layers}; attention: {attention}; cross-entropy: {loss}")
 
 
 def text_multiple(config: Config) -> int:

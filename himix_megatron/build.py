@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
 
-from .adapter import described_kernels, overlaps, params_dtype, text_multiple
+from .adapter import kernel_lines, overlaps, params_dtype, text_multiple
 from .checkpoint import Checkpoints, Position
 from .config import Config
 from .data.batch import StepBatch
@@ -157,5 +157,5 @@ def describe(config: Config, start: Start, run: Run) -> None:
     vision = config.vision
     logger.info("images: %s", f"features in {' '.join(config.data.features)}" if start.features else
                 f"{vision.tower} tower, {vision.placement}{', a step ahead' if vision.encode_ahead else ''}")  # fmt: skip
-    for line in (*start.kernels.reasons(), described_kernels(config, start.kernels)):
+    for line in kernel_lines(config, start.kernels):
         logger.info("%s", line)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .adapter import described_kernels
+from .adapter import kernel_lines
 from .config import Config
 from .parallel import Topology
 
@@ -40,8 +40,7 @@ def describe_environment(config: Config, start: Start, topology: Topology) -> li
         ("code", code_version()),
         ("Slurm job", os.environ.get("SLURM_JOB_ID", "none")),
     ]
-    used = described_kernels(config, start.kernels)
-    return rows + [("kernels", line) for line in (*start.kernels.reasons(), used)]
+    return rows + [("kernels", line) for line in kernel_lines(config, start.kernels)]
 
 
 def version(package: str) -> str:
