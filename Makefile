@@ -11,8 +11,8 @@ PYENV_PYTHONS = $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.1[2-9]*
 # What `make test` hands to pytest, e.g. PYTEST_ARGS="-k layouts"
 PYTEST_ARGS ?=
 # What `make test-py312` repeats: parity with the reference, the layouts, the layer specs.
-PY312_TESTS ?= $(wildcard tests/model tests/checkpoint/test_layer_specs.py tests/test_reference.py tests/test_layouts.py tests/test_packed_training.py tests/test_generate.py tests/test_parallel.py tests/test_kernels.py)
-# What `make bench-data` hands to tools/bench_data.py, e.g. BENCH_ARGS="--only read pack --scale 0.1"
+PY312_TESTS ?= $(wildcard tests/model tests/checkpoint/test_layer_specs.py tests/integration/test_reference.py tests/integration/test_layouts.py tests/integration/test_packed_training.py tests/inference/test_generator.py tests/distributed/test_topology.py tests/distributed/test_fused_kernels.py)
+# What `make bench-data` hands to tools/bench/data.py, e.g. BENCH_ARGS="--only read pack --scale 0.1"
 BENCH_ARGS ?=
 # What `make gpu-check` hands to tools/gpu_check, e.g. GPU_CHECK_ARGS="--gpus 2 --only layouts"
 GPU_CHECK_ARGS ?=
@@ -62,19 +62,19 @@ campaign-saves: $(VENV)/complete ## Kill ranks at every point of a save, and dam
 	    tests/campaigns/test_save_kills.py tests/campaigns/test_save_damage.py $(PYTEST_ARGS)
 
 campaign-convert-7b: $(VENV)/complete ## Convert a 7B model's shapes, and measure the memory (5 minutes, 30 GB of disk)
-	$(VENV)/bin/python -m pytest -m campaign -rP tests/interop/test_memory.py $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -m campaign -rP tests/conversion/test_memory.py $(PYTEST_ARGS)
 
 bench-data: $(VENV_BENCH)/complete ## Reading, decoding, preprocessing and packing beside webdataset, megatron-energon and Ray Data
-	$(VENV_BENCH)/bin/python -m tools.bench_data $(BENCH_ARGS)
+	$(VENV_BENCH)/bin/python -m tools.bench.data $(BENCH_ARGS)
 
 bench-model: $(VENV)/complete ## The decoder beside concatenation and padding (10 minutes on 2 cores)
-	$(VENV)/bin/python -m tools.bench_model $(BENCH_ARGS)
+	$(VENV)/bin/python -m tools.bench.decoder $(BENCH_ARGS)
 
 bench-checkpoint: $(VENV)/complete ## How long a save keeps training waiting (2 minutes on 2 cores, 4 GB of disk)
-	$(VENV)/bin/python -m tools.bench_checkpoint $(BENCH_ARGS)
+	$(VENV)/bin/python -m tools.bench.checkpoint $(BENCH_ARGS)
 
 bench-pipeline: $(VENV)/complete ## How evenly pipeline stages work, by where the tower runs (5 minutes on 2 cores)
-	$(VENV)/bin/python -m tools.bench_pipeline
+	$(VENV)/bin/python -m tools.bench.pipeline
 
 gpu-check: $(VENV)/complete ## Is it right on the GPU of this machine? Without one: the same checks, tiny (3 minutes on 2 cores)
 	$(VENV)/bin/python -m tools.gpu_check --stage correctness --out runs/gpu-check $(GPU_CHECK_ARGS)

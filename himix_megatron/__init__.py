@@ -1,10 +1,10 @@
 """himix-megatron: distributed pretraining of HiMix vision-language models on Megatron-core.
 
-`model/mixture_attention.py` is where vision meets text; `config.py` holds every setting;
+`model/attention/mixture_attention.py` is where vision meets text; `config.py` holds every setting;
 the programs that people run are in `pipelines/`.
 """
 
-from himix_megatron.kernels import prepare_import
+from .distributed.fused_kernels import prepare_import
 
 prepare_import()  # before anything below can import megatron-core
 

@@ -27,17 +27,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from himix_megatron import cpu
 from himix_megatron.config import Config, ParallelConfig
-from himix_megatron.data import features, schema
-from himix_megatron.data.feature_writing import FeatureJob, load_receipt, make_features, write_manifest
-from himix_megatron.data.features import FeatureManifest, FeatureReceipt
-from himix_megatron.data.shards import ShardDataset
-from himix_megatron.data.storage import LocalFolder
-from himix_megatron.data.vision_reader import PixelReader
-from himix_megatron.model.vision import build_tower
+from himix_megatron.data.ingest.feature_writer import FeatureJob, load_receipt, make_features, write_manifest
+from himix_megatron.data.loading import feature_cache
+from himix_megatron.data.loading.feature_cache import FeatureManifest, FeatureReceipt
+from himix_megatron.data.loading.vision_reader import PixelReader
+from himix_megatron.data.shards import shard_format
+from himix_megatron.data.shards.reader import ShardDataset
+from himix_megatron.data.shards.storage import LocalFolder
+from himix_megatron.distributed import cpu_backend
+from himix_megatron.model.vision_tower import build_tower
 from pipelines.cli import parse, parse_settings, run_main
-from pipelines.engine import ray_started
+from pipelines.launchers.task_engine import ray_started
 from pipelines.preprocess import Progress, attempt_in
 
 PROGRAM = "python -m pipelines.encode"
@@ -79,10 +80,10 @@ def encode(config: Config, settings: Settings) -> FeatureManifest:
         if not isinstance(folder, LocalFolder):
             raise ValueError(f"--out {settings.out}: features are written to a folder, not to an object store")
         tower_file = _store_tower(config, folder.path)
-        key = features.feature_key(config, dataset, tower_file.stem)
+        key = feature_cache.feature_key(config, dataset, tower_file.stem)
         _refuse_other_features(folder, key)
         shape = (config.vision.tokens_per_image, config.vision.hidden_size)
-        first = FeatureJob(folder, attempt, schema.hash_of(key), config.data.features_dtype, shape, None)
+        first = FeatureJob(folder, attempt, shard_format.hash_of(key), config.data.features_dtype, shape, None)
         jobs = [first, *(replace(first, shard=shard) for shard in range(len(dataset.manifest.shards)))]
         worker = functools.partial(Encoder, config, str(dataset.location), tower_file, settings.decode_threads)
         made = _with_progress(
@@ -92,13 +93,13 @@ def encode(config: Config, settings: Settings) -> FeatureManifest:
         shards = tuple(receipts[shard.name] for shard in dataset.manifest.shards)
         squares = sum(receipt.squared for receipt in shards)
         manifest = FeatureManifest(
-            features_version=features.FEATURES_VERSION,
+            features_version=feature_cache.FEATURES_VERSION,
             key=key,
             tokens_per_image=shape[0],
             width=shape[1],
             num_images=sum(receipt.num_images for receipt in shards),
             relative_error=math.sqrt(sum(receipt.squared_error for receipt in shards) / squares) if squares else 0.0,
-            blank=receipts[features.BLANK],
+            blank=receipts[feature_cache.BLANK],
             shards=shards,
         )
         write_manifest(folder, attempt, manifest)
@@ -112,7 +113,7 @@ class Encoder:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         tower = build_tower(config.vision, seed=config.train.seed, dtype=dtype)
-        if schema.file_digest(tower_file).sha256 != tower_file.stem:
+        if shard_format.file_digest(tower_file).sha256 != tower_file.stem:
             raise RuntimeError(f"{tower_file} is damaged: its content does not have the hash that is its name")
         tower.load_state_dict(load_file(tower_file), strict=True)
         self.tower = tower.to(self.device).eval().requires_grad_(False)
@@ -158,18 +159,18 @@ def _data(config: Config, settings: Settings) -> str:
 
 def _store_tower(config: Config, folder: Path) -> Path:
     """Put the tower's weights into the cache, under their hash. Returns: the file."""
-    cpu.activate_if_needed()  # before megatron-core
-    from himix_megatron import parallel
-    from himix_megatron.adapter import params_dtype
-    from himix_megatron.checkpoint import Checkpoints, store_tower
-    from himix_megatron.envelope import find_checkpoint
+    cpu_backend.activate_if_needed()  # before megatron-core
+    from himix_megatron.checkpoint.checkpointer import Checkpoints, store_tower
+    from himix_megatron.checkpoint.manifest import find_checkpoint
+    from himix_megatron.distributed.megatron_config import params_dtype
+    from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
 
     tower = build_tower(config.vision, seed=config.train.seed, dtype=params_dtype(config))
     if config.checkpoint.initial is not None:
         checkpoint = find_checkpoint(config.checkpoint.initial)
-        parallel.start(ParallelConfig(), seed=config.train.seed)
+        init_distributed(ParallelConfig(), seed=config.train.seed)
         Checkpoints(config, [], None, tower).load_tower(checkpoint)
-        parallel.shutdown()
+        shutdown_distributed()
     return folder / "towers" / store_tower(folder, tower.state_dict())
 
 
@@ -177,7 +178,7 @@ def _refuse_other_features(folder: LocalFolder, key: dict[str, Any]) -> None:
     """Raises: ValueError when the folder has features of another key: they would be overwritten."""
     for name in folder.receipts():
         receipt = load_receipt(folder, name)
-        if receipt is not None and receipt.key_hash != schema.hash_of(key):
+        if receipt is not None and receipt.key_hash != shard_format.hash_of(key):
             raise ValueError(
                 f"--out {folder} holds features of another dataset, tower, preprocessing or dtype: choose another folder, or "
                 "delete this one"

@@ -26,19 +26,22 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from himix_megatron import log, parallel
-from himix_megatron.checkpoint import check_architecture
+from himix_megatron.checkpoint.checkpointer import check_architecture
+from himix_megatron.checkpoint.manifest import find_checkpoint
 from himix_megatron.config import Config, ParallelConfig, VisionConfig, from_json
-from himix_megatron.data import conversation, image
-from himix_megatron.data.order import permutation
-from himix_megatron.data.schema import BadSampleError
-from himix_megatron.data.shards import ShardDataset
-from himix_megatron.data.tokenizer import Piece, load_tokenizer
-from himix_megatron.envelope import find_checkpoint
-from himix_megatron.generate import Answerer, Prompt
-from himix_megatron.kernels import detect
-from himix_megatron.log import clock
-from pipelines import benchmark
+from himix_megatron.data.images import image_file
+from himix_megatron.data.loading.shuffle import permutation
+from himix_megatron.data.shards.reader import ShardDataset
+from himix_megatron.data.shards.shard_format import BadSampleError
+from himix_megatron.data.text import chat_template
+from himix_megatron.data.text.tokenizer import Piece, load_tokenizer
+from himix_megatron.distributed.fused_kernels import detect
+from himix_megatron.distributed.launch import ensure_ranks
+from himix_megatron.distributed.topology import Topology, init_distributed, shutdown_distributed
+from himix_megatron.evaluation import runner
+from himix_megatron.inference.generator import Answerer, Prompt
+from himix_megatron.runtime import log
+from himix_megatron.runtime.log import clock
 from pipelines.cli import parse_settings, run_main
 
 logger = logging.getLogger(__name__)
@@ -57,7 +60,7 @@ class Arguments:
     """The run folder."""
     data: Path | None = None
     """The shard dataset whose questions are asked."""
-    benchmark: Literal["vqav2", "gqa", "textvqa", "pope", "mme", "mmmu", "mmvet"] | None = None
+    runner: Literal["vqav2", "gqa", "textvqa", "pope", "mme", "mmmu", "mmvet"] | None = None
     """Ask this benchmark's questions instead."""
     questions: Path | None = None
     """The benchmark's question file, or the folder of its question files (docs/evaluation.md)."""
@@ -110,7 +113,7 @@ def questions(dataset: ShardDataset, max_samples: int | None) -> list[Question]:
     """Every turn, in the dataset's order. Raises: ValueError if there is none."""
     found = []
     for sample in range(min(len(dataset), max_samples or len(dataset))):
-        for turn, (asked, expected) in enumerate(conversation.exchanges(dataset.text(sample))):
+        for turn, (asked, expected) in enumerate(chat_template.exchanges(dataset.text(sample))):
             found.append(Question(sample, turn, asked, expected))
     if not found:
         raise ValueError(f"{dataset.path} holds no questions: every row was quarantined")
@@ -147,14 +150,14 @@ def trained(arguments: Arguments) -> tuple[Config, Path, int]:
 
 def start(config: Config, checkpoint: Path) -> Answerer:
     """The ranks, and a checkpoint's model on them."""
-    topology = parallel.start(config.parallel, seed=config.train.seed)
+    topology = init_distributed(config.parallel, seed=config.train.seed)
     log.start(None, topology.rank, topology.world_size)
     answerer = Answerer(config, detect(), topology)
     answerer.load(checkpoint)
     return answerer
 
 
-def batches(items: Sequence[Question], topology: parallel.Topology, size: int) -> Iterator[list[Question]]:
+def batches(items: Sequence[Question], topology: Topology, size: int) -> Iterator[list[Question]]:
     """This replica's questions, in batches; every replica gets the same number of batches."""
     own = list(items[topology.data_rank :: topology.data_size])
     most = -(-len(items) // topology.data_size)
@@ -162,10 +165,10 @@ def batches(items: Sequence[Question], topology: parallel.Topology, size: int) -
         yield own[first : first + size]
 
 
-def pictures_of(dataset: ShardDataset, sample: int, vision: VisionConfig) -> tuple[image.Pixels, ...] | None:
+def pictures_of(dataset: ShardDataset, sample: int, vision: VisionConfig) -> tuple[image_file.Pixels, ...] | None:
     """A sample's images as the tower wants them; None, and a line that names it, if one is damaged."""
     try:
-        return tuple(image.decode(dataset.image_bytes(sample, k), vision) for k in range(dataset.num_images(sample)))
+        return tuple(image_file.decode(dataset.image_bytes(sample, k), vision) for k in range(dataset.num_images(sample)))
     except BadSampleError as error:
         logger.warning("%s counts as wrong: %s", dataset.key(sample), error.detail)
         return None
@@ -182,12 +185,12 @@ def ask(
     """The answers to this replica's questions, in its order; `source` says whose images a sample is shown, if not its own."""
     tokenizer = load_tokenizer(config.data.tokenizer)
     template = config.data.template
-    stops = conversation.end_of_turn(tokenizer, template)
+    stops = chat_template.end_of_turn(tokenizer, template)
     answers: list[str] = []
     started = time.perf_counter()
     for batch in batches(items, answerer.topology, arguments.batch_questions):
         pictures = [pictures_of(dataset, source.get(q.sample, q.sample), config.vision) for q in batch]
-        texts = [conversation.prompt(dataset.text(q.sample), tokenizer, template, q.turn) for q in batch]
+        texts = [chat_template.prompt(dataset.text(q.sample), tokenizer, template, q.turn) for q in batch]
         prompts = [Prompt(ids, seen) for ids, seen in zip(texts, pictures, strict=True) if seen is not None]
         found = answerer.answer(prompts, stops, arguments.max_new_tokens or MAX_NEW_TOKENS) if prompts else []
         given = iter(tokenizer.decode(ids).strip() for ids in found)
@@ -198,7 +201,7 @@ def ask(
     return answers
 
 
-def everyone(own: list[str], items: Sequence[Question], topology: parallel.Topology) -> list[str]:
+def everyone(own: list[str], items: Sequence[Question], topology: Topology) -> list[str]:
     """All replicas' answers, back in the questions' order."""
     parts: list[Any] = [None] * topology.data_size
     torch.distributed.all_gather_object(parts, own, group=topology.data)
@@ -225,7 +228,7 @@ def evaluate(arguments: Arguments) -> dict[str, Any]:
     for name, source in (("own", {}), ("shuffled", partners(dataset, config.train.seed))):
         logger.info("asking with %s images", name)
         given[name] = everyone(ask(config, answerer, dataset, items, arguments, source), items, topology)
-    parallel.shutdown()
+    shutdown_distributed()
 
     def accuracy(answers: list[str]) -> float:
         return sum(a == q.expected for a, q in zip(answers, items, strict=True)) / len(items)
@@ -248,7 +251,7 @@ def evaluate(arguments: Arguments) -> dict[str, Any]:
             for question, own, shuffled in zip(items, given["own"], given["shuffled"], strict=True):
                 line = {"key": dataset.key(question.sample), "question": question.asked, "expected": question.expected}
                 file.write(json.dumps(line | {"answer": own, "answer_shuffled_images": shuffled}) + "\n")
-        benchmark.to_tensorboard(arguments.run, arguments.data.name, step, accuracies)
+        runner.to_tensorboard(arguments.run, arguments.data.name, step, accuracies)
         print(json.dumps(result, indent=2))
     return result
 
@@ -259,22 +262,22 @@ def evaluate_benchmark(arguments: Arguments) -> dict[str, Any]:
     assert kind is not None
     assert source is not None
     config, checkpoint, step = trained(arguments)
-    job = benchmark.Job(
+    job = runner.Job(
         name=arguments.name or kind,
-        benchmark=benchmark.BENCHMARKS[kind],
-        questions=benchmark.read_questions(kind, source, arguments.annotations, arguments.max_samples),
-        images=benchmark.image_folder(kind, source, arguments.images),
-        max_new_tokens=arguments.max_new_tokens or benchmark.BENCHMARKS[kind].max_new_tokens,
+        benchmark=runner.BENCHMARKS[kind],
+        questions=runner.read_questions(kind, source, arguments.annotations, arguments.max_samples),
+        images=runner.image_folder(kind, source, arguments.images),
+        max_new_tokens=arguments.max_new_tokens or runner.BENCHMARKS[kind].max_new_tokens,
         batch_questions=arguments.batch_questions,
         max_bad_fraction=arguments.max_bad_fraction,
     )
-    benchmark.check_images(job)
+    runner.check_images(job)
     answerer = start(config, checkpoint)
-    known, bad = benchmark.collect(job, arguments.run, config, checkpoint, answerer)
-    parallel.shutdown()
+    known, bad = runner.collect(job, arguments.run, config, checkpoint, answerer)
+    shutdown_distributed()
     if answerer.topology.rank:
         return {}
-    result = benchmark.conclude(job, arguments.run, step, known, bad)
+    result = runner.conclude(job, arguments.run, step, known, bad)
     print(json.dumps(result, indent=2))
     return result
 
@@ -286,7 +289,7 @@ def main() -> None:
         # Mistakes are told here, once, and not by each of the ranks that are started next.
         ShardDataset(arguments.data)
     trained(arguments)
-    parallel.ensure_ranks(layout.tensor * layout.pipeline, "pipelines.evaluate", sys.argv[1:])
+    ensure_ranks(layout.tensor * layout.pipeline, "pipelines.evaluate", sys.argv[1:])
     if arguments.benchmark is None:
         evaluate(arguments)
     else:

@@ -19,17 +19,20 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from himix_megatron import log, parallel
-from himix_megatron.checkpoint import check_architecture
+from himix_megatron.checkpoint.checkpointer import check_architecture
+from himix_megatron.checkpoint.manifest import find_checkpoint
 from himix_megatron.config import Config, ParallelConfig
-from himix_megatron.data import conversation, image
-from himix_megatron.data.schema import BadSampleError
-from himix_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from himix_megatron.envelope import find_checkpoint
-from himix_megatron.generate import Answerer, Prompt
-from himix_megatron.kernels import detect
-from himix_megatron.sampling import Sampling
-from himix_megatron.streaming import TextStream
+from himix_megatron.data.images import image_file
+from himix_megatron.data.shards.shard_format import BadSampleError
+from himix_megatron.data.text import chat_template
+from himix_megatron.data.text.tokenizer import Tokenizer, load_tokenizer
+from himix_megatron.distributed.fused_kernels import detect
+from himix_megatron.distributed.launch import ensure_ranks
+from himix_megatron.distributed.topology import Topology, init_distributed, shutdown_distributed
+from himix_megatron.inference.generator import Answerer, Prompt
+from himix_megatron.inference.sampling import Sampling
+from himix_megatron.inference.text_stream import TextStream
+from himix_megatron.runtime import log
 from pipelines.cli import parse_settings, run_main
 from pipelines.evaluate import load_config
 
@@ -45,7 +48,7 @@ class Arguments:
     """The run folder."""
     question: str | None = None
     """What to ask; None: questions are read from standard input, one a line."""
-    image: tuple[Path, ...] = ()
+    image_file: tuple[Path, ...] = ()
     """Image files that the first question is about, in order."""
     checkpoint: Path | None = None
     """A checkpoints/step-... folder; None: the run's newest."""
@@ -71,7 +74,7 @@ class Job:
     checkpoint: Path
     tokenizer: Tokenizer
     sampling: Sampling
-    images: tuple[image.Pixels, ...]
+    images: tuple[image_file.Pixels, ...]
 
 
 def prepare(arguments: Arguments) -> Job:
@@ -86,7 +89,7 @@ def prepare(arguments: Arguments) -> Job:
     checkpoint = find_checkpoint(str(arguments.checkpoint or arguments.run))
     check_architecture(checkpoint, config)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    conversation.check_tokenizer(tokenizer, config.data.template)
+    chat_template.check_tokenizer(tokenizer, config.data.template)
     return Job(
         config=config,
         checkpoint=checkpoint,
@@ -96,15 +99,15 @@ def prepare(arguments: Arguments) -> Job:
     )
 
 
-def read_image(path: Path, config: Config) -> image.Pixels:
+def read_image(path: Path, config: Config) -> image_file.Pixels:
     """The tower's pixels of an image file. Raises: ValueError naming the file, when it is no image or a damaged one."""
     try:
-        return image.decode(path.read_bytes(), config.vision)
+        return image_file.decode(path.read_bytes(), config.vision)
     except BadSampleError as error:
         raise ValueError(f"--image {path}: {error}") from None
 
 
-def questions(asked: str | None, topology: parallel.Topology) -> Iterator[str]:
+def questions(asked: str | None, topology: Topology) -> Iterator[str]:
     """The one question, or rank 0's lines of standard input, on every rank."""
     if asked is not None:
         yield asked
@@ -125,19 +128,19 @@ def questions(asked: str | None, topology: parallel.Topology) -> Iterator[str]:
 def generate(arguments: Arguments, job: Job) -> list[str]:
     """Answer, writing to standard output on rank 0. Returns: the answers, on every rank."""
     config, template = job.config, job.config.data.template
-    topology = parallel.start(config.parallel, seed=config.train.seed)
+    topology = init_distributed(config.parallel, seed=config.train.seed)
     log.start(None, topology.rank, topology.world_size)
     answerer = Answerer(config, detect(), topology)
     answerer.load(job.checkpoint)
-    stops = conversation.end_of_turn(job.tokenizer, template)
+    stops = chat_template.end_of_turn(job.tokenizer, template)
     write = partial(print, end="", flush=True) if topology.rank == 0 else None
     turns: list[dict[str, str]] = []
     answers = []
     for question in questions(arguments.question, topology):
         turns.append({"from": "human", "value": question})
         # A template of captions has no place for questions, so none for what was said before either.
-        said = turns if conversation.TEMPLATES[template].has_questions else turns[-1:]
-        ids = conversation.prompt({"conversations": said}, job.tokenizer, template, len(said) // 2)
+        said = turns if chat_template.TEMPLATES[template].has_questions else turns[-1:]
+        ids = chat_template.prompt({"conversations": said}, job.tokenizer, template, len(said) // 2)
         stream = TextStream(job.tokenizer, arguments.stop, write)
 
         def watch(_: int, so_far: list[int], stream: TextStream = stream) -> bool:
@@ -148,7 +151,7 @@ def generate(arguments: Arguments, job: Job) -> list[str]:
         if topology.rank == 0:
             print(flush=True)
         turns.append({"from": "gpt", "value": answers[-1]})
-    parallel.shutdown()
+    shutdown_distributed()
     return answers
 
 
@@ -156,7 +159,7 @@ def main() -> None:
     arguments = parse_settings(Arguments, sys.argv[1:], "python -m pipelines.generate")
     job = prepare(arguments)
     layout = arguments.parallel
-    parallel.ensure_ranks(layout.tensor * layout.pipeline, "pipelines.generate", sys.argv[1:])
+    ensure_ranks(layout.tensor * layout.pipeline, "pipelines.generate", sys.argv[1:])
     generate(arguments, job)
 
 

@@ -31,14 +31,18 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from himix_megatron.data import conversation, image, lengths, schema, storage, tokenizer, writing
-from himix_megatron.data.schema import Manifest, Receipt
-from himix_megatron.data.sources.files import FileReader, FileScan, FilesSource, find_files
-from himix_megatron.data.sources.llava import LlavaSource
-from himix_megatron.data.sources.sample import MAX_SAMPLE_BYTES, Part, Source
-from himix_megatron.data.writing import Check, ShardJob
+from himix_megatron.data.images import image_file
+from himix_megatron.data.ingest import shard_writer
+from himix_megatron.data.ingest.shard_writer import Check, ShardJob
+from himix_megatron.data.ingest.sources.base import MAX_SAMPLE_BYTES, Part, Source
+from himix_megatron.data.ingest.sources.file_list import FileReader, FileScan, FilesSource, find_files
+from himix_megatron.data.ingest.sources.llava import LlavaSource
+from himix_megatron.data.loading import token_counts
+from himix_megatron.data.shards import shard_format, storage
+from himix_megatron.data.shards.shard_format import Manifest, Receipt
+from himix_megatron.data.text import chat_template, tokenizer
 from pipelines.cli import parse_settings, run_main
-from pipelines.engine import Engine, engine_started
+from pipelines.launchers.task_engine import Engine, engine_started
 
 PARTS = ("shards", "receipts", "quarantine")
 PROGRESS_SECONDS = 5.0
@@ -96,8 +100,8 @@ class Settings:
             raise ValueError(f"shards cannot be called {self.shard_prefix!r}: give --name of letters, digits, dots, - and _")
         if (self.tokenizer is None) != (self.template is None):
             raise ValueError("text lengths need both --tokenizer and --template")
-        if self.template is not None and self.template not in conversation.TEMPLATES:
-            raise ValueError(f"--template is {self.template}: wanted one of {', '.join(conversation.TEMPLATES)}")
+        if self.template is not None and self.template not in chat_template.TEMPLATES:
+            raise ValueError(f"--template is {self.template}: wanted one of {', '.join(chat_template.TEMPLATES)}")
 
     def _check_source(self) -> None:
         """Raises: ValueError for a place that is missing, that another source would need, or of another scheme."""
@@ -141,7 +145,7 @@ def preprocess(settings: Settings) -> Manifest:
     column = None
     if settings.tokenizer is not None and settings.template is not None:
         column = (_absolute(settings.tokenizer), settings.template)
-        lengths.column_of(tokenizer.load_tokenizer(column[0]), column[1])
+        token_counts.column_of(tokenizer.load_tokenizer(column[0]), column[1])
     settings.check_reachable()
     files = _files(settings)
     ready = None if files else LlavaSource(str(settings.annotations), str(settings.images))
@@ -151,12 +155,12 @@ def preprocess(settings: Settings) -> Manifest:
         with attempt_in(str(settings.out), PARTS) as (folder, attempt):
             in_task = None if isinstance(folder, storage.RemoteFolder) else attempt
             job = ShardJob(
-                folder, in_task, settings.shard_prefix, schema.hash_of(config), source.source_hash, settings.check, column
+                folder, in_task, settings.shard_prefix, shard_format.hash_of(config), source.source_hash, settings.check, column
             )
             _refuse_other_dataset(job, config)
             receipts = _make_all(settings, engine, job, source)
             manifest = Manifest(
-                schema_version=schema.SCHEMA_VERSION,
+                schema_version=shard_format.SCHEMA_VERSION,
                 name=settings.shard_prefix,
                 config=config,
                 config_hash=job.config_hash,
@@ -167,7 +171,7 @@ def preprocess(settings: Settings) -> Manifest:
                 quarantined=dict(sorted(_quarantined(receipts).items())),
                 shards=tuple(receipts),
             )
-            writing.write_manifest(folder, manifest, attempt)
+            shard_writer.write_manifest(folder, manifest, attempt)
     return manifest
 
 
@@ -181,7 +185,7 @@ def _config(settings: Settings, reader: FileReader | None) -> dict[str, Any]:
         "check": settings.check,
         **{name: getattr(settings, name) for name in sorted(columns)},
         **({"layout": type(reader).__name__} if settings.source == "img2dataset" else {}),
-        "max_image_pixels": image.MAX_PIXELS,
+        "max_image_pixels": image_file.MAX_PIXELS,
         "max_sample_bytes": MAX_SAMPLE_BYTES,
     }
 
@@ -190,17 +194,17 @@ def _files(settings: Settings) -> tuple[FileReader, list[str]] | None:
     """How the source's files are read, and which they are; None for LLaVA's."""
     inputs = [str(place) for place in settings.input]
     if settings.source == "parquet":
-        from himix_megatron.data.sources.parquet import ParquetReader
+        from himix_megatron.data.ingest.sources.parquet import ParquetReader
 
         reader: FileReader = ParquetReader(settings.image_column, settings.text_column, settings.id_column)
         return reader, find_files(inputs, reader.suffixes)
     if settings.source == "webdataset":
-        from himix_megatron.data.sources.webdataset import TarReader
+        from himix_megatron.data.ingest.sources.webdataset import TarReader
 
         reader = TarReader()
         return reader, find_files(inputs, reader.suffixes)
     if settings.source == "img2dataset":
-        from himix_megatron.data.sources.img2dataset import open_img2dataset
+        from himix_megatron.data.ingest.sources.img2dataset import open_img2dataset
 
         return open_img2dataset(inputs)
     return None
@@ -229,12 +233,12 @@ def _make_all(settings: Settings, engine: Engine, job: ShardJob, source: Source)
     def tasks() -> Iterator[tuple[ShardJob, Part]]:
         progress.start()  # the engine asks for the first task when it is up: its start is not in the rate
         for number, first in enumerate(range(0, num_rows, size)):
-            name = schema.shard_name(job.name, number)
+            name = shard_format.shard_name(job.name, number)
             yield dataclasses.replace(job, name=name), source.part(first, min(first + size, num_rows))
 
     receipts: list[Receipt] = []
     bad: Counter[str] = Counter()
-    with contextlib.closing(engine.run(writing.make_shard, tasks())) as results:
+    with contextlib.closing(engine.run(shard_writer.make_shard, tasks())) as results:
         for receipt, was_written in results:
             receipts.append(receipt)
             bad.update(receipt.quarantined)
@@ -280,7 +284,7 @@ def attempt_in(out: str, parts: Sequence[str]) -> Iterator[tuple[storage.LocalFo
 def _refuse_other_dataset(job: ShardJob, config: dict[str, Any]) -> None:
     """Raises: ValueError when the folder has shards of another source or other settings: they would be overwritten."""
     for name in job.folder.receipts():
-        receipt = writing.load_receipt(job.folder, name)
+        receipt = shard_writer.load_receipt(job.folder, name)
         if receipt is None:
             continue
         if receipt.source_hash != job.source_hash:
@@ -295,7 +299,7 @@ def _refuse_other_dataset(job: ShardJob, config: dict[str, Any]) -> None:
 def _other_settings(job: ShardJob, config: dict[str, Any]) -> str:
     """Which settings differ from those of the folder's manifest, if there is one."""
     try:
-        old = schema.manifest_from_json((job.folder.read("manifest.json") or b"").decode("utf-8")).config
+        old = shard_format.manifest_from_json((job.folder.read("manifest.json") or b"").decode("utf-8")).config
     except ValueError:
         old = config
     names = [key for key in {**old, **config} if old.get(key) != config.get(key)] or ["name", "samples_per_shard", "check"]

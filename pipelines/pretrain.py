@@ -10,7 +10,7 @@ USR2 the run saves after its current step and leaves with exit code 85: start th
 
 from __future__ import annotations
 
-from himix_megatron.signals import StopRequest
+from himix_megatron.runtime.stop_signals import StopRequest
 
 # Before the libraries are loaded, which takes seconds, or a minute on a busy file system: who asks then is heard too.
 REQUEST = StopRequest() if __name__ == "__main__" else None
@@ -19,7 +19,7 @@ import dataclasses  # noqa: E402
 import sys  # noqa: E402
 
 from himix_megatron.config import Config  # noqa: E402
-from himix_megatron.train import pretrain  # noqa: E402
+from himix_megatron.training.loop import pretrain  # noqa: E402
 from pipelines.cli import parse, run_main  # noqa: E402
 from pipelines.scenes import ensure_scene_data  # noqa: E402
 

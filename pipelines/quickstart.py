@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from himix_megatron.config import check_ranks
-from himix_megatron.data.schema import manifest_path
+from himix_megatron.data.shards.shard_format import manifest_path
 from pipelines.cli import parse, parse_settings, run_main
 from pipelines.scenes import SceneSettings, write_corpus
 

@@ -20,7 +20,7 @@ Facts that the published recipes share, and where they come from:
 
 - With `--parallel.pipeline 2` (4, ...) layers are split so that stages do equal work, the LM head counted, at the 44 and 314
   text tokens that a sample of the two sets has on average: stages come within 1.15 of each other on 2 and 4, but for TinyLlama
-  (1.17) and Llama-3.2-1B (1.21) in align on 4, whose layers are too few (tests/test_flops.py).
+  (1.17) and Llama-3.2-1B (1.21) in align on 4, whose layers are too few (tests/costs/test_flops.py).
 
 Paths are where `docs/data.md` puts things; every one can be changed by a flag. The parallel layouts are ours, for nodes of
 8 GPUs of 80 GB; the results of the published recipes have not been reproduced here.

@@ -30,10 +30,10 @@ from types import FrameType
 from typing import Any, Literal
 
 from himix_megatron.config import Config, check_ranks
-from himix_megatron.signals import REQUEUE
+from himix_megatron.runtime.stop_signals import REQUEUE
 from pipelines.cli import parse, parse_settings, run_main
+from pipelines.launchers.local_ranks import run_ranks
 from pipelines.pretrain import with_data
-from pipelines.ranks import run_ranks
 
 PROGRAM = "python -m pipelines.scaling"
 BATCH_SCRIPT = Path("slurm/pretrain_himix.sh")
@@ -81,7 +81,7 @@ class Member:
     @property
     def finished(self) -> bool:
         """Whether its run folder holds the checkpoint of the last step."""
-        from himix_megatron.envelope import complete_checkpoints
+        from himix_megatron.checkpoint.manifest import complete_checkpoints
 
         saved = complete_checkpoints(self.config.run_dir)
         return bool(saved) and int(saved[-1].name.removeprefix("step-")) >= (self.config.train.steps or 0)
@@ -213,7 +213,7 @@ def check_here(config: Config, world_size: int, data_size: int) -> None:
     """Data, weights and devices of this machine. Raises: ValueError."""
     import torch  # not at the top: what can be checked without it is checked first
 
-    from himix_megatron.start import prepare
+    from himix_megatron.training.resume import prepare
 
     if (gpus := torch.cuda.device_count()) and world_size > gpus:
         raise ValueError(f"this machine has {gpus} GPUs: leave that size out, or use --submit on a cluster")

@@ -26,13 +26,15 @@ from typing import Annotated, Any
 
 import tyro
 
-from himix_megatron import log, parallel
-from himix_megatron.data import conversation, image
-from himix_megatron.data.schema import BadSampleError
-from himix_megatron.generate import Answerer, Prompt
-from himix_megatron.kernels import detect
-from himix_megatron.sampling import Sampling
-from himix_megatron.streaming import TextStream
+from himix_megatron.data.images import image_file
+from himix_megatron.data.shards.shard_format import BadSampleError
+from himix_megatron.data.text import chat_template
+from himix_megatron.distributed.fused_kernels import detect
+from himix_megatron.distributed.topology import init_distributed
+from himix_megatron.inference.generator import Answerer, Prompt
+from himix_megatron.inference.sampling import Sampling
+from himix_megatron.inference.text_stream import TextStream
+from himix_megatron.runtime import log
 from pipelines import generate
 from pipelines.cli import parse_settings, run_main
 
@@ -136,20 +138,20 @@ class Model:
 
     def __init__(self, job: generate.Job):
         self.job, self.vision, self.template = job, job.config.vision, job.config.data.template
-        topology = parallel.start(job.config.parallel, seed=job.config.train.seed)
+        topology = init_distributed(job.config.parallel, seed=job.config.train.seed)
         self.answerer = Answerer(job.config, detect(), topology)
         self.answerer.load(job.checkpoint)
-        self.ends = conversation.end_of_turn(job.tokenizer, self.template)
+        self.ends = chat_template.end_of_turn(job.tokenizer, self.template)
         self.lock = threading.Lock()
 
     def answer(self, request: Request, write: Callable[[str], object] | None) -> tuple[str, int, int, str]:
         """Text, tokens of the question, tokens of the answer, and why it ended. Raises: ValueError for a broken image."""
         try:
-            pixels = tuple(image.decode(data, self.vision) for data in request.images)
+            pixels = tuple(image_file.decode(data, self.vision) for data in request.images)
         except BadSampleError as error:
             raise ValueError(f"an image cannot be read: {error}") from None
         said = {"conversations": request.turns}
-        ids = conversation.prompt(said, self.job.tokenizer, self.template, len(request.turns) // 2)
+        ids = chat_template.prompt(said, self.job.tokenizer, self.template, len(request.turns) // 2)
         stream = TextStream(self.job.tokenizer, request.stops, write)
         with self.lock:
             (tokens,) = self.answerer.answer(

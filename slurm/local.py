@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
-from himix_megatron.signals import REQUEUE
+from himix_megatron.runtime.stop_signals import REQUEUE
 from slurm.job import Stage, training_command
 
 KILL_SECONDS = 30.0

@@ -27,4 +27,4 @@ RAY_AUTH_TOKEN=$(head -c 32 /dev/urandom | od -An -vtx1 | tr -d ' \n')
 export RAY_AUTH_MODE RAY_AUTH_TOKEN
 
 step+=(--ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
-run_and_leave -m pipelines.ray_cluster "$@"
+run_and_leave -m pipelines.launchers.ray_cluster "$@"

@@ -39,13 +39,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
-from himix_megatron import log
 from himix_megatron.config import Config, check_ranks
+from himix_megatron.runtime import log
 from pipelines.cli import parse, parse_settings, run_main
 from pipelines.recipes import RECIPES
-from slurm import queue
+from slurm import scheduler
+from slurm.follow import watch
 from slurm.job import PYTHON, Cluster, Stage, StageName, Training, sbatch_parameters, training_command
-from slurm.watch import watch
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def main() -> int:
         return run_here(settings, stages)
     if settings.dry_run:
         return dry_run(settings, stages)
-    queue.check_here()
+    scheduler.check_here()
     if settings.cancel:
         return cancel(stages)
     chain = waiting(stages, settings) or submit(settings, stages)
@@ -206,9 +206,9 @@ def check_stage(stage: Stage, ranks: int, before: Stage | None) -> None:
             f"use a multiple of {parallel.tensor * parallel.pipeline}"
         )
     data_size = check_ranks(stage.config, ranks)
-    from himix_megatron.checkpoint import architecture  # torch takes seconds: after the cheap checks
-    from himix_megatron.envelope import complete_checkpoints
-    from himix_megatron.start import prepare
+    from himix_megatron.checkpoint.checkpointer import architecture  # torch takes seconds: after the cheap checks
+    from himix_megatron.checkpoint.manifest import complete_checkpoints
+    from himix_megatron.training.resume import prepare
     from pipelines.pretrain import with_data
 
     config = with_data(stage.config)
@@ -230,7 +230,7 @@ def check_stage(stage: Stage, ranks: int, before: Stage | None) -> None:
 
 def waiting(stages: Sequence[Stage], settings: Settings) -> list[tuple[Stage, str]]:
     """The chain's jobs that are in the queue. Raises: ValueError if there are any and they are not to be watched."""
-    found = [(stage, job) for stage in stages for job in queue.jobs_of(stage.folder)]
+    found = [(stage, job) for stage in stages for job in scheduler.jobs_of(stage.folder)]
     if found and not settings.watch:
         stage, job = found[0]
         raise ValueError(
@@ -270,7 +270,7 @@ def submit(settings: Settings, stages: Sequence[Stage]) -> list[tuple[Stage, str
         stage.check_folders()
     check(settings, stages)
     for stage in stages:
-        queue.check_script(stage.name, script(settings, stage, None))
+        scheduler.check_script(stage.name, script(settings, stage, None))
     chain: list[tuple[Stage, str]] = []
     for stage in stages:
         sweep(stage)
@@ -278,7 +278,7 @@ def submit(settings: Settings, stages: Sequence[Stage]) -> list[tuple[Stage, str
             job_id = submit_stage(settings, stage, chain[-1][1] if chain else None)
         except BaseException:  # Ctrl-C too: no half of a chain stays in the queue
             for _, earlier in reversed(chain):
-                queue.cancel(earlier)
+                scheduler.cancel(earlier)
             raise
         chain.append((stage, job_id))
         after = f", after job {chain[-2][1]}" if len(chain) > 1 else ""
@@ -314,14 +314,14 @@ def sweep(stage: Stage) -> None:
 
 def cancel(stages: Sequence[Stage]) -> int:
     """Take the chain's jobs out of the queue, the last first, and wait until they have left. Returns: 0."""
-    found = [(stage, job) for stage in reversed(stages) for job in queue.jobs_of(stage.folder)]
+    found = [(stage, job) for stage in reversed(stages) for job in scheduler.jobs_of(stage.folder)]
     if not found:
         print(f"no job in the queue has {' or '.join(str(stage.config.run_dir) for stage in stages)}")
     for stage, job in found:
-        queue.cancel(job.job_id)
+        scheduler.cancel(job.job_id)
         print(f"{stage.name}: job {job.job_id} ({job.state.lower()}) cancelled", flush=True)
     deadline = time.monotonic() + CANCEL_SECONDS
-    while any(queue.jobs_of(stage.folder) for stage, _ in found):
+    while any(scheduler.jobs_of(stage.folder) for stage, _ in found):
         if time.monotonic() > deadline:
             raise RuntimeError(f"after {CANCEL_SECONDS:.0f} s a cancelled job is still there: scontrol show job says why")
         time.sleep(1.0)

@@ -22,7 +22,7 @@ os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 def pytest_sessionstart() -> None:
     """Start the fork server that ranks come from, with what they need (there is one server a process, and the data room's
     tests would start it with less). It sees no GPU, and neither do they: a process that has asked for one cannot be forked."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.preload"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.support.preload"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
         forkserver.ensure_running()
@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
     if torch.cuda.is_available():
-        # What follows may redirect this process to the CPU for good (himix_megatron/cpu.py).
+        # What follows may redirect this process to the CPU for good (himix_megatron/distributed/cpu_backend.py).
         items.sort(key=needs_gpu, reverse=True)
         return
     for item in filter(needs_gpu, items):
@@ -62,6 +62,6 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def mixed_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A shard dataset of 40 samples with one image, two or none."""
-    from tests.datasets import make_mixed_dataset
+    from tests.support.datasets import make_mixed_dataset
 
     return make_mixed_dataset(tmp_path_factory.mktemp("mixed"))

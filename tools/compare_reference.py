@@ -23,7 +23,6 @@ import tyro
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from himix_megatron import parallel
 from himix_megatron.config import (
     Config,
     DataConfig,
@@ -33,6 +32,8 @@ from himix_megatron.config import (
     TrainConfig,
     VisionConfig,
 )
+from himix_megatron.distributed.launch import ensure_ranks
+from himix_megatron.distributed.topology import Topology, init_distributed, shutdown_distributed
 from pipelines.cli import parse_settings, run_main
 
 LOGITS_LIMIT = LOSS_LIMIT = 2e-5
@@ -130,7 +131,7 @@ def configuration(arguments: Arguments, reference: Reference) -> Config:
 
 def stage_inputs(config: Config, reference: Reference, device: torch.device) -> list[Any]:
     """One micro-batch a row; rows without a label are added where the interleaved schedule wants a multiple."""
-    from himix_megatron.stage_input import StageInput
+    from himix_megatron.model.stage_input import StageInput
 
     ids, labels, vision = (reference.tensors[name] for name in ("input_ids", "labels", "vision"))
     num_rows, length = ids.shape
@@ -154,13 +155,11 @@ def stage_inputs(config: Config, reference: Reference, device: torch.device) -> 
     ]
 
 
-def run_forward_backward(
-    config: Config, stages: list[Any], inputs: list[Any], topology: parallel.Topology
-) -> tuple[Tensor, float]:
+def run_forward_backward(config: Config, stages: list[Any], inputs: list[Any], topology: Topology) -> tuple[Tensor, float]:
     """Run the training schedule. Returns: logits float[rows, S, vocab], and the loss; on every rank."""
     from megatron.core.distributed import finalize_model_grads
 
-    from himix_megatron.step import run_logits, run_losses
+    from himix_megatron.model.schedule import run_logits, run_losses
 
     stages[0].config.finalize_model_grads_func = finalize_model_grads
     collected = run_logits(stages, [replace(given, labels=None) for given in inputs], lambda _, logits: logits)
@@ -180,12 +179,12 @@ def run_forward_backward(
 
 def differences(config: Config, reference: Reference) -> dict[str, float]:
     """The largest differences: `logits`, `loss`, and by gradient's name relative to its own norm."""
-    from himix_megatron.interop.authors import from_authors, to_authors
-    from himix_megatron.interop.stages import gather, scatter
-    from himix_megatron.kernels import detect
-    from himix_megatron.model.himix import build_stage
+    from himix_megatron.conversion.authors_layout import from_authors, to_authors
+    from himix_megatron.conversion.sharding import gather, scatter
+    from himix_megatron.distributed.fused_kernels import detect
+    from himix_megatron.model.himix_model import build_stage
 
-    topology = parallel.start(config.parallel, seed=config.train.seed)
+    topology = init_distributed(config.parallel, seed=config.train.seed)
     stages = build_stage(config, detect(), topology, torch.nn.Identity())
     scatter(stages, from_authors(reference.weights, config.model), topology)
     for stage in stages:
@@ -193,7 +192,7 @@ def differences(config: Config, reference: Reference) -> dict[str, float]:
     inputs = stage_inputs(config, reference, topology.device)
     logits, loss = run_forward_backward(config, stages, inputs, topology)
     gradients = to_authors(gather(stages, lambda p: p.main_grad, topology, config.model.vocab_size), config.model)
-    parallel.shutdown()
+    shutdown_distributed()
 
     expected = reference.tensors["logits"]
     rows, length = expected.shape[:2]
@@ -211,7 +210,7 @@ def main() -> None:
     arguments = parse_settings(Arguments, sys.argv[1:], "python -m tools.compare_reference")
     reference = read(arguments.file)
     config = configuration(arguments, reference)
-    parallel.ensure_ranks(config.parallel.tensor * config.parallel.pipeline, "tools.compare_reference", sys.argv[1:])
+    ensure_ranks(config.parallel.tensor * config.parallel.pipeline, "tools.compare_reference", sys.argv[1:])
     found = differences(config, reference)
     if int(os.environ.get("RANK", "0")) != 0:
         return

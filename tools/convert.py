@@ -28,8 +28,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from himix_megatron import log, parallel
-from himix_megatron.checkpoint import architecture
+from himix_megatron.checkpoint.checkpointer import architecture
+from himix_megatron.checkpoint.manifest import find_checkpoint, problems
 from himix_megatron.config import (
     Config,
     DataConfig,
@@ -40,11 +40,10 @@ from himix_megatron.config import (
     TrainConfig,
     VisionConfig,
 )
-from himix_megatron.envelope import find_checkpoint, problems
-from himix_megatron.interop.authors import AsAuthors
-from himix_megatron.interop.authors_folder import read_authors, write_authors
-from himix_megatron.interop.folder import StoredWeights, read_config, stored_tower, write_run
-from himix_megatron.interop.huggingface import (
+from himix_megatron.conversion.authors_folder import read_authors, write_authors
+from himix_megatron.conversion.authors_layout import AsAuthors
+from himix_megatron.conversion.checkpoint_io import StoredWeights, read_config, stored_tower, write_run
+from himix_megatron.conversion.huggingface import (
     NewVisionWeights,
     VisionInit,
     language_weights,
@@ -52,9 +51,18 @@ from himix_megatron.interop.huggingface import (
     read_tower_config,
     tower_dtype,
 )
-from himix_megatron.interop.parity import DiffersError, check_authors, check_bits, check_export, check_language, check_tower
-from himix_megatron.model.vision import build_tower
-from himix_megatron.parallel import Topology
+from himix_megatron.conversion.parity import (
+    DiffersError,
+    check_authors,
+    check_bits,
+    check_export,
+    check_language,
+    check_tower,
+)
+from himix_megatron.distributed.launch import Launch
+from himix_megatron.distributed.topology import Topology, init_distributed, shutdown_distributed
+from himix_megatron.model.vision_tower import build_tower
+from himix_megatron.runtime import log
 from pipelines.cli import parse_settings, run_main
 from pipelines.recipes import RECIPES
 
@@ -194,7 +202,7 @@ def himix_to_authors(arguments: HimixToAuthors) -> None:
 
 def himix_to_hf(arguments: HimixToHf) -> None:
     """Raises: ValueError if there is no checkpoint, DiffersError if the outcome is not what was read."""
-    from himix_megatron.interop.export.folder import export
+    from himix_megatron.conversion.export.folder import export
 
     checkpoint, config = _read_checkpoint(arguments.checkpoint)
     with _output(arguments.out) as beside, one_rank() as topology:
@@ -280,11 +288,11 @@ def _read_checkpoint(path: Path) -> tuple[Path, Config]:
 @contextlib.contextmanager
 def one_rank() -> Iterator[Topology]:
     """This process as a world of one, which megatron-core's checkpoints want."""
-    launch = parallel.Launch(kind="alone", rank=0, world_size=1, local_rank=0, host="127.0.0.1", port=0)
+    launch = Launch(kind="alone", rank=0, world_size=1, local_rank=0, host="127.0.0.1", port=0)
     try:
-        yield parallel.start(ParallelConfig(), seed=1234, launch=launch)
+        yield init_distributed(ParallelConfig(), seed=1234, launch=launch)
     finally:
-        parallel.shutdown()
+        shutdown_distributed()
 
 
 @contextlib.contextmanager

@@ -246,7 +246,7 @@ def write_files(cluster: Cluster) -> None:
 
 def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on now, below those that Linux hands out by itself, apart from what a run derives for its
-    ranks' meeting (himix_megatron/parallel.py: from 16384)."""
+    ranks' meeting (himix_megatron/distributed/topology.py: from 16384)."""
     ports: list[int] = []
     while len(ports) < count:
         port = 8192 + secrets.randbelow(8192)

@@ -21,8 +21,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from himix_megatron.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
-from himix_megatron.flops import StepFlops, Work, forward_flops, step_flops, tower_flops
-from himix_megatron.memory import GIB, MicroBatch, RankMemory, model_parameters, rank_memory
+from himix_megatron.costs.flops import StepFlops, Work, forward_flops, step_flops, tower_flops
+from himix_megatron.costs.memory import GIB, MicroBatch, RankMemory, model_parameters, rank_memory
 from pipelines.cli import parse_settings, run_main
 from pipelines.recipes import RECIPES, clip_large_336, siglip_so400m_384
 

@@ -23,11 +23,11 @@ from typing import Annotated, Literal
 import tyro
 
 from himix_megatron.config import Config
-from himix_megatron.memory import GIB, RankMemory
+from himix_megatron.costs.memory import GIB, RankMemory
 from pipelines.cli import parse_settings, run_main
 from pipelines.recipes import RECIPES
-from tools.planning.layouts import Plan, Sample, plans
-from tools.planning.machine import Machine, machine_named, machine_of_file
+from tools.planner.layouts import Plan, Sample, plans
+from tools.planner.machine import Machine, machine_named, machine_of_file
 
 REMEDIES = {
     "weights": "more GPUs, so that tensor or pipeline parallelism may split them further",
@@ -261,16 +261,16 @@ def main() -> int:
     """The command line."""
     arguments = parse_settings(Arguments, sys.argv[1:], "python -m tools.plan", __doc__)
     if arguments.measure:
-        from tools.planning.measured import measure
+        from tools.planner.measured import measure
 
         return 0 if measure(print) else 1
     elif arguments.compare == "published":
-        from tools.planning.published import compared
+        from tools.planner.published import compared
 
         for line in compared():
             print(line)
     elif arguments.compare == "cpu":
-        from tools.planning.measured import compared as compared_with_measured
+        from tools.planner.measured import compared as compared_with_measured
 
         for line in compared_with_measured():
             print(line)

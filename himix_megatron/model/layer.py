@@ -14,8 +14,8 @@ import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from .kv_cache import KVCache
-from .layout import Layout
+from .attention.kv_cache import KVCache
+from .attention.packed_layout import Layout
 
 
 class HiMixLayer(TransformerLayer):  # type: ignore[misc]

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from himix_megatron.data.loader import Reads, StepReader, step_loader
-from himix_megatron.data.plan import START, Datasets, End, Place, Plan
-from himix_megatron.data.shards import ShardDataset
-from tests.data.sets import VISION, data_config, encoded, make, picture, row
+from himix_megatron.data.loading.loader import Reads, StepReader, step_loader
+from himix_megatron.data.loading.plan import START, Datasets, End, Place, Plan
+from himix_megatron.data.shards.reader import ShardDataset
+from tests.support.data_fixtures import VISION, data_config, encoded, make, picture, row
 
 FOREVER = End(1 << 40, None)
 BATCH = 64

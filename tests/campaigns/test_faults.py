@@ -1,4 +1,4 @@
-"""Hundreds of random real faults, from each of which a run must recover by itself, to the bit (see tests/chains.py).
+"""Hundreds of random real faults, from each of which a run must recover by itself, to the bit (`fault_chains.py`).
 
     make campaign-faults FAULTS=500 SEED=1                   about half an hour on 2 cores
     make campaign-faults FAULTS=500 SEED=1 REPORT=DIR        the report elsewhere than in runs/campaign-faults/
@@ -20,10 +20,10 @@ from typing import Any
 
 import pytest
 
-from tests.chains import LENGTH, Bench
-from tests.drawn_faults import cards
+from tests.support import ROOT
+from tests.support.fault_chains import LENGTH, Bench
+from tests.support.fault_sampling import cards
 
-ROOT = Path(__file__).parents[2]
 SEED = int(os.environ.get("SEED") or 1)
 FAULTS = int(os.environ.get("FAULTS") or 500)
 FOLDER = Path(os.environ.get("REPORT") or ROOT / "runs" / "campaign-faults")

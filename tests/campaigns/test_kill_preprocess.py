@@ -17,17 +17,25 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.data.kills import ROOT, Source, Undisturbed, as_line, trial, undisturbed
-from tests.data.sets import EMOJI, row
+from tests.support.data_fixtures import EMOJI, row
+from tests.support.preprocess_kills import ROOT, Source, Undisturbed, as_line, trial, undisturbed
 
 SEED = int(os.environ.get("SEED") or 1)
 KILLS = int(os.environ.get("KILLS") or 50)
 REPORT = ROOT / "runs" / "campaigns" / "kill-preprocess.jsonl"
 NUM_ROWS = 20_000
 CODE = (
-    *("himix_megatron/data/sources", "himix_megatron/data/storage.py", "himix_megatron/data/writing.py"),
-    *("himix_megatron/data/schema.py", "himix_megatron/data/lengths.py", "himix_megatron/data/image.py"),
-    *("pipelines/preprocess.py", "pipelines/engine.py", "tests/data/kills.py"),
+    *(
+        "himix_megatron/data/ingest/sources",
+        "himix_megatron/data/shards/storage.py",
+        "himix_megatron/data/ingest/shard_writer.py",
+    ),
+    *(
+        "himix_megatron/data/shards/shard_format.py",
+        "himix_megatron/data/loading/token_counts.py",
+        "himix_megatron/data/images/image_file.py",
+    ),
+    *("pipelines/preprocess.py", "pipelines/launchers/task_engine.py", "tests/support/preprocess_kills.py"),
 )
 
 pytestmark = pytest.mark.campaign

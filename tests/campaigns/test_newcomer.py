@@ -19,10 +19,10 @@ from pathlib import Path
 
 import pytest
 
-from himix_megatron.reporting import PAGES
-from tests.distributed import free_port
-from tests.observe.browser import CHROMIUM, DRIVER, answers, browser
-from tests.test_documents import ROOT, commands
+from himix_megatron.monitoring.tensorboard import PAGES
+from tests.docs.test_documents import ROOT, commands
+from tests.support.browser import CHROMIUM, DRIVER, answers, browser
+from tests.support.ranks import free_port
 
 ELSEWHERE = re.compile(r"\b[A-Z]{3,}\b|models/|data/llava|_questions\.json|runs/start")
 PAGES_OF_A_RUN = {

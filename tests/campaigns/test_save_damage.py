@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoint.damage import check, damages, starts
-from tests.checkpoint.runs import saving_config
-from tests.distributed import run_ranks
-from tests.runs import train
+from tests.support.corruptions import check, damages, starts
+from tests.support.interrupted_saves import saving_config
+from tests.support.ranks import run_ranks
+from tests.support.small_runs import train
 
 FLIPS, CUTS, SEED = (int(os.environ.get(name) or usual) for name, usual in (("FLIPS", 1000), ("CUTS", 300), ("SEED", 1)))
 

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoint.kills import RANKS, Kill, chain
-from tests.checkpoint.runs import LAYOUTS, POINTS
+from tests.support import ROOT
+from tests.support.interrupted_saves import LAYOUTS, POINTS
+from tests.support.kill_matrix import RANKS, Kill, chain
 
-REPORT = Path(__file__).parents[2] / "runs" / "campaigns" / "save-kills.jsonl"
+REPORT = ROOT / "runs" / "campaigns" / "save-kills.jsonl"
 CHOSEN = [name for name in LAYOUTS if name in (os.environ.get("LAYOUTS") or ",".join(LAYOUTS)).split(",")]
 
 pytestmark = pytest.mark.campaign

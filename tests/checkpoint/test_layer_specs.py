@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from himix_megatron import checkpoint as checkpoints
+from himix_megatron.checkpoint import checkpointer as checkpoints
+from himix_megatron.checkpoint.manifest import find_checkpoint
 from himix_megatron.config import RunConfig, to_json
-from himix_megatron.data.plan import START
-from himix_megatron.envelope import find_checkpoint
-from himix_megatron.interop.folder import read_config
-from himix_megatron.kernels import detect
-from tests.distributed import run_ranks
-from tests.interop.models import LANGUAGE, make_language, make_tower
+from himix_megatron.conversion.checkpoint_io import read_config
+from himix_megatron.data.loading.plan import START
+from himix_megatron.distributed.fused_kernels import detect
 from tests.model.te_keys import RECORD, as_with_gpu, described
+from tests.support.model_folders import LANGUAGE, make_language, make_tower
+from tests.support.ranks import run_ranks
 from tools import convert
 
 
@@ -99,17 +99,17 @@ def load_and_save(checkpoint: Path, run: Path, attention: str, change: Callable[
 
     `old_way`: save extra states too, as was done once. Returns: the model's parameters.
     """
-    from himix_megatron import parallel
-    from himix_megatron.attempt import take
-    from himix_megatron.model.himix import bare, build_stage
-    from himix_megatron.model.vision import build_tower
-    from himix_megatron.optim import build_optimizer
+    from himix_megatron.checkpoint.run_lock import take
+    from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
+    from himix_megatron.model.himix_model import bare, build_stage
+    from himix_megatron.model.vision_tower import build_tower
+    from himix_megatron.training.optimizer import build_optimizer
 
     config = replace(read_config(checkpoint), run=RunConfig(dir=str(run)))
     config = replace(config, model=replace(config.model, layer_spec=attention))
     run.mkdir()
     (run / "config.json").write_text(to_json(config))
-    topology = parallel.start(config.parallel, seed=1)
+    topology = init_distributed(config.parallel, seed=1)
     tower = build_tower(config.vision, seed=1, dtype=torch.float32)
     kernels = detect()
     with as_with_gpu(attention):
@@ -130,7 +130,7 @@ def load_and_save(checkpoint: Path, run: Path, attention: str, change: Callable[
     own.close()
     # As bytes, which a rank can hand on; the type is in them.
     weights = {name: tensor.detach().clone().numpy() for name, tensor in bare(stages[0]).named_parameters()}
-    parallel.shutdown()
+    shutdown_distributed()
     return weights
 
 

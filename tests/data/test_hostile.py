@@ -22,12 +22,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from himix_megatron.data.shards import ShardDataset
+from himix_megatron.data.shards.reader import ShardDataset
 from pipelines.preprocess import Settings, preprocess
+from tests.support import ROOT
+from tests.support.data_fixtures import encoded, picture, row
 
-from .sets import encoded, picture, row
-
-ROOT = Path(__file__).parents[2]
 JPEG = encoded(picture(), "JPEG")
 KEPT = ""
 """Instead of a reason: the row is harmless after all."""

@@ -11,16 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from himix_megatron.data.batch import share_of, without_loss
-from himix_megatron.data.image import decode
-from himix_megatron.data.lengths import text_lengths
-from himix_megatron.data.loader import Reads, StepReader, step_loader
-from himix_megatron.data.plan import Datasets, End, Plan
-from himix_megatron.data.shards import ShardDataset
-
-from .sets import VISION, data_config, mixed
-
-ROOT = Path(__file__).parents[2]
+from himix_megatron.data.images.image_file import decode
+from himix_megatron.data.loading.batch import share_of, without_loss
+from himix_megatron.data.loading.loader import Reads, StepReader, step_loader
+from himix_megatron.data.loading.plan import Datasets, End, Plan
+from himix_megatron.data.loading.token_counts import text_lengths
+from himix_megatron.data.shards.reader import ShardDataset
+from tests.support import ROOT
+from tests.support.data_fixtures import VISION, data_config, mixed
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from himix_megatron.data.packing import plan_packs
+from himix_megatron.data.loading.packing import plan_packs
 
 
 def lengths(mean: float, sigma: float, count: int, longest: int, seed: int = 0) -> np.ndarray:

@@ -8,9 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from himix_megatron.data.plan import START, WINDOW, Datasets, End, Place, Plan
-
-from .sets import data_config, make, mixed, row
+from himix_megatron.data.loading.plan import START, WINDOW, Datasets, End, Place, Plan
+from tests.support.data_fixtures import data_config, make, mixed, row
 
 FOREVER = End(10**9, None)
 

@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from himix_megatron.data import storage, writing
-from himix_megatron.data.shards import ShardDataset
-from himix_megatron.data.sources import llava
-from himix_megatron.data.sources.sample import Part, number_rows
-from himix_megatron.data.writing import ShardJob
-from pipelines import engine, preprocess
+from himix_megatron.data.ingest import shard_writer
+from himix_megatron.data.ingest.shard_writer import ShardJob
+from himix_megatron.data.ingest.sources import llava
+from himix_megatron.data.ingest.sources.base import Part, number_rows
+from himix_megatron.data.shards import storage
+from himix_megatron.data.shards.reader import ShardDataset
+from pipelines import preprocess
+from pipelines.launchers import task_engine
 from pipelines.preprocess import Settings
-
-from .sets import EMOJI, encoded, make, mixed_source, picture, row
-
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
+from tests.support.data_fixtures import EMOJI, encoded, make, mixed_source, picture, row
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -32,7 +32,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def ray():
     """One Ray for this file's tests."""
-    with engine.ray_started(num_workers=2):
+    with task_engine.ray_started(num_workers=2):
         yield
 
 
@@ -233,7 +233,7 @@ def test_a_straggler_of_a_killed_run_cannot_publish(source, tmp_path):
 
     job = ShardJob(storage.LocalFolder(folder), attempt, "rows-000000", "c", "s")
     with pytest.raises(FileNotFoundError):
-        writing.write_shard(job, Swept())
+        shard_writer.write_shard(job, Swept())
     assert contents(folder) == wanted
 
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from himix_megatron.data.lengths import text_lengths
-from himix_megatron.data.loader import Reads, StepReader
-from himix_megatron.data.plan import Datasets, End, Plan
-from himix_megatron.data.shards import ShardDataset
-from pipelines import engine
+from himix_megatron.data.loading.loader import Reads, StepReader
+from himix_megatron.data.loading.plan import Datasets, End, Plan
+from himix_megatron.data.loading.token_counts import text_lengths
+from himix_megatron.data.shards.reader import ShardDataset
+from pipelines.launchers import task_engine
 from pipelines.preprocess import Settings, preprocess
+from tests.support.data_fixtures import VISION, data_config, make, mixed_source
 
-from .sets import VISION, data_config, make, mixed_source
 from .test_preprocess import command, contents
 from .test_sources import img2dataset_set, make_from, parquet_set, webdataset_set
 
@@ -102,7 +102,7 @@ def test_a_rerun_on_s3_makes_only_what_is_missing_or_damaged(tmp_path, s3):
 def test_ray_workers_write_to_s3(tmp_path, s3):
     annotations, images = mixed_source(tmp_path)
     wanted = local(make(tmp_path / "here", annotations, images).path)
-    with engine.ray_started(num_workers=2):
+    with task_engine.ray_started(num_workers=2):
         preprocess(Settings(annotations=annotations, images=images, out="s3://bucket/ray", num_workers=2, samples_per_shard=10))
     assert stored(s3, "bucket/ray") == wanted
 

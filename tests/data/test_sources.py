@@ -12,15 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from himix_megatron.data.shards import ShardDataset
-from himix_megatron.data.sources.files import FilesSource
-from himix_megatron.data.sources.parquet import ParquetReader
-from himix_megatron.data.sources.sample import SourceError, digest_id, find_repeated
-from himix_megatron.data.sources.webdataset import TarReader
-from pipelines import engine
+from himix_megatron.data.ingest.sources.base import SourceError, digest_id, find_repeated
+from himix_megatron.data.ingest.sources.file_list import FilesSource
+from himix_megatron.data.ingest.sources.parquet import ParquetReader
+from himix_megatron.data.ingest.sources.webdataset import TarReader
+from himix_megatron.data.shards.reader import ShardDataset
+from pipelines.launchers import task_engine
 from pipelines.preprocess import Settings, preprocess
+from tests.support.data_fixtures import encoded, make, mixed_source, picture, row
 
-from .sets import encoded, make, mixed_source, picture, row
 from .test_preprocess import contents
 
 FORMS = (("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"))
@@ -28,7 +28,7 @@ FORMS = (("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"))
 
 @pytest.fixture(scope="module")
 def ray():
-    with engine.ray_started(num_workers=2):
+    with task_engine.ray_started(num_workers=2):
         yield
 
 

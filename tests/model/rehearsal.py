@@ -34,12 +34,12 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from himix_megatron import cpu
 from himix_megatron.config import Config
+from himix_megatron.distributed import cpu_backend
 
 aten = torch.ops.aten
 KERNELS = ("_forward", "_row_sums", "_backward_of_keys", "_backward_of_queries")
-"""Of model/triton_attention.py."""
+"""Of model/attention/triton_attention.py."""
 
 
 def stand_in(dtype: torch.dtype) -> Any:
@@ -53,7 +53,7 @@ class Wait:
 
     what: str
     file: str
-    """From the package on: `himix_megatron/steps.py`."""
+    """From the package on: `himix_megatron/training/train_step.py`."""
     line: int
     function: str
 
@@ -174,10 +174,10 @@ class Rehearsal(TorchDispatchMode):
 
     def leave(self) -> None:
         """After a step that ended with an error: leave its groups."""
-        from himix_megatron import parallel
+        from himix_megatron.distributed.topology import shutdown_distributed
 
         self.in_step = False
-        parallel.shutdown()
+        shutdown_distributed()
 
 
 class Kernel:
@@ -200,7 +200,7 @@ class Kernel:
 
 def triton_attention() -> Any:
     """The module. Where Triton is not installed it alone gets a stand-in: torch would take that for the real one."""
-    name = "himix_megatron.model.triton_attention"
+    name = "himix_megatron.model.attention.triton_attention"
     if name in sys.modules or importlib.util.find_spec("triton"):
         return importlib.import_module(name)
     triton: Any = ModuleType("triton")
@@ -251,10 +251,11 @@ def moved(module: torch.nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], r
 @contextmanager
 def rehearsing(*, transformer_engine: bool = False) -> Iterator[Rehearsal]:
     """This process has a GPU, or so it seems; and Transformer Engine's layers, where a stand-in for them is installed."""
-    from himix_megatron import kernels, micro_batch_graphs, parallel
+    from himix_megatron.distributed import fused_kernels, topology
+    from himix_megatron.model import micro_batch_graphs
 
     device = fake_gpu()
-    cpu.activate(device)
+    cpu_backend.activate(device)
     mode, attention = Rehearsal(device), triton_attention()
     plain_group, backend = dist.new_group, f"cpu:fake,{device.type}:fake"
 
@@ -270,7 +271,7 @@ def rehearsing(*, transformer_engine: bool = False) -> Iterator[Rehearsal]:
             mode.gloo.add(group.group_name)
         return group
 
-    usable = kernels.Kernels(
+    usable = fused_kernels.Kernels(
         transformer_engine=transformer_engine, transformer_engine_reason="rehearsal", triton=True,
         fused_adam="torch", fused_adam_reason="rehearsal",
         accumulation_fusion=False, accumulation_fusion_reason="rehearsal",
@@ -280,9 +281,9 @@ def rehearsing(*, transformer_engine: bool = False) -> Iterator[Rehearsal]:
             (torch.cuda, "is_available", lambda: True),
             (torch.cuda, "get_device_capability", lambda *_: (9, 0)),  # for which attention in Triton is chosen
             (torch.cuda, "is_current_stream_capturing", lambda: False),
-            (parallel, "_device", lambda launch: device),
-            (parallel, "_join", join),
-            (kernels, "detect", lambda *_: usable),
+            (topology, "_device", lambda launch: device),
+            (topology, "_join", join),
+            (fused_kernels, "detect", lambda *_: usable),
             (dist, "new_group", new_group),
             (dist.distributed_c10d, "new_group", new_group),
             (dist.ProcessGroup, "_has_hooks", lambda self: False),  # it would warn of each group
@@ -307,15 +308,17 @@ def rehearsing(*, transformer_engine: bool = False) -> Iterator[Rehearsal]:
 
 def rehearse(mode: Rehearsal, config: Config, rank: int, world_size: int, steps: int = 2) -> list[Wait]:
     """Train so many steps as this rank. Returns: the waits of the last; in the first, things that stay are made and copied."""
-    from himix_megatron import kernels, parallel
-    from himix_megatron.build import build_run
-    from himix_megatron.health import UPDATE
-    from himix_megatron.steps import together, train_step
+    from himix_megatron.distributed import fused_kernels
+    from himix_megatron.distributed.launch import Launch
+    from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
+    from himix_megatron.resilience.loss_guard import UPDATE
+    from himix_megatron.training.builder import build_run
+    from himix_megatron.training.train_step import together, train_step
 
-    launch = parallel.Launch(kind="torchrun", rank=rank, world_size=world_size, local_rank=0, host="", port=0)
-    topology = parallel.start(config.parallel, seed=1, launch=launch)
+    launch = Launch(kind="torchrun", rank=rank, world_size=world_size, local_rank=0, host="", port=0)
+    topology = init_distributed(config.parallel, seed=1, launch=launch)
     start: Any = SimpleNamespace(
-        kernels=kernels.detect(), features=(), held_out=None, held_out_features=(), attempt=None, ranks=None
+        kernels=fused_kernels.detect(), features=(), held_out=None, held_out_features=(), attempt=None, ranks=None
     )
     run = build_run(config, start, topology)
     batches = [step_batch(config, topology, number) for number in range(steps)]
@@ -330,7 +333,7 @@ def rehearse(mode: Rehearsal, config: Config, rank: int, world_size: int, steps:
     mode.in_step = False
     waits = list(mode.waits)
     assert run.ahead.settle(5)
-    parallel.shutdown()
+    shutdown_distributed()
     return waits
 
 
@@ -338,10 +341,10 @@ def step_batch(config: Config, topology: Any, number: int) -> Any:
     """Two micro-batches of two samples, with two images and one."""
     import numpy as np
 
-    from himix_megatron.build import reads_of
-    from himix_megatron.data.batch import StepBatch, collate, share_of
-    from himix_megatron.data.conversation import EncodedText
-    from himix_megatron.data.plan import START
+    from himix_megatron.data.loading.batch import StepBatch, collate, share_of
+    from himix_megatron.data.loading.plan import START
+    from himix_megatron.data.text.chat_template import EncodedText
+    from himix_megatron.training.builder import reads_of
 
     def text(length: int) -> EncodedText:
         return EncodedText(np.arange(length), np.arange(length) > length // 2, False)

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-RECORD = Path(__file__).parents[1] / "data" / "reference" / "te_keys.json"
+from tests.support import ROOT
+
+RECORD = ROOT / "tests" / "data" / "reference" / "te_keys.json"
 PACKAGES = ("transformer-engine", "megatron-core", "torch")
 
 
@@ -31,22 +33,22 @@ def described(attention: str) -> dict[str, str | None]:
     import torch
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
 
-    from himix_megatron import parallel
-    from himix_megatron.checkpoint import _metadata
-    from himix_megatron.kernels import detect
-    from himix_megatron.model.himix import bare, build_stage
-    from himix_megatron.model.vision import build_tower
-    from tests.runs import small_config
+    from himix_megatron.checkpoint.checkpointer import _metadata
+    from himix_megatron.distributed.fused_kernels import detect
+    from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
+    from himix_megatron.model.himix_model import bare, build_stage
+    from himix_megatron.model.vision_tower import build_tower
+    from tests.support.small_runs import small_config
 
     config = small_config(Path("unused"), Path("unused"), parts=("language", "vision_kv"))
     config = replace(config, model=replace(config.model, layer_spec=attention))
-    topology = parallel.start(config.parallel, seed=1)
+    topology = init_distributed(config.parallel, seed=1)
     tower = build_tower(config.vision, seed=1, dtype=torch.float32)
     kernels = detect()
     with as_with_gpu(attention):
         stages = build_stage(config, kernels, topology, tower)
     state = bare(stages[0]).sharded_state_dict(metadata=_metadata()).values()
-    parallel.shutdown()
+    shutdown_distributed()
     found: dict[str, str | None] = {}
     for value in state:
         parts = value.build() if isinstance(value, ShardedTensorFactory) else [value]
@@ -58,7 +60,7 @@ def described(attention: str) -> dict[str, str | None]:
 
 
 def main() -> None:
-    from tests.distributed import run_ranks
+    from tests.support.ranks import run_ranks
 
     (found,) = run_ranks(described, 1, "te", start_gloo=False)
     versions = {package: metadata.version(package) for package in PACKAGES}

@@ -11,9 +11,10 @@ import inspect
 import json
 import pkgutil
 from importlib import metadata
-from pathlib import Path
 
-RECORD = Path(__file__).parents[1] / "data" / "reference" / "te_signatures.json"
+from tests.support import ROOT
+
+RECORD = ROOT / "tests" / "data" / "reference" / "te_signatures.json"
 PACKAGE = "transformer-engine"
 CLASSES = ("LayerNormLinear", "Linear", "RMSNorm", "DotProductAttention", "ops.SwiGLU")
 FUNCTIONS = ("cross_entropy.parallel_cross_entropy", "attention.rope.apply_rotary_pos_emb")

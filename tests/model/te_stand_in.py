@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from tests.model.te_signatures import RECORD, recorded
+from .te_signatures import RECORD, recorded
 
 ROOT = "transformer_engine"
 CALLS: Counter[str] = Counter()
@@ -210,8 +210,8 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 def main() -> None:
     """In a process of its own: megatron-core asks once, when it is imported, whether there is Transformer Engine."""
     sys.meta_path.insert(0, _Finder())
-    from tests.model.rehearsal import rehearsing
-    from tests.model.test_rehearsal import ALIGN, GRAPHS, INSTRUCT, PACKED, TENSOR, WIDE, waits_of
+    from .rehearsal import rehearsing
+    from .test_rehearsal import ALIGN, GRAPHS, INSTRUCT, PACKED, TENSOR, WIDE, waits_of
 
     found = []
     with rehearsing(transformer_engine=True) as mode:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.distributed import run_ranks
-from tests.runs import small_config
+from tests.support.ranks import run_ranks
+from tests.support.small_runs import small_config
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one rank": (1, {}),
@@ -32,14 +32,15 @@ def losses_and_gradients(options: dict[str, Any], tied: bool, count: str, chunk_
     """(found, wanted) of the losses, and of the gradients of what goes into the head and of its weight; one rank's part."""
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-    from himix_megatron import loss, parallel
-    from himix_megatron.kernels import detect
-    from himix_megatron.model.himix import bare, build_stage
+    from himix_megatron.distributed.fused_kernels import detect
+    from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
+    from himix_megatron.model import loss
+    from himix_megatron.model.himix_model import bare, build_stage
 
     loss.CHUNK_LOGITS = chunk_logits
     config = small_config(Path("unused"), Path("unused"), parts=("language", "vision_kv"), **options)
     config = replace(config, model=replace(config.model, tie_embeddings=tied))
-    topology = parallel.start(config.parallel, seed=1)
+    topology = init_distributed(config.parallel, seed=1)
     stage = build_stage(config, detect(), topology, torch.nn.Identity())[0]
     model, labels = bare(stage), labels_for(count)
     own = TEXT // topology.tensor_size if config.parallel.sequence else TEXT
@@ -60,7 +61,7 @@ def losses_and_gradients(options: dict[str, Any], tied: bool, count: str, chunk_
     logits_SBW, _ = model.output_layer(states, weight=weight if tied else None)
     all_losses = vocab_parallel_cross_entropy(model.hide_padding(logits_SBW), labels.clamp(min=0).t().contiguous()).t()
     wanted = gradients(all_losses * (labels >= 0), states)
-    parallel.shutdown()
+    shutdown_distributed()
     return list(zip(found, wanted, strict=True))
 
 
@@ -96,7 +97,7 @@ def largest_tensor() -> int:
 
 def losses_and_gradients_alone() -> None:
     """The head by itself over 4,000 tokens and a vocabulary of 1,000."""
-    from himix_megatron import loss
+    from himix_megatron.model import loss
 
     weight = torch.randn(1000, 16, requires_grad=True)
     hidden = torch.randn(1000, 4, 16, requires_grad=True)
@@ -111,5 +112,5 @@ def losses_and_gradients_alone() -> None:
 
 
 def test_a_micro_batchs_logits_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("himix_megatron.loss.CHUNK_LOGITS", 50_000)
+    monkeypatch.setattr("himix_megatron.model.loss.CHUNK_LOGITS", 50_000)
     assert largest_tensor() <= 64_000  # the states; all logits were 4 million

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.distributed import run_ranks
+from tests.support.ranks import run_ranks
 
 SAMPLES, TEXT, VISION, HIDDEN = 26, 4, 8, 64
 VIEW = re.compile(
@@ -55,11 +55,12 @@ def rotate(tensor: Tensor, angles: Tensor, **_: Any) -> Tensor:
 
 def calls_of_a_layer() -> tuple[float, float]:
     """Calls and views of one decoder layer, forward and backward; on one rank."""
-    from himix_megatron import parallel
-    from himix_megatron.model import attention_backends, layer, mixture_attention
+    from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
+    from himix_megatron.model import layer
+    from himix_megatron.model.attention import backends, mixture_attention
     from pipelines.recipes import RECIPES
 
-    attention_backends.TorchMixtureAttention.forward = attend  # type: ignore[assignment, method-assign]
+    backends.TorchMixtureAttention.forward = attend  # type: ignore[assignment, method-assign]
     layer.SwiGLU.forward = activate  # type: ignore[assignment, method-assign]
     mixture_attention.apply_rotary_pos_emb = rotate
     config = RECIPES["qwen2_0_5b_instruct"]()
@@ -76,12 +77,12 @@ def calls_of_a_layer() -> tuple[float, float]:
         train=replace(config.train, precision="fp32"),
         parallel=replace(config.parallel, tensor=1, pipeline=1, sequence=False, split="even"),
     )
-    topology = parallel.start(config.parallel, seed=0)
+    topology = init_distributed(config.parallel, seed=0)
     counts = []
     for num_layers in (2, 4):
         model = replace(config.model, num_layers=num_layers, layer_spec="torch", **small)
         counts.append(_count(replace(config, model=model), topology))
-    parallel.shutdown()
+    shutdown_distributed()
     of_layer = {name: (counts[1][name] - counts[0][name]) / 2 for name in counts[1] if name.startswith("aten::")}
     views = sum(count for name, count in of_layer.items() if VIEW.fullmatch(name))
     return sum(of_layer.values()) - views, views
@@ -90,9 +91,9 @@ def calls_of_a_layer() -> tuple[float, float]:
 def _count(config: Any, topology: Any) -> Counter[str]:
     from torch.profiler import ProfilerActivity, profile
 
-    from himix_megatron.model.layout import lay_out
-    from himix_megatron.model.mixture_attention import normalise
-    from tools.bench_model import build
+    from himix_megatron.model.attention.mixture_attention import normalise
+    from himix_megatron.model.attention.packed_layout import lay_out
+    from tools.bench.decoder import build
 
     model = build(config, topology)
     ids = torch.zeros(1, SAMPLES * TEXT, dtype=torch.long)

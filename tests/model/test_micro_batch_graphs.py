@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from himix_megatron import cpu
-from tests.distributed import run_ranks
-from tests.runs import small_config
+from himix_megatron.distributed import cpu_backend
+from tests.support.ranks import run_ranks
+from tests.support.small_runs import small_config
 
-cpu.activate_if_needed()
+cpu_backend.activate_if_needed()
 
 TEXTS = ([30, 1, 17, 40], [9, 60, 3], [88], [20, 20, 20, 20])
 IMAGES = ([1, 0, 2, 1], [1, 1, 0], [3], [1, 1, 1, 0])
@@ -22,7 +22,7 @@ IMAGES = ([1, 0, 2, 1], [1, 1, 0], [3], [1, 1, 1, 0])
 
 def packs(config: Any, device: torch.device, dtype: torch.dtype) -> list[Any]:
     """Packs of one width: other lengths, images and labels each."""
-    from himix_megatron.stage_input import StageInput
+    from himix_megatron.model.stage_input import StageInput
 
     generator, inputs = torch.Generator().manual_seed(0), []
     for texts, images in zip(TEXTS, IMAGES, strict=True):
@@ -44,12 +44,12 @@ def packs(config: Any, device: torch.device, dtype: torch.dtype) -> list[Any]:
 
 def both_ways(options: dict[str, Any], precision: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(as graphs, plainly): reports and gradient sums of three steps of four packs."""
-    from himix_megatron import parallel
-    from himix_megatron.adapter import params_dtype
-    from himix_megatron.kernels import detect
-    from himix_megatron.micro_batch_graphs import MicroBatchGraphs
-    from himix_megatron.model.himix import build_stage, finalize_gradients
-    from himix_megatron.step import run_losses
+    from himix_megatron.distributed.fused_kernels import detect
+    from himix_megatron.distributed.megatron_config import params_dtype
+    from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
+    from himix_megatron.model.himix_model import build_stage, finalize_gradients
+    from himix_megatron.model.micro_batch_graphs import MicroBatchGraphs
+    from himix_megatron.model.schedule import run_losses
 
     config = small_config(Path("unused"), Path("unused"), parts=("language", "vision_kv"), precision=precision)
     config = replace(
@@ -58,7 +58,7 @@ def both_ways(options: dict[str, Any], precision: str) -> list[tuple[torch.Tenso
         data=replace(config.data, pack_text_tokens=96, pack_images=4),
         train=replace(config.train, global_batch_samples=None, global_batch_packs=4, cuda_graphs="on"),
     )
-    topology = parallel.start(config.parallel, seed=1)
+    topology = init_distributed(config.parallel, seed=1)
     stages = build_stage(config, detect(), topology, torch.nn.Identity())
     stages[0].config.finalize_model_grads_func = finalize_gradients
     inputs, graphs, found = packs(config, topology.device, params_dtype(config)), MicroBatchGraphs(config, stages[0]), []
@@ -66,13 +66,13 @@ def both_ways(options: dict[str, Any], precision: str) -> list[tuple[torch.Tenso
         stages[0].zero_grad_buffer()
         reports = run_losses(stages, inputs, forward_only=False, graphs=own)
         found.append([torch.stack(reports).cpu(), *(buffer.grad_data.cpu().clone() for buffer in stages[0].buffers)])
-    parallel.shutdown()
+    shutdown_distributed()
     return [pair for way, plain in zip(found[::2], found[1::2], strict=True) for pair in zip(way, plain, strict=True)]
 
 
 def on_a_cpu() -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Padded to the sizes, but nothing recorded."""
-    from himix_megatron import micro_batch_graphs
+    from himix_megatron.model import micro_batch_graphs
 
     micro_batch_graphs.MAX_GRAPHS = 0
     return both_ways({"layer_spec": "torch"}, "fp32")

@@ -26,11 +26,13 @@ import pytest
 import torch
 
 from himix_megatron.config import Config
-from tests.distributed import run_ranks
-from tests.model.rehearsal import KERNELS, Kernel, Rehearsal, Wait, rehearse, rehearsing
-from tests.runs import small_config
+from tests.support import ROOT
+from tests.support.ranks import run_ranks
+from tests.support.small_runs import small_config
 
-OWN = ("himix_megatron/steps.py", "count")
+from .rehearsal import KERNELS, Kernel, Rehearsal, Wait, rehearse, rehearsing
+
+OWN = ("himix_megatron/training/train_step.py", "count")
 MEGATRON = {
     "0.16.1": {
         ("megatron/core/distributed/finalize_model_grads.py", 495): "whether any token had a loss",
@@ -110,17 +112,17 @@ def test_a_step_keeps_to_the_device_and_waits_once() -> None:
 @contextmanager
 def not_moved() -> Iterator[None]:
     """The layout of a micro-batch stays on the host."""
-    from himix_megatron.model import layout
+    from himix_megatron.model.attention import packed_layout
 
-    move = layout._to
-    with patch.object(layout, "_to", lambda _, arrays: move(torch.device("cpu"), arrays)):
+    move = packed_layout._to
+    with patch.object(packed_layout, "_to", lambda _, arrays: move(torch.device("cpu"), arrays)):
         yield
 
 
 @contextmanager
 def reads_in_attention() -> Iterator[None]:
     """Each layer looks at a number."""
-    from himix_megatron.model.attention_backends import TorchMixtureAttention
+    from himix_megatron.model.attention.backends import TorchMixtureAttention
 
     attend = TorchMixtureAttention.forward
 
@@ -135,41 +137,41 @@ def reads_in_attention() -> Iterator[None]:
 @contextmanager
 def reads_in_loss() -> Iterator[None]:
     """Each micro-batch's loss asks whether it has tokens."""
-    from himix_megatron.model import himix
+    from himix_megatron.model import himix_model
 
-    plain = himix.token_losses
+    plain = himix_model.token_losses
 
     def token_losses(hidden: torch.Tensor, labels: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
         assert bool((labels >= 0).any())
         return plain(hidden, labels, *others, **named)
 
-    with patch.object(himix, "token_losses", token_losses):
+    with patch.object(himix_model, "token_losses", token_losses):
         yield
 
 
 @contextmanager
 def finds_labels() -> Iterator[None]:
     """The loss looks for the tokens that count."""
-    from himix_megatron.model import himix
+    from himix_megatron.model import himix_model
 
-    plain = himix.token_losses
-    with patch.object(himix, "token_losses", lambda *given, labelled, **named: plain(*given, labelled=None, **named)):
+    plain = himix_model.token_losses
+    with patch.object(himix_model, "token_losses", lambda *given, labelled, **named: plain(*given, labelled=None, **named)):
         yield
 
 
 @contextmanager
 def not_pinned() -> Iterator[None]:
     """The images come from ordinary memory."""
-    from himix_megatron import steps
+    from himix_megatron.training import train_step
 
-    with patch.object(steps, "pinned", lambda batch: batch):
+    with patch.object(train_step, "pinned", lambda batch: batch):
         yield
 
 
 @contextmanager
 def reads_in_triton() -> Iterator[None]:
     """Each layer looks at a number before it starts a kernel."""
-    from himix_megatron.model import triton_attention
+    from himix_megatron.model.attention import triton_attention
 
     attend = triton_attention.forward
     with patch.object(triton_attention, "forward", lambda query, *others: (query.sum().item(), attend(query, *others))[1]):
@@ -179,21 +181,21 @@ def reads_in_triton() -> Iterator[None]:
 @contextmanager
 def samples_on_host() -> Iterator[None]:
     """Where samples lie, which only kernels in Triton read, stays on the host."""
-    from himix_megatron.model import himix
+    from himix_megatron.model import himix_model
 
     def lay_out(*given: Any) -> Any:
-        layout = plain(*given)
-        return dataclasses.replace(layout, samples=torch.zeros(layout.samples.shape, dtype=torch.int32))
+        packed_layout = plain(*given)
+        return dataclasses.replace(packed_layout, samples=torch.zeros(packed_layout.samples.shape, dtype=torch.int32))
 
-    plain = himix.lay_out
-    with patch.object(himix, "lay_out", lay_out):
+    plain = himix_model.lay_out
+    with patch.object(himix_model, "lay_out", lay_out):
         yield
 
 
 @contextmanager
 def pads_from_host() -> Iterator[None]:
     """What a micro-batch is padded with comes from the host."""
-    from himix_megatron import micro_batch_graphs
+    from himix_megatron.model import micro_batch_graphs
 
     pad = torch.nn.functional.pad
     own = SimpleNamespace(pad=lambda given, by, **named: pad(given, by, **named) + torch.zeros(1))
@@ -234,15 +236,15 @@ def test_mistakes_are_found_with_their_places() -> None:
     more = {name: places(waits) - accepted() for name, waits in found.items() if not isinstance(waits, str)}
     each_layer, each_micro_batch = NUM_LAYERS * NUM_MICRO_BATCHES, NUM_MICRO_BATCHES
     assert more.pop("none") == Counter()
-    assert more.pop("reads in attention") == {("himix_megatron/model/mixture_attention.py", "forward"): each_layer}
-    assert more.pop("reads in loss") == {("himix_megatron/model/himix.py", "_postprocess"): each_micro_batch}
-    assert more.pop("reads in triton") == {("himix_megatron/model/triton_attention.py", "forward"): each_layer}
-    assert more.pop("not pinned") == {("himix_megatron/model/encoder.py", "encode"): 2}
+    assert more.pop("reads in attention") == {("himix_megatron/model/attention/mixture_attention.py", "forward"): each_layer}
+    assert more.pop("reads in loss") == {("himix_megatron/model/himix_model.py", "_postprocess"): each_micro_batch}
+    assert more.pop("reads in triton") == {("himix_megatron/model/attention/triton_attention.py", "forward"): each_layer}
+    assert more.pop("not pinned") == {("himix_megatron/model/vision_encoder.py", "encode"): 2}
     assert not more
-    for name, place in (("not moved", "himix_megatron/model/layout.py"), ("pads from host", "in padded")):
+    for name, place in (("not moved", "himix_megatron/model/attention/packed_layout.py"), ("pads from host", "in padded")):
         assert re.search("same device|two different devices", found[name])  # as versions of torch say it
         assert place in found[name]
-    assert "aten.nonzero.default at himix_megatron/loss.py" in found["finds labels"]
+    assert "aten.nonzero.default at himix_megatron/model/loss.py" in found["finds labels"]
     assert "AssertionError: _forward: samples_at is tensor(" in found["samples on host"]
 
 
@@ -265,7 +267,7 @@ def test_a_kernel_is_started_as_it_is_written() -> None:
 
 
 def test_transformer_engines_layers_are_called_as_recorded() -> None:
-    root, environment = Path(__file__).parents[2], {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    root, environment = ROOT, {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.model.te_stand_in"]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -285,7 +287,7 @@ def test_transformer_engines_layers_are_called_as_recorded() -> None:
 
 
 def test_a_call_that_does_not_fit_the_record_is_an_error() -> None:
-    from tests.model.te_stand_in import Linear
+    from .te_stand_in import Linear
 
     with pytest.raises(TypeError, match=r"pytorch\.Linear\.__init__.*got an unexpected keyword argument 'width'"):
         Linear(in_features=1, out_features=1, width=1)

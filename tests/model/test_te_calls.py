@@ -16,16 +16,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from himix_megatron import cpu
+from himix_megatron.distributed import cpu_backend
 
-cpu.activate_if_needed()
+cpu_backend.activate_if_needed()
 
-from himix_megatron.kernels import detect  # noqa: E402
-from himix_megatron.model.attention_backends import TransformerEngineMixtureAttention  # noqa: E402
-from himix_megatron.model.himix import HiMixModel  # noqa: E402
+from himix_megatron.distributed.fused_kernels import detect  # noqa: E402
+from himix_megatron.model.attention.backends import TransformerEngineMixtureAttention  # noqa: E402
+from himix_megatron.model.himix_model import HiMixModel  # noqa: E402
 from himix_megatron.model.layer import TransformerEngineSwiGLU  # noqa: E402
-from tests.model.te_signatures import PACKAGE, RECORD, installed, recorded  # noqa: E402
-from tests.model.test_training_attention import DIM, LAYOUTS, Sizes, inputs  # noqa: E402
+
+from .te_signatures import PACKAGE, RECORD, installed, recorded  # noqa: E402
+from .test_training_attention import DIM, LAYOUTS, Sizes, inputs  # noqa: E402
 
 PYTORCH = "transformer_engine.pytorch"
 Calls = dict[str, list[dict[str, Any]]]

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from himix_megatron import cpu
+from himix_megatron.distributed import cpu_backend
 
-cpu.activate_if_needed()
+cpu_backend.activate_if_needed()
 
-from himix_megatron.model.attention_backends import (  # noqa: E402
+from himix_megatron.model.attention.backends import (  # noqa: E402
     TorchMixtureAttention,
     TransformerEngineMixtureAttention,
     _one_by_one,
@@ -21,8 +21,9 @@ from himix_megatron.model.attention_backends import (  # noqa: E402
     has_variable_length,
     variable_length_arguments,
 )
-from himix_megatron.model.layout import Layout, lay_out  # noqa: E402
-from tests.model.test_attention_backends import SpelledOutKernel  # noqa: E402
+from himix_megatron.model.attention.packed_layout import Layout, lay_out  # noqa: E402
+
+from .test_backends import SpelledOutKernel  # noqa: E402
 
 DIM, IMAGE = 16, 9
 HEADS = {"grouped": (4, 2), "one key head": (4, 1), "a key head each": (4, 4)}
@@ -155,7 +156,7 @@ def test_one_sample_after_the_other_is_the_formula(layout: Layout) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_te_is_handed_each_samples_own_keys(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its kernels take a GPU: in their place what they compute for this call, in plain torch."""
-    monkeypatch.setattr("tests.model.test_attention_backends.DIM", DIM)
+    monkeypatch.setattr("tests.model.test_backends.DIM", DIM)
     backend = TransformerEngineMixtureAttention.__new__(TransformerEngineMixtureAttention)
     nn.Module.__init__(backend)
     backend.core = SpelledOutKernel()
@@ -201,7 +202,7 @@ def put_in_place(monkeypatch: pytest.MonkeyPatch, varlen_attn: Any) -> None:
     """Of torch's; its arguments, which are kept once asked for, are asked for anew."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     anew = variable_length_arguments.__wrapped__
-    monkeypatch.setattr("himix_megatron.model.attention_backends.variable_length_arguments", anew)
+    monkeypatch.setattr("himix_megatron.model.attention.backends.variable_length_arguments", anew)
 
 
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
@@ -211,7 +212,7 @@ def test_torchs_flash_attention_is_called_as_each_version_wants_it(
     layout: Layout, varlen_attn: Any, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_in_place(monkeypatch, varlen_attn)
-    monkeypatch.setattr("tests.model.test_attention_backends.DIM", DIM)
+    monkeypatch.setattr("tests.model.test_backends.DIM", DIM)
     assert has_variable_length()
     wanted = outcome(spelled_out, layout, inputs(layout, heads, torch.float64))
     found = outcome(lambda *given: _variable_length(*given, DIM**-0.5), layout, inputs(layout, heads, torch.float64))

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.model.test_training_attention import LAYOUTS, on_device, outcome, spelled_out
-from tests.model.test_training_attention import inputs as inputs_of
+from .test_training_attention import LAYOUTS, on_device, outcome, spelled_out
+from .test_training_attention import inputs as inputs_of
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 SMALL = [name for name, layout in LAYOUTS.items() if sum(layout.text_lengths) <= 120]
@@ -23,7 +23,7 @@ HEADS = {"grouped": (4, 2), "a key head each": (4, 4), "seven for each": (14, 2)
 
 def interpreted() -> dict[str, float]:
     """The largest differences, by layout and heads."""
-    from himix_megatron.model.triton_attention import triton_attention
+    from himix_megatron.model.attention.triton_attention import triton_attention
 
     def attend(*given: Any) -> torch.Tensor:
         return triton_attention(*given, given[0].shape[3] ** -0.5).flatten(2)
@@ -56,7 +56,7 @@ def test_the_interpreted_kernels_are_the_formula() -> None:
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_compiled_kernels_are_the_formula_and_repeat_to_the_bit(layout: str, dim: int, monkeypatch: Any) -> None:
-    from himix_megatron.model.triton_attention import triton_attention
+    from himix_megatron.model.attention.triton_attention import triton_attention
 
     monkeypatch.setattr("tests.model.test_training_attention.DIM", dim)
 

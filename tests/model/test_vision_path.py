@@ -12,21 +12,21 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.distributed import run_ranks
-from tests.runs import small_config
+from tests.support.ranks import run_ranks
+from tests.support.small_runs import small_config
 
 SAMPLES, TEXT, VISION = 3, 24, 400
 
 
 def build(parts: tuple[Any, ...], num_layers: int = 4, **options: Any) -> tuple[Any, Any]:
     """One rank's model and its configuration."""
-    from himix_megatron import parallel
-    from himix_megatron.kernels import detect
-    from himix_megatron.model.himix import bare, build_stage
+    from himix_megatron.distributed.fused_kernels import detect
+    from himix_megatron.distributed.topology import init_distributed
+    from himix_megatron.model.himix_model import bare, build_stage
 
     config = small_config(Path("unused"), Path("unused"), parts=parts, **options)
     config = replace(config, model=replace(config.model, num_layers=num_layers))
-    topology = parallel.start(config.parallel, seed=1)
+    topology = init_distributed(config.parallel, seed=1)
     stages = build_stage(config, detect(), topology, torch.nn.Identity())
     for stage in stages:
         stage.zero_grad_buffer()
@@ -49,7 +49,7 @@ def features(config: Any) -> Tensor:
 
 def stored_features(num_layers: int) -> int:
     """How many tensors as large as the features are kept for the backward pass."""
-    from himix_megatron import parallel
+    from himix_megatron.distributed.topology import shutdown_distributed
 
     model, (config, _) = build(("language", "vision_kv"), num_layers)
     given = features(config)
@@ -63,7 +63,7 @@ def stored_features(num_layers: int) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = run(model, config, given)
     loss.backward()
-    parallel.shutdown()
+    shutdown_distributed()
     return len(kept)
 
 
@@ -74,8 +74,8 @@ def test_normalised_features_are_stored_once_for_all_layers() -> None:
 
 def folded_and_plain() -> list[tuple[Tensor, Tensor]]:
     """A layer's vision keys and values and its two gradients, beside the formula's: RMSNorm, then the projection."""
-    from himix_megatron import parallel
-    from himix_megatron.model.mixture_attention import normalise
+    from himix_megatron.distributed.topology import shutdown_distributed
+    from himix_megatron.model.attention.mixture_attention import normalise
 
     model, (config, _) = build(("language", "vision_kv"))
     attention = model.decoder.layers[1].self_attention
@@ -88,7 +88,7 @@ def folded_and_plain() -> list[tuple[Tensor, Tensor]]:
     found = torch.autograd.grad((found_kv * weights).sum(), (norm, linear.weight, linear.bias, given))
     wanted_kv = F.linear(F.rms_norm(given, norm.shape, norm, eps), linear.weight, linear.bias).view_as(found_kv)
     wanted = torch.autograd.grad((wanted_kv * weights).sum(), (norm, linear.weight, linear.bias, given))
-    parallel.shutdown()
+    shutdown_distributed()
     return [(a.detach(), b.detach()) for a, b in zip((found_kv, *found), (wanted_kv, *wanted), strict=True)]
 
 
@@ -99,7 +99,7 @@ def test_folding_the_norm_into_the_projection_changes_nothing() -> None:
 
 def backward_products(parts: tuple[Any, ...]) -> int:
     """FLOPs of the matrix products in the backward pass (torch counts none for fused attention on a CPU)."""
-    from himix_megatron import parallel
+    from himix_megatron.distributed.topology import shutdown_distributed
 
     model, (config, _) = build(parts)
     loss = run(model, config, features(config))
@@ -110,7 +110,7 @@ def backward_products(parts: tuple[Any, ...]) -> int:
 
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added_in_place}) as counter:
         loss.backward()
-    parallel.shutdown()
+    shutdown_distributed()
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad and p.grad is not None]
     assert not frozen
     return int(counter.get_total_flops())
@@ -138,14 +138,14 @@ def test_no_product_is_taken_for_what_is_frozen(parts: tuple[Any, ...]) -> None:
 
 def norm_gradients(parallel_options: dict[str, Any]) -> tuple[float, Tensor]:
     """Loss, and the vision norms' gradients of all layers, with weights that are the same for every tensor size."""
-    from himix_megatron import parallel
+    from himix_megatron.distributed.topology import shutdown_distributed
 
     model, (config, stages) = build(("language", "vision_kv"), **parallel_options)
     loss = run(model, config, features(config))
     loss.backward()
     stages[0].config.finalize_model_grads_func = None
     found = torch.stack([layer.self_attention.vision_norm.weight.main_grad for layer in model.decoder.layers])
-    parallel.shutdown()
+    shutdown_distributed()
     return float(loss.detach()), found
 
 

@@ -12,6 +12,7 @@ import pytest
 from himix_megatron.config import RankError, differences
 from pipelines.cli import parse, parse_settings, run_main
 from pipelines.recipes import RECIPES
+from tests.support import ROOT
 
 
 def test_a_recipe_alone_is_the_recipes_own_config() -> None:
@@ -126,7 +127,7 @@ def test_other_entry_points_get_the_same_lines() -> None:
 def test_run_main_turns_mistakes_into_one_line_and_exit_code_2(body: str, code: int, stderr: str, tmp_path: Path) -> None:
     script = tmp_path / "entry.py"
     script.write_text(f"from pipelines.cli import run_main\ndef main():\n    {body}\nrun_main(main)\n")
-    path = str(Path(__file__).parents[2])
+    path = str(ROOT)
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env={"PYTHONPATH": path, "RANK": "0"})
     assert (done.returncode, done.stderr) == (code, stderr)
 
@@ -160,5 +161,5 @@ def test_help_into_a_closed_pipe_is_no_error() -> None:
     command = (
         f'{sys.executable} -c \'from pipelines.cli import *; run_main(lambda: parse(["tiny_align", "--help"]) and 0)\' | true'
     )
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
     assert done.stderr == ""

@@ -13,14 +13,15 @@ import pytest
 import torch
 
 from himix_megatron.config import Config
-from himix_megatron.data import features, schema
-from himix_megatron.data.feature_writing import images_of
-from himix_megatron.data.features import FeatureCache
-from himix_megatron.data.shards import ShardDataset
-from himix_megatron.data.vision_reader import PixelReader
+from himix_megatron.data.ingest.feature_writer import images_of
+from himix_megatron.data.loading import feature_cache
+from himix_megatron.data.loading.feature_cache import FeatureCache
+from himix_megatron.data.loading.vision_reader import PixelReader
+from himix_megatron.data.shards import shard_format
+from himix_megatron.data.shards.reader import ShardDataset
 from pipelines.encode import Encoder, Settings, encode, main, split_words
-from tests.distributed import run_ranks
-from tests.runs import history, small_config, train
+from tests.support.ranks import run_ranks
+from tests.support.small_runs import history, small_config, train
 
 
 def settings_of(data: Path, folder: Path, **changes: Any) -> Config:
@@ -38,7 +39,7 @@ def cache(mixed_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_cached_features_equal_online_ones_rounded(mixed_dataset: Path, cache: Path) -> None:
-    from himix_megatron.model.vision import build_tower
+    from himix_megatron.model.vision_tower import build_tower
 
     config, dataset = settings_of(mixed_dataset, cache), ShardDataset(mixed_dataset)
     tower = build_tower(config.vision, seed=config.train.seed, dtype=torch.float32)
@@ -68,7 +69,7 @@ def test_run_again_it_makes_only_what_is_missing_or_damaged(mixed_dataset: Path,
     folder = tmp_path / "c"
     shutil.copytree(cache, folder)
     names = [receipt.name for receipt in ShardDataset(mixed_dataset).manifest.shards]
-    files = [(folder / features.feature_file(name)) for name in names]
+    files = [(folder / feature_cache.feature_file(name)) for name in names]
     before = [file.stat().st_mtime_ns for file in files]
     files[0].unlink()
     content = bytearray(files[1].read_bytes())
@@ -76,7 +77,7 @@ def test_run_again_it_makes_only_what_is_missing_or_damaged(mixed_dataset: Path,
     files[1].write_bytes(content)
     (folder / "manifest.json").unlink()
     encode(settings_of(mixed_dataset, tmp_path), Settings(data=str(mixed_dataset), out=folder, engine="local"))
-    assert [file.read_bytes() for file in files] == [(cache / features.feature_file(name)).read_bytes() for name in names]
+    assert [file.read_bytes() for file in files] == [(cache / feature_cache.feature_file(name)).read_bytes() for name in names]
     assert files[2].stat().st_mtime_ns == before[2]
     assert (folder / "manifest.json").read_bytes() == (cache / "manifest.json").read_bytes()
 
@@ -118,7 +119,7 @@ def without_images(data: Path, folder: Path) -> Path:
     shutil.copytree(data, folder)
     dataset = ShardDataset(data)
     for number, receipt in enumerate(dataset.manifest.shards):
-        tar = schema.shard_paths(folder, receipt.name).tar
+        tar = shard_format.shard_paths(folder, receipt.name).tar
         content = tar.read_bytes()
         for place in images_of(dataset, number):
             image = dataset.image_bytes(*place)
@@ -129,7 +130,7 @@ def without_images(data: Path, folder: Path) -> Path:
 
 def train_without_a_tower(config: Config) -> None:
     """Train with a tower that cannot run."""
-    from himix_megatron.model.vision import TinyTower
+    from himix_megatron.model.vision_tower import TinyTower
 
     def forward(*_: Any) -> None:
         raise AssertionError("the tower runs")

@@ -23,10 +23,11 @@ from himix_megatron.config import ParallelConfig, to_json
 from pipelines import evaluate
 from pipelines.evaluate import Arguments
 from pipelines.recipes import RECIPES
-from tests.datasets import COLOURS
-from tests.distributed import run_ranks
-from tests.pipelines.test_mistakes import message
-from tests.runs import history, small_config, train
+from tests.support.datasets import COLOURS
+from tests.support.ranks import run_ranks
+from tests.support.small_runs import history, small_config, train
+
+from .test_mistakes import message
 
 NUM_IMAGES = 10
 
@@ -48,7 +49,7 @@ def test_a_run_is_evaluated_at_any_layout_however_its_kernels_ran(tmp_path: Path
 
 def evaluated(*steps: Arguments | Callable[[], Any]) -> list[dict[str, Any]]:
     """Evaluate on this rank, once for each Arguments, and call what is between; for `run_ranks(..., start_gloo=False)`."""
-    from himix_megatron import log
+    from himix_megatron.runtime import log
 
     found = []
     for step in steps:

@@ -15,9 +15,10 @@ from PIL import Image
 
 from pipelines import generate
 from pipelines.generate import Arguments
-from tests.distributed import run_ranks
-from tests.pipelines.test_mistakes import message
-from tests.runs import small_config, train
+from tests.support.ranks import run_ranks
+from tests.support.small_runs import small_config, train
+
+from .test_mistakes import message
 
 SHORT = ["--max-new-tokens", "8"]
 
@@ -49,23 +50,24 @@ def command(*words: str, given: str = "") -> str:
 
 def answers_of(run: Path, picture: Path | None, talks: list[list[str]], stops: tuple[str, ...]) -> list[str]:
     """The library's answers to the last question of each talk (questions and answers in turn), without a cache."""
-    from himix_megatron import parallel
-    from himix_megatron.data import conversation, image
-    from himix_megatron.generate import Answerer, Prompt
-    from himix_megatron.kernels import detect
+    from himix_megatron.data.images import image_file
+    from himix_megatron.data.text import chat_template
+    from himix_megatron.distributed.fused_kernels import detect
+    from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
+    from himix_megatron.inference.generator import Answerer, Prompt
 
     job = generate.prepare(Arguments(run=run))
-    answerer = Answerer(job.config, detect(), parallel.start(job.config.parallel, seed=0))
+    answerer = Answerer(job.config, detect(), init_distributed(job.config.parallel, seed=0))
     answerer.load(job.checkpoint)
-    images = () if picture is None else (image.decode(picture.read_bytes(), job.config.vision),)
+    images = () if picture is None else (image_file.decode(picture.read_bytes(), job.config.vision),)
     found = []
     for talk in talks:
         asked = {"conversations": [{"from": "human", "value": text} for text in talk]}
-        ids = conversation.prompt(asked, job.tokenizer, "tiny", len(talk) // 2)
+        ids = chat_template.prompt(asked, job.tokenizer, "tiny", len(talk) // 2)
         answer = answerer.answer([Prompt(ids, images)], (259,), 8, cached=False)[0]
         text = job.tokenizer.decode(answer).lstrip()
         found.append(min((text.split(stop)[0] for stop in stops), key=len) if stops else text)
-    parallel.shutdown()
+    shutdown_distributed()
     return found
 
 

@@ -14,8 +14,7 @@ import pytest
 
 from pipelines import pretrain
 from pipelines.cli import run_main
-
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -25,9 +24,9 @@ def no_process_group_stays() -> Iterator[None]:
     import torch.distributed as dist
 
     if dist.is_initialized():
-        from himix_megatron import parallel
+        from himix_megatron.distributed.topology import shutdown_distributed
 
-        parallel.shutdown()
+        shutdown_distributed()
 
 
 SETTINGS = {

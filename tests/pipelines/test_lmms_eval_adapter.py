@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 
 from pipelines import lmms_eval_adapter as adapter
-from tests.distributed import run_ranks
-from tests.interop.exported import export_random, random_config
-from tests.pipelines.test_mistakes import message
+from tests.support.exported_models import export_random, random_config
+from tests.support.ranks import run_ranks
+
+from .test_mistakes import message
 
 DOCUMENTS = [
     {"picture": Image.new("RGB", (20, 20), colour), "question": question}

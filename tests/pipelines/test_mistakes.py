@@ -14,8 +14,8 @@ import pytest
 from himix_megatron.config import to_json
 from pipelines import evaluate, pretrain
 from pipelines.cli import run_main
-from tests.distributed import run_ranks
-from tests.runs import small_config, train
+from tests.support.ranks import run_ranks
+from tests.support.small_runs import small_config, train
 from tools import compare_reference
 
 TINY = ["tiny_align", "--data.path"]

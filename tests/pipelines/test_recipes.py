@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from himix_megatron.config import ModelConfig, check_ranks, from_json, to_json
-from himix_megatron.data.tokenizer import ByteTokenizer
+from himix_megatron.data.text.tokenizer import ByteTokenizer
 from pipelines.recipes import RECIPES, clip_large_336, siglip_so400m_384
 
 FAMILIES = ["tiny", "qwen2_0_5b", "tinyllama_1_1b", "llama3_2_1b", "llama3_2_3b", "vicuna_7b"]

@@ -26,6 +26,7 @@ from pipelines.scenes import (
     scenes,
     write_corpus,
 )
+from tests.support import ROOT
 
 SMALL = SceneSettings(num_train=40, num_heldout=9)
 EVERY = len(COLOURS) * len(SHAPES) * len(PLACES)
@@ -140,7 +141,7 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path: Path) ->
 
 def test_the_command_writes_a_corpus_and_refuses_a_full_folder(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pipelines.scenes", "--out", str(tmp_path / "out"), "--scenes.num-train", "5"]
-    root = Path(__file__).parents[2]
+    root = ROOT
     done = subprocess.run(command, capture_output=True, text=True, cwd=root)
     assert (done.returncode, done.stderr) == (0, "")
     assert len(list((tmp_path / "out" / "images").glob("train-*.jpg"))) == 5

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.pipelines.test_generate_command import command, picture, run  # noqa: F401
+from .test_generate_command import command, picture, run  # noqa: F401
 
 Ask = dict[str, Any]
 

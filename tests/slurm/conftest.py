@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import PRETRAIN, ROOT, Job, Slurm
+from tests.support import ROOT
+
+from .cluster import PRETRAIN, Job, Slurm
 
 NEEDED = ("slurmctld", "slurmd", "munged", "sbatch")
 

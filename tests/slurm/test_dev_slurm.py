@@ -13,8 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.slurm.cluster import ROOT, Slurm, wait_until
 from tools.dev_slurm import checked, environment_of, program
+
+from .cluster import ROOT, Slurm, wait_until
 
 
 @pytest.fixture

@@ -12,10 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from himix_megatron.data.storage import LocalFolder
+from himix_megatron.data.shards.storage import LocalFolder
+from pipelines.launchers.ray_cluster import code_when_asked
 from pipelines.preprocess import Settings, preprocess
-from pipelines.ray_cluster import code_when_asked
-from tests.slurm.cluster import Job, Slurm, processes_of, wait_until
+
+from .cluster import Job, Slurm, processes_of, wait_until
 
 SCRIPT = "slurm/preprocess_ray.sh"
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from pipelines.cli import parse
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[2]
 HOSTILE = [
     "; touch pwned",
     "$(touch pwned)",

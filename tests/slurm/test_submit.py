@@ -15,13 +15,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from himix_megatron.envelope import sync_and_digest, write_manifest
+from himix_megatron.checkpoint.manifest import sync_and_digest, write_manifest
 from pipelines.cli import run_main
 from pipelines.recipes import tiny_align
 from slurm import submit
 from slurm.job import Cluster, Stage
 from slurm.submit import Settings, read, script, sweep
-from tests.slurm.cluster import ROOT, Slurm, steps_taken
+
+from .cluster import ROOT, Slurm, steps_taken
 
 LINE = re.compile(r"error: [^\n]+\n")
 

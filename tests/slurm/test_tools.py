@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Job, Slurm
+from .cluster import Job, Slurm
 
 
 def test_the_doctor_measures_between_nodes_and_sees_one_folder(slurm: Slurm, tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from himix_megatron.checkpoint import complete_checkpoints
-from tests.slurm.cluster import Job, Slurm, processes_of, rank_process, step_now, steps_taken, wait_until
+from himix_megatron.checkpoint.checkpointer import complete_checkpoints
+from tests.support import ROOT
+
+from .cluster import Job, Slurm, processes_of, rank_process, step_now, steps_taken, wait_until
 
 Train = Callable[..., Job]
 KNOWN_SECONDS = 30
@@ -257,7 +259,7 @@ def test_a_job_that_is_always_asked_to_stop_at_once_ends(train: Train, tmp_path:
 def test_bare_sbatch_trains_tiny_align_on_two_nodes(slurm: Slurm, tmp_path: Path, ended_with_test: None) -> None:
     """In a checkout without runs and data: links to this one's code, so that runs/ and data/ are new."""
     for name in ("himix_megatron", "pipelines", "slurm"):
-        (tmp_path / name).symlink_to(Path(__file__).parents[2] / name)
+        (tmp_path / name).symlink_to(ROOT / name)
     job = slurm.submit(tmp_path / "bare.out", "--nodes=2", f"--chdir={tmp_path}", "slurm/pretrain_himix.sh")
     assert job.wait(timeout_seconds=500) == "COMPLETED", job.text
     assert "step 200/200" in job.text

@@ -16,9 +16,10 @@ from typing import IO, Any
 
 import pytest
 
-from slurm.queue import parse_jobs
-from slurm.watch import progress
-from tests.slurm.cluster import ROOT, Job, Slurm, rank_process, step_now, steps_taken, wait_until
+from slurm.follow import progress
+from slurm.scheduler import parse_jobs
+
+from .cluster import ROOT, Job, Slurm, rank_process, step_now, steps_taken, wait_until
 
 # Recorded from Slurm 22.05, cut to the fields around those that are read.
 SHOWN = (
@@ -152,7 +153,7 @@ def test_cancel_takes_out_both_jobs_of_the_chain_and_no_other(chain: Chain, tmp_
 
 def test_on_a_terminal_a_stages_line_is_rewritten_in_place(capfd: pytest.CaptureFixture[str]) -> None:
     script = (
-        "from slurm.watch import _Screen\n"
+        "from slurm.follow import _Screen\n"
         "screen = _Screen()\n"
         "for step in (1, 2):\n"
         "    screen.show([('running', f'align step {step}'), ('pending', 'instruct')])\n"

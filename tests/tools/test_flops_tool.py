@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from himix_megatron.flops import tower_flops
+from himix_megatron.costs.flops import tower_flops
 from pipelines.recipes import RECIPES
 from tools.flops import PAPER, compare, paper_lines
 

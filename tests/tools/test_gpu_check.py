@@ -18,14 +18,13 @@ import torch
 
 from himix_megatron.config import check_ranks
 from pipelines.cli import parse
-from tools.doctor_software import nvidia_driver
+from tests.support import ROOT
+from tools.bench.measure import Line
+from tools.doctor.software import nvidia_driver
 from tools.gpu_check import correctness, end_to_end, layouts, processes
 from tools.gpu_check.__main__ import Settings, check_gpus, chosen
 from tools.gpu_check.reference import BF16_LIMIT, FP32_LIMIT, Heads, batches, random_batch
 from tools.gpu_check.runner import Check, Context, run_checks
-from tools.measure import Line
-
-ROOT = Path(__file__).parents[2]
 
 
 def context(out: Path, *, seconds: float = 60.0, tiny: bool = True) -> Context:
@@ -121,7 +120,7 @@ def test_the_command_runs_real_checks(tmp_path: Path) -> None:
 
 
 def test_a_layout_of_two_ranks_trains_as_one(tmp_path: Path) -> None:
-    """One of them, the cheapest: each starts torchrun and its ranks, and tests/test_layouts.py has them all."""
+    """One of them, the cheapest: each starts torchrun and its ranks, and tests/integration/test_layouts.py has them all."""
     both = Context(tmp_path, tiny=True, deadline=time.monotonic() + 300, gpus=2)
     [name] = [name for name in layouts.layouts_of(2) if name.startswith("data 2")]
     learned, *compared = layouts.beside_one_rank(both, {name: layouts.layouts_of(2)[name]})

@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from himix_megatron.flops import Work
-from himix_megatron.memory import GIB
+from himix_megatron.costs.flops import Work
+from himix_megatron.costs.memory import GIB
 from tools import plan as tool
-from tools.bench_training import Decoder, Packs, inputs_of, lengths_of
+from tools.bench.measure import Line
+from tools.bench.training import Decoder, Packs, inputs_of, lengths_of
 from tools.gpu_check import performance, profiles, rates, training_run
 from tools.gpu_check.reference import Heads
 from tools.gpu_check.runner import Context
-from tools.measure import Line
-from tools.planning.decoder import predicted_seconds
-from tools.planning.machine import Machine, machine_named, machine_of_file
+from tools.planner.decoder import predicted_seconds
+from tools.planner.machine import Machine, machine_named, machine_of_file
 
 ON_GPU = Context(Path(), tiny=False, deadline=math.inf)
 

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import small_config, train
-from tools import bench_checkpoint
+from tests.support.small_runs import small_config, train
+from tools.bench import checkpoint
 from tools.gpu_check.training_run import _LINE, COMMON, TINY, logged, predicted_gib
 
 
 def test_the_line_of_a_run_is_understood(mixed_dataset: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     import dataclasses
 
-    from tests.distributed import run_ranks
+    from tests.support.ranks import run_ranks
 
     config = small_config(mixed_dataset, tmp_path, parts=("vision_kv",), steps=2)
     config = dataclasses.replace(config, log=dataclasses.replace(config.log, peak_tflops=1.0))
@@ -45,7 +45,7 @@ def test_the_flags_are_those_of_the_recipe_and_memory_is_predicted(mixed_dataset
 
 def test_the_save_benchmark_runs_with_tiny_sizes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.argv", ["bench_checkpoint", "--tiny", "--layers", "1", "--repetitions", "1"])
-    assert bench_checkpoint.main() == 0
+    assert checkpoint.main() == 0
     shown = capsys.readouterr().out
     assert shown.count("stall of a save beside training, over one that is waited for") == 2
     assert "async, first of all" in shown

@@ -11,14 +11,14 @@ from dataclasses import replace
 import pytest
 
 from himix_megatron.config import check_ranks
-from himix_megatron.devices import DEVICES, device_of
+from himix_megatron.costs.hardware import DEVICES, device_of
 from pipelines.cli import parse
 from pipelines.recipes import RECIPES
 from tools import plan as tool
-from tools.planning import measured, published
-from tools.planning.cost import Layout, step_time
-from tools.planning.layouts import Plan, Sample, job_of, layout_of, micro_batch_work, plans
-from tools.planning.machine import CPU_FILE, EFFICIENCY, machine_named
+from tools.planner import measured, published
+from tools.planner.cost import Layout, step_time
+from tools.planner.layouts import Plan, Sample, job_of, layout_of, micro_batch_work, plans
+from tools.planner.machine import CPU_FILE, EFFICIENCY, machine_named
 
 SAMPLE = Sample(text_tokens=314, longest_text=2048, images=1, label_share=0.5)
 

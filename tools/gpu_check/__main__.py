@@ -83,11 +83,11 @@ def main() -> int:
 
     import torch
 
-    from himix_megatron import cpu
+    from himix_megatron.distributed import cpu_backend
     from pipelines.quickstart import num_gpus
 
     check_gpus(settings.gpus, num_gpus())
-    cpu.activate_if_needed()  # before any part imports megatron-core
+    cpu_backend.activate_if_needed()  # before any part imports megatron-core
 
     from tools.gpu_check import correctness, end_to_end, layouts, performance, training_run
     from tools.gpu_check.runner import Context, run_checks

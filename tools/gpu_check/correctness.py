@@ -21,20 +21,24 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from himix_megatron import cpu
+from himix_megatron.distributed import cpu_backend
 
-cpu.activate_if_needed()
+cpu_backend.activate_if_needed()
 
-from himix_megatron import parallel  # noqa: E402
-from himix_megatron.adapter import transformer_config  # noqa: E402
 from himix_megatron.config import Config, TrainConfig  # noqa: E402
-from himix_megatron.kernels import Kernels, detect  # noqa: E402
-from himix_megatron.model.himix import HiMixModel  # noqa: E402
-from himix_megatron.model.layout import Layout, lay_out  # noqa: E402
-from himix_megatron.model.spec import CORES  # noqa: E402
-from himix_megatron.parallel import Topology  # noqa: E402
+from himix_megatron.distributed.fused_kernels import Kernels, detect  # noqa: E402
+from himix_megatron.distributed.megatron_config import transformer_config  # noqa: E402
+from himix_megatron.distributed.topology import (  # noqa: E402
+    Topology,
+    init_distributed,
+    shutdown_distributed,
+)
+from himix_megatron.model.attention.packed_layout import Layout, lay_out  # noqa: E402
+from himix_megatron.model.himix_model import HiMixModel  # noqa: E402
+from himix_megatron.model.layer_spec import CORES  # noqa: E402
 from pipelines.recipes import RECIPES  # noqa: E402
 from tests.model.test_training_attention import outcome, spelled_out  # noqa: E402
+from tools.bench.measure import Line  # noqa: E402
 from tools.gpu_check import processes  # noqa: E402
 from tools.gpu_check.reference import (  # noqa: E402
     BF16_LIMIT,
@@ -53,7 +57,6 @@ from tools.gpu_check.reference import (  # noqa: E402
     weight,
 )
 from tools.gpu_check.runner import Check, Context  # noqa: E402
-from tools.measure import Line  # noqa: E402
 
 Spec = Literal["te", "torch"]
 Core = Literal["te", "torch", "flash", "triton"]
@@ -286,11 +289,11 @@ def continued_error(
 @contextlib.contextmanager
 def one_rank(config: Config) -> Iterator[Topology]:
     """This process as the only rank, as long as it lasts."""
-    topology = parallel.start(config.parallel, seed=1)
+    topology = init_distributed(config.parallel, seed=1)
     try:
         yield topology
     finally:
-        parallel.shutdown()
+        shutdown_distributed()
 
 
 def layer_model(config: Config, topology: Topology) -> tuple[HiMixModel, dict[str, Tensor]]:

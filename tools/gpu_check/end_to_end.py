@@ -11,9 +11,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from tools.bench.measure import Line
 from tools.gpu_check.processes import Command, apart, complain, in_turn, losses, pretrain, python, room, widest
 from tools.gpu_check.runner import Check, Context
-from tools.measure import Line
 
 FP32_LOSS = 1e-4
 """Losses of 20 steps in fp32: sums in another order move them by 2e-7 (micro-batches of 2, 4 and 8 samples on a CPU), and a
@@ -37,7 +37,7 @@ HERE = "tools.gpu_check.end_to_end"
 
 def mixed_data(folder: str) -> None:
     """A shard dataset of 64 samples with one image, two or none: FOLDER/shards."""
-    from tests.datasets import make_mixed_dataset
+    from tests.support.datasets import make_mixed_dataset
 
     make_mixed_dataset(Path(folder), 64)
 
@@ -102,7 +102,7 @@ CONVERTED = shlex.split(
 
 def hugging_face(folder: str) -> None:
     """FOLDER/qwen2 and FOLDER/siglip, small ones."""
-    from tests.interop.models import make_language, make_tower
+    from tests.support.model_folders import make_language, make_tower
 
     sizes = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2}
     make_language(Path(folder) / "qwen2", model_type="qwen2", vocab_size=260, **sizes)

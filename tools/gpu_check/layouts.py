@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from tools.bench.measure import Line
 from tools.gpu_check.end_to_end import FP32_LOSS, HERE, specs
 from tools.gpu_check.processes import Command, ProcessError, apart, complain, in_turn, losses, pretrain, room
 from tools.gpu_check.runner import Check, Context
-from tools.measure import Line
 
 TIMEOUT_SECONDS = "120"
 """A collective that hangs ends its own run, and leaves the other layouts their share of the budget."""

@@ -19,24 +19,24 @@ from typing import Literal
 
 import torch
 
-from himix_megatron import parallel
-from himix_megatron.adapter import attention_core, params_dtype
 from himix_megatron.config import Config
-from himix_megatron.flops import tower_flops
-from himix_megatron.kernels import detect
-from himix_megatron.memory import FIXED_BYTES, FRAGMENTS, GIB, MicroBatch, RankMemory, rank_memory
-from himix_megatron.model.himix import bare
+from himix_megatron.costs.flops import tower_flops
+from himix_megatron.costs.memory import FIXED_BYTES, FRAGMENTS, GIB, MicroBatch, RankMemory, rank_memory
+from himix_megatron.distributed.fused_kernels import detect
+from himix_megatron.distributed.megatron_config import attention_core, params_dtype
+from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
+from himix_megatron.model.himix_model import bare
 from pipelines.recipes import RECIPES
-from tools.bench_training import WANTED_MFU, Decoder, Packs, device_name, packed
+from tools.bench.measure import Line, seconds_of
+from tools.bench.training import WANTED_MFU, Decoder, Packs, device_name, packed
 from tools.gpu_check import rates
 from tools.gpu_check.profiles import profiled
 from tools.gpu_check.reference import Heads
 from tools.gpu_check.runner import Check, Context
 from tools.gpu_check.tower import CHECKS as TOWER
 from tools.gpu_check.tower import encoder_of
-from tools.measure import Line, seconds_of
-from tools.planning.decoder import predicted_seconds
-from tools.planning.machine import Machine, machine_of_file
+from tools.planner.decoder import predicted_seconds
+from tools.planner.machine import Machine, machine_of_file
 
 Spec = Literal["te", "torch"]
 
@@ -120,7 +120,7 @@ def packs_of(model: Model, context: Context, config: Config) -> Packs:
 def built(config: Config) -> Iterator[Decoder]:
     """The model on the device, alone; gone afterwards, whatever happened."""
     free()
-    topology = parallel.start(config.parallel, seed=0)
+    topology = init_distributed(config.parallel, seed=0)
     try:
         decoder = Decoder(config, topology)
         try:
@@ -129,7 +129,7 @@ def built(config: Config) -> Iterator[Decoder]:
             decoder.stages.clear()
             decoder.graphs = None
     finally:
-        parallel.shutdown()
+        shutdown_distributed()
         free()
 
 
@@ -175,7 +175,7 @@ def allocated() -> int:
 
 
 def expected_memory(config: Config, packs: Packs, *, optimizer: bool) -> RankMemory:
-    """What himix_megatron.memory says of the model as measured: features as given, and an optimizer only where there is one."""
+    """What costs.memory says of the model as measured: features as given, and an optimizer only where there is one."""
     images = [len(pack) for pack in packs.text_lengths]
     largest = MicroBatch(
         text_tokens=packs.row_tokens,
@@ -196,7 +196,7 @@ def memory_lines(name: str, config: Config, packs: Packs, before: int, *, optimi
     expected = expected_memory(config, packs, optimizer=optimizer)
     total = expected.total - expected.allowance
     if not torch.cuda.is_available():
-        yield Line(f"{name}: GiB by himix_megatron.memory", total / GIB)
+        yield Line(f"{name}: GiB by himix_megatron.costs.memory", total / GIB)
         return
     peak = torch.cuda.max_memory_allocated() - before
     name = f"{name}, with the optimizer" if optimizer else name

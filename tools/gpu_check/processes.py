@@ -135,11 +135,12 @@ def _start_afresh() -> None:
     """Undo what a training run or an evaluation leaves in its process."""
     import torch.distributed
 
-    from himix_megatron import log, parallel
+    from himix_megatron.distributed.topology import shutdown_distributed
+    from himix_megatron.runtime import log
 
     gc.collect()  # recorded graphs, before the groups whose collectives they hold
     if torch.distributed.is_initialized():
-        parallel.shutdown()
+        shutdown_distributed()
     log.stop()
 
 

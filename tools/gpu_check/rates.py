@@ -17,17 +17,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from himix_megatron.adapter import TRITON_HEAD_DIMS
 from himix_megatron.config import Config
-from himix_megatron.devices import device_of
-from himix_megatron.kernels import detect
-from himix_megatron.memory import padded_vocab
+from himix_megatron.costs.hardware import device_of
+from himix_megatron.costs.memory import padded_vocab
+from himix_megatron.distributed.fused_kernels import detect
+from himix_megatron.distributed.megatron_config import TRITON_HEAD_DIMS
 from himix_megatron.model.layer import SwiGLU, TransformerEngineSwiGLU
-from tools.bench_training import Packs, device_name
+from tools.bench.measure import seconds_of
+from tools.bench.training import Packs, device_name
 from tools.gpu_check.correctness import core_of, layout_of
 from tools.gpu_check.reference import Batch, Heads
-from tools.measure import seconds_of
-from tools.planning.machine import Machine, machine_named
+from tools.planner.machine import Machine, machine_named
 
 CACHE_BYTES = 128 << 20
 """Operands of one shape are spread over as much: more than a second-level cache holds."""

@@ -20,9 +20,9 @@ from typing import Any, Literal
 
 import torch
 
-from himix_megatron.environment import code_version, version
-from tools.doctor_software import nvidia_driver
-from tools.measure import Line
+from himix_megatron.monitoring.environment import code_version, version
+from tools.bench.measure import Line
+from tools.doctor.software import nvidia_driver
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from himix_megatron.config import VisionConfig
-from himix_megatron.flops import tower_flops
-from himix_megatron.model.vision import TransformersTower
+from himix_megatron.costs.flops import tower_flops
+from himix_megatron.model.vision_tower import TransformersTower
 from pipelines.recipes import siglip_so400m_384
+from tools.bench.measure import Line, seconds_of
 from tools.gpu_check.rates import peak_flops
 from tools.gpu_check.runner import Check, Context
-from tools.measure import Line, seconds_of
 
 WANTED_SHARE = 0.50
 MOST_DIFFERENCE = 2e-2

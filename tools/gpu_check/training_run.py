@@ -16,14 +16,14 @@ from collections.abc import Iterator
 from itertools import islice
 
 from himix_megatron.config import Config
-from himix_megatron.memory import GIB, MicroBatch, rank_memory
-from himix_megatron.start import end_of, make_plan
+from himix_megatron.costs.memory import GIB, MicroBatch, rank_memory
+from himix_megatron.training.resume import end_of, make_plan
 from pipelines.cli import parse
-from tools import bench_checkpoint
-from tools.bench_photos import write_source
+from tools.bench import checkpoint
+from tools.bench.measure import Line
+from tools.bench.photos import write_source
 from tools.gpu_check.processes import python, room
 from tools.gpu_check.runner import Check, Context
-from tools.measure import Line
 
 MOST_DATA_WAIT = 0.02
 MOST_MEMORY_ERROR = 0.10
@@ -99,10 +99,10 @@ def predicted_gib(config: Config) -> float:
 
 def save_stall(context: Context) -> Iterator[Line]:
     """How long a save keeps training waiting: beside training over waited for, the first save of a process apart."""
-    arguments = bench_checkpoint.Arguments(layers=1 if context.tiny else 24, repetitions=1, tiny=context.tiny)
-    taken, num_bytes = bench_checkpoint.measure_in(arguments, divided=False)
-    yield from bench_checkpoint.lines_of("undivided", taken, num_bytes, judged=not context.tiny)
-    for what in (bench_checkpoint.FIRST, bench_checkpoint.ASYNC, bench_checkpoint.SYNC, bench_checkpoint.WRITTEN):
+    arguments = checkpoint.Arguments(layers=1 if context.tiny else 24, repetitions=1, tiny=context.tiny)
+    taken, num_bytes = checkpoint.measure_in(arguments, divided=False)
+    yield from checkpoint.lines_of("undivided", taken, num_bytes, judged=not context.tiny)
+    for what in (checkpoint.FIRST, checkpoint.ASYNC, checkpoint.SYNC, checkpoint.WRITTEN):
         yield Line(f"seconds, {what}", statistics.median(taken[what]))
 
 

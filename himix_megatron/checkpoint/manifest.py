@@ -1,0 +1,311 @@
+"""A checkpoint's folder: what vouches for its files, which one is the newest, and which ones may go.
+
+    RUN/checkpoints/step-00001000/manifest.json   size and SHA-256 of every other file in the folder, and of itself
+                                  himix.json      what model this is, what trains, where in the data
+                                  *.distcp .metadata metadata.json common.pt       megatron-core's
+    RUN/checkpoints/newest                        name of the newest one
+    RUN/towers/HASH.safetensors                   a frozen tower: its name is its hash
+
+A folder gets its name `step-...` by a rename when all of it is on the disk, so what has the name was whole once. Whether it
+still is, `problems` says. Nothing here opens a pickle, and nobody may before a manifest has vouched for it.
+Flows in: paths; out: lines that name what is wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..data.shards.shard_format import FileDigest, file_digest
+from ..data.shards.storage import sync_folder
+
+if TYPE_CHECKING:
+    from ..distributed.control_group import Agreement
+
+logger = logging.getLogger(__name__)
+
+MANIFEST, DESCRIPTION, NEWEST = "manifest.json", "himix.json", "newest"
+_NAME = re.compile(r"step-(\d{8})")
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+
+def publish(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all, also after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.writing")
+    write_synced(beside, data)
+    beside.replace(path)
+    sync_folder(path.parent)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file into a folder that is there, and bring it to the disk."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_and_digest(folder: Path, names: Iterable[str]) -> dict[str, FileDigest]:
+    """Bring files to the disk, and read them again."""
+    found = {}
+    for name in names:
+        with (folder / name).open("rb") as file:
+            os.fsync(file.fileno())
+        found[name] = file_digest(folder / name)
+    return found
+
+
+def write_manifest(folder: Path, files: Mapping[str, FileDigest]) -> None:
+    """Vouch for a folder's files; afterwards nothing of it may change."""
+    write_synced(folder / MANIFEST, _manifest(files))
+    sync_folder(folder)
+
+
+def _manifest(files: Mapping[str, FileDigest]) -> bytes:
+    listed = json.dumps({name: asdict(files[name]) for name in sorted(files)}, indent=1)
+    return f'{{"sha256": "{hashlib.sha256(listed.encode()).hexdigest()}", "files": {listed}}}\n'.encode()
+
+
+# ---- what is wrong -------------------------------------------------------------------------------------------------
+
+
+class DamagedError(ValueError):
+    """A checkpoint that cannot be trusted; the message names the file and says why."""
+
+
+def read_manifest(folder: Path) -> dict[str, FileDigest]:
+    """The digests that a checkpoint was written with. Raises: DamagedError if they are missing or not what was written."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise DamagedError(f"{path} is missing: nothing vouches for this checkpoint (was it written by an older version?)")
+    data = path.read_bytes()
+    try:
+        files = {str(name): FileDigest(**digest) for name, digest in json.loads(data)["files"].items()}
+        intact = _manifest(files) == data
+    except (ValueError, TypeError, KeyError, AttributeError):
+        intact = False
+    if not intact:
+        raise DamagedError(f"{path} is damaged: it is not what was written")
+    return files
+
+
+def read_vouched(folder: Path, name: str) -> bytes:
+    """A small file's content. Raises: DamagedError if it is not what the manifest says."""
+    wanted = read_manifest(folder).get(name)
+    if wanted is None or not (folder / name).is_file():
+        raise DamagedError(f"{folder / name} is missing")
+    data = (folder / name).read_bytes()
+    if hashlib.sha256(data).hexdigest() != wanted.sha256:
+        raise DamagedError(f"{folder / name} is damaged: its SHA-256 is not the one in {MANIFEST}")
+    return data
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """`himix.json`. Raises: DamagedError, as `read_vouched`."""
+    description: dict[str, Any] = json.loads(read_vouched(folder, DESCRIPTION))
+    return description
+
+
+def tower_path(folder: Path, file: str) -> Path:
+    """Where the frozen tower lies that a checkpoint refers to."""
+    return folder.parent.parent / "towers" / file
+
+
+def to_hash(folder: Path) -> dict[Path, int]:
+    """What has to be read to be sure of a checkpoint, and its bytes: all of its files, and its tower's.
+
+    Raises: DamagedError naming everything that can be seen without reading: files that are missing, of another size, or of
+    which the manifest knows nothing.
+    """
+    files = read_manifest(folder)
+    present = {str(path.relative_to(folder)): path for path in folder.rglob("*") if not path.is_dir()}
+    found = [f"{folder / name} is missing" for name in sorted(files.keys() - present.keys())]
+    found += [f"{present[name]} is in no manifest" for name in sorted(present.keys() - files.keys() - {MANIFEST})]
+    for name in sorted(files.keys() & present.keys()):
+        size = present[name].stat().st_size
+        if size != files[name].bytes:
+            found.append(f"{present[name]} has {size} bytes, it was written with {files[name].bytes}")
+    tower = None
+    try:
+        tower = read_description(folder)["tower"]
+    except DamagedError as error:
+        found += [line for line in [str(error)] if line not in found]
+    sizes = {folder / name: digest.bytes for name, digest in files.items()}
+    if tower is not None and not (path := tower_path(folder, tower)).is_file():
+        found.append(f"tower {path} is missing: keep a run folder together")
+    elif tower is not None:
+        sizes[path] = path.stat().st_size
+    if found:
+        raise DamagedError("; ".join(found))
+    return sizes
+
+
+def wrong_hashes(folder: Path, paths: Iterable[Path]) -> list[str]:
+    """Of these files of a checkpoint, the ones whose content is not what was written."""
+    try:
+        files = read_manifest(folder)
+    except (DamagedError, OSError) as error:
+        return [str(error)]
+    found = []
+    for path in paths:
+        inside = path.is_relative_to(folder)
+        wanted, who = (files[str(path.relative_to(folder))].sha256, MANIFEST) if inside else (path.stem, "its name")
+        try:
+            if file_digest(path).sha256 != wanted:
+                found.append(f"{path} is damaged: its SHA-256 is not the one in {who}")
+        except OSError as error:  # a bad sector, or gone meanwhile: as good as damaged
+            found.append(f"{path} cannot be read: {error}")
+    return found
+
+
+def problems(folder: Path) -> list[str]:
+    """Everything that is wrong with a checkpoint, by one process; empty: each byte is as it was written."""
+    try:
+        return wrong_hashes(folder, to_hash(folder))
+    except (DamagedError, OSError) as error:
+        return [str(error)]
+
+
+def problems_seen_together(folder: Path, ranks: Agreement) -> list[str]:
+    """As `problems`, each rank reading a share of the files; the same answer on all."""
+    sizes, wrong = ranks.first(lambda: _sizes_or_problems(folder))
+    if wrong:
+        return wrong
+    share = _shares(sizes, ranks.size)[ranks.rank]
+    return [line for found in ranks.each(lambda: wrong_hashes(folder, share)) for line in found]
+
+
+def newest_whole(folders: Iterable[Path], ranks: Agreement) -> Path:
+    """The first one of which each byte is as it was written; the same on all ranks.
+
+    Raises: DamagedError listing what is wrong with each.
+    """
+    wrong: list[str] = []
+    for folder in folders:
+        found = problems_seen_together(folder, ranks)
+        if not found:
+            if wrong:
+                logger.warning("falling back to %s", folder)
+            return folder
+        logger.warning("checkpoint %s is passed over: %s", folder, "; ".join(found))
+        wrong += found
+    raise _none_left(wrong)
+
+
+def _sizes_or_problems(folder: Path) -> tuple[dict[Path, int], list[str]]:
+    try:
+        return to_hash(folder), []
+    except (DamagedError, OSError) as error:
+        return {}, [str(error)]
+
+
+def _shares(sizes: Mapping[Path, int], num_ranks: int) -> list[list[Path]]:
+    """Files by the rank that reads them, about as many bytes each."""
+    shares: list[list[Path]] = [[] for _ in range(num_ranks)]
+    totals = [0] * num_ranks
+    for path, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
+        rank = totals.index(min(totals))
+        shares[rank].append(path)
+        totals[rank] += size
+    return shares
+
+
+def put_aside(damaged: Iterable[Path]) -> None:
+    """Give damaged checkpoints another name, under which they neither count nor go: somebody may want to look at them."""
+    for folder in damaged:
+        names = (f"damaged-{folder.name}{f'.{number}' if number else ''}" for number in itertools.count())
+        aside = next(path for path in map(folder.with_name, names) if not path.exists())
+        folder.rename(aside)
+        logger.warning("it is kept as %s: remove it when you have seen enough", aside)
+
+
+# ---- which ones there are ------------------------------------------------------------------------------------------
+
+
+def step_of(folder: Path) -> int:
+    """Optimizer steps done, from a checkpoint's name."""
+    found = _NAME.fullmatch(folder.name)
+    assert found is not None, folder
+    return int(found[1])
+
+
+def complete_checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run folder that were whole once, oldest first."""
+    folders = (run_dir / "checkpoints").glob("step-*")
+    return sorted(folder for folder in folders if _NAME.fullmatch(folder.name) and folder.is_dir())
+
+
+def candidates(path: str) -> list[Path]:
+    """The checkpoints that a path may mean, best first: itself, or those of a run folder from the newest on.
+
+    Raises: ValueError if there is none.
+    """
+    folder = Path(path)
+    if (folder / DESCRIPTION).is_file() or (folder / MANIFEST).is_file():
+        return [folder]
+    found = complete_checkpoints(folder)
+    if not found:
+        raise ValueError(
+            f"{path} holds no checkpoint (--checkpoint.initial takes a run folder or a checkpoints/step-... folder)"
+        )
+    return found[::-1]
+
+
+def first_plausible(folders: Iterable[Path]) -> Path:
+    """The first one in which nothing is wrong as far as can be seen without reading it all; who loads it, reads it.
+
+    Raises: DamagedError listing what is wrong with each.
+    """
+    wrong = []
+    for folder in folders:
+        try:
+            to_hash(folder)
+            return folder
+        except (DamagedError, OSError) as error:
+            wrong.append(str(error))
+    raise _none_left(wrong)
+
+
+def _none_left(wrong: Iterable[str]) -> DamagedError:
+    """What to say when there is no checkpoint to fall back to."""
+    return DamagedError(f"no checkpoint can be trusted: {'; '.join(wrong)}")
+
+
+def find_checkpoint(path: str) -> Path:
+    """The checkpoint meant by a path: itself, or the newest plausible one of a run folder. Raises: ValueError if none is."""
+    folders = candidates(path)
+    found = first_plausible(folders)
+    for folder in folders[: folders.index(found)]:
+        logger.warning("checkpoint %s is damaged and passed over", folder)
+    return found
+
+
+def to_remove(run_dir: Path, *, keep_last: int, keep_every: int | None) -> list[Path]:
+    """Checkpoints that may go: not among the newest `keep_last`, no multiple of `keep_every` steps, not the best one."""
+    found = complete_checkpoints(run_dir)
+    measured = [(loss, folder) for folder in found if (loss := validation_loss(folder)) is not None]
+    keep = {*found[-keep_last:], *(folder for _, folder in sorted(measured)[:1])}
+    if keep_every is not None:
+        keep |= {folder for folder in found if step_of(folder) % keep_every == 0}
+    return [folder for folder in found if folder not in keep]
+
+
+def validation_loss(folder: Path) -> float | None:
+    """Of a checkpoint; None if none was measured then, or its description is damaged."""
+    try:
+        loss: float | None = read_description(folder)["validation_loss"]
+    except (DamagedError, OSError):
+        return None
+    return loss if loss is not None and math.isfinite(loss) else None  # nan would be neither better nor worse than any

@@ -1,0 +1,176 @@
+"""A checkpoint of ours read and written without a model, for conversions of models larger than memory.
+
+Flows in: whole tensors by name, mapped from other files; out: a run folder as training leaves one (`config.json`, `towers/`,
+`checkpoints/step-00000000/`), or the tensors of such a folder, a layer at a time. One process; the checkpoint loads at any
+layout of ranks. Keys, offsets and shapes on disk are those that megatron-core's modules would give: the tests compare.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from torch import Tensor
+
+from ..checkpoint.checkpointer import Position, check_architecture, read_tower, store_tower, write_description
+from ..checkpoint.manifest import NEWEST, publish, sync_and_digest, write_manifest
+from ..checkpoint.snapshot import describe_state, own_files, write
+from ..config import Config, ModelConfig, from_json, to_json
+from ..data.loading.plan import START
+from ..data.shards.storage import sync_folder
+from ..distributed.control_group import Agreement
+from .authors_layout import join, layout
+from .safetensors_io import Scratch
+from .sharding import TE_NAMES
+
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
+
+
+def _place(name: str) -> tuple[str, int | None]:
+    """A tensor's key on disk, where all layers share one, and its layer."""
+    layer = _LAYER.fullmatch(name)
+    if layer is None:
+        return name, None
+    inner = layer[2]
+    for on_disk, plain in TE_NAMES.items():
+        if inner.startswith(plain):
+            inner = inner.replace(plain, on_disk, 1)
+    return f"decoder.layers.{inner}", int(layer[1])
+
+
+def _sharded(name: str, tensor: Tensor, model: ModelConfig, part: int = 0, num_parts: int = 1) -> ShardedTensor:
+    """megatron-core's description of a tensor, or of one of its equal parts along the rows."""
+    key, layer = _place(name)
+    # The layers' axis is made part of the tensor: megatron-core cannot read a single layer where it is only declared.
+    offsets = [] if layer is None else [(0, layer, model.num_layers)]
+    if num_parts > 1:
+        offsets.append((len(offsets), part, num_parts))
+    return ShardedTensor.from_rank_offsets(key, tensor if layer is None else tensor[None], *offsets)
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+
+def write_run(
+    out: Path, config: Config, weights: Mapping[str, Tensor], tower: Mapping[str, Tensor], progress: Callable[[str], None]
+) -> Path:
+    """Write a run folder of weights that nothing has trained yet. Returns: its checkpoint.
+
+    Args:
+        weights: by the authors' names; each is asked for once, and none is kept in memory.
+        tower: by the names of `build_tower`'s module.
+    """
+    out.mkdir()
+    (out / "config.json").write_text(to_json(config))
+    checkpoint = out / "checkpoints" / "step-00000000"
+    writing = checkpoint.with_name(f"{checkpoint.name}.writing")
+    writing.mkdir(parents=True)
+    scratch = Scratch(out)
+    state: dict[str, Any] = {}
+    for number, (ours, parts) in enumerate(layout(config.model).items()):
+        if number % 80 == 0:
+            progress(f"arranging tensor {number + 1} of {len(layout(config.model))}")
+        state |= _described(ours, [weights[name] for name, _ in parts], [heads for _, heads in parts], config.model, scratch)
+    progress("writing the checkpoint")
+    write(describe_state({"model0": state}, validate=True), writing, Agreement(config.checkpoint.timeout_seconds))
+    # Nothing trained: a run that would continue in this folder is told to start a new one from it.
+    write_description(writing, config, Position(step=0, place=START, data={}), (), store_tower(out, tower), None)
+    write_manifest(writing, sync_and_digest(writing, own_files(writing, rank=0)))
+    writing.rename(checkpoint)
+    sync_folder(checkpoint.parent)
+    publish(checkpoint.with_name(NEWEST), f"{checkpoint.name}\n".encode())
+    return checkpoint
+
+
+def _described(name: str, parts: list[Tensor], heads: list[int], model: ModelConfig, scratch: Scratch) -> dict[str, Any]:
+    if not any(heads):
+        # Parts that follow each other are written from where they are.
+        return {f"{name}.{i}": _sharded(name, part, model, i, len(parts)) for i, part in enumerate(parts)}
+    rows = sum(part.shape[0] for part in parts)
+    fused = join(parts, heads, model, out=scratch.empty((rows, *parts[0].shape[1:]), parts[0].dtype))
+    return {name: _sharded(name, fused, model)}
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+
+class StoredWeights(Mapping[str, Tensor]):
+    """The whole tensors of a checkpoint by our names, at the published size of the vocabulary; one layer is kept in memory."""
+
+    def __init__(self, checkpoint: Path, model: ModelConfig):
+        """Raises: ValueError if a tensor of the model is not in it."""
+        self.checkpoint, self.model = checkpoint, model
+        self._names = list(layout(model))
+        self._stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+        missing = [name for name in self._names if _place(name)[0] not in self._stored]
+        if missing:
+            raise ValueError(f"checkpoint {checkpoint} lacks {', '.join(missing[:4])}")
+        self._group: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._group:
+            self._group = {}  # before the next is read: two layers are never in memory
+            self._group = self._read([n for n in self._names if _group(n) == _group(name)])
+        tensor = self._group[name]
+        return tensor[: self.model.vocab_size] if _place(name)[1] is None and tensor.dim() == 2 else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all tensors."""
+        found: torch.dtype = self._stored[self._names[0]].dtype
+        return found
+
+    def tower(self) -> dict[str, Tensor]:
+        """The tower's tensors where it trained and is therefore in the checkpoint; empty elsewhere."""
+        prefix = "tower."
+        keys = [key for key in self._stored if key.startswith(prefix) and not key.endswith("_extra_state")]
+        state = {key: ShardedTensor.from_rank_offsets(key, self._empty(key)) for key in keys}
+        loaded = self._load(state)
+        return {key.removeprefix(prefix): loaded[key] for key in keys}
+
+    def _empty(self, key: str, first: int = 0) -> Tensor:
+        return torch.empty(self._stored[key].global_shape[first:], dtype=self._stored[key].dtype)
+
+    def _read(self, names: list[str]) -> dict[str, Tensor]:
+        empty = {name: self._empty(key, int(layer is not None)) for name in names for key, layer in (_place(name),)}
+        self._load({name: _sharded(name, tensor, self.model) for name, tensor in empty.items()})
+        return empty  # filled in place
+
+    def _load(self, state: dict[str, Any]) -> dict[str, Tensor]:
+        # Its check that every part of a tensor is asked for would refuse a single layer.
+        loaded: dict[str, Tensor] = dist_checkpointing.load(state, str(self.checkpoint), validate_access_integrity=False)
+        return loaded
+
+
+def _group(name: str) -> str:
+    """What is read together: the tensors of one layer; the others one by one."""
+    layer = _LAYER.fullmatch(name)
+    return layer[1] if layer else name
+
+
+def read_config(checkpoint: Path) -> Config:
+    """The settings of the run that a checkpoint belongs to. Raises: ValueError if they are not beside it."""
+    path = checkpoint.parent.parent / "config.json"
+    if not path.is_file():
+        raise ValueError(f"checkpoint {checkpoint} lies in no run folder: {path} is missing")
+    return from_json(path.read_text())
+
+
+def stored_tower(checkpoint: Path, config: Config, weights: StoredWeights) -> dict[str, Tensor]:
+    """The tower of a checkpoint by the names of `build_tower`'s module, whether it trained or not.
+
+    Raises: ValueError for another architecture than the configuration's, or a tower that is gone or damaged.
+    """
+    file = check_architecture(checkpoint, config)["tower"]
+    return weights.tower() if file is None else read_tower(checkpoint, file)

@@ -1,0 +1,132 @@
+"""A himix model in, a Hugging Face folder out that transformers loads without this package.
+
+Flows in: whole weights by the authors' names (`conversion/authors_layout.py`), the tower's under `vision_tower.`, and the run's
+settings; out: safetensors shards with an index, settings, tokenizer, chat template, and `modeling_himix.py`, which runs them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ...config import Config, ModelConfig, VisionConfig
+from ...model.vision_tower import tower_settings
+from ..safetensors_io import write_folder
+from .tokenizer import write_tokenizer
+
+CODE = "modeling_himix"
+"""The module that is shipped in the folder."""
+MAX_NEW_TOKENS = 512
+"""Of an answer, where the caller of `generate` says nothing."""
+
+_TOWER_FIELDS = (
+    "image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+    "hidden_act", "layer_norm_eps", "attention_dropout", "num_channels",
+)  # fmt: skip
+"""What of a SigLIP or CLIP tower's settings its layers need."""
+
+
+def export(weights: Mapping[str, Tensor], config: Config, out: Path, tokenizer: Path | None = None) -> None:
+    """Write the folder; it appears when it is whole.
+
+    Args:
+        weights: by the authors' names, without `lm_head.weight` where embeddings are tied; `vision_tower.*`: the tower's.
+            Each is asked for when it is written.
+        tokenizer: a Hugging Face tokenizer folder; None: the run's own, `config.data.tokenizer`.
+    Raises: ValueError if the folder exists, or the tokenizer lacks what the template needs.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists: name a folder that does not")
+    beside = out.with_name(f"{out.name}.writing")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        tokens = write_tokenizer(str(tokenizer or config.data.tokenizer), config.data.template, beside)
+        write_folder(beside, weights)
+        dtype = str(weights["model.embed_tokens.weight"].dtype).removeprefix("torch.")
+        _write(beside / "config.json", _settings(config, dtype) | tokens)
+        _write(beside / "generation_config.json", {"do_sample": False, "max_new_tokens": MAX_NEW_TOKENS, **tokens})
+        _write(beside / "preprocessor_config.json", _image_processor(config.vision))
+        _write(beside / "processor_config.json", _processor())
+        shutil.copyfile(Path(__file__).with_name(f"{CODE}.py"), beside / f"{CODE}.py")
+        beside.rename(out)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _settings(config: Config, dtype: str) -> dict[str, Any]:
+    """config.json, but for the special tokens' ids."""
+    model = config.model
+    return {
+        "architectures": ["HiMixForConditionalGeneration"],
+        "auto_map": {
+            "AutoConfig": f"{CODE}.HiMixConfig",
+            "AutoModelForImageTextToText": f"{CODE}.HiMixForConditionalGeneration",
+            "AutoProcessor": f"{CODE}.HiMixProcessor",
+        },
+        "model_type": "himix",
+        "dtype": dtype,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_query_groups,
+        "head_dim": model.channels_per_head,
+        "hidden_act": "silu",
+        "rms_norm_eps": model.norm_eps,
+        "rope_parameters": _rope(model),
+        "max_position_embeddings": config.data.max_text_tokens,
+        "attention_bias": model.has_qkv_bias,
+        "tie_word_embeddings": model.tie_embeddings,
+        "initializer_range": model.init_std,
+        "text_only": model.text_only,
+        "vision_config": _tower(config.vision),
+    }
+
+
+def _rope(model: ModelConfig) -> dict[str, Any]:
+    if model.rope_scaling_factor is None:
+        return {"rope_type": "default", "rope_theta": model.rope_theta}
+    return {
+        "rope_type": "llama3",
+        "rope_theta": model.rope_theta,
+        "factor": model.rope_scaling_factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+
+
+def _tower(vision: VisionConfig) -> dict[str, Any]:
+    """Kind, feature layer, and sizes under transformers' names."""
+    settings = tower_settings(vision)
+    return {"tower": vision.tower, "feature_layer": vision.feature_layer} | {
+        name: settings[name] for name in _TOWER_FIELDS if name in settings
+    }
+
+
+def _image_processor(vision: VisionConfig) -> dict[str, Any]:
+    return {
+        "auto_map": {"AutoImageProcessor": f"{CODE}.HiMixImageProcessor", "AutoProcessor": f"{CODE}.HiMixProcessor"},
+        "image_processor_type": "HiMixImageProcessor",
+        "processor_class": "HiMixProcessor",
+        "image_size": vision.image_size,
+        "resize": vision.resize,
+        "interpolation": vision.interpolation,
+        "image_mean": list(vision.pixel_mean),
+        "image_std": list(vision.pixel_std),
+    }
+
+
+def _processor() -> dict[str, Any]:
+    return {"auto_map": {"AutoProcessor": f"{CODE}.HiMixProcessor"}, "processor_class": "HiMixProcessor"}

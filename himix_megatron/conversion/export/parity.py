@@ -1,0 +1,93 @@
+"""Does the exported folder compute what our model does? One fixed input through both.
+
+Flows in: the folder, and our logits on `fixed_input`; out: the largest difference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...config import Config
+from ...inference.generator import Answerer
+from ...model.schedule import run_logits
+from ...model.stage_input import StageInput
+
+
+@dataclass(frozen=True, slots=True)
+class FixedInput:
+    """Three samples: of one image, of two and of none, with texts of different lengths."""
+
+    text_ids: Tensor
+    """int64[B, S], right-padded with 0."""
+    text_lengths: Tensor
+    """int64[B]."""
+    pixels: Tensor
+    """uint8[K, 3, H, W], in the order of the samples."""
+    images_per_sample: tuple[int, ...]
+
+
+def fixed_input(config: Config) -> FixedInput:
+    """The same for two runs of one vocabulary and image size."""
+    random = torch.Generator().manual_seed(20)
+    lengths = torch.tensor([9, 12, 5])
+    ids = torch.randint(config.model.vocab_size, (3, 12), generator=random)
+    ids = ids.masked_fill(torch.arange(12) >= lengths[:, None], 0)
+    size = config.vision.image_size
+    pixels = torch.randint(256, (3, 3, size, size), generator=random, dtype=torch.uint8)
+    return FixedInput(ids, lengths, pixels, (1, 2, 0))
+
+
+@torch.no_grad()
+def himix_logits(answerer: Answerer, given: FixedInput) -> Tensor:
+    """Our own float[B, S, vocab], of a model that is whole on this rank."""
+    model, device = answerer.config.model, answerer.topology.device
+    counts = tuple(max(count, int(model.text_only == "zero_image")) for count in given.images_per_sample)
+    blank = torch.tensor([k >= own for own, all_ in zip(given.images_per_sample, counts, strict=True) for k in range(all_)])
+    pixels = given.pixels.new_zeros(len(blank), *given.pixels.shape[1:])
+    pixels[~blank] = given.pixels
+    features = answerer.encoder.encode(pixels.to(device), blank.to(device), len(blank))
+    inputs = StageInput(given.text_ids.to(device), features, blank.to(device), counts)
+    (logits,) = run_logits(answerer.stages, [inputs], lambda _, logits: logits)
+    return logits[..., : model.vocab_size].cpu()
+
+
+def parity(out: Path, config: Config, given: FixedInput, logits: Tensor) -> float:
+    """The largest difference between our logits float[B, S, vocab] of a fixed input and the exported folder's.
+
+    The folder is loaded as a user would, by transformers with the code that lies in it; padding is compared nowhere.
+    Raises: ValueError if the folder's weights are not those that its code wants.
+    """
+    model = load_exported(out).float()
+    pixels = torch.zeros(len(given.images_per_sample), max(given.images_per_sample), *given.pixels.shape[1:])
+    mean, std = torch.tensor([config.vision.pixel_mean, config.vision.pixel_std]).view(2, 3, 1, 1)
+    first = 0
+    for sample, count in enumerate(given.images_per_sample):
+        pixels[sample, :count] = (given.pixels[first : first + count].float() / 255 - mean) / std
+        first += count
+    real = torch.arange(given.text_ids.shape[1]) < given.text_lengths[:, None]
+    with torch.no_grad():
+        theirs = model(
+            input_ids=given.text_ids,
+            attention_mask=real.long(),
+            pixel_values=pixels,
+            num_images=torch.tensor(given.images_per_sample),
+        ).logits
+    return float((theirs.float() - logits.float().cpu())[real].abs().max())
+
+
+def load_exported(out: Path) -> Any:
+    """The folder's model. Raises: ValueError if weights are missing, left over or of another shape."""
+    from transformers import AutoModelForImageTextToText
+
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        str(out), trust_remote_code=True, local_files_only=True, output_loading_info=True
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[kind]:
+            raise ValueError(f"{out}: {kind.replace('_', ' ')} {sorted(map(str, report[kind]))[:3]}")
+    return model.eval()

@@ -1,0 +1,134 @@
+"""Our templates and tokenizers in Hugging Face's terms: a Jinja chat template, and a tokenizer folder.
+
+Flows in: a template's name and a tokenizer; out: text and files that spell a conversation with the same ids as
+`data.conversation` does. transformers alone reads them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ...data.text.chat_template import check_tokenizer, end_of_turn, template_of
+from ...data.text.tokenizer import BYTE_SPECIAL, Piece, Tokenizer, load_tokenizer
+
+_MACROS = r"""
+{%- macro text(content) -%}
+    {%- if content is string -%}
+        {{- content -}}
+    {%- else -%}
+        {%- for part in content -%}{%- if part.type == 'text' -%}{{- part.text -}}{%- endif -%}{%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- macro unmarked(content) -%}
+    {%- set segments = text(content).split('<image>') -%}
+    {%- set last = namespace(segment=segments[0]) -%}
+    {%- for segment in segments[1:] -%}
+        {%- if last.segment.endswith('\n') -%}
+            {{- last.segment[:-1] -}}{%- set last.segment = segment -%}
+        {%- elif segment.startswith('\n') -%}
+            {{- last.segment -}}{%- set last.segment = segment[1:] -%}
+        {%- else -%}
+            {{- last.segment -}}{%- set last.segment = segment -%}
+        {%- endif -%}
+    {%- endfor -%}
+    {{- last.segment -}}
+{%- endmacro -%}
+"""
+"""`<image>` marks go as in `conversation.without_marks`: each with one newline beside it."""
+
+_TURNS = r"""
+{{- OPENING -}}
+{%- for message in messages -%}
+    {%- if message.role != ('assistant' if loop.index0 % 2 else 'user') -%}
+        {{- raise_exception('user and assistant must take turns, user first; there is no system turn: the model saw none') -}}
+    {%- elif message.role == 'user' -%}
+        ASK
+    {%- else -%}
+        {{- BEFORE_ANSWER -}}{{- ANSWER_PREFIX -}}{{- unmarked(message.content) | trim -}}{{- END -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt and messages[-1].role == 'user' -%}
+    {{- BEFORE_ANSWER -}}
+{%- endif -%}
+"""
+_ASK = "{%- if not loop.first -%}{{- BETWEEN -}}{%- endif -%}{{- BEFORE_QUESTION -}}{{- unmarked(message.content) | trim -}}"
+_ASK_CAPTION = "{%- if not loop.first -%}{{- raise_exception('this model captions: one turn only') -}}{%- endif -%}"
+
+_BYTE_NAMES = {256: "<bos>", 257: "<user>", 258: "<assistant>", 259: "<end>"}
+
+
+def chat_template(template: str, tokenizer: Tokenizer, spelling: dict[str, str]) -> str:
+    """The template in Jinja. `spelling`: how the tokenizer writes `bos` and `eos`."""
+    form = template_of(template, tokenizer)
+
+    def spelled(*pieces: Piece) -> str:
+        # JSON's strings are Jinja's.
+        return json.dumps("".join(spelling.get(p.text, p.text) if p.special else p.text for p in pieces))
+
+    values = {
+        "ASK": _ASK if form.has_questions else _ASK_CAPTION,
+        "OPENING": spelled(*form.opening),
+        "BETWEEN": spelled(*form.between),
+        "BEFORE_QUESTION": spelled(*form.before_question),
+        "BEFORE_ANSWER": spelled(*form.before_answer),
+        "ANSWER_PREFIX": spelled(Piece(form.answer_prefix)),
+        "END": spelled(form.end),
+    }
+    text = _TURNS
+    for name, value in values.items():
+        text = text.replace(name, value)
+    return (_MACROS + text).strip()
+
+
+def write_tokenizer(name: str, template: str, out: Path) -> dict[str, Any]:
+    """Write a tokenizer (`bytes`, or a folder) and its chat template into the folder.
+
+    Returns: generation's `bos_token_id`, `eos_token_id` (whatever ends an answer) and `pad_token_id`.
+    Raises: ValueError for a tokenizer that is missing, or lacks what the template needs.
+    """
+    ours = load_tokenizer(name)
+    check_tokenizer(ours, template)
+    theirs = _bytes_tokenizer() if name == "bytes" else _folder_tokenizer(Path(name))
+    if theirs.pad_token is None:
+        theirs.pad_token = theirs.eos_token or theirs.convert_ids_to_tokens(end_of_turn(ours, template)[0])
+    theirs.padding_side = "left"
+    theirs.chat_template = chat_template(template, ours, {"bos": str(theirs.bos_token), "eos": str(theirs.eos_token)})
+    theirs.save_pretrained(str(out))
+    return {
+        "bos_token_id": theirs.bos_token_id,
+        "eos_token_id": sorted({*end_of_turn(ours, template)}),
+        "pad_token_id": theirs.pad_token_id,
+    }
+
+
+def _folder_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+
+
+def _bytes_tokenizer() -> Any:
+    """The built-in byte-level tokenizer as a Hugging Face one: 256 bytes in order, no merges, then the special tokens."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Rust
+    from transformers import PreTrainedTokenizerFast
+
+    assert sorted(_BYTE_NAMES) == sorted(set(BYTE_SPECIAL.values()))
+    characters = byte_characters()
+    rust = Rust(models.BPE(vocab={character: byte for byte, character in enumerate(characters)}, merges=[]))
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    rust.decoder = decoders.ByteLevel()
+    rust.add_special_tokens([AddedToken(name, special=True, normalized=False) for _, name in sorted(_BYTE_NAMES.items())])
+    bos, end = _BYTE_NAMES[BYTE_SPECIAL["bos"]], _BYTE_NAMES[BYTE_SPECIAL["eos"]]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=rust, bos_token=bos, eos_token=end, pad_token=end, clean_up_tokenization_spaces=False
+    )
+
+
+def byte_characters() -> list[str]:
+    """The character by which byte-level tokenizers write each byte: itself where it is visible Latin-1, else from U+0100 on."""
+    visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    invisible = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in visible else chr(next(invisible)) for byte in range(256)]

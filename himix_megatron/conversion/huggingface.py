@@ -1,0 +1,287 @@
+"""Hugging Face's Llama and Qwen2 language models and SigLIP and CLIP towers, as folders, in our terms.
+
+Flows in: `config.json` and safetensors; out: ModelConfig, VisionConfig, and the checked tensors under the authors' names,
+which are Hugging Face's. What our model would compute otherwise than the folder's own is refused, by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..config import ModelConfig, VisionConfig
+from .authors_layout import is_new, shapes
+from .safetensors_io import DTYPES, MappedTensors, open_folder, read_json
+
+VisionInit = Literal["random", "from-text"]
+_ROTARY_BUFFER = ".rotary_emb.inv_freq"
+"""Older folders store the rotary frequencies, which follow from the configuration."""
+_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""megatron-core's own constants: only the factor can be given."""
+
+
+# ---- the language model --------------------------------------------------------------------------------------------
+
+
+def read_language(folder: Path) -> ModelConfig:
+    """The sizes of a language model's folder. Raises: ValueError naming what our model would compute otherwise."""
+    return language_config(_plain_settings(folder, ("llama", "qwen2")), folder / "config.json")
+
+
+def language_config(stored: Mapping[str, Any], where: Path) -> ModelConfig:
+    """A model from Hugging Face's settings. `where`: named in errors. Raises: ValueError."""
+    from transformers import LlamaConfig, Qwen2Config
+
+    kind: Any = stored["model_type"]
+    settings = _settings({"llama": LlamaConfig, "qwen2": Qwen2Config}[kind], stored, where)
+    _refuse_other_mathematics(settings, where)
+    head_dim = getattr(settings, "head_dim", None)
+    even = settings.hidden_size // settings.num_attention_heads
+    return ModelConfig(
+        family=kind,
+        num_layers=settings.num_hidden_layers,
+        hidden_size=settings.hidden_size,
+        ffn_hidden_size=settings.intermediate_size,
+        num_attention_heads=settings.num_attention_heads,
+        num_query_groups=settings.num_key_value_heads,
+        head_dim=None if head_dim in (None, even) else head_dim,
+        vocab_size=settings.vocab_size,
+        rope_theta=float(settings.rope_parameters["rope_theta"]),
+        rope_scaling_factor=_rope_scaling(settings, where),
+        norm_eps=settings.rms_norm_eps,
+        tie_embeddings=bool(settings.tie_word_embeddings),
+        init_std=settings.initializer_range,
+    )
+
+
+def _settings(config_class: Any, stored: Mapping[str, Any], where: Path) -> Any:
+    """Stored settings through transformers, which knows the defaults of what a config.json leaves out."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        return config_class.from_dict(dict(stored))
+    except (StrictDataclassError, ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{where}: transformers cannot read it ({' '.join(str(error).split())[:200]})") from None
+
+
+def _refuse_other_mathematics(settings: Any, where: Path) -> None:
+    faults = {
+        "hidden_act": settings.hidden_act != "silu",
+        "attention_bias": bool(getattr(settings, "attention_bias", False)),
+        "mlp_bias": bool(getattr(settings, "mlp_bias", False)),
+        "use_sliding_window": bool(getattr(settings, "use_sliding_window", False)),
+        "quantization_config": getattr(settings, "quantization_config", None) is not None,
+    }
+    for name, wrong in faults.items():
+        if wrong:
+            raise ValueError(f"{where}: {name} is {getattr(settings, name)}, which our model does not compute")
+
+
+def _rope_scaling(settings: Any, where: Path) -> float | None:
+    rope = settings.rope_parameters
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise ValueError(
+            f"{where}: rope_type is {kind}: only unscaled rotary embeddings and Llama 3's scaling can be converted"
+        )
+    for name, wanted in _LLAMA3_ROPE.items():
+        if rope.get(name) != wanted:
+            raise ValueError(f"{where}: rope {name} is {rope.get(name)}: megatron-core's Llama 3 scaling has {wanted:g} fixed")
+    return float(rope["factor"])
+
+
+def _plain_settings(folder: Path, kinds: tuple[str, ...]) -> dict[str, Any]:
+    """`config.json` of a model without code of its own."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder")
+    file = folder / "config.json"
+    stored = read_json(file)
+    if "auto_map" in stored:
+        raise ValueError(f"{file} names code of its own (auto_map): only transformers' own {' and '.join(kinds)} are converted")
+    if stored.get("model_type") not in kinds:
+        raise ValueError(f"{file}: model_type is {stored.get('model_type')}, wanted {' or '.join(kinds)}")
+    return stored
+
+
+def language_weights(folder: Path, model: ModelConfig) -> MappedTensors:
+    """A language model's tensors, mapped and checked against its sizes.
+
+    Raises: ValueError naming what is missing, left over, of another shape or dtype, or not safe to read.
+    """
+    opened = open_folder(folder)
+    wanted = {name: shape for name, shape in shapes(model, 0).items() if not is_new(name)}
+    entries = {name: entry for name, entry in opened.entries.items() if not name.endswith(_ROTARY_BUFFER)}
+    head = "lm_head.weight"
+    if model.tie_embeddings and head in entries:
+        # A tied head stored a second time is no other head.
+        check_shapes({head: opened.entries[head].shape}, {head: (model.vocab_size, model.hidden_size)}, folder)
+        if entries[head].dtype in DTYPES and not same_bits(opened[head], opened["model.embed_tokens.weight"]):
+            raise ValueError(f"{folder}: tie_word_embeddings is set, but {head} differs from model.embed_tokens.weight")
+        del entries[head]
+    check_shapes({name: entry.shape for name, entry in entries.items()}, wanted, folder)
+    check_dtypes(entries, folder)
+    return MappedTensors(entries, opened.metadata)
+
+
+def check_shapes(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], where: Path) -> None:
+    """Raises: ValueError naming tensors that are missing, left over, or of another shape."""
+    missing, extra = [n for n in wanted if n not in found], [n for n in found if n not in wanted]
+    for names, fault in ((missing, "lacks"), (extra, "holds")):
+        if names:
+            rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            tail = "" if fault == "lacks" else ", which the model has no place for"
+            raise ValueError(f"{where} {fault} {', '.join(names[:3])}{rest}{tail}")
+    for name, shape in wanted.items():
+        if found[name] != shape:
+            raise ValueError(f"{where}: {name} has shape {list(found[name])}, wanted {list(shape)}")
+
+
+def check_weights(weights: MappedTensors, wanted: Mapping[str, tuple[int, ...]], where: Path) -> None:
+    """Raises: ValueError naming a tensor that is missing, left over, of another shape, or of another dtype than the rest."""
+    check_shapes({name: entry.shape for name, entry in weights.entries.items()}, wanted, where)
+    check_dtypes(weights.entries, where)
+
+
+def check_dtypes(entries: Mapping[str, Any], where: Path) -> None:
+    """Raises: ValueError naming a tensor whose dtype is not the others', or is no floating-point one that we have."""
+    first = next(iter(entries))
+    for name, entry in entries.items():
+        if entry.dtype not in DTYPES:
+            raise ValueError(f"{where}: {name} is {entry.dtype}, wanted {', '.join(DTYPES)}")
+        if entry.dtype != entries[first].dtype:
+            raise ValueError(f"{where}: {name} is {entry.dtype}, but {first} is {entries[first].dtype}: wanted one dtype")
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same bytes (so that a NaN equals itself)."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(one.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8))
+
+
+class TextWeights(Mapping[str, Tensor]):
+    """The language model alone out of a HiMix model's tensors: what goes back to Hugging Face."""
+
+    def __init__(self, weights: Mapping[str, Tensor]):
+        self._weights = weights
+
+    def __getitem__(self, name: str) -> Tensor:
+        if is_new(name):
+            raise KeyError(name)
+        return self._weights[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._weights if not is_new(name))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+# ---- what HiMix adds -----------------------------------------------------------------------------------------------
+
+
+class NewVisionWeights(Mapping[str, Tensor]):
+    """Vision norms and vision K/V projections for a language model that has none; each is made when it is asked for.
+
+    random: projections normal with the model's `init_std`, a function of seed and name; biases 0; norms 1.
+    from-text: a vision feature is treated as a text state: norm, K and V are the layer's own, biases too. A tower of
+    V channels on a model of H > V takes the first V columns, times sqrt(H / V), which keeps the expected length of keys and
+    values and leaves them in the space that the text's span. A tower wider than the model is refused: V - H of its channels
+    would have nothing to start from.
+    """
+
+    def __init__(self, text: Mapping[str, Tensor], model: ModelConfig, vision_width: int, init: VisionInit, seed: int):
+        """Raises: ValueError if the widths do not allow `from-text`."""
+        if init == "from-text" and vision_width > model.hidden_size:
+            raise ValueError(
+                f"--vision-kv-init from-text needs a tower no wider than the language model: {vision_width} is above "
+                f"{model.hidden_size}; use --vision-kv-init random"
+            )
+        self._text, self._model, self._width, self._init, self._seed = text, model, vision_width, init, seed
+        self._shapes = {name: shape for name, shape in shapes(model, vision_width).items() if is_new(name)}
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape, dtype = self._shapes[name], self._text["model.norm.weight"].dtype
+        if self._init == "from-text":
+            source = self._text[name.replace("_img.", ".")]
+            if name.endswith("bias"):
+                return source.clone()
+            scale = 1.0 if "layernorm" in name else math.sqrt(self._model.hidden_size / self._width)
+            return (source[..., : self._width].float() * scale).to(dtype)
+        if name.endswith("bias"):
+            return torch.zeros(shape, dtype=dtype)
+        if "layernorm" in name:
+            return torch.ones(shape, dtype=dtype)
+        digest = hashlib.sha256(f"{self._seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        return (torch.randn(shape, generator=generator) * self._model.init_std).to(dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+# ---- the tower -----------------------------------------------------------------------------------------------------
+
+
+def read_tower_config(folder: Path, feature_layer: int) -> VisionConfig:
+    """A SigLIP or CLIP folder (a vision model alone or a whole model) as our configuration, `path` included.
+
+    The pixels' mean and deviation come from its `preprocessor_config.json`, or are the kind's own; images are resized to a
+    square. Raises: ValueError naming what our tower would compute otherwise.
+    """
+    stored = _plain_settings(folder, ("siglip", "siglip_vision_model", "clip", "clip_vision_model"))
+    from transformers import CLIPVisionConfig, SiglipVisionConfig
+
+    kind: Any = stored["model_type"].split("_")[0]
+    config_class = {"siglip": SiglipVisionConfig, "clip": CLIPVisionConfig}[kind]
+    settings, usual = _settings(config_class, stored.get("vision_config", stored), folder / "config.json"), config_class()
+    # A checkpoint of ours stores the tower's sizes and weights; the rest must be what the kind always has.
+    for name in ("hidden_act", "layer_norm_eps", "num_channels"):
+        got, wanted = getattr(settings, name), getattr(usual, name)
+        if got != wanted:
+            raise ValueError(f"{folder / 'config.json'}: {name} is {got}, but a {kind} tower here has {wanted}")
+    for name in ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+        size = getattr(settings, name)
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{folder / 'config.json'}: {name} is {size}, wanted a number above 0")
+    mean, std = (_CLIP_MEAN, _CLIP_STD) if kind == "clip" else ((0.5,) * 3, (0.5,) * 3)
+    if (folder / "preprocessor_config.json").is_file():
+        processor = read_json(folder / "preprocessor_config.json")
+        mean, std = tuple(processor.get("image_mean", mean)), tuple(processor.get("image_std", std))
+    return VisionConfig(
+        tower=kind,
+        path=str(folder),
+        image_size=settings.image_size,
+        patch_size=settings.patch_size,
+        hidden_size=settings.hidden_size,
+        num_layers=settings.num_hidden_layers,
+        num_attention_heads=settings.num_attention_heads,
+        ffn_hidden_size=settings.intermediate_size,
+        feature_layer=feature_layer,
+        pixel_mean=mean,
+        pixel_std=std,
+    )
+
+
+def tower_dtype(folder: Path) -> torch.dtype:
+    """The dtype in which a tower's folder stores its weights, float32 if they are mixed. Raises: ValueError."""
+    found = set()
+    for name, entry in open_folder(folder).entries.items():
+        if name.endswith("position_ids"):  # older CLIP folders number the positions in a tensor
+            continue
+        if entry.dtype not in DTYPES:
+            raise ValueError(f"{folder}: {name} is {entry.dtype}, wanted {', '.join(DTYPES)}")
+        found.add(DTYPES[entry.dtype])
+    return found.pop() if len(found) == 1 else torch.float32

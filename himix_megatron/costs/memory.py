@@ -1,0 +1,201 @@
+"""What a rank holds while it trains: parameters and what belongs to them, activations, features. By arithmetic; no torch.
+
+Flows in: a configuration with its layout, the data-parallel size and a micro-batch's sizes; out: bytes of each pipeline stage.
+Parameters are exact (a test builds the model). Activations are the tensors that autograd keeps, a few per mille
+of them left out; what no arithmetic knows (the CUDA context, NCCL's buffers, fragments) is an allowance on top.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+
+from ..config import Config
+from .flops import chunk_layers
+
+GIB = 2**30
+VOCAB_MULTIPLE = 128
+"""As in adapter.py, which takes torch."""
+HEAD_CHUNK_LOGITS, HEAD_GPU_CHUNK_LOGITS, HEAD_MAX_LOGITS = 2**26, 2**28, 2**31
+"""As in loss.py, which takes torch."""
+FIXED_BYTES = 2.5 * GIB
+"""CUDA context, NCCL's buffers and cuBLAS's workspaces: an allowance, not measured here."""
+FRAGMENTS = 0.05
+"""Share of the rest that the caching allocator cannot hand out: an allowance, not measured here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Numbers of them. Of a model, or of one rank."""
+
+    language: float
+    vision_kv: float
+    tower: float
+
+    @property
+    def total(self) -> float:
+        """All."""
+        return self.language + self.vision_kv + self.tower
+
+    def trained(self, config: Config) -> float:
+        """Those of train.parts."""
+        return sum(float(getattr(self, part)) for part in config.train.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class RankMemory:
+    """Bytes of a rank of one pipeline stage."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    """Kept for the backward pass by all micro-batches under way, and what one layer needs while it is computed again."""
+    logits: float
+    """A chunk of them, and the head's states; last stage only."""
+    features: float
+    """Of this step's images of the replica and the next step's, and what the tower needs while it encodes."""
+    allowance: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(float(getattr(self, item.name)) for item in fields(self))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroBatch:
+    """Sizes of one micro-batch as computed: padding included."""
+
+    text_tokens: float
+    vision_tokens: float
+    rows: float = 1.0
+    """Of text; a pack is one."""
+    labelled_tokens: float | None = None
+    """Text tokens with a label; None: all."""
+
+
+def padded_vocab(config: Config) -> int:
+    """Rows of the embedding as allocated."""
+    multiple = math.lcm(VOCAB_MULTIPLE, config.parallel.tensor)
+    return -(-config.model.vocab_size // multiple) * multiple
+
+
+def tower_parameters(config: Config) -> int:
+    """Of the layers that run: those up to the one whose output is taken."""
+    vision = config.vision
+    width, inner = vision.hidden_size, vision.ffn_hidden_size
+    layer = 4 * (width * width + width) + 2 * width * inner + inner + width + 4 * width
+    patch = 3 * vision.patch_size**2 * width
+    shared = {
+        "siglip": patch + width + vision.tokens_per_image * width,
+        "clip": patch + width + (vision.tokens_per_image + 1) * width + 2 * width,
+        "tiny": patch + width + vision.tokens_per_image * width + (2 * width if vision.feature_layer == -1 else 0),
+    }[vision.tower]
+    return layer * (vision.num_layers + 1 + vision.feature_layer) + shared
+
+
+def layer_parameters(config: Config, tensor: int = 1) -> Parameters:
+    """Of one decoder layer, on one of so many tensor ranks."""
+    model, width = config.model, config.vision.hidden_size
+    query, key_value = (heads * model.channels_per_head for heads in (model.num_attention_heads, model.num_query_groups))
+    split = 2 * model.hidden_size * (query + key_value) + 3 * model.hidden_size * model.ffn_hidden_size
+    vision_split = 2 * key_value * width
+    if model.has_qkv_bias:
+        split, vision_split = split + query + 2 * key_value, vision_split + 2 * key_value
+    return Parameters(split / tensor + 2 * model.hidden_size, vision_split / tensor + width, 0.0)
+
+
+def model_parameters(config: Config) -> Parameters:
+    """Of the whole model, the vocabulary as published."""
+    model, layer = config.model, layer_parameters(config)
+    ends = model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2) + model.hidden_size
+    return Parameters(model.num_layers * layer.language + ends, model.num_layers * layer.vision_kv, tower_parameters(config))
+
+
+def rank_parameters(config: Config, stage: int) -> Parameters:
+    """On one rank of a pipeline stage: its layers' share, the embedding and the head where they are, a replica of the tower for
+    each chunk where it trains, and one where it is frozen."""
+    model, parallel = config.model, config.parallel
+    layer = layer_parameters(config, parallel.tensor)
+    number = sum(chunk_layers(config)[stage :: parallel.pipeline])
+    table = padded_vocab(config) / parallel.tensor * model.hidden_size
+    last = stage == parallel.pipeline - 1
+    tables = (stage == 0) + (last and not (model.tie_embeddings and parallel.pipeline == 1))
+    language = number * layer.language + tables * table + (model.hidden_size if last else 0)
+    replicas = parallel.virtual_pipeline if "tower" in config.train.parts else 0 if config.data.features else 1
+    return Parameters(language, number * layer.vision_kv, replicas * tower_parameters(config))
+
+
+def layer_activations(config: Config, micro_batch: MicroBatch) -> float:
+    """Numbers that one layer keeps of a micro-batch, on one tensor rank."""
+    model, parallel = config.model, config.parallel
+    query, key_value = (heads * model.channels_per_head for heads in (model.num_attention_heads, model.num_query_groups))
+    text, sequence = micro_batch.text_tokens, parallel.tensor if parallel.sequence else 1
+    trains, plain = "language" in config.train.parts, model.layer_spec == "torch"
+    # The two norms' inputs; where weights train also what comes out of them, and in 16 bits torch's norm keeps what it scales.
+    scaled = plain and config.train.precision == "bf16"
+    whole = text * model.hidden_size * (2 + (2 + 2 * scaled) * trains) / sequence
+    # Queries, keys and values, and what they mix to; torch's backend keeps the projection's output beside turned copies of it.
+    heads = (3 * query + 3 * key_value) if plain else (2 * query + 2 * key_value)
+    attention = (text * heads + micro_batch.vision_tokens * 2 * key_value) / parallel.tensor
+    angles = 4 * model.channels_per_head * text / micro_batch.rows
+    # The MLP's two halves; where weights train, what they activate to.
+    return whole + attention + angles + text * model.ffn_hidden_size * (2 + trains) / parallel.tensor
+
+
+def chunks_under_way(config: Config, stage: int, num_micro_batches: int) -> int:
+    """Micro-batches of a chunk whose activations a stage holds at most. Source: megatron-core's schedules."""
+    size, chunks = config.parallel.pipeline, config.parallel.virtual_pipeline
+    if chunks == 1:
+        return min(num_micro_batches, size - stage)
+    return min(num_micro_batches * chunks, 2 * (size - stage - 1) + (chunks - 1) * size + 1)
+
+
+def rank_memory(
+    config: Config, stage: int, *, data_size: int, micro_batch: MicroBatch, images_per_step: float, on_gpu: bool = True
+) -> RankMemory:
+    """Bytes of a rank of `stage`.
+
+    Args: micro_batch: the largest one; images_per_step: of one replica.
+    """
+    parallel, train, vision = config.parallel, config.train, config.vision
+    size = 2 if train.precision == "bf16" else 4
+    own = rank_parameters(config, stage)
+    trained = own.trained(config)
+    states = (12 if size == 2 else 8) * trained / (data_size if parallel.distributed_optimizer else 1)
+    num_micro_batches = config.global_batch // (data_size * config.micro_batch)
+    layers = sum(chunk_layers(config)[stage :: parallel.pipeline]) / parallel.virtual_pipeline
+    layer = layer_activations(config, micro_batch)
+    text = micro_batch.text_tokens * config.model.hidden_size
+    kept = layer if train.recompute != "full" else text / (parallel.tensor if parallel.sequence else 1)
+    normalised = micro_batch.vision_tokens * vision.hidden_size
+    under_way = chunks_under_way(config, stage, num_micro_batches) * (layers * kept + normalised)
+    if train.cuda_graphs == "on":
+        under_way *= 2  # the graphs' pool, and beside it micro-batches of a size that is not recorded yet
+    again = layer if train.recompute == "full" else 0.0
+    logits = 0.0
+    if stage == parallel.pipeline - 1:
+        rows = padded_vocab(config) / parallel.tensor
+        tokens = micro_batch.text_tokens if micro_batch.labelled_tokens is None else micro_batch.labelled_tokens
+        logits = 12 * min(HEAD_GPU_CHUNK_LOGITS if on_gpu else HEAD_CHUNK_LOGITS, tokens * rows)
+        if on_gpu:
+            # With Transformer Engine's loss, whatever the layers are: all logits once, and the weight's gradient beside them.
+            chunk = tokens * rows if tokens * rows <= HEAD_MAX_LOGITS else HEAD_MAX_LOGITS / 8
+            kept = size * (chunk + ("language" in train.parts) * rows * config.model.hidden_size)
+            logits = kept if config.model.layer_spec != "torch" else max(logits, kept)
+        logits += 3 * size * text
+    features = 2 * images_per_step * vision.tokens_per_image * vision.hidden_size * size
+    if not config.data.features:
+        share = images_per_step / (parallel.tensor * parallel.pipeline)
+        inner = vision.tokens_per_image * (6 * vision.hidden_size + vision.ffn_hidden_size)
+        features += min(64.0, share) * inner * size
+    found = RankMemory(
+        weights=size * own.total,
+        gradients=4 * trained,
+        optimizer=states,
+        activations=size * (under_way + again),
+        logits=logits,
+        features=features,
+    )
+    return replace(found, allowance=FIXED_BYTES + FRAGMENTS * found.total) if on_gpu else found

@@ -1,0 +1,193 @@
+"""Images through a tower into feature files. The layout is features.py's.
+
+A file is written beside its place, synced and renamed, and its receipt last, so what has a receipt is whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..loading import feature_cache
+from ..loading.feature_cache import BLANK, MANIFEST, Dtype, FeatureManifest, FeatureReceipt, Layout
+from ..loading.vision_reader import PixelReader
+from ..shards import shard_format
+from ..shards.reader import ShardDataset
+from ..shards.shard_format import BadSampleError
+from ..shards.storage import LocalFolder
+from .shard_writer import sync, write_synced
+
+log = logging.getLogger(__name__)
+
+FP8_MAX = 448.0
+"""Largest float8_e4m3fn."""
+
+Encode = Callable[[Tensor, Tensor], Tensor]
+"""(pixels uint8[K, 3, H, W], blank bool[K]) -> features [K, N, V] on the CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureJob:
+    """Which feature file to make, and where."""
+
+    folder: LocalFolder
+    attempt: Path
+    """Where files are written before they are renamed; this attempt's own."""
+    key_hash: str
+    dtype: Dtype
+    shape: tuple[int, int]
+    """(N, V) of one image."""
+    shard: int | None
+    """Of the dataset; None: the blank image."""
+
+
+def pack(computed_KNV: Tensor, dtype: Dtype) -> tuple[Tensor, Tensor | None]:
+    """Features as they are stored: bf16[K, N, V] and None, or float8_e4m3fn[K, N, V] and scales float32[K, N or 1]."""
+    if dtype == "bf16":
+        return computed_KNV.bfloat16(), None
+    wide = computed_KNV.float()
+    largest = wide.abs().amax(dim=-1) if dtype == "fp8_token" else wide.abs().amax(dim=(1, 2))[:, None]
+    scales = (largest / FP8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
+    # A quotient may round to just above the largest number, which has no neighbour but NaN.
+    return (wide / scales[..., None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scales
+
+
+def make_features(
+    job: FeatureJob, dataset: ShardDataset, encode: Encode, reader: PixelReader, *, batch: int, pool: Executor
+) -> tuple[FeatureReceipt, bool]:
+    """See that a feature file exists: verify it by its receipt, or write it. `pool`: threads that decode.
+
+    Returns: the receipt, and whether the file was written.
+    """
+    name = BLANK if job.shard is None else dataset.manifest.shards[job.shard].name
+    receipt = load_receipt(job.folder, name)
+    if receipt is not None and is_whole(job, receipt):
+        return receipt, False
+    partial = job.attempt / f"{name}.safetensors"
+    if job.shard is None:
+        source, images = "", [(reader.blanks(1), torch.ones(1, dtype=torch.bool))]
+        receipt = _write(partial, job, name, source, 1, iter(images), encode)
+    else:
+        source, places = dataset.manifest.shards[job.shard].tar.sha256, images_of(dataset, job.shard)
+        decoded = _decoded(dataset, places, reader, batch, pool)
+        receipt = _write(partial, job, name, source, len(places), decoded, encode)
+    job.folder.put({feature_cache.feature_file(name): partial})
+    _publish(job.folder, job.attempt / f"{name}.json", feature_cache.receipt_file(name), feature_cache.to_json(receipt))
+    return receipt, True
+
+
+def load_receipt(folder: LocalFolder, name: str) -> FeatureReceipt | None:
+    """None where there is none that can be read (the file is then made again)."""
+    try:
+        return feature_cache.receipt_from_json((folder.read(feature_cache.receipt_file(name)) or b"").decode())
+    except ValueError:
+        return None
+
+
+def is_whole(job: FeatureJob, receipt: FeatureReceipt) -> bool:
+    """Whether a feature file is the one its receipt describes, made for this key."""
+    return job.folder.digest(feature_cache.feature_file(receipt.name)) == receipt.file and receipt.key_hash == job.key_hash
+
+
+def write_manifest(folder: LocalFolder, attempt: Path, manifest: FeatureManifest) -> None:
+    """Publish a cache: from now on it exists."""
+    _publish(folder, attempt / MANIFEST, MANIFEST, feature_cache.to_json(manifest))
+
+
+def _publish(folder: LocalFolder, beside: Path, name: str, text: str) -> None:
+    write_synced(beside, text.encode())
+    folder.put({name: beside})
+
+
+def images_of(dataset: ShardDataset, shard: int) -> list[tuple[int, int]]:
+    """(sample, image) of every image of a shard, in the order of its index."""
+    sizes = dataset.shard_sizes()
+    first = sum(sizes[:shard])
+    return [(i, k) for i in range(first, first + sizes[shard]) for k in range(dataset.num_images(i))]
+
+
+def _decoded(
+    dataset: ShardDataset, images: list[tuple[int, int]], reader: PixelReader, batch: int, pool: Executor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pixels of a batch of images at a time, and which of them are damaged; the next batch is decoded meanwhile."""
+
+    def start(first: int) -> tuple[Tensor, list[Future[bool]]]:
+        places = images[first : first + batch]
+        pixels = reader.blanks(len(places))
+        return pixels, [pool.submit(decode, pixels[n], *place) for n, place in enumerate(places)]
+
+    def decode(into: Tensor, i: int, k: int) -> bool:
+        try:
+            reader.read_into(into, dataset, i, k)
+            return True
+        except BadSampleError as error:
+            log.warning("%s: image %d is left out: %s", dataset.key(i), k, error.detail)
+            return False
+
+    waiting = start(0)
+    for first in range(0, len(images), batch):
+        pixels, read = waiting
+        waiting = start(first + batch)
+        yield pixels, torch.tensor([not future.result() for future in read])
+
+
+def _write(
+    path: Path,
+    job: FeatureJob,
+    name: str,
+    source: str,
+    num_images: int,
+    images: Iterator[tuple[Tensor, Tensor]],
+    encode: Encode,
+) -> FeatureReceipt:
+    """Write one feature file as the tower goes along. Images marked as missing get zeros; the blank one is encoded as such."""
+    layout = Layout(num_images, *job.shape, job.dtype)
+    checksums: list[int] = []
+    scales: list[bytes] = []
+    damaged: list[int] = []
+    error = squared = 0.0
+    with path.open("wb") as file:
+        file.write(layout.header)
+        for pixels, missing in images:
+            computed = encode(pixels, missing)
+            assert computed.shape[1:] == job.shape, (computed.shape, job.shape)
+            if job.shard is not None:
+                damaged += [len(checksums) + int(n) for n in missing.nonzero()]
+                computed = computed.masked_fill(missing[:, None, None], 0)
+            values, scale = pack(computed, job.dtype)
+            stored = values.double() if scale is None else values.double() * scale.double()[..., None]
+            error += float((stored - computed.double()).square().sum())
+            squared += float(computed.double().square().sum())
+            for n in range(len(values)):
+                own = _bytes(values[n])
+                own_scales = b"" if scale is None else _bytes(scale[n])
+                file.write(own)
+                scales.append(own_scales)
+                checksums.append(zlib.crc32(own_scales, zlib.crc32(own)))
+        file.write(b"".join(scales))
+        file.write(np.array(checksums, "<i8").tobytes())
+        sync(file)
+    return FeatureReceipt(
+        features_version=feature_cache.FEATURES_VERSION,
+        name=name,
+        key_hash=job.key_hash,
+        source=source,
+        num_images=num_images,
+        damaged=tuple(damaged),
+        squared_error=error,
+        squared=squared,
+        file=shard_format.file_digest(path),
+    )
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,273 @@
+"""A part of a source in, a shard's files out. The layout is schema.py's.
+
+A shard is written beside its place, synced and renamed, and its receipt last, so what has a receipt is whole. On an object
+store it is written on this machine and uploaded in the same order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ..images import image_file
+from ..loading import token_counts
+from ..shards import shard_format
+from ..shards.shard_format import BadSampleError, FileDigest, Manifest, Receipt
+from ..shards.storage import Folder, LocalFolder
+from ..text.tokenizer import load_tokenizer
+from .sources.base import BadRow, Part, Sample
+
+Check = Literal["decode", "header"]
+SYNC_BYTES = 8 << 20
+"""Written bytes after which the disk is set to work; otherwise all waiting comes at a shard's end."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardJob:
+    """Which shard to make, and where."""
+
+    folder: Folder
+    """The dataset."""
+    attempt: Path | None
+    """Where files are written before they are renamed; this attempt's own, so that a straggler of a killed one finds nothing
+    left to rename. None (object store): a temporary folder of the task's machine."""
+    name: str
+    """NAME-000000."""
+    config_hash: str
+    source_hash: str
+    check: Check = "decode"
+    """How images are checked."""
+    column: tuple[str, str] | None = None
+    """Tokenizer and template whose text lengths are counted on the way."""
+
+
+def make_shard(job: ShardJob, part: Part) -> tuple[Receipt, bool]:
+    """See that the shard of these source rows exists: verify it by its receipt, or write it.
+
+    Returns: the receipt, and whether the shard was written. The bytes depend on rows, images and config only.
+    """
+    receipt = load_receipt(job.folder, job.name)
+    is_kept = receipt is not None and _is_of(receipt, job, part) and _is_whole(job.folder, receipt)
+    if receipt is None or not is_kept:
+        receipt = write_shard(job, part)
+    if job.column:
+        _count_tokens(job.folder, receipt, *job.column)
+    return receipt, not is_kept
+
+
+def _count_tokens(folder: Folder, receipt: Receipt, tokenizer: str, template: str) -> None:
+    """See that the shard's length column is there; on an object store it is made here, of a copy."""
+    if isinstance(folder, LocalFolder):
+        token_counts.make_column(folder.path, receipt, tokenizer, template)
+        return
+    column = token_counts.column_of(load_tokenizer(tokenizer), template)
+    name = shard_format.lengths_path(Path(), column, receipt.name).as_posix()
+    with contextlib.suppress(ValueError):
+        shard_format.decode_lengths(folder.read(name) or b"", receipt.tar, receipt.num_samples)
+        return
+    with _temporary_folder() as here:
+        names = _names(receipt.name)
+        (here / names.tar).parent.mkdir()
+        for part in (names.tar, names.index):
+            (here / part).write_bytes(folder.read(part) or b"")
+        token_counts.make_column(here, receipt, tokenizer, template)
+        folder.put({name: here / name})
+
+
+def load_receipt(folder: Folder, name: str) -> Receipt | None:
+    """A shard's receipt; None where there is none that can be read (the shard is then made again)."""
+    data = folder.read(_names(name).receipt)
+    try:
+        return shard_format.receipt_from_json(data.decode("utf-8")) if data is not None else None
+    except ValueError:
+        return None
+
+
+def write_shard(job: ShardJob, part: Part) -> Receipt:
+    """Write and publish one shard: tar, index, quarantine, then the receipt. Bad rows are left out and listed."""
+    with contextlib.nullcontext(job.attempt) if job.attempt else _temporary_folder() as folder:
+        partial = ShardFiles(*(folder / f"{job.name}.{kind}" for kind in ("tar", "idx", "receipt", "quarantine")))
+        samples: list[tuple[int, ...]] = []
+        images: list[tuple[int, ...]] = []
+        rejected: list[dict[str, Any]] = []
+        with partial.tar.open("wb") as file:
+            tar = _TarWriter(file)
+            for number, outcome in part.rows():
+                try:
+                    members, facts = _members(outcome, number, job.check)
+                except BadSampleError as error:
+                    rejected.append(
+                        {"row": number, "id": str(outcome.id)[:200], "reason": error.reason, "detail": error.detail}
+                    )
+                    continue
+                text, *pictures = [(tar.append(name, data), len(data), zlib.crc32(data)) for name, data in members]
+                samples.append((text[0], number, *text[1:], len(images), len(pictures)))
+                images += [(*picture, fact.width, fact.height) for picture, fact in zip(pictures, facts, strict=True)]
+            tar.finish()
+        index = shard_format.encode_index(
+            np.array(samples, shard_format.SAMPLE_RECORD), np.array(images, shard_format.IMAGE_RECORD)
+        )
+        lines = "".join(json.dumps(line) + "\n" for line in rejected).encode()
+        receipt = Receipt(
+            schema_version=shard_format.SCHEMA_VERSION,
+            name=job.name,
+            config_hash=job.config_hash,
+            source_hash=job.source_hash,
+            first_row=part.first_row,
+            end_row=part.first_row + part.num_rows,
+            num_samples=len(samples),
+            num_images=len(images),
+            quarantined=dict(sorted(Counter(line["reason"] for line in rejected).items())),
+            tar=FileDigest(tar.offset, tar.digest.hexdigest()),
+            index=write_synced(partial.index, index),
+            quarantine=write_synced(partial.quarantine, lines) if lines else None,
+        )
+        write_synced(partial.receipt, shard_format.to_json(receipt).encode())
+        _publish(partial, job.folder, receipt)
+    return receipt
+
+
+def write_manifest(folder: Folder, manifest: Manifest, attempt: Path) -> None:
+    """Publish a dataset: from now on it exists."""
+    partial = attempt / "manifest.json"
+    write_synced(partial, shard_format.to_json(manifest).encode())
+    folder.put({"manifest.json": partial})
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFiles:
+    """The files of one shard before they are published."""
+
+    tar: Path
+    index: Path
+    receipt: Path
+    quarantine: Path
+
+
+@dataclass(frozen=True, slots=True)
+class ShardNames:
+    """Where the files of one shard are in a dataset folder, with slashes."""
+
+    tar: str
+    index: str
+    receipt: str
+    quarantine: str
+
+
+def _names(name: str) -> ShardNames:
+    paths = shard_format.shard_paths(Path(), name)
+    return ShardNames(*(path.as_posix() for path in (paths.tar, paths.index, paths.receipt, paths.quarantine)))
+
+
+def _is_of(receipt: Receipt, job: ShardJob, part: Part) -> bool:
+    """Whether a receipt is this job's: a file that was swapped or damaged can be another's, and as well formed."""
+    job_says = (job.name, job.config_hash, job.source_hash, part.first_row, part.first_row + part.num_rows)
+    return job_says == (receipt.name, receipt.config_hash, receipt.source_hash, receipt.first_row, receipt.end_row)
+
+
+def _is_whole(folder: Folder, receipt: Receipt) -> bool:
+    """Compare a shard's files with its receipt, byte for byte, and then the receipt, which has no hash, with them."""
+    names = _names(receipt.name)
+    wanted = ((names.index, receipt.index), (names.quarantine, receipt.quarantine), (names.tar, receipt.tar))
+    if any(folder.digest(name) != digest for name, digest in wanted):
+        return False
+    samples, images = shard_format.decode_index(folder.read(names.index) or b"")
+    rejected = (folder.read(names.quarantine) or b"").decode().splitlines()
+    reasons = Counter(json.loads(line)["reason"] for line in rejected)
+    counts = (len(samples), len(images), dict(sorted(reasons.items())))
+    return counts == (receipt.num_samples, receipt.num_images, receipt.quarantined) and (
+        folder.read(names.receipt) == shard_format.to_json(receipt).encode()
+    )
+
+
+def _publish(partial: ShardFiles, folder: Folder, receipt: Receipt) -> None:
+    """Bring the synced files to their places, the receipt after the rest is there for good."""
+    names = _names(receipt.name)
+    files = {names.tar: partial.tar, names.index: partial.index}
+    if receipt.quarantine:
+        files[names.quarantine] = partial.quarantine
+    folder.put(files)  # a straggler of a killed run fails here, before it has changed anything
+    if not receipt.quarantine:
+        folder.remove(names.quarantine)
+    folder.put({names.receipt: partial.receipt})
+
+
+@contextlib.contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="himix-preprocess-") as folder:
+        yield Path(folder)
+
+
+class _TarWriter:
+    """Appends members to a tar and hashes what it writes; a thread brings it to the disk meanwhile."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self.offset, self.digest = file, 0, hashlib.sha256()
+        self._thread = ThreadPoolExecutor(1)
+        self._synced, self._syncing = 0, self._thread.submit(lambda: None)
+
+    def append(self, member: str, data: bytes) -> int:
+        """Returns: where the content begins."""
+        start = self.offset + shard_format.BLOCK
+        for part in (shard_format.tar_header(member, len(data)), data, shard_format.padding(len(data))):
+            self._put(part)
+        if self.offset - self._synced >= SYNC_BYTES and self._syncing.done():
+            self._syncing.result()  # the kernel tells of a failed write once
+            self._file.flush()
+            self._synced, self._syncing = self.offset, self._thread.submit(os.fdatasync, self._file.fileno())
+        return start
+
+    def finish(self) -> None:
+        """End the tar and bring it to the disk."""
+        self._put(shard_format.TAR_END)
+        self._syncing.result()
+        self._thread.shutdown()
+        sync(self._file)
+
+    def _put(self, data: bytes) -> None:
+        self._file.write(data)
+        self.digest.update(data)
+        self.offset += len(data)
+
+
+def _members(
+    outcome: Sample | BadRow, number: int, check: Check
+) -> tuple[list[tuple[str, bytes]], list[image_file.ImageFacts]]:
+    """A sample's members (name, content) in order, and the facts of its images. Raises: BadSampleError."""
+    if isinstance(outcome, BadRow):
+        raise outcome.error
+    key = shard_format.sample_key(number)
+    try:
+        text = json.dumps({"id": outcome.id, "conversations": outcome.conversations}, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise BadSampleError("bad_text", "half of a surrogate pair: no Unicode text") from None
+    look = image_file.verify if check == "decode" else image_file.header
+    facts = [look(data) for data in outcome.images]
+    pictures = [(f"{key}.{k}.{fact.suffix}", data) for k, (fact, data) in enumerate(zip(facts, outcome.images, strict=True))]
+    return [(f"{key}.json", text), *pictures], facts
+
+
+def write_synced(path: Path, data: bytes) -> FileDigest:
+    """Write a file and bring it to the disk."""
+    with path.open("wb") as file:
+        file.write(data)
+        sync(file)
+    return FileDigest(len(data), hashlib.sha256(data).hexdigest())
+
+
+def sync(file: Any) -> None:
+    """Bring what was written to the disk."""
+    file.flush()
+    os.fsync(file.fileno())

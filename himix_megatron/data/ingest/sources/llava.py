@@ -1,0 +1,171 @@
+"""LLaVA's layout: one JSON list (or a line per row) of {id, image, conversations}, and a folder of images."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from ...shards import storage
+from ...shards.shard_format import BadSampleError
+from .base import (
+    MAX_SAMPLE_BYTES,
+    Ambiguous,
+    BadRow,
+    Sample,
+    SourceError,
+    checked_conversation,
+    checked_id,
+    digest_id,
+    find_repeated,
+    number_rows,
+    parse_json,
+)
+
+# What a wrong file name answers with. Anything else (EIO, ESTALE, ENOMEM ...) is the machine's fault.
+_NO_SUCH_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP, errno.EINVAL}
+_NO_SUCH_FILE |= {errno.ENXIO, errno.EPERM}  # a socket; a protected file
+
+
+class LlavaSource:
+    """The rows of an annotation file, held in memory as they were parsed.
+
+    Raises: SourceError where the annotations are no list of rows, or there is no such file or folder.
+    """
+
+    def __init__(self, annotations: str, images: str) -> None:
+        self._rows, self.source_hash = _load(annotations)
+        storage.check_folder(images, "--images")
+        self._images = images if storage.is_remote(images) else str(storage.local_path(images).absolute())
+        digests = [digest_id(_id_or_row(row, number)) for number, row in enumerate(self._rows)]
+        hashes = np.array([digest.hash for digest in digests], np.uint64)
+        self._repeated = find_repeated(hashes, np.array([digest.numbered for digest in digests], np.int64))
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in all."""
+        return len(self._rows)
+
+    def part(self, first: int, end: int) -> LlavaPart:
+        """The texts of these rows."""
+        repeated = frozenset((first + np.flatnonzero(self._repeated[first:end])).tolist())
+        return LlavaPart(first, self._rows[first:end], self._images, repeated)
+
+
+@dataclass(frozen=True, slots=True)
+class LlavaPart:
+    """The texts of some rows, and where their images are."""
+
+    first_row: int
+    texts: list[Any]
+    images: str
+    repeated: frozenset[int]
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows."""
+        return len(self.texts)
+
+    def rows(self) -> Iterator[tuple[int, Sample | BadRow]]:
+        """Read each row's images from the folder."""
+        return number_rows((self._read(row) for row in self.texts), self.first_row, self.repeated)
+
+    def _read(self, row: Any) -> Sample | BadRow:
+        try:
+            return read_llava(row, self.images)
+        except BadSampleError as error:
+            return BadRow(_id_or_row(row, None), error)
+
+
+def read_llava(row: Any, images: str) -> Sample:
+    """One row with its images read from the folder. `image` may be absent (a text-only row), a name, or a list of names.
+
+    Raises: BadSampleError; OSError when the machine fails.
+    """
+    if isinstance(row, Ambiguous):
+        raise BadSampleError("malformed", "the row has a key twice")
+    if not isinstance(row, Mapping):
+        raise BadSampleError("malformed", "the row is not an object")
+    name_of_row = checked_id(row.get("id"))
+    names = row.get("image")
+    names = [] if names is None else [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise BadSampleError("malformed", "`image` is neither a name nor a list of names")
+    turns = checked_conversation(row.get("conversations"), len(names))
+    contents: list[bytes] = []
+    for name in names:
+        contents.append(read_image(images, name, MAX_SAMPLE_BYTES - sum(map(len, contents))))
+    return Sample(name_of_row, turns, tuple(contents))
+
+
+def read_image(folder: str, name: str, limit: int) -> bytes:
+    """One file below the folder, of at most `limit` bytes. Raises: BadSampleError; OSError when the machine fails."""
+    path = PurePosixPath(name)
+    if not name.isprintable() or not path.parts or path.is_absolute() or ".." in path.parts or "\\" in name:
+        raise BadSampleError("unsafe_name", f"{name!r} does not stay in the image folder"[:200])
+    if storage.is_remote(folder):
+        try:
+            data = storage.read_bytes(storage.join(folder, str(path)), limit + 1)
+        except (FileNotFoundError, IsADirectoryError):
+            raise BadSampleError("missing_image", f"{name!r}: {os.strerror(errno.ENOENT)}"[:200]) from None
+    else:
+        data = _read_local(Path(folder, path), name, limit)
+    if len(data) > limit:
+        raise BadSampleError("oversized_image", f"{name!r} takes the sample above {MAX_SAMPLE_BYTES} bytes"[:200])
+    return data
+
+
+def _read_local(path: Path, name: str, limit: int) -> bytes:
+    """The file, or its first limit + 1 bytes."""
+    try:
+        # Not blocking: a named pipe would wait for ever.
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in _NO_SUCH_FILE:
+            raise BadSampleError("missing_image", f"{name!r}: {os.strerror(error.errno or 0)}"[:200]) from None
+        raise
+    status = os.fstat(file)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(file)
+        raise BadSampleError("missing_image", f"{name!r} is no regular file"[:200])
+    with open(file, "rb") as stream:
+        if status.st_size > limit:
+            raise BadSampleError("oversized_image", f"{name!r} takes the sample above {MAX_SAMPLE_BYTES} bytes"[:200])
+        return stream.read(min(limit, status.st_size) + 1)  # what is asked for is allocated first
+
+
+def _load(annotations: str) -> tuple[list[Any], str]:
+    """The rows, and the SHA-256 of the file they were parsed from."""
+    if not storage.is_file(annotations):  # a named pipe would wait for ever
+        raise SourceError(f"--annotations {annotations}: no such file")
+    data = storage.read_bytes(annotations)
+    source_hash = hashlib.sha256(data).hexdigest()
+    try:
+        text = data.decode("utf-8")
+        del data  # a GB for the large sets
+        rows = (
+            [parse_json(line) for line in text.split("\n") if line.strip()]
+            if annotations.endswith(".jsonl")
+            else parse_json(text)
+        )
+    except ValueError as error:
+        raise SourceError(f"--annotations {annotations}: not JSON ({error})") from None
+    if not isinstance(rows, list) or not rows:
+        raise SourceError(f"--annotations {annotations}: not a list of rows")
+    return rows, source_hash
+
+
+def _id_or_row(row: Any, number: int | None) -> Any:
+    """The row's id where it has a usable one, else the number."""
+    try:
+        found = checked_id(row.get("id")) if isinstance(row, Mapping) else None
+    except BadSampleError:
+        found = None
+    return number if found is None else found

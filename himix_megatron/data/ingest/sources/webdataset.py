@@ -1,0 +1,206 @@
+"""Rows of any WebDataset: consecutive members of a tar whose names are equal up to the first dot.
+
+KEY.jpg (png, webp, gif, bmp; or several: KEY.0.jpg, KEY.1.png) with KEY.json in LLaVA's layout, or a caption in KEY.json or
+KEY.txt. Other members are passed over, unread: pickles, arrays and whatever else is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from ...shards import storage
+from ...shards.shard_format import BadSampleError
+from .base import (
+    MAX_SAMPLE_BYTES,
+    MAX_TEXT_BYTES,
+    BadRow,
+    IdDigest,
+    Sample,
+    SourceError,
+    caption_turns,
+    checked_conversation,
+    checked_id,
+    digest_id,
+    parse_object,
+)
+from .file_list import FileScan, scanned
+from .tar_reader import Member, TarError, TarStream
+
+IMAGE_SUFFIX = re.compile(r"(?:(\d{1,6})\.)?(?:jpe?g|png|webp|gif|bmp)")
+
+
+@dataclass(slots=True)
+class Row:
+    """The members of one row, as far as they were read."""
+
+    key: str
+    offset: int = 0
+    contents: dict[str, bytes] = field(default_factory=dict)
+    """By suffix in small letters, without the first dot."""
+    error: BadSampleError | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held."""
+        return sum(map(len, self.contents.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class TarReader:
+    """Tars of a WebDataset."""
+
+    needs_success: bool = False
+    """Rows whose KEY.json has a `status` other than success are bad (img2dataset)."""
+    suffixes: tuple[str, ...] = (".tar",)
+
+    def scan(self, place: str) -> FileScan:
+        """Hash the tar; find where each row begins, and its id."""
+        digest = hashlib.sha256()
+        size = storage.size_of(place)
+        with storage.open_file(place) as file:
+
+            def read(count: int) -> bytes:
+                data = file.read(count)
+                digest.update(data)
+                return data
+
+            ids, offsets = _scan_rows(TarStream(read, size), place)
+        identity = storage.remote_identity(place) if storage.is_remote(place) else {"bytes": size, "sha256": digest.hexdigest()}
+        return scanned(identity, ids, offsets)
+
+    def read(self, place: str, first: int, end: int, offset: int | None) -> Iterator[Sample | BadRow]:
+        """Rows from a byte on."""
+        assert offset is not None
+        size = storage.size_of(place)
+        with storage.open_file(place) as file:
+            file.seek(offset)
+            rows = _rows(TarStream(file.read, size, offset), _is_used)
+            try:
+                for _ in range(end - first):
+                    row = next(rows, None)
+                    if row is None:
+                        return
+                    yield row_outcome(row, self.needs_success)
+            except TarError as error:
+                raise SourceError(f"{place}: {error}") from None
+
+
+def _scan_rows(stream: TarStream, place: str) -> tuple[list[IdDigest], list[int]]:
+    """Id and place of every row. Raises: SourceError with the number of samples before the damage."""
+    ids: list[IdDigest] = []
+    offsets: list[int] = []
+    try:
+        for row in _rows(stream, lambda suffix: suffix == "json"):
+            ids.append(digest_id(row_id(row)))
+            offsets.append(row.offset)
+    except TarError as error:
+        raise SourceError(f"--input {place}: {error}, after {len(ids)} whole samples") from None
+    return ids, offsets
+
+
+def _rows(stream: TarStream, is_used: Callable[[str], bool]) -> Iterator[Row]:
+    """Group members into rows, with the contents of those suffixes that are used. Raises: TarError."""
+    row: Row | None = None
+    for member in stream.members():
+        key, suffix = split_name(member.name)
+        if member.refused is None and not suffix:
+            continue  # a README, ._file or __meta__.json belongs to no row
+        if member.is_folder and (member.refused or "").startswith("it is"):
+            continue
+        if row is not None and row.key != key:
+            yield row
+            row = None
+        if row is None:
+            row = Row(key, member.offset)
+        _add(row, member, suffix, stream, is_used)
+    if row is not None:
+        yield row
+
+
+def _add(row: Row, member: Member, suffix: str, stream: TarStream, is_used: Callable[[str], bool]) -> None:
+    """Read one member into its row, or note why it cannot be."""
+    is_text = suffix in ("json", "txt")
+    limit = MAX_TEXT_BYTES if is_text else MAX_SAMPLE_BYTES - row.num_bytes
+    if member.refused:
+        reason = "not_a_file" if "plain file" in member.refused or "sparse" in member.refused else "unsafe_name"
+        row.error = row.error or BadSampleError(reason, f"member {member.name!r:.150}: {member.refused}")
+    elif suffix in row.contents:
+        row.error = row.error or BadSampleError("duplicate_member", f"two members {member.name!r:.150}")
+    elif is_used(suffix):
+        if member.size > limit:
+            reason = "oversized_text" if is_text else "oversized_image"
+            row.error = row.error or BadSampleError(reason, f"member {member.name!r:.150} has {member.size} bytes")
+            return
+        row.contents[suffix] = stream.content()
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """A member's name as key (with its folders) and suffix; an empty suffix: it belongs to no row."""
+    folder, slash, base = name.removeprefix("./").rpartition("/")
+    stem, _, suffix = base.partition(".")
+    if not stem or (base.startswith("__") and stem.endswith("__")):
+        suffix = ""
+    return folder + slash + stem, suffix.lower()
+
+
+def _is_used(suffix: str) -> bool:
+    return suffix in ("json", "txt") or IMAGE_SUFFIX.fullmatch(suffix) is not None
+
+
+def row_id(row: Row) -> str | int:
+    """`id` of the JSON, or else the key."""
+    if "json" in row.contents:
+        try:
+            found = checked_id(parse_object(row.contents["json"], "KEY.json").get("id"))
+        except BadSampleError:
+            found = None
+        if found is not None:
+            return found
+    return row.key
+
+
+def row_outcome(row: Row, needs_success: bool) -> Sample | BadRow:
+    """What a row's members amount to."""
+    try:
+        if row.error:
+            raise row.error
+        return _sample(row, needs_success)
+    except BadSampleError as error:
+        return BadRow(row_id(row), error)
+
+
+def _sample(row: Row, needs_success: bool) -> Sample:
+    """Raises: BadSampleError."""
+    facts = parse_object(row.contents["json"], "KEY.json") if "json" in row.contents else {}
+    if needs_success and facts.get("status", "success") != "success":
+        raise BadSampleError("download_failed", str(facts.get("error_message") or facts["status"])[:200])
+    name = checked_id(facts.get("id"))
+    suffixes = sorted(filter(IMAGE_SUFFIX.fullmatch, row.contents), key=_image_order)
+    images = tuple(row.contents[suffix] for suffix in suffixes)
+    if "conversations" in facts:
+        turns = checked_conversation(facts["conversations"], len(images))
+    else:
+        if not images:
+            raise BadSampleError("missing_image", "there is no image beside the caption")
+        turns = caption_turns(_caption(row, facts), len(images))
+    return Sample(row.key if name is None else name, turns, images)
+
+
+def _caption(row: Row, facts: object) -> object:
+    """KEY.txt, or `caption` or `text` of KEY.json. Raises: BadSampleError."""
+    if "txt" in row.contents:
+        try:
+            return row.contents["txt"].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BadSampleError("bad_text", f"KEY.txt is not UTF-8: {error}"[:200]) from None
+    assert isinstance(facts, dict)
+    return facts.get("caption") or facts.get("text")
+
+
+def _image_order(suffix: str) -> tuple[int, str]:
+    """KEY.2.jpg before KEY.10.jpg."""
+    found = IMAGE_SUFFIX.fullmatch(suffix)
+    return (int(found[1]) if found and found[1] else -1, suffix)

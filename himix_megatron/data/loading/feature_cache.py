@@ -1,0 +1,295 @@
+"""Features of a dataset's images, made once: what a cache folder holds, byte for byte, and how it is read.
+
+    OUT/features/NAME-000000.safetensors   of all images of the dataset's shard NAME-000000, in the order of its index
+    OUT/features/blank.safetensors         of one image: the all-zero one that stands for "no image"
+    OUT/receipts/NAME-000000.json          a `FeatureReceipt`: the file exists when this does; blank.json likewise
+    OUT/towers/HASH.safetensors            the tower that made them
+    OUT/manifest.json                      a `FeatureManifest`, written last: the cache exists when this does
+
+A feature file is plain safetensors: `features` [K, N, V] in BF16, or in F8_E4M3 with `scales` F32 [K, N or 1] (a feature is
+value x scale), and `crc32` I64 [K] of each image's values and scales. An image that could not be decoded has zeros, and is
+named in the receipt. Writing is feature_writing.py's. K images, N tokens of one image, V width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import zlib
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ...config import Config
+from ..shards import shard_format
+from ..shards.reader import ShardDataset
+from ..shards.shard_format import BadSampleError, FileDigest
+
+FEATURES_VERSION = 1
+MANIFEST = "manifest.json"
+BLANK = "blank"
+"""Name of the file with the all-zero image's features."""
+MAX_OPEN_FILES = 64
+"""Per cache and process; the one opened first is closed."""
+
+Dtype = Literal["bf16", "fp8_token", "fp8_image"]
+
+_VISION = (
+    "tower", "image_size", "patch_size", "hidden_size", "num_layers", "num_attention_heads", "ffn_hidden_size", "feature_layer",
+    "resize", "interpolation", "pixel_mean", "pixel_std",
+)  # fmt: skip
+
+
+def feature_key(config: Config, dataset: ShardDataset, tower: str | None = None) -> dict[str, Any]:
+    """Everything that decides the features, by the names of the settings. `tower`: hash of its weights, where it is known."""
+    key: dict[str, Any] = {"dataset": dataset.fingerprint}
+    key |= {f"vision.{name}": getattr(config.vision, name) for name in _VISION}
+    key |= {"data.decode": config.data.decode, "data.features_dtype": config.data.features_dtype}
+    key["train.precision"] = config.train.precision  # the tower runs in it
+    return json.loads(json.dumps(key | ({"tower": tower} if tower else {})))  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureReceipt:
+    """What one feature file holds, and what it came from."""
+
+    features_version: int
+    name: str
+    key_hash: str
+    source: str
+    """SHA-256 of the shard's tar; of nothing for the blank image."""
+    num_images: int
+    damaged: tuple[int, ...]
+    """Images, counted in the shard, that could not be decoded."""
+    squared_error: float
+    """Sum over all values of (stored - computed)^2."""
+    squared: float
+    """Sum over all values of computed^2."""
+    file: FileDigest
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureManifest:
+    """A whole cache: its files, and everything that decided them."""
+
+    features_version: int
+    key: dict[str, Any]
+    tokens_per_image: int
+    width: int
+    num_images: int
+    relative_error: float
+    """What storing lost: root of squared error over squares, over all images."""
+    blank: FeatureReceipt
+    shards: tuple[FeatureReceipt, ...]
+
+    @property
+    def dtype(self) -> Dtype:
+        """How features are stored."""
+        dtype: Dtype = self.key["data.features_dtype"]
+        return dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where everything is in a feature file of K images."""
+
+    num_images: int
+    tokens: int
+    width: int
+    dtype: Dtype
+
+    @property
+    def value_bytes(self) -> int:
+        """Of one image's values."""
+        return self.tokens * self.width * (2 if self.dtype == "bf16" else 1)
+
+    @property
+    def num_scales(self) -> int:
+        """Of one image."""
+        return {"bf16": 0, "fp8_token": self.tokens, "fp8_image": 1}[self.dtype]
+
+    @property
+    def header(self) -> bytes:
+        """What a safetensors file begins with."""
+        return _header(self)
+
+    def places(self, image: int) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+        """(offset, bytes) of one image's values, scales and checksum."""
+        values = len(self.header)
+        scales = values + self.num_images * self.value_bytes
+        crc32 = scales + self.num_images * 4 * self.num_scales
+        return (
+            (values + image * self.value_bytes, self.value_bytes),
+            (scales + image * 4 * self.num_scales, 4 * self.num_scales),
+            (crc32 + image * 8, 8),
+        )
+
+    def unpack(self, values: bytes, scales: bytes) -> Tensor:
+        """One image's features: bf16[N, V], or float32[N, V] of fp8."""
+        stored = torch.frombuffer(bytearray(values), dtype=torch.bfloat16 if self.dtype == "bf16" else torch.float8_e4m3fn)
+        stored = stored.view(self.tokens, self.width)
+        return stored.float() * torch.frombuffer(bytearray(scales), dtype=torch.float32)[:, None] if scales else stored
+
+
+@functools.lru_cache(MAX_OPEN_FILES)
+def _header(layout: Layout) -> bytes:
+    num_images, values = layout.num_images, "BF16" if layout.dtype == "bf16" else "F8_E4M3"
+    tensors = [("features", values, [num_images, layout.tokens, layout.width], layout.value_bytes)]
+    if layout.num_scales:
+        tensors.append(("scales", "F32", [num_images, layout.num_scales], 4 * layout.num_scales))
+    tensors.append(("crc32", "I64", [num_images], 8))
+    entries, end = {}, 0
+    for name, dtype, shape, each in tensors:
+        begin, end = end, end + each * num_images
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def feature_file(name: str) -> str:
+    """Where the features of a shard are, in the cache's folder."""
+    return f"features/{name}.safetensors"
+
+
+def receipt_file(name: str) -> str:
+    """Where a feature file's receipt is, in the cache's folder."""
+    return f"receipts/{name}.json"
+
+
+def receipt_from_json(text: str) -> FeatureReceipt:
+    """Raises: ValueError for text that is no receipt of this version."""
+    return _receipt(_checked(text, "receipt"))
+
+
+def manifest_from_json(text: str) -> FeatureManifest:
+    """Raises: ValueError for text that is no manifest of this version, or was changed."""
+    values = _checked(text, "manifest")
+    fingerprint = values.pop("fingerprint", None)
+    if shard_format.hash_of(values) != fingerprint:
+        raise ValueError("its fingerprint does not match its content: it was changed by hand or damaged")
+    return FeatureManifest(
+        **{**values, "blank": _receipt(values["blank"]), "shards": tuple(_receipt(shard) for shard in values["shards"])}
+    )
+
+
+def to_json(record: FeatureReceipt | FeatureManifest) -> str:
+    """JSON text of a receipt or a manifest (which carries its fingerprint)."""
+    values = dataclasses.asdict(record)
+    if isinstance(record, FeatureManifest):
+        values["fingerprint"] = shard_format.hash_of(values)
+    return json.dumps(values, indent=1) + "\n"
+
+
+def _checked(text: str, what: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"not a {what}: {error}") from None
+    if not isinstance(values, dict) or values.get("features_version") != FEATURES_VERSION:
+        raise ValueError(f"not a {what} of features, version {FEATURES_VERSION}")
+    return values
+
+
+def _receipt(values: Mapping[str, Any]) -> FeatureReceipt:
+    try:
+        return FeatureReceipt(**{**values, "damaged": tuple(values["damaged"]), "file": FileDigest(**values["file"])})
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"not a receipt: {error}") from None
+
+
+class FeatureCache:
+    """A finished cache of one dataset. It can be sent to worker processes; each opens the files it needs.
+
+    Raises: ValueError where there is no finished cache, it is of another dataset, or a file is missing or has another size.
+    """
+
+    def __init__(self, folder: str | Path, dataset: ShardDataset) -> None:
+        self.folder, self.dataset = Path(folder), dataset
+        file = self.folder / MANIFEST
+        if not file.is_file():
+            raise ValueError(
+                f"data.features: {folder} holds no finished features (no {file.name}): make them with python -m "
+                f"pipelines.encode RECIPE --data {dataset.location} --out {folder}"
+            )
+        try:
+            self.manifest = manifest_from_json(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+        self.check({"dataset": dataset.fingerprint})
+        self.shape = (self.manifest.tokens_per_image, self.manifest.width)
+        for receipt in (self.manifest.blank, *self.manifest.shards):
+            path = self.folder / feature_file(receipt.name)
+            if not path.is_file() or path.stat().st_size != receipt.file.bytes:
+                raise ValueError(f"{path} is missing or incomplete: run pipelines.encode again, it makes only what is missing")
+        self._files: OrderedDict[str, int] = OrderedDict()
+
+    def check(self, key: Mapping[str, Any]) -> None:
+        """Compare with what is wanted now. Raises: ValueError naming the first part of the key that differs."""
+        for name, wanted in key.items():
+            found = self.manifest.key.get(name)
+            if found == wanted:
+                continue
+            if "." not in name:
+                what = {"dataset": "of another dataset", "tower": "by a tower with other weights"}[name]
+                raise ValueError(
+                    f"data.features: {self.folder} was made {what} ({name} {str(found)[:12]}, here {str(wanted)[:12]}): encode "
+                    "this one with python -m pipelines.encode"
+                )
+            raise ValueError(
+                f"data.features: {self.folder} was made with {name} {_said(found)}, but here it is {_said(wanted)}: use "
+                f"--{name.replace('_', '-')} {_said(found)}, or encode again with python -m pipelines.encode"
+            )
+
+    def blank(self) -> Tensor:
+        """The all-zero image's features, as `read`. Raises: ValueError when they are damaged."""
+        try:
+            return self._read(self.manifest.blank, 0, "the blank image")
+        except BadSampleError as error:
+            raise ValueError(f"data.features {self.folder}: {error.detail}: run pipelines.encode again") from None
+
+    def read(self, i: int, k: int) -> Tensor:
+        """Features of image k of sample i: bf16[N, V], or float32[N, V] of fp8.
+
+        Raises: BadSampleError when the image could not be decoded, or its features are damaged; OSError when the machine fails.
+        """
+        shard, image = self.dataset.image_place(i, k)
+        receipt = self.manifest.shards[shard]
+        if image in receipt.damaged:
+            raise BadSampleError("damaged_image", "it could not be decoded when it was encoded")
+        return self._read(receipt, image, f"image {k} of {self.dataset.key(i)}")
+
+    def _read(self, receipt: FeatureReceipt, image: int, what: str) -> Tensor:
+        layout = Layout(receipt.num_images, *self.shape, self.manifest.dtype)
+        file = self._file(receipt)
+        values, scales, crc32 = (os.pread(file, size, offset) for offset, size in layout.places(image))
+        if zlib.crc32(scales, zlib.crc32(values)).to_bytes(8, "little") != crc32:
+            raise BadSampleError("damaged_features", f"the features of {what} do not match their checksum")
+        return layout.unpack(values, scales)
+
+    def _file(self, receipt: FeatureReceipt) -> int:
+        """An open file descriptor."""
+        if receipt.name not in self._files:
+            if len(self._files) >= MAX_OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+            self._files[receipt.name] = os.open(self.folder / feature_file(receipt.name), os.O_RDONLY)
+        return self._files[receipt.name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": OrderedDict()}
+
+    def __del__(self) -> None:
+        for descriptor in getattr(self, "_files", {}).values():
+            os.close(descriptor)
+
+
+def _said(value: Any) -> str:
+    """A setting's value as the command line takes it."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

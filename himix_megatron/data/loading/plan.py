@@ -1,0 +1,252 @@
+"""Where a run stands in, the next steps out: which samples are in which pack, step, micro-batch and data rank.
+
+The order (order.py) is cut into windows, whose samples become packs (packing.py): of several samples, or without packing of
+one sample each. A step takes the next `global_batch` packs; micro-batch j of data rank r holds the (j * D + r)-th run of
+`micro_batch` of them. So every rank finds the same plan from (manifests, seed, place), any number of data ranks that divides
+the batch reads the same global batches, and a place is four numbers.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ...config import DataConfig
+from ..shards.reader import ShardDataset
+from ..shards.shard_format import hash_of
+from ..text.tokenizer import load_tokenizer
+from . import token_counts
+from .packing import plan_packs
+from .shuffle import Mixture, Numbers, Order
+
+log = logging.getLogger(__name__)
+
+WINDOW = 8192
+"""Samples among which packs are planned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where in the data a run stands: the pack that comes next."""
+
+    samples: int = 0
+    """Samples behind it, those left out included; each counts once an epoch."""
+    epoch: int = 0
+    window: int = 0
+    """Within the epoch."""
+    pack: int = 0
+    """Within the window."""
+
+
+START = Place()
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How long a run is: so many steps, or so many samples."""
+
+    steps: int | None
+    samples: int | None
+
+    def reached(self, step: int, place: Place) -> bool:
+        """Whether nothing is left to do after so many steps, at this place."""
+        return self.progress(step, place) >= 1
+
+    def progress(self, step: int, place: Place) -> float:
+        """The part of the run that is done, 0 to 1 (more where the last step went beyond)."""
+        if self.steps is not None:
+            return step / self.steps
+        assert self.samples is not None
+        return place.samples / self.samples
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What one optimizer step reads, over all ranks."""
+
+    step: int
+    packs: tuple[Numbers, ...]
+    """For each pack the numbers of its samples."""
+    after: Place
+    is_last: bool
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the step, over all ranks."""
+        return sum(map(len, self.packs))
+
+    def share(self, data_rank: int, data_size: int, micro_batch: int) -> tuple[tuple[Numbers, ...], ...]:
+        """The packs of each micro-batch of one data rank."""
+        starts = range(data_rank * micro_batch, len(self.packs), data_size * micro_batch)
+        return tuple(self.packs[start : start + micro_batch] for start in starts)
+
+
+class Datasets:
+    """One or several shard datasets, their samples numbered through; with the lengths of their texts."""
+
+    def __init__(self, parts: Sequence[ShardDataset], data_config: DataConfig) -> None:
+        """Raises: ValueError, as `lengths.text_lengths`."""
+        self.parts = list(parts)
+        self.ends = np.cumsum([len(part) for part in parts])
+        self.text_tokens = np.concatenate(
+            [token_counts.text_lengths(part, data_config.tokenizer, data_config.template) for part in parts]
+        )
+        """uint32[len]: of whole texts; 0: the template has no place for it."""
+        self.images = np.concatenate([part.image_counts() for part in parts])
+        """uint32[len]: images of each sample."""
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def source(self, sample: int) -> int:
+        """Which of the datasets a sample is in."""
+        return int(np.searchsorted(self.ends, sample, side="right"))
+
+    def locate(self, sample: int) -> tuple[ShardDataset, int]:
+        """The dataset of a sample, and its number there."""
+        part = self.source(sample)
+        return self.parts[part], sample - int(self.ends[part]) + len(self.parts[part])
+
+    def key(self, sample: int) -> str:
+        """SHARD/KEY, for logs and errors."""
+        dataset, number = self.locate(sample)
+        return dataset.key(number)
+
+
+class Plan:
+    """The steps of a run. `images_without`: images that a sample without one counts for (1 with text_only "zero_image").
+
+    Raises: ValueError when nothing is left to train on, or too many texts have no place in the template.
+    """
+
+    def __init__(
+        self, datasets: Datasets, data_config: DataConfig, *, seed: int, global_batch: int, images_without: int
+    ) -> None:
+        self.datasets, self.config, self.global_batch, self.seed = datasets, data_config, global_batch, seed
+        self.shuffle = _shuffle(datasets, data_config)
+        self._order = _order(datasets, data_config, seed, self.shuffle)
+        self.images = np.maximum(datasets.images, images_without)
+        self.text_tokens = np.minimum(datasets.text_tokens, data_config.max_text_tokens)
+        """uint32[len]: tokens of each sample's text as it is read."""
+        self._usable, self.left_out = self._choose()
+        self.epoch_samples = len(datasets)
+        self._windows: dict[tuple[int, int], list[Numbers]] = {}
+
+    def _choose(self) -> tuple[npt.NDArray[np.bool_], dict[str, int]]:
+        """Which samples are read, and how many are left out for which reason."""
+        config, datasets = self.config, self.datasets
+        unspelled = datasets.text_tokens == token_counts.UNUSABLE
+        if unspelled.mean() > config.max_bad_fraction:
+            raise ValueError(
+                f"data.template {config.template} has no place for {int(unspelled.sum())} of {len(datasets)} samples (plain is "
+                "for captions, not for several turns): choose another with --data.template"
+            )
+        reasons = {"no_place_in_template": unspelled}
+        if config.too_long == "drop":
+            reasons["too_long"] = datasets.text_tokens > config.max_text_tokens
+        if config.pack_images is not None:
+            reasons["too_many_images"] = self.images > config.pack_images
+        usable = ~np.any(list(reasons.values()), axis=0)
+        if not usable.any():
+            raise ValueError(f"of {len(datasets)} samples none can be read: {self.describe_left_out(reasons)}")
+        return usable, {reason: int(mask.sum()) for reason, mask in reasons.items() if mask.any()}
+
+    @staticmethod
+    def describe_left_out(reasons: Mapping[str, Any]) -> str:
+        """`reason: number`, for logs and errors."""
+        return ", ".join(f"{reason}: {int(np.sum(count))}" for reason, count in reasons.items())
+
+    def window(self, epoch: int, number: int) -> list[Numbers]:
+        """The packs of one window."""
+        if (epoch, number) not in self._windows:
+            first = number * WINDOW
+            end = min(first + WINDOW, self.epoch_samples)
+            samples = self._order.take(epoch * self.epoch_samples + first, epoch * self.epoch_samples + end)
+            samples = samples[self._usable[samples]]
+            if self.config.pack_text_tokens is None or self.config.pack_images is None:
+                packs = list(samples[:, None])
+            else:
+                budgets = (self.config.pack_text_tokens, self.config.pack_images)
+                chosen = plan_packs(self.text_tokens[samples], self.images[samples], *budgets)
+                packs = [samples[pack] for pack in chosen]
+            self._windows = {(epoch, number): packs}
+        return self._windows[epoch, number]
+
+    def steps(self, end: End, place: Place = START, step: int = 0) -> Iterator[StepPlan]:
+        """The steps from a place on, of which `step` are done (so the next has this number), to the end."""
+        while not end.reached(step, place):
+            packs: list[Numbers] = []
+            while len(packs) < self.global_batch:
+                place = self._take(place, packs)
+            yield StepPlan(step, tuple(packs), place, end.reached(step + 1, place))
+            step += 1
+
+    def _take(self, place: Place, packs: list[Numbers]) -> Place:
+        """Take what the batch lacks from the place's window. Returns: the place after it."""
+        window = self.window(place.epoch, place.window)
+        end = min(len(window), place.pack + self.global_batch - len(packs))
+        taken = window[place.pack : end]
+        packs += taken
+        if end < len(window):
+            return Place(place.samples + sum(map(len, taken)), place.epoch, place.window, end)
+        done = min((place.window + 1) * WINDOW, self.epoch_samples)
+        samples = place.epoch * self.epoch_samples + done
+        if done < self.epoch_samples:
+            return Place(samples, place.epoch, place.window + 1)
+        return Place(samples, place.epoch + 1)
+
+    def expected_steps(self, end: End) -> int:
+        """About how many steps the whole run takes; exact without packing where no sample is left out."""
+        if end.steps is not None:
+            return end.steps
+        assert end.samples is not None
+        packs = self.window(0, 0)
+        per_pack = min(WINDOW, self.epoch_samples) / max(1, len(packs))
+        return max(1, math.ceil(end.samples / (per_pack * self.global_batch)))
+
+    @property
+    def sources(self) -> list[str]:
+        """What `MicroBatch.sources` counts: the datasets' fingerprints."""
+        return [part.fingerprint[:16] for part in self.datasets.parts]
+
+    def fixed(self) -> dict[str, Any]:
+        """Everything that fixes which sample is in which step and how it is read, by the field that says it."""
+        config = self.config
+        tokenizer = load_tokenizer(config.tokenizer)
+        return {
+            "data.path": self.sources,
+            "data.weights": list(config.weights),
+            "data.shuffle": self.shuffle,
+            "data.shuffle_shards": config.shuffle_shards if self.shuffle == "shards" else None,
+            "data.tokenizer": tokenizer.fingerprint[:16],
+            "data.template": config.template,
+            "data.max_text_tokens": config.max_text_tokens,
+            "data.too_long": config.too_long,
+            "data.pack_text_tokens": config.pack_text_tokens,
+            "data.pack_images": config.pack_images,
+            "model.text_only": int(self.images.min()),
+            "train.seed": self.seed,
+            f"train.global_batch_{'packs' if config.packs else 'samples'}": self.global_batch,
+        }
+
+
+def _shuffle(datasets: Datasets, config: DataConfig) -> Literal["samples", "shards"]:
+    if config.shuffle != "auto":
+        return config.shuffle
+    return "shards" if any(part.is_remote for part in datasets.parts) else "samples"
+
+
+def _order(datasets: Datasets, config: DataConfig, seed: int, shuffle: Literal["samples", "shards"]) -> Order | Mixture:
+    at_once = config.shuffle_shards if shuffle == "shards" else None
+    parts = datasets.parts
+    if not config.weights:
+        sizes = [size for part in parts for size in part.shard_sizes()]
+        fingerprint = parts[0].fingerprint if len(parts) == 1 else hash_of([part.fingerprint for part in parts])
+        return Order(sizes, seed, fingerprint, at_once)
+    return Mixture([Order(part.shard_sizes(), seed, part.fingerprint, at_once) for part in parts], config.weights)

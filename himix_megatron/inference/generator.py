@@ -1,0 +1,210 @@
+"""Answers about images, at any layout of ranks: greedy or drawn, many prompts at once.
+
+Flows in: prompts and their images, the same on every rank of a replica; out: token ids, the same on every rank of it.
+The images go through the tower, and through each layer's vision projections, once; after the prompts each new token runs
+alone against what the layers keep (`kv_cache.py`). The pipeline's stages keep theirs, and new tokens go through its
+forward-only schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..checkpoint.checkpointer import Checkpoints
+from ..config import Config
+from ..data.loading.batch import share_of
+from ..distributed.fused_kernels import Kernels
+from ..distributed.megatron_config import params_dtype
+from ..distributed.topology import Topology
+from ..model.attention.kv_cache import KVCache
+from ..model.himix_model import arrange_features, bare, build_stage
+from ..model.schedule import run_logits
+from ..model.stage_input import StageInput
+from ..model.vision_encoder import ReplicaEncoder
+from ..model.vision_tower import Tower, build_tower
+from .sampling import Sampling, choose
+
+Watch = Callable[[int, list[int]], bool]
+"""Called on every rank with a prompt's number and its answer's ids so far, at each new one; True ends that answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A question, tokenized up to where its answer starts."""
+
+    ids: npt.NDArray[np.int64]
+    """int64[T]."""
+    images: tuple[npt.NDArray[np.uint8], ...]
+    """Each uint8[3, height, width], as `image.decode` gives them."""
+
+
+@dataclass(slots=True)
+class _Part:
+    """Texts that go through the pipeline together, as one micro-batch."""
+
+    rows: list[int]
+    """Their numbers."""
+    given: StageInput
+    """The next pass."""
+
+
+class Answerer:
+    """A model ready to answer: its weights loaded, its tower frozen. Every rank of a replica makes the same calls."""
+
+    def __init__(self, config: Config, kernels: Kernels, topology: Topology, tower: Tower | None = None):
+        """Fresh weights; `load` or `share` replaces them. `train.parts` must leave the tower frozen.
+
+        Args: tower: one to use as it is; None: fresh too.
+        """
+        assert "tower" not in config.train.parts
+        # One token cannot be split over the tensor ranks, with the same outcome; and it is too few rows for FP8.
+        self.config = config = replace(
+            config, parallel=replace(config.parallel, sequence=False), train=replace(config.train, fp8="none")
+        )
+        self.topology = topology
+        dtype = params_dtype(config)
+        if tower is None:
+            tower = build_tower(config.vision, seed=config.train.seed, dtype=dtype).eval().requires_grad_(False)
+        self.tower = tower.to(topology.device)
+        self.stages: list[Any] = [stage.eval() for stage in build_stage(config, kernels, topology, self.tower, trains=False)]
+        self.encoder = ReplicaEncoder(self.tower, topology.replica, trainable=False, dtype=dtype)
+
+    def load(self, checkpoint: Any) -> None:
+        """Take a checkpoint's weights. Raises: ValueError for another architecture."""
+        Checkpoints(self.config, self.stages, None, self.tower).load_weights(checkpoint)
+
+    def share(self, stages: Sequence[Any]) -> None:
+        """Answer with the weights of a model in training, of the same layout: they are not copied."""
+        for own, training in zip(self.stages, stages, strict=True):
+            weights = dict(bare(training).named_parameters())
+            for name, parameter in bare(own).named_parameters():
+                parameter.data = weights[name].data
+
+    @torch.no_grad()
+    def answer(
+        self,
+        prompts: Sequence[Prompt],
+        stops: Collection[int],
+        max_new_tokens: int,
+        *,
+        sampling: Sampling | None = None,
+        watch: Watch | None = None,
+        cached: bool = True,
+    ) -> list[list[int]]:
+        """The continuation of each prompt, up to a stop token (not included) or `max_new_tokens`.
+
+        Args:
+            sampling: None: the most likely token.
+            cached: False runs the whole text again for every token: slow, and the same; the reference of the tests.
+        """
+        sampling = sampling or Sampling()
+        # The interleaved schedule wants a multiple of the stages: the first prompt stands in for what is missing.
+        num_parts = self.config.parallel.pipeline if self.config.parallel.virtual_pipeline > 1 else 1
+        prompts, num_asked = [*prompts, *[prompts[0]] * (-len(prompts) % num_parts)], len(prompts)
+        texts = [list(map(int, prompt.ids)) for prompt in prompts]
+        draws = [sampling.stream(row) for row in range(len(prompts))]
+        going = set(range(num_asked))
+        parts = self._parts(prompts, num_parts, max_new_tokens if cached else None)
+        for _ in range(max_new_tokens):
+            for row, token in self._next_tokens(parts, texts, sampling, draws):
+                if row not in going:
+                    continue
+                if token in stops:
+                    going.remove(row)
+                    continue
+                texts[row].append(token)
+                if watch is not None and watch(row, texts[row][len(prompts[row].ids) :]):
+                    going.remove(row)
+            if not going:
+                break
+            self._prepare(parts, texts, going)
+        return [text[len(prompt.ids) :] for text, prompt in zip(texts, prompts, strict=True)][:num_asked]
+
+    def _parts(self, prompts: Sequence[Prompt], num_parts: int, room: int | None) -> list[_Part]:
+        """The prompts in equal parts, ready for the first pass; with `room` for new tokens in caches, unless it is None."""
+        images_per_sample, features, blank = self._encode(prompts)
+        starts = np.cumsum([0, *images_per_sample])
+        longest = max(len(prompt.ids) for prompt in prompts)
+        parts = []
+        for rows in np.array_split(np.arange(len(prompts)), num_parts):
+            counts = tuple(images_per_sample[row] for row in rows)
+            own = slice(starts[rows[0]], starts[rows[-1] + 1])
+            cache = None
+            if room is not None:
+                lengths = torch.tensor([len(prompts[row].ids) for row in rows], device=self.topology.device)
+                cache = KVCache(*arrange_features(features[own], counts), lengths, longest, room)
+            ids = self._padded([prompts[row].ids.tolist() for row in rows], longest)
+            parts.append(_Part(rows.tolist(), StageInput(ids, features[own], blank[own], counts, cache=cache)))
+        return parts
+
+    def _prepare(self, parts: list[_Part], texts: list[list[int]], going: Collection[int]) -> None:
+        """Make the next pass: the new tokens, or without a cache the whole texts."""
+        longest = max(map(len, texts))
+        for part in parts:
+            cache = part.given.cache
+            if cache is None:
+                ids = self._padded([texts[row] for row in part.rows], longest)
+            else:
+                cache.advance()
+                kept = [i for i, row in enumerate(part.rows) if row in going]
+                # Moving what is kept costs as much as some tokens do. Parts of one schedule must stay equally large.
+                if len(parts) == 1 and 2 * len(kept) <= len(part.rows):
+                    part.rows = [part.rows[i] for i in kept]
+                    cache.keep(kept)
+                ids = torch.tensor([texts[row][-1:] for row in part.rows], device=self.topology.device)
+            part.given = replace(part.given, text_ids=ids)
+
+    def _padded(self, texts: list[list[int]], length: int) -> Tensor:
+        """int64[B, length], zeros to the right. All parts of a schedule must have one length."""
+        ids = torch.zeros(len(texts), length, dtype=torch.long)
+        for row, text in enumerate(texts):
+            ids[row, : len(text)] = torch.tensor(text)
+        return ids.to(self.topology.device)
+
+    def _encode(self, prompts: Sequence[Prompt]) -> tuple[list[int], Tensor, Tensor]:
+        """Features of all the prompts' images, encoded once: this rank encodes its share, and all get all."""
+        zero_image = self.config.model.text_only == "zero_image"
+        images_per_sample = [len(p.images) or int(zero_image) for p in prompts]
+        size = self.config.vision.image_size
+        nothing = np.zeros((3, size, size), np.uint8)
+        images = [image for p in prompts for image in (p.images or ((nothing,) if zero_image else ()))]
+        blank = torch.tensor(
+            [b for p in prompts for b in ([False] * len(p.images) or [True] * int(zero_image))], dtype=torch.bool
+        )
+        share = [images[i] for i in share_of(len(images), self.topology.replica_rank, self.topology.replica_size)]
+        pixels = torch.from_numpy(np.stack(share)) if share else torch.empty(0, 3, size, size, dtype=torch.uint8)
+        device = self.topology.device
+        return images_per_sample, self.encoder.encode(pixels.to(device), blank.to(device), len(images)), blank.to(device)
+
+    def _next_tokens(
+        self, parts: list[_Part], texts: list[list[int]], sampling: Sampling, draws: list[np.random.Generator]
+    ) -> Iterator[tuple[int, int]]:
+        """Run a pass. Returns: (row, next token) of every text that is in it."""
+
+        def take(number: int, logits_BSW: Tensor) -> Tensor:
+            part = parts[number]
+            last = torch.tensor([len(texts[row]) - 1 if part.given.cache is None else 0 for row in part.rows])
+            own = logits_BSW[torch.arange(len(last)), last]
+            drawn = torch.tensor([draws[row].random() for row in part.rows], dtype=torch.float64)
+            return self._choose(own.float().contiguous(), sampling, drawn.to(own.device))
+
+        found = run_logits(self.stages, [part.given for part in parts], take)
+        rows = [row for part in parts for row in part.rows]
+        device = self.topology.device
+        tokens = torch.cat(found) if self.topology.is_last_stage else torch.zeros(len(rows), dtype=torch.long, device=device)
+        last_stage = torch.distributed.get_process_group_ranks(self.topology.pipeline)[-1]
+        torch.distributed.broadcast(tokens, src=last_stage, group=self.topology.pipeline)
+        return zip(rows, tokens.tolist(), strict=True)
+
+    def _choose(self, own_BW: Tensor, sampling: Sampling, draws_B: Tensor) -> Tensor:
+        """int64[B], from this tensor rank's share of the vocabulary's logits, gathered over all of them."""
+        parts = [torch.empty_like(own_BW) for _ in range(self.topology.tensor_size)]
+        torch.distributed.all_gather(parts, own_BW, group=self.topology.tensor)
+        return choose(torch.cat(parts, dim=-1)[:, : self.config.model.vocab_size], sampling, draws_B)

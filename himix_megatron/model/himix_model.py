@@ -1,0 +1,320 @@
+"""One pipeline stage of a HiMix model: megatron-core's GPTModel, whose layers see the images.
+
+Flows in: text token ids of a micro-batch (first stage) or hidden states (later ones), and the features of its images, which
+every stage receives beside the pipeline; out: hidden states, or per-token losses (last stage).
+
+Shape letters: B samples, S text tokens, K images of the micro-batch, n tokens of one image, N vision tokens of a sample,
+V vision width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, vocab_parallel_cross_entropy
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor, nn
+
+from ..config import Config, Part
+from ..distributed.fused_kernels import Kernels
+from ..distributed.megatron_config import (
+    attention_core,
+    chosen_layer_spec,
+    ddp_config,
+    gpt_arguments,
+    has_fused_loss,
+    overlaps,
+    transformer_config,
+)
+from ..distributed.topology import Topology
+from .attention.backends import TorchMixtureAttention
+from .attention.kv_cache import KVCache
+from .attention.mixture_attention import normalise
+from .attention.packed_layout import Layout, lay_out
+from .layer_spec import block_spec
+from .loss import token_losses
+
+
+def arrange_features(features_KnV: Tensor, images_per_sample: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """Lay a micro-batch's image features out by sample, for generation's cache (training keeps them flat).
+
+    Args:
+        features_KnV: float[K, n, V], images in sample order.
+        images_per_sample: B counts that sum to K.
+    Returns:
+        float[N, B, V] with the images of a sample one after the other, and bool[B, N], True where a sample has fewer
+        than N vision tokens; None where all have N.
+    """
+    num_images, tokens, width = features_KnV.shape
+    assert num_images == sum(images_per_sample), (num_images, images_per_sample)
+    most = max(images_per_sample)
+    if min(images_per_sample) == most:
+        return features_KnV.view(len(images_per_sample), most * tokens, width).transpose(0, 1).contiguous(), None
+    slots_BI = torch.full((len(images_per_sample), most), num_images, dtype=torch.long)  # an empty slot reads the zero image
+    first = 0
+    for sample, count in enumerate(images_per_sample):
+        slots_BI[sample, :count] = torch.arange(first, first + count)
+        first += count
+    slots_BI = slots_BI.to(features_KnV.device)
+    with_zero = torch.cat((features_KnV, features_KnV.new_zeros(1, tokens, width)))
+    vision_NBV = with_zero[slots_BI].flatten(1, 2).transpose(0, 1).contiguous()
+    return vision_NBV, (slots_BI == num_images).repeat_interleave(tokens, dim=1)
+
+
+def _keep_graph(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+    return output.requires_grad_() if torch.is_grad_enabled() and not output.requires_grad else output
+
+
+class HiMixModel(GPTModel):  # type: ignore[misc]
+    """A stage's layers; with a trainable tower also its replica of the tower (`tower`), run with gradient on every stage."""
+
+    def __init__(self, config: Config, kernels: Kernels, topology: Topology, *, chunk: int | None, tower: nn.Module | None):
+        mcore_config = transformer_config(config, kernels)
+        backend, core = chosen_layer_spec(config.model, kernels), attention_core(config, kernels)
+        first, last = chunk in (None, 0), chunk in (None, config.parallel.virtual_pipeline - 1)
+        super().__init__(
+            mcore_config,
+            block_spec(mcore_config, backend, core, config.vision.hidden_size, chunk=chunk, stage=topology.pipeline_rank),
+            pre_process=topology.is_first_stage and first,
+            post_process=topology.is_last_stage and last,
+            vp_stage=chunk,
+            **gpt_arguments(config),
+        )
+        if self.pre_process and config.train.recompute == "full":
+            # Recomputed layers run without a graph; a frozen embedding's output would tell torch that none is needed.
+            self.embedding.register_forward_hook(_keep_graph)
+        if self.post_process and overlaps(config):
+            # The loss recomputes the head, where mcore adds a weight's gradient straight into its sum without saying so, and
+            # the overlapped reduction would miss it.
+            self.output_layer.gradient_accumulation_fusion = False
+        self.real_vocab_size = config.model.vocab_size
+        self.fuses_loss = has_fused_loss(kernels)
+        """Whether the cross-entropy is Transformer Engine's."""
+        self.labelled: Tensor | None = None
+        """Of the pass under way: `token_losses`' argument of this name."""
+        for layer in self.decoder.layers:
+            layer.vision_is_frozen = tower is None
+        if tower is not None:
+            self.tower = tower
+            for parameter in tower.parameters():
+                # Counted once in the gradient's norm.
+                parameter.shared = not (topology.is_first_stage and first)  # type: ignore[attr-defined]
+
+    def forward(
+        self,
+        text_ids: Tensor,
+        images: Tensor,
+        blank: Tensor,
+        images_per_sample: Sequence[int],
+        labels: Tensor | None = None,
+        cache: KVCache | None = None,
+        packed_lengths: Sequence[int] | None = None,
+        labelled: Tensor | None = None,
+        layout: Layout | None = None,
+    ) -> Tensor:
+        """Per-token losses float[B, S] on the last stage (logits float[B, S, vocab/TP] without labels), else hidden states.
+
+        Args:
+            text_ids: int64[B, S]; later stages use its shape only.
+            images: float[K, n, V] features, or uint8[K, 3, height, width] pixels where the stage holds the tower.
+            blank: bool[K], images that stand for "no image" (all zeros after normalisation); the tower's business.
+            labels: int64[B, S], -100 for no loss.
+            cache: generation: holds the images and all earlier text, after which `text_ids` come; only each sample's last
+                token is given logits, float[B, 1, vocab/TP]. The images of this call are not read then.
+            packed_lengths: text tokens of each sample, where the text is one row that holds them all; None: a row each.
+            labelled: int64[M], which of the B * S labels are not -100, where the host knows it without looking.
+            layout: of this micro-batch, where it was made before; None: it is made here.
+        """
+        if cache is not None:
+            return self._continue(text_ids, cache)
+        features_KnV = images
+        if hasattr(self, "tower"):
+            features_KnV = self.tower(images, blank)
+        if layout is None:
+            vision_lengths = [count * features_KnV.shape[1] for count in images_per_sample]
+            layout = lay_out(text_ids, packed_lengths, vision_lengths, self.rotary_pos_emb)
+        self.labelled = labelled
+        output: Tensor = super().forward(
+            text_ids,
+            None,  # positions: rotary, from 0 in every sample
+            None,
+            labels=labels,
+            packed_seq_params=layout,
+            extra_block_kwargs={"context": normalise(features_KnV.flatten(0, 1), self.config.layernorm_epsilon)},
+        )
+        return output
+
+    def _continue(self, text_ids: Tensor, cache: KVCache) -> Tensor:
+        """Logits of each sample's last token, or hidden states, of text that goes on where the cache ends."""
+        mask = TorchMixtureAttention.mixture_mask(text_ids.shape[1], cache.num_earlier, cache.padding, text_ids.device)
+        cache.angles_SB1D = self.rotary_pos_emb(cache.num_slots)[cache.positions].flatten(2, 3)
+        with self._head_on(cache.last):
+            output: Tensor = super().forward(text_ids, None, mask, extra_block_kwargs={"context": cache})
+        return output
+
+    def _head_on(self, last_B: Tensor) -> AbstractContextManager[Any]:
+        """Within it the head sees one token of each sample: on all of a prompt it would cost more than small decoders do."""
+        if not self.post_process:
+            return nullcontext()
+
+        def pick(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            hidden_SBH, *others = inputs
+            return hidden_SBH[last_B, torch.arange(len(last_B), device=last_B.device)][None], *others
+
+        handle: AbstractContextManager[Any] = self.output_layer.register_forward_pre_hook(pick)
+        return handle
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """mcore's end of the forward pass; with labels, the losses without ever holding all logits."""
+        if labels is None or not self.post_process:
+            output: Tensor = super()._postprocess(hidden_states, *args, labels=labels, **kwargs)
+            return output
+        head, group = self.output_layer, self.pg_collection.tp
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else head.weight
+        if self.config.sequence_parallel:
+            # Each rank's gradient is already whole: the head sums it over the ranks.
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False, group=group)
+
+        def losses_of(hidden_m1H: Tensor, labels_m1: Tensor) -> Tensor:
+            with as_recomputed(head):
+                logits_m1W, _ = head(hidden_m1H, weight=weight)
+            return self.cross_entropy(self.hide_padding(logits_m1W), labels_m1)
+
+        return token_losses(
+            hidden_states, labels, losses_of, num_logits=len(weight), labelled=self.labelled, keeps=self.fuses_loss
+        )
+
+    def cross_entropy(self, logits_m1W: Tensor, labels_m1: Tensor) -> Tensor:
+        """float32[m, 1], 0 where the label is -100. The backward pass of Transformer Engine's writes over the logits."""
+        group = self.pg_collection.tp
+        if not self.fuses_loss or not len(labels_m1):
+            losses_m1: Tensor = vocab_parallel_cross_entropy(logits_m1W, labels_m1)
+            return losses_m1.masked_fill(labels_m1 < 0, 0.0)
+        from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
+
+        ranks = group if group.size() > 1 else None
+        losses_m1 = parallel_cross_entropy(logits_m1W, labels_m1, dist_process_group=ranks, overwrite_input=True)
+        return losses_m1
+
+    def hide_padding(self, logits_SBW: Tensor) -> Tensor:
+        """Logits of this rank's share W of the vocabulary, with the rows that only pad it made impossible."""
+        first = self.pg_collection.tp.rank() * logits_SBW.shape[-1]
+        real = max(0, min(logits_SBW.shape[-1], self.real_vocab_size - first))
+        if real < logits_SBW.shape[-1]:
+            logits_SBW[..., real:] = torch.finfo(logits_SBW.dtype).min
+        return logits_SBW
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        """mcore's sharded state; the tower's replicas on later stages and chunks are marked as such, so one is saved."""
+        state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        chunk = self.vp_stage or 0
+        replica = chunk * self.pg_collection.pp.size() + self.pg_collection.pp.rank()
+        for name, tensor in state.items():
+            if name.startswith(f"{prefix}tower."):
+                tensor.replica_id = (replica, *tensor.replica_id[1:])
+        return state
+
+
+@contextmanager
+def as_recomputed(head: Any) -> Iterator[None]:
+    """Within it the head, a column-parallel layer, can be run under `checkpoint` on the same whole input on every tensor rank:
+    without sequence parallelism, and without adding to its weight's gradient sum behind autograd's back. (Run again, it sees
+    a copy of the weight, and could not tell megatron-core that it did; a gradient is then missed where reduction overlaps.)
+    """
+    before = head.sequence_parallel, head.allreduce_dgrad, head.gradient_accumulation_fusion
+    head.sequence_parallel, head.allreduce_dgrad, head.gradient_accumulation_fusion = False, head.tp_group.size() > 1, False
+    try:
+        yield
+    finally:
+        head.sequence_parallel, head.allreduce_dgrad, head.gradient_accumulation_fusion = before
+
+
+def finalize_gradients(stages: list[Any], num_tokens: Tensor | None = None, *args: Any, **kwargs: Any) -> None:
+    """mcore's last step on gradients; before it, those of the tower's replicas are summed over chunks and pipeline stages.
+
+    mcore would do that sum after its reduction over data ranks, which a distributed optimizer cuts at other places on each
+    stage: it would add reduced parts to unreduced ones.
+    """
+    replicas = [list(bare(stage).tower.parameters()) for stage in stages if hasattr(bare(stage), "tower")]
+    if replicas and replicas[0][0].requires_grad:
+        sums = [torch.stack([p.main_grad for p in same]).sum(0) for same in zip(*replicas, strict=True)]
+        flat = torch.cat([tensor.flatten() for tensor in sums])
+        torch.distributed.all_reduce(flat, group=bare(stages[0]).pg_collection.pp)
+        totals = torch.split(flat, [tensor.numel() for tensor in sums])
+        for same, total in zip(zip(*replicas, strict=True), totals, strict=True):
+            for parameter in same:
+                parameter.main_grad.copy_(total.view_as(parameter.main_grad))
+    finalize_model_grads(stages, num_tokens, *args, **kwargs)
+
+
+def part_of(name: str) -> Part:
+    """Which part of the model a parameter belongs to, by its name."""
+    if name.startswith("tower."):
+        return "tower"
+    return "vision_kv" if ".vision_norm." in name or ".linear_vision_kv." in name else "language"
+
+
+def build_stage(config: Config, kernels: Kernels, topology: Topology, tower: nn.Module, *, trains: bool = True) -> list[Any]:
+    """This rank's model chunks (one, or `virtual_pipeline`), frozen as `train.parts` says.
+
+    The tower goes in only where it trains; a frozen one belongs to the ReplicaEncoder. Without `trains` everything is
+    frozen and no gradient buffers are made.
+    """
+    torch.manual_seed(config.train.seed + 100 * topology.pipeline_rank)
+    num_chunks = config.parallel.virtual_pipeline
+    chunks = []
+    for chunk in range(num_chunks):
+        # Each chunk runs the tower for itself, so each needs its replica.
+        own_tower = copy.deepcopy(tower) if "tower" in config.train.parts else None
+        model = HiMixModel(config, kernels, topology, chunk=chunk if num_chunks > 1 else None, tower=own_tower)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trains and part_of(name) in config.train.parts)
+        chunks.append(_wrap(config, model.to(topology.device), trains=trains, first=chunk == 0))
+    return chunks
+
+
+def bare(stage: Any) -> HiMixModel:
+    """The model inside mcore's wrappers (data parallelism, bf16)."""
+    while not isinstance(stage, HiMixModel):
+        stage = stage.module
+    return stage
+
+
+def _wrap(config: Config, model: HiMixModel, *, trains: bool, first: bool) -> Any:
+    mcore_config = model.config
+    wrapped = Float16Module(mcore_config, model) if mcore_config.bf16 else model
+    if not trains:
+        return wrapped
+    for module in model.modules():
+        # Transformer Engine's linear layers can add a weight's gradient straight into its fp32 sum; megatron-core's own setting
+        # would ask the same of layers that need Apex for it.
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
+    if config.train.cuda_graphs == "on":
+        # Gradients are added up on the stream where this wrapper is made: a graph's recording must not leave its own.
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            stage = DistributedDataParallel(mcore_config, ddp_config(config), wrapped, disable_bucketing=not first)
+        torch.cuda.current_stream().wait_stream(stream)
+        stage.graph_stream = stream
+    else:
+        stage = DistributedDataParallel(mcore_config, ddp_config(config), wrapped, disable_bucketing=not first)
+    if stage.ddp_config.overlap_param_gather:
+        # mcore waits for a parameter when its own module runs; ours also read a module's weight without running it.
+        for layer in model.decoder.layers:
+            layer.register_forward_pre_hook(partial(_wait_for_parameters, stage))
+    return stage
+
+
+def _wait_for_parameters(stage: Any, layer: nn.Module, _: Any) -> None:
+    for parameter in layer.parameters():
+        if parameter in stage.param_to_bucket_group:
+            stage.param_to_bucket_group[parameter].finish_param_sync()

@@ -1,0 +1,127 @@
+"""The layer specs: which class stands for each part of a HiMix layer, by backend.
+
+`torch` runs anywhere; `te` is Transformer Engine: norms fused into the linear layers, fused attention. The vision norm and
+projection are the same in both: the norm's statistics are shared by all layers, which no fused layer offers. Parameters carry
+the same names in a checkpoint under both, and the extra states that some modules keep beside them are not stored
+(checkpoint.py): a run may be continued on the other backend.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+
+from .attention.backends import TorchMixtureAttention, TransformerEngineMixtureAttention, TritonMixtureAttention
+from .attention.mixture_attention import MixtureAttention, MixtureAttentionSubmodules, VisionLinear, VisionNorm
+from .layer import HiMixLayer, RMSNorm, SwiGLU, TransformerEngineSwiGLU, residual_add
+
+CORES: dict[str, Any] = {
+    "te": TransformerEngineMixtureAttention,
+    "flash": TorchMixtureAttention,
+    "triton": TritonMixtureAttention,
+}
+"""`adapter.attention_core`'s choices."""
+
+
+def block_spec(
+    config: Any,
+    backend: Literal["te", "torch"],
+    core: Literal["te", "flash", "triton"],
+    vision_hidden_size: int,
+    *,
+    chunk: int | None,
+    stage: int,
+) -> TransformerBlockSubmodules:
+    """The layers of one model chunk (None: no interleaving) of a pipeline stage, and the final norm.
+
+    Raises: ImportError for `te` where Transformer Engine is not installed.
+    """
+    layer = (_transformer_engine_layer if backend == "te" else _torch_layer)(vision_hidden_size, CORES[core])
+    num_layers = get_num_layers_to_build(config, vp_stage=chunk, pp_rank=stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=_norm(backend))
+
+
+def _norm(backend: Literal["te", "torch"]) -> type:
+    if backend == "torch":
+        return RMSNorm
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm  # type: ignore[no-any-return]
+
+
+def _torch_layer(vision_hidden_size: int, core: type) -> ModuleSpec:
+    return ModuleSpec(
+        module=HiMixLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=_attention(
+                vision_hidden_size,
+                MixtureAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=core,
+                    linear_proj=RowParallelLinear,
+                    vision_norm=VisionNorm,
+                    linear_vision_kv=VisionLinear,
+                ),
+            ),
+            self_attn_bda=residual_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, activation_func=SwiGLU, linear_fc2=RowParallelLinear),
+            ),
+            mlp_bda=residual_add,
+            # Transformer Engine keeps these norms inside the linear layer after them: its names are used on disk.
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
+        ),
+    )
+
+
+def _transformer_engine_layer(vision_hidden_size: int, core: type) -> ModuleSpec:
+    from megatron.core.extensions.transformer_engine import (
+        TELayerNormColumnParallelLinear,
+        TERowParallelLinear,
+    )
+
+    return ModuleSpec(
+        module=HiMixLayer,
+        submodules=TransformerLayerSubmodules(
+            self_attention=_attention(
+                vision_hidden_size,
+                MixtureAttentionSubmodules(
+                    linear_qkv=TELayerNormColumnParallelLinear,
+                    core_attention=core,
+                    linear_proj=TERowParallelLinear,
+                    vision_norm=VisionNorm,
+                    linear_vision_kv=VisionLinear,
+                ),
+            ),
+            self_attn_bda=residual_add,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=TELayerNormColumnParallelLinear,
+                    activation_func=TransformerEngineSwiGLU,
+                    linear_fc2=TERowParallelLinear,
+                ),
+            ),
+            mlp_bda=residual_add,
+        ),
+    )
+
+
+def _attention(vision_hidden_size: int, submodules: MixtureAttentionSubmodules) -> ModuleSpec:
+    return ModuleSpec(
+        module=MixtureAttention,
+        params={"attn_mask_type": AttnMaskType.causal, "vision_hidden_size": vision_hidden_size},
+        submodules=submodules,
+    )

@@ -1,0 +1,78 @@
+"""What a pipeline stage is given with a micro-batch, and a step cut into such inputs.
+
+Flows in: a step as the loader reads it, and its images' features; out: a StageInput for each micro-batch, on the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.loading.batch import StepBatch
+from .attention.kv_cache import KVCache
+from .attention.packed_layout import Layout
+
+
+@dataclass(frozen=True, slots=True)
+class StageInput:
+    """What every stage is given with a micro-batch; text hidden states alone come through the pipeline."""
+
+    text_ids: Tensor
+    """int64[B, S]."""
+    images: Tensor
+    """Features float[K, n, V] of the micro-batch's images; pixels uint8[K, 3, height, width] where the tower trains."""
+    blank: Tensor
+    """bool[K], images that stand for "no image"."""
+    images_per_sample: tuple[int, ...]
+    """Of each sample."""
+    labels: Tensor | None = None
+    """int64[B, S], -100 for no loss; None: logits are wanted."""
+    packed_lengths: tuple[int, ...] | None = None
+    """Text tokens of each sample, where B is 1 and the row holds n samples one after the other; None: a row is a sample."""
+    token_sources: Tensor | None = None
+    """int64[B, S]: which of `num_sources` datasets each token is from, where their losses are wanted apart."""
+    num_sources: int = 0
+    labelled: Tensor | None = None
+    """int64[M]: which of the B * S labels count; None: the stage finds out."""
+    cache: KVCache | None = None
+    """Generation: the images and the text before `text_ids`; `images` is not read then."""
+    layout: Layout | None = None
+    """Of the micro-batch, where it was made before; None: the stage makes it."""
+
+    def through(self, stage: Any) -> Tensor:
+        """What the stage makes of it: hidden states, losses or logits."""
+        output: Tensor = stage(
+            self.text_ids, self.images, self.blank, self.images_per_sample, labels=self.labels, cache=self.cache,
+            packed_lengths=self.packed_lengths, labelled=self.labelled, layout=self.layout,
+        )  # fmt: skip
+        return output
+
+
+def stage_inputs(batch: StepBatch, images: Tensor, device: torch.device) -> list[StageInput]:
+    """Cut a step into its micro-batches. `images`: features or pixels of all the step's images on this replica."""
+    inputs, first = [], 0
+    for micro_batch in batch.micro_batches:
+        own = slice(first, first + sum(micro_batch.images_per_sample))
+        first = own.stop
+        inputs.append(
+            StageInput(
+                text_ids=to_device(micro_batch.text_ids, device),
+                images=images[own],
+                blank=to_device(batch.blank[own], device),
+                images_per_sample=micro_batch.images_per_sample,
+                labels=to_device(micro_batch.labels, device),
+                labelled=to_device((micro_batch.labels.flatten() >= 0).nonzero()[:, 0], device),
+                packed_lengths=tuple(micro_batch.text_lengths.tolist()) if micro_batch.packed else None,
+                token_sources=to_device(micro_batch.token_sources(), device) if batch.num_sources > 1 else None,
+                num_sources=batch.num_sources if batch.num_sources > 1 else 0,
+            )
+        )
+    return inputs
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor there; to a GPU by a copy that the host does not wait for."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type != "cpu" else tensor.to(device)

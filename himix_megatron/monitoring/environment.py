@@ -1,0 +1,63 @@
+"""What a run ran on: versions, kernels, ranks, and which state of the code, as rows of name and value."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..config import Config
+from ..distributed.megatron_config import kernel_lines
+from ..distributed.topology import Topology
+
+if TYPE_CHECKING:
+    from ..training.resume import Start
+
+PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "numpy", "himix-megatron")
+ROOT = Path(__file__).parents[2]
+
+
+def describe_environment(config: Config, start: Start, topology: Topology) -> list[tuple[str, str]]:
+    """Everything beside the settings that decides how a run goes."""
+    layout = config.parallel
+    gpu = torch.cuda.get_device_name(topology.device) if topology.device.type == "cuda" else f"none; {os.cpu_count()} CPU cores"
+    rows = [
+        ("ranks", f"{topology.world_size}"),
+        (
+            "layout",
+            f"tensor {layout.tensor}, pipeline {layout.pipeline} x {layout.virtual_pipeline}, data {topology.data_size}",
+        ),
+        ("GPU of rank 0", gpu),
+        ("CUDA", torch.version.cuda or "none"),
+        ("Python", platform.python_version()),
+        ("system", f"{platform.system()} {platform.release()} {platform.machine()}"),
+        *((name, version(name)) for name in PACKAGES),
+        ("code", code_version()),
+        ("Slurm job", os.environ.get("SLURM_JOB_ID", "none")),
+    ]
+    return rows + [("kernels", line) for line in kernel_lines(config, start.kernels)]
+
+
+def version(package: str) -> str:
+    """Of an installed package."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def code_version() -> str:
+    """The commit that this code is at, with a mark if files differ from it; unknown outside a git checkout."""
+    if not (ROOT / ".git").exists():
+        return "unknown: not a git checkout"
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return "unknown: git does not answer"
+    return done.stdout.strip() or "unknown: git does not answer"

@@ -1,0 +1,324 @@
+"""What a run measures: counts and times of each step from every rank; out: the numbers of an interval, on the rank that writes.
+
+What a step processed is known on all ranks (`StepCounts`). The rest is added up on each rank, and gathered once an interval.
+Rates are of real tokens, samples and images over the time of the steps: padding is not counted, nor samples that could not be
+read, nor the time of saves and validations. FLOPs are the model's (flops.py): recomputation is not counted, causal attention as
+causal, frozen parts as forward only.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..config import Config
+from ..costs.flops import Work, step_flops
+from ..costs.hardware import device_of
+from ..data.loading.batch import StepBatch
+from ..distributed.topology import Topology
+from ..model.micro_batch_graphs import padded_sizes
+from .gradient_norms import PARTS, squared_norms, whole
+
+if TYPE_CHECKING:
+    from ..training.builder import Run
+    from ..training.resume import Start
+    from .sample_predictions import Answered
+    from .tensorboard import Report
+
+
+@dataclass(frozen=True, slots=True)
+class StepCounts:
+    """What one step processed, over all ranks."""
+
+    loss: float
+    """Mean over the answer tokens; nan when there were none."""
+    answer_tokens: int
+    text_tokens: int
+    """Real ones, padding excluded."""
+    vision_tokens: int
+    images: int
+    bad_samples: int
+    """Samples that could not be read: their slot was kept with zero loss."""
+    cut_samples: int
+    """Samples whose text was cut to data.max_text_tokens."""
+    sources: tuple[tuple[float, float], ...] = ()
+    """Of each dataset of a mixture: summed loss, answer tokens. One dataset alone: none."""
+
+
+@dataclass(slots=True)
+class RankSums:
+    """What one rank adds up over an interval; all numbers, so that they travel as one row."""
+
+    data_seconds: float = 0.0
+    own_seconds: float = 0.0
+    """Spent on metrics themselves."""
+    busy_seconds: float = 0.0
+    """Within forward and backward passes."""
+    schedule_seconds: float = 0.0
+    """From a schedule's beginning to its last pass's end."""
+    peak_gib: float = 0.0
+    language_square: float = 0.0
+    vision_kv_square: float = 0.0
+    tower_square: float = 0.0
+    """Parts of the squared gradient norm, of the interval's last step."""
+    positions: float = 0.0
+    """Places for text tokens: the packs' budget, or rows with their padding."""
+    computed_tokens: float = 0.0
+    """Text and vision tokens of the decoder's tensors, padding included."""
+    text_tokens: float = 0.0
+    vision_tokens: float = 0.0
+    text_pairs: float = 0.0
+    vision_pairs: float = 0.0
+    head_tokens: float = 0.0
+    images: float = 0.0
+    """From `text_tokens` on: `flops.Work` of the samples, counted by the first rank of each replica."""
+
+    def add_batch(self, config: Config, batch: StepBatch) -> None:
+        """Count a step's samples."""
+        encoded = 0.0 if config.data.features else float((~batch.blank).sum())
+        self.images += encoded
+        for micro_batch in batch.micro_batches:
+            texts = micro_batch.text_lengths.tolist()
+            visions = [count * config.vision.tokens_per_image for count in micro_batch.images_per_sample]
+            work = Work.of(texts, visions, head_tokens=float((micro_batch.labels >= 0).sum()))
+            for item in fields(Work):
+                setattr(self, item.name, getattr(self, item.name) + getattr(work, item.name))
+            num_text, num_images = micro_batch.text_ids.numel(), sum(micro_batch.images_per_sample)
+            self.positions += config.data.pack_text_tokens or num_text
+            if config.train.cuda_graphs == "on":
+                num_text, num_images = padded_sizes(config, num_text, num_images)
+            self.computed_tokens += num_text + num_images * config.vision.tokens_per_image
+
+
+@dataclass(slots=True)
+class _Interval:
+    """Since the last report."""
+
+    steps: int = 0
+    packs: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    counts: list[StepCounts] = field(default_factory=list)
+    sums: RankSums = field(default_factory=RankSums)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """This rank's peak: of the device's allocator, or of the process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def peak_tflops(config: Config, device: torch.device) -> float | None:
+    """What one rank's chip could do at most, in the run's precision; None: not known."""
+    if config.log.peak_tflops is not None or device.type != "cuda" or config.train.precision != "bf16":
+        return config.log.peak_tflops
+    found = device_of(torch.cuda.get_device_name(device))
+    return None if found is None else found.bf16_flops / 1e12
+
+
+class Metrics:
+    """Adds up the steps of an interval and reports them; call `data_ready` and `step_done` once a step."""
+
+    def __init__(self, config: Config, start: Start, run: Run, first_step: int):
+        """`first_step`: steps done so far; points of later ones, which a killed run left behind, are taken back."""
+        self.config, self.run, self.topology, self.first_step = config, run, run.topology, first_step
+        self.report: Report | None = None
+        if run.topology.rank == 0:
+            from .tensorboard import Report  # TensorBoard takes a second to import: one rank alone pays it
+
+            self.report = Report(config, start, run.topology, first_step)
+        self.peak_tflops = peak_tflops(config, run.topology.device)
+        self._interval = _Interval()
+        self._last = time.perf_counter()
+
+    def resume_clock(self) -> None:
+        """Forget the time since the last step (saving, validation): it belongs to no step."""
+        self._last = time.perf_counter()
+        self.run.passes.take()
+        self.run.ahead.take_waited_seconds()
+
+    def data_ready(self, batch: StepBatch) -> None:
+        """The step's batch has arrived."""
+        now = time.perf_counter()
+        interval, sums = self._interval, self._interval.sums
+        sums.data_seconds += self.run.ahead.take_waited_seconds()
+        interval.samples += batch.num_samples
+        interval.packs += self.config.global_batch
+        if self.topology.replica_rank == 0:
+            sums.add_batch(self.config, batch)
+        sums.own_seconds += time.perf_counter() - now
+
+    def step_done(self, step: int, counts: StepCounts, learning_rate: float, grad_norm: float, *, last: bool) -> bool:
+        """Note one step; at the end of an interval report it. Returns: whether it was the end of one."""
+        now, at = time.perf_counter(), time.time()
+        interval, sums = self._interval, self._interval.sums
+        interval.seconds += now - self._last
+        self._last = now
+        interval.steps += 1
+        interval.counts.append(counts)
+        busy, schedule = self.run.passes.take()
+        sums.busy_seconds += busy
+        sums.schedule_seconds += schedule
+        due = last or step % self.config.log.interval_steps == 0 or step == self.first_step + 1
+        if due:
+            ranks = self._gather()
+            self._interval = _Interval()
+            if self.report is not None:
+                points = {"train/learning_rate": learning_rate, "train/grad_norm": grad_norm}
+                points |= interval_points(self.config, self.topology, interval, ranks, grad_norm, self.peak_tflops)
+                points |= source_points(source_names(self.config.data.path), interval.counts)
+                self.report.step(step, points, at)
+        self._interval.sums.own_seconds += time.perf_counter() - now
+        return due
+
+    def _gather(self) -> list[RankSums]:
+        """Every rank's sums: the one collective of an interval."""
+        sums, topology = self._interval.sums, self.topology
+        squares = squared_norms(self.run.stages, self.run.optimizer, topology.data_rank)
+        for part, square in squares.items():
+            setattr(sums, f"{part}_square", square)
+        sums.peak_gib = peak_memory_gib(topology.device)
+        own = torch.tensor(astuple(sums), dtype=torch.float64, device=topology.device)
+        rows = own.new_empty(topology.world_size * len(own))
+        torch.distributed.all_gather_into_tensor(rows, own)
+        return [RankSums(*row) for row in rows.view(topology.world_size, len(own)).tolist()]
+
+    def add(self, step: int, points: Mapping[str, float]) -> None:
+        """Write numbers that others measured."""
+        if self.report is not None:
+            self.report.points(step, points)
+
+    def validation(self, step: int, loss: float) -> None:
+        """Note a validation loss."""
+        if self.report is not None:
+            self.report.validation(step, loss)
+
+    def pictures(self, step: int, answered: Sequence[Answered]) -> None:
+        """Show samples with their answers."""
+        if self.report is not None and answered:
+            self.report.pictures(step, answered)
+
+    def save_stall(self, step: int, seconds: float) -> None:
+        """Note for how long a save kept training waiting."""
+        self.add(step, {"time/save_stall_seconds": seconds})
+
+    def close(self) -> None:
+        """Write out what is pending."""
+        if self.report is not None:
+            self.report.close()
+
+
+# ---- an interval's numbers -------------------------------------------------------------------------------------------
+
+
+def interval_points(
+    config: Config, topology: Topology, interval: _Interval, ranks: Sequence[RankSums], grad_norm: float, peak: float | None
+) -> dict[str, float]:
+    """The numbers of an interval by tag. `peak`: of one GPU in TFLOP/s; None: not known, so no MFU."""
+    counts, steps = interval.counts, interval.steps
+    answer_tokens = sum(c.answer_tokens for c in counts)
+    usable = [c for c in counts if c.answer_tokens and math.isfinite(c.loss)]
+    loss = math.fsum(c.loss * c.answer_tokens for c in usable) / max(1, sum(c.answer_tokens for c in usable))
+    bad = sum(c.bad_samples for c in counts)
+    points = {
+        "train/loss": loss if usable else math.nan,
+        "time/step_seconds": interval.seconds / steps,
+        # The slowest rank sets the pace: its waiting and its memory are the ones to show.
+        "time/data_wait_seconds": max(rank.data_seconds for rank in ranks) / steps,
+        "time/metrics_seconds": max(rank.own_seconds for rank in ranks) / steps,
+        "memory/peak_gib": max(rank.peak_gib for rank in ranks),
+        "data/bad_samples": bad,
+        "data/cut_samples": sum(c.cut_samples for c in counts),
+    }
+    rates = {
+        "text_tokens": sum(c.text_tokens for c in counts),
+        "answer_tokens": answer_tokens,
+        "vision_tokens": sum(c.vision_tokens for c in counts),
+        "samples": interval.samples - bad,
+        "images": sum(c.images for c in counts),
+    }
+    for name, number in rates.items():
+        points[f"throughput/{name}_per_second"] = number / interval.seconds
+        points[f"throughput/{name}_per_second_per_gpu"] = number / interval.seconds / len(ranks)
+    points |= gradient_points(config, ranks, grad_norm)
+    points |= compute_points(config, ranks, interval.seconds, peak)
+    points |= fill_points(config, ranks, interval.packs)
+    return points | pipeline_points(topology, ranks, interval.seconds, steps)
+
+
+def source_names(paths: Sequence[str]) -> list[str]:
+    """A short name for each dataset of a mixture; none for one dataset alone."""
+    if len(paths) < 2:
+        return []
+    names = [Path(path).name for path in paths]
+    return [name if names.count(name) == 1 else f"{name}_{number}" for number, name in enumerate(names)]
+
+
+def source_points(names: Sequence[str], counts: Sequence[StepCounts]) -> dict[str, float]:
+    """The loss of each dataset of a mixture over its own answer tokens; none of those that the interval did not meet."""
+    points = {}
+    for number, name in enumerate(names):
+        met = [c.sources[number] for c in counts if c.sources]
+        tokens = sum(tokens for _, tokens in met)
+        if tokens:
+            points[f"loss_by_dataset/{name}"] = sum(loss for loss, _ in met) / tokens
+    return points
+
+
+def gradient_points(config: Config, ranks: Sequence[RankSums], grad_norm: float) -> dict[str, float]:
+    """The gradient's norm of text and vision apart."""
+    norms = whole({part: sum(getattr(rank, f"{part}_square") for rank in ranks) for part in PARTS}, grad_norm)
+    names = {"language": "text", "vision_kv": "vision_kv", "tower": "tower"}
+    return {f"train/grad_norm_{names[part]}": norms[part] for part in PARTS if part in config.train.parts}
+
+
+def compute_points(config: Config, ranks: Sequence[RankSums], seconds: float, peak: float | None) -> dict[str, float]:
+    """Model TFLOP/s, without and with the tower, and what share of the chips' peak they are."""
+    flops = step_flops(config, Work(*(sum(getattr(rank, item.name) for rank in ranks) for item in fields(Work))))
+    points = {"compute/model_tflops_per_second": flops.model / seconds / 1e12}
+    for name, done in (("decoder", flops.language), ("model", flops.model)):
+        each = done / seconds / len(ranks) / 1e12
+        points[f"compute/{name}_tflops_per_second_per_gpu"] = each
+        if peak is not None:
+            points[f"compute/{name}_mfu"] = each / peak
+    return points
+
+
+def fill_points(config: Config, ranks: Sequence[RankSums], packs: int) -> dict[str, float]:
+    """How much of the places for tokens and images held any, and how much of what was computed was padding."""
+    points = {"data/text_fill_fraction": sum(rank.text_tokens for rank in ranks) / sum(rank.positions for rank in ranks)}
+    real = sum(rank.text_tokens + rank.vision_tokens for rank in ranks)
+    points["compute/padding_fraction"] = 1 - real / sum(rank.computed_tokens for rank in ranks)
+    if config.data.pack_images is not None:
+        images = sum(rank.vision_tokens for rank in ranks) / config.vision.tokens_per_image
+        points["data/image_fill_fraction"] = images / (packs * config.data.pack_images)
+    return points
+
+
+def pipeline_points(topology: Topology, ranks: Sequence[RankSums], seconds: float, steps: int) -> dict[str, float]:
+    """How long each stage computes in a step; with several also the bubble: which part of the time between a schedule's
+    beginning and its last pass's end a stage does not, on average."""
+    T, D, P = topology.tensor_size, topology.data_size, topology.pipeline_size
+    # A replica's passes take as long as those of its slowest stage (rank = t + T x (d + D x p)).
+    spans = [max(ranks[t + T * (d + D * p)].schedule_seconds for p in range(P) for t in range(T)) for d in range(D)]
+    points, busy_seconds = {}, []
+    for p in range(P):
+        stage = ranks[p * T * D : (p + 1) * T * D]
+        busy = math.fsum(rank.busy_seconds for rank in stage) / len(stage)
+        busy_seconds.append(busy)
+        points[f"pipeline/stage_{p}_busy_seconds"] = busy / steps
+        points[f"pipeline/stage_{p}_busy_fraction"] = busy / seconds
+        if P > 1:
+            points[f"memory/stage_{p}_peak_gib"] = max(rank.peak_gib for rank in stage)
+    span = math.fsum(spans) / D
+    if P > 1 and span > 0:
+        points["pipeline/bubble_fraction"] = 1 - math.fsum(busy_seconds) / P / span
+    return points

@@ -1,0 +1,87 @@
+"""The ledger: which sample was in which step, and to the bit what came of it, written as it happens (off unless --log.ledger).
+
+Flows in: each step's batch, loss and gradient norm; out: RUN/ledger/rank-000.jsonl, one line a sample, by the first rank of
+each replica, and RUN/ledger/steps.jsonl, one line a step, by rank 0. Rates, lost and repeated samples, and whether two runs
+are the same run, can be checked against it without trusting anything else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+from ..config import Config
+from ..data.loading.batch import StepBatch
+from ..distributed.topology import Topology
+
+
+class Ledger:
+    """Appends; a continued run goes on in the same file, so a repeated step is there twice."""
+
+    def __init__(self, config: Config, sources: Sequence[str], topology: Topology):
+        """`sources`: what `MicroBatch.sources` counts."""
+        self._tokens_per_image = config.vision.tokens_per_image
+        self._sources = sources
+        self._file: TextIO | None = None
+        self._steps: TextIO | None = None
+        if not config.log.ledger:
+            return
+        folder = config.run_dir / "ledger"
+        folder.mkdir(parents=True, exist_ok=True)
+        if topology.replica_rank == 0:
+            self._file = open_whole(folder / f"rank-{topology.rank:03d}.jsonl")
+        if topology.rank == 0:
+            self._steps = open_whole(folder / "steps.jsonl")
+
+    def note(self, step: int, batch: StepBatch, loss: float, grad_norm: float) -> None:
+        """Write the samples of a step that has been taken, and its loss and gradient norm in hex: every bit of them."""
+        if self._steps is not None:
+            self._steps.write(json.dumps({"step": step, "loss": loss.hex(), "grad_norm": grad_norm.hex()}) + "\n")
+            self._steps.flush()
+        if self._file is None:
+            return
+        bad, image = set(batch.bad_keys), 0
+        for micro_batch in batch.micro_batches:
+            answers = micro_batch.answer_tokens()
+            for sample, key in enumerate(micro_batch.keys):
+                count = micro_batch.images_per_sample[sample]
+                seen = int((~batch.blank[image : image + count]).sum())
+                image += count
+                shard, name = key.split("/", 1)
+                line = {
+                    "step": step,
+                    "dataset": self._sources[micro_batch.sources[sample]],
+                    "shard": shard,
+                    "key": name,
+                    "text_tokens": int(micro_batch.text_lengths[sample]),
+                    "answer_tokens": answers[sample],
+                    "vision_tokens": seen * self._tokens_per_image,
+                    "bad": key in bad,
+                }
+                self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in (self._file, self._steps):
+            if file is not None:
+                file.close()
+
+
+def open_whole(path: Path) -> TextIO:
+    """Open for appending, without the half line that a killed run may have left at the end."""
+    with path.open("ab+") as file:
+        end = size = file.seek(0, os.SEEK_END)
+        while end:
+            block = min(end, 1 << 16)
+            file.seek(end - block)
+            if (newline := file.read(block).rfind(b"\n")) >= 0:
+                end += newline + 1 - block
+                break
+            end -= block
+        if end < size:
+            file.truncate(end)
+    return path.open("a", encoding="utf-8")

@@ -1,0 +1,217 @@
+"""What a run says, on its one writing rank: a line on the log, and TensorBoard made ready.
+
+Flows in: numbers by tag, pictures with answers; out: RUN/tensorboard and log lines. A continued run writes into the same
+folder, and takes back the points behind the step that it goes on from, so there is one story. What each tag means is in
+docs/monitoring.md.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams, scalar
+
+from ..config import Config, to_json
+from ..distributed.topology import Topology
+from ..runtime.log import clock
+from .environment import describe_environment
+
+if TYPE_CHECKING:
+    from ..training.resume import Start
+    from .sample_predictions import Answered
+
+logger = logging.getLogger(__name__)
+
+PAGES = {
+    "Is it learning?": {
+        "loss": ["train/loss$", "validation/loss$"],
+        "loss by dataset": ["loss_by_dataset/.*"],
+        "gradient norm, before clipping": ["train/grad_norm.*"],
+        "learning rate": ["train/learning_rate"],
+    },
+    "Is it fast?": {
+        "tokens per second": [r"throughput/\w+_tokens_per_second$"],
+        "tokens per second and GPU": [r"throughput/\w+_tokens_per_second_per_gpu"],
+        "samples and images per second": ["throughput/(samples|images)_per_second$"],
+        "model TFLOP/s and GPU": [r"compute/\w+_tflops_per_second_per_gpu"],
+        "MFU": [r"compute/\w+_mfu"],
+        "seconds of a step": ["time/step_seconds", "time/data_wait_seconds", r"pipeline/stage_\d+_busy_seconds"],
+        "busy stages and bubble": [r"pipeline/stage_\d+_busy_fraction", "pipeline/bubble_fraction"],
+        "fill of packs or rows, share of padding": ["data/(text|image)_fill_fraction", "compute/padding_fraction"],
+    },
+    "Is it healthy?": {
+        "wall time by cause": [r"goodput/\w+_seconds"],
+        "share of the wall time that trained": ["goodput/step_fraction"],
+        "peak memory, GiB": ["memory/.*"],
+        "samples not read, cut, left out, quarantined": [r"data/\w+_samples"],
+        "standstill of saves, seconds": ["time/save_stall_seconds"],
+        "steps without an update, rollbacks": ["health/.*"],
+    },
+}
+"""The custom scalars' layout: a page for a question, charts of tags (regular expressions)."""
+
+COMPARED = (
+    *("train/loss", "validation/loss", "time/step_seconds", "throughput/text_tokens_per_second_per_gpu"),
+    *("compute/model_tflops_per_second_per_gpu", "memory/peak_gib"),
+)
+"""What the hyper-parameters page shows beside them."""
+
+
+class Report:
+    """Writes the run's story."""
+
+    def __init__(self, config: Config, start: Start, topology: Topology, first_step: int):
+        self.config, self.first_step = config, first_step
+        self.total_steps = start.plan.expected_steps(start.end)
+        self.fixed = fixed_points(start)
+        self._recent_seconds: list[float] = []
+        begins, self._ends = _hyper_parameters(config, topology)
+        self._writer: SummaryWriter | None = None
+        self._purge_step = first_step + 1 if first_step else None
+        pages = {page: {chart: ["Multiline", tags] for chart, tags in charts.items()} for page, charts in PAGES.items()}
+        environment = table(("what", "value"), describe_environment(config, start, topology))
+
+        def begin(writer: SummaryWriter) -> None:
+            writer.add_custom_scalars(pages)
+            writer.add_text("run/settings", settings_table(config), first_step)
+            writer.add_text("run/environment", environment, first_step)
+            for summary in begins:
+                _add(writer, summary)
+
+        self._write(begin)
+
+    def _write(self, write: Callable[[SummaryWriter], None]) -> None:
+        """A disk that is full or away costs what was to be written, and no more: the next time a new file is tried. (The
+        library writes on a thread of its own, which ends at its first error and is heard of at a later call.)"""
+        try:
+            if self._writer is None:
+                folder = str(self.config.run_dir / "tensorboard")
+                self._writer = SummaryWriter(folder, purge_step=self._purge_step, max_queue=100, flush_secs=10)
+                self._purge_step = None  # a later file takes nothing back
+            write(self._writer)
+        except OSError as error:
+            logger.error("TensorBoard's points are lost until its file can be written again: %s", error)
+            self._writer = None
+
+    def points(self, step: int, points: Mapping[str, float], at: float | None = None) -> None:
+        """Numbers by tag, as one event. `at`: when they held, in seconds since 1970; None: now."""
+        values = [scalar(tag, value).value[0] for tag, value in points.items()]  # type: ignore[no-untyped-call]
+        self._write(lambda writer: _add(writer, Summary(value=values), step, at))
+
+    def step(self, step: int, points: dict[str, float], at: float) -> None:
+        """An interval's numbers; a line of them on the log. `at`: when its last step ended."""
+        self.points(step, points | self.fixed, at)
+        self._recent_seconds = [*self._recent_seconds[-9:], points["time/step_seconds"]]
+        remaining = max(0, self.total_steps - step) * sum(self._recent_seconds) / len(self._recent_seconds)
+        mfu = f"  MFU {100 * points['compute/model_mfu']:.1f} %" if "compute/model_mfu" in points else ""
+        logger.info(
+            "step %d/%d  loss %.6f  lr %.3e  grad norm %.4f  %.3f s/step  data wait %.3f s  text %.0f tok/s  "
+            "vision %.0f tok/s  %.4g TFLOP/s%s  peak %.2f GiB  remaining %s",
+            step, self.total_steps, points["train/loss"], points["train/learning_rate"], points["train/grad_norm"],
+            points["time/step_seconds"], points["time/data_wait_seconds"], points["throughput/text_tokens_per_second"],
+            points["throughput/vision_tokens_per_second"], points["compute/model_tflops_per_second"], mfu,
+            points["memory/peak_gib"], clock(remaining),
+        )  # fmt: skip
+
+    def validation(self, step: int, loss: float) -> None:
+        """A validation loss."""
+        logger.info("step %d/%d  validation loss %.6f", step, self.total_steps, loss)
+        self.points(step, {"validation/loss": loss})
+
+    def pictures(self, step: int, answered: Sequence[Answered]) -> None:
+        """Samples with question, expected and given answer: as pictures, and as text that can be searched and copied."""
+        rows = [(str(number), one.key, one.question, one.expected, one.given) for number, one in enumerate(answered)]
+
+        def add(writer: SummaryWriter) -> None:
+            for number, one in enumerate(answered):
+                writer.add_image(f"pictures/sample_{number}", one.drawn(), step, dataformats="HWC")
+            writer.add_text("pictures/answers", table(("sample", "key", "question", "expected", "given"), rows), step)
+
+        self._write(add)
+
+    def close(self) -> None:
+        """Write out what is pending."""
+
+        def end(writer: SummaryWriter) -> None:
+            _add(writer, self._ends)
+            writer.close()
+
+        self._write(end)
+
+
+def _add(writer: SummaryWriter, summary: Any, step: int | None = None, at: float | None = None) -> None:
+    """Through the writer's own door for finished summaries: its methods write an event for each number, and make another run of
+    hyper-parameters."""
+    writer._get_file_writer().add_summary(summary, step, at)  # type: ignore[no-untyped-call]
+
+
+def fixed_points(start: Start) -> dict[str, float]:
+    """Numbers of the data that no step changes."""
+    datasets = getattr(start.plan, "datasets", None)
+    if datasets is None:
+        return {}
+    return {
+        "data/left_out_samples": sum(start.plan.left_out.values()),  # type: ignore[union-attr]
+        "data/quarantined_samples": sum(sum(part.manifest.quarantined.values()) for part in datasets.parts),
+    }
+
+
+def _hyper_parameters(config: Config, topology: Topology) -> tuple[list[Any], Any]:
+    """The plug-in's summaries, for the run's own folder (`SummaryWriter.add_hparams` would make another run of them).
+
+    Returns: those for the beginning, and that for the end.
+    """
+    model, train, parallel = config.model, config.train, config.parallel
+    values = {
+        "recipe": config.recipe,
+        "parts": " ".join(train.parts),
+        "ranks": topology.world_size,
+        "tensor": parallel.tensor,
+        "pipeline": parallel.pipeline,
+        "virtual_pipeline": parallel.virtual_pipeline,
+        "data_parallel": topology.data_size,
+        "sequence": _yes(parallel.sequence),
+        "distributed_optimizer": _yes(parallel.distributed_optimizer),
+        "recompute": train.recompute,
+        "precision": train.precision,
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "vocab_size": model.vocab_size,
+        "vision_tokens_per_image": config.vision.tokens_per_image,
+        "global_batch": config.global_batch,
+        "micro_batch": config.micro_batch,
+        "packed": _yes(config.data.packs),
+        "learning_rate": config.optimizer.learning_rate,
+        "seed": train.seed,
+    }
+    experiment, begins, ends = hparams(values, dict.fromkeys(COMPARED, 0.0))  # type: ignore[no-untyped-call]
+    return [experiment, begins], ends
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def settings_table(config: Config) -> str:
+    """Every setting of the run, as Markdown."""
+    tree = json.loads(to_json(config))
+    rows = []
+    for section, values in tree.items():
+        for name, value in values.items() if isinstance(values, dict) else [("", values)]:
+            rows.append((f"{section}.{name}".rstrip("."), value if isinstance(value, str) else json.dumps(value)))
+    return table(("setting", "value"), rows)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|") or " "

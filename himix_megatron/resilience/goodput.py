@@ -1,0 +1,139 @@
+"""Where a run's wall time goes, by cause, over all its starts.
+
+Flows in: what this start is doing, and the journal of the starts before it; out: seconds by cause, which add up to the time
+since the first start. A start's clock runs from the beginning of its process; between the last word of one and the beginning
+of the next is recovery. Steps done after the checkpoint that a later start (or a rollback) went on from are lost.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Literal
+
+import psutil  # type: ignore[import-untyped]
+
+from ..runtime.stop_signals import STOPPED
+from .journal import Event, Journal
+
+logger = logging.getLogger(__name__)
+
+Cause = Literal["start", "data", "step", "validation", "save", "recovery", "lost"]
+CAUSES: tuple[Cause, ...] = ("start", "data", "step", "validation", "save", "recovery", "lost")
+"""Getting ready; waiting for the data of the slowest rank; training; ...; standing still for a save; ...; done in vain."""
+_REDONE: tuple[Cause, ...] = ("data", "step", "validation")
+_NOTE_SECONDS = 60.0
+
+Seconds = dict[Cause, float]
+
+
+class Goodput:
+    """Stopwatches of this start: at each moment one of them runs."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._before: Seconds = dict.fromkeys(CAUSES, 0.0)
+        self._seconds: Seconds = dict.fromkeys(CAUSES, 0.0)
+        self._at_save: dict[int, Seconds] = {}
+        self.began = psutil.Process().create_time()
+        self._cause: Cause = "start"
+        # By the wall clock once, to include what came before this line; from here on by one that nobody sets.
+        self._since = time.perf_counter() - max(0.0, time.time() - self.began)
+        self._noted_at = time.perf_counter()
+
+    def count_past(self) -> None:
+        """This start is in the journal: book what came before it."""
+        self._before = account(self._journal.events)
+
+    def switch(self, cause: Cause) -> None:
+        """From now on the time is this cause's."""
+        now = time.perf_counter()
+        self._seconds[self._cause] += now - self._since
+        self._cause, self._since = cause, now
+
+    @contextmanager
+    def doing(self, cause: Cause) -> Iterator[None]:
+        """Within it the time is this cause's, after it the former's."""
+        before = self._cause
+        self.switch(cause)
+        yield
+        self.switch(before)
+
+    def note_save(self, step: int, health: Event) -> None:
+        """A checkpoint of this step is about to be written."""
+        self._at_save[step] = dict(self._now())
+        self._journal.note("save", step, seconds=self._rounded(), health=health)
+
+    def note_rollback(self, step: int) -> None:
+        """The run goes back to the checkpoint of this step: what was done since then is lost."""
+        _lose(self._now(), self._at_save.get(step, dict.fromkeys(CAUSES, 0.0)))
+
+    def note_alive(self, step: int) -> None:
+        """Now and then, so that a kill leaves little of the account open."""
+        if time.perf_counter() - self._noted_at > _NOTE_SECONDS:
+            self._noted_at = time.perf_counter()
+            self._journal.note("alive", step, seconds=self._rounded())
+
+    def note_end(self, step: int, code: int) -> None:
+        """This start is over."""
+        self._journal.note("end", step, code=code, seconds=self._rounded())
+        total = self.seconds()
+        elapsed = sum(total.values())
+        logger.info(
+            "goodput %.1f %% of %.1f s in all: %s",
+            100 * total["step"] / elapsed, elapsed, ", ".join(f"{cause} {total[cause]:.1f} s" for cause in CAUSES),
+        )  # fmt: skip
+
+    def seconds(self) -> Seconds:
+        """By cause, since the first start."""
+        own = self._now()
+        total: Seconds = {cause: self._before[cause] + own[cause] for cause in CAUSES}
+        return total
+
+    def points(self) -> dict[str, float]:
+        """For TensorBoard."""
+        total = self.seconds()
+        points = {f"goodput/{cause}_seconds": total[cause] for cause in CAUSES}
+        return points | {"goodput/step_fraction": total["step"] / max(sum(total.values()), 1e-9)}
+
+    def _now(self) -> Seconds:
+        self.switch(self._cause)
+        return self._seconds
+
+    def _rounded(self) -> dict[str, float]:
+        return {cause: round(seconds, 3) for cause, seconds in self._now().items()}
+
+
+def account(events: Sequence[Event]) -> Seconds:
+    """Seconds by cause from the first start to the last one's beginning, which is the last of `events`."""
+    total: Seconds = dict.fromkeys(CAUSES, 0.0)
+    starts = [number for number, event in enumerate(events) if event["event"] == "start"]
+    for first, following in pairwise(starts):
+        noted = [event for event in events[first:following] if "seconds" in event]
+        own: Seconds = dict.fromkeys(CAUSES, 0.0)
+        ended = events[first]["began"]
+        if noted:
+            own |= noted[-1]["seconds"]
+            ended += sum(own.values())
+        kept: Seconds = dict.fromkeys(CAUSES, 0.0)
+        for event in noted:
+            if event["event"] == "save" and event["step"] == events[following]["step"]:
+                kept |= event["seconds"]
+        if events[following]["step"] < (noted[-1]["step"] if noted else 0):
+            _lose(own, kept)
+        if noted and noted[-1]["event"] == "end" and noted[-1]["code"] in (0, STOPPED):
+            ended = events[following]["began"]  # the run was over; that somebody has gone on with it later is no fault
+        own["recovery"] += max(0.0, events[following]["began"] - ended)
+        for cause in CAUSES:
+            total[cause] += own[cause]
+    return total
+
+
+def _lose(seconds: Seconds, kept: Seconds) -> None:
+    """Book what came after `kept` as lost."""
+    for cause in _REDONE:
+        seconds["lost"] += seconds[cause] - kept[cause]
+        seconds[cause] = kept[cause]

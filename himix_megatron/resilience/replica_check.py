@@ -1,0 +1,131 @@
+"""Do ranks that should hold the same weights hold the same bits? And one hash of a whole training state.
+
+Flows in: tensors; out: a 64-bit hash each, an integer sum over all elements (of their bits, each times an odd number made of
+its place), so that it does not depend on the order of summation, on any device. One changed bit always changes it; two changes
+cancel with a chance of about 2^-64. Comparing costs two small collectives.
+
+A replica that went astray (a flipped bit, a wrong sum on one card) trains on without a word: its gradients are averaged in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..distributed.topology import Topology
+from ..model.himix_model import bare
+
+_CHUNKS = {"cpu": 1 << 16, "cuda": 1 << 24}
+"""Elements that are widened at once: what stays in a core's cache (6 times as fast as 64 times as many), or fills a GPU."""
+_ODD = -7046029254386353131
+"""2^64 divided by the golden ratio, as a signed number: multiples of it spread evenly."""
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@torch.no_grad()
+def hash_bits(tensor: Tensor) -> Tensor:
+    """int64 scalar: hash of a tensor's bits and of their places."""
+    flat = tensor.detach().contiguous().flatten()
+    bits = flat.view(_BITS[flat.element_size()])
+    chunk = min(len(bits), _CHUNKS[tensor.device.type])
+    places = torch.arange(chunk, device=tensor.device).mul_(_ODD)
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for first in range(0, len(bits), max(chunk, 1)):
+        part = bits[first : first + chunk]
+        # Products and sums wrap around, as unsigned 64-bit numbers would. Odd factors lose no bit.
+        factors = (places[: len(part)] + _wrapped(first * _ODD)).bitwise_or_(1)
+        total += factors.mul_(part).sum()
+    return total
+
+
+def _wrapped(number: int) -> int:
+    """As a signed 64-bit number."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
+def check_replicas(topology: Topology, stages: list[Any], tower: nn.Module | None) -> str | None:
+    """Compare parameters over the ranks that should hold the same: all of them over data ranks, those that tensor parallelism
+    does not cut over tensor ranks, a frozen tower over data ranks. All ranks call it.
+
+    Returns: who differs in what, the same line on every rank; None: all agree.
+    """
+    for stage in stages:
+        if stage.ddp_config.overlap_param_gather:
+            stage.start_param_sync(force_sync=True)  # else they are gathered in the next forward pass
+    named = [
+        (f"{i}.{name}" if len(stages) > 1 else name, p) for i, s in enumerate(stages) for name, p in bare(s).named_parameters()
+    ]
+    whole = [(name, p) for name, p in named if not getattr(p, "tensor_model_parallel", False)]
+    if tower is not None:
+        named += [(f"tower.{name}", p) for name, p in tower.named_parameters() if p.device.type == topology.device.type]
+    # Both on every rank, also where the first has found something: its neighbours in the second may not have.
+    apart = _compare(named, topology.data, topology), _compare(whole, topology.tensor, topology)
+    found = apart[0] or apart[1]
+    told: list[str | None] = [None] * topology.world_size
+    differs = torch.tensor(float(found is not None), device=topology.device)
+    dist.all_reduce(differs, op=dist.ReduceOp.MAX)
+    if not differs.item():
+        return None
+    dist.all_gather_object(told, found)
+    return next(line for line in told if line is not None)
+
+
+def _compare(named: list[tuple[str, Tensor]], group: Any, topology: Topology) -> str | None:
+    """What differs over a group, said alike by all its ranks."""
+    if dist.get_world_size(group) == 1 or not named:
+        return None
+    hashes = torch.stack([hash_bits(parameter).to(topology.device) for _, parameter in named])
+    low, high = hashes.clone(), hashes.clone()
+    dist.all_reduce(low, op=dist.ReduceOp.MIN, group=group)
+    dist.all_reduce(high, op=dist.ReduceOp.MAX, group=group)
+    odd = (low != high).nonzero().flatten().tolist()
+    if not odd:
+        return None
+    everybody = [torch.empty_like(hashes) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everybody, hashes, group=group)
+    values = [int(own[odd[0]]) for own in everybody]
+    ranks = dist.get_process_group_ranks(group)
+    (common, count), *_ = Counter(values).most_common()
+    apart = [rank for rank, value in zip(ranks, values, strict=True) if value != common]
+    who = f"rank {apart[0]}" if len(apart) == 1 else f"ranks {apart[:8]}"
+    if 2 * count <= len(ranks):
+        who = f"one of ranks {ranks[:8]}"
+    more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+    return f"{who} holds other bits than its replicas in {named[odd[0]][0]}{more}"
+
+
+def state_hash(stages: list[Any], optimizer: Any) -> str:
+    """Hex SHA-256 over the hashes of all parameters and all of the optimizer's state, on all ranks; all ranks call it.
+
+    The same at the same layout for the same training state, bit for bit. Two layouts cut tensors differently, so theirs differ.
+    """
+    own = hashlib.sha256()
+    for name, tensor in (*_parameters(stages), *_optimizer_tensors(optimizer)):
+        own.update(f"{name} {tuple(tensor.shape)} {int(hash_bits(tensor))}\n".encode())
+    told: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, own.hexdigest())
+    return hashlib.sha256(" ".join(map(str, told)).encode()).hexdigest()
+
+
+def _parameters(stages: list[Any]) -> Iterator[tuple[str, Tensor]]:
+    for i, stage in enumerate(stages):
+        for name, parameter in bare(stage).named_parameters():
+            yield f"{i}.{name}", parameter
+
+
+def _optimizer_tensors(optimizer: Any) -> Iterable[tuple[str, Tensor]]:
+    """fp32 main weights, moments, step counters."""
+    for p, part in enumerate(getattr(optimizer, "chained_optimizers", [optimizer])):
+        if part.is_stub_optimizer:
+            continue
+        parameters = [parameter for group in part.optimizer.param_groups for parameter in group["params"]]
+        for k, parameter in enumerate(parameters):
+            yield f"optimizer{p}.{k}", parameter
+            for name, value in sorted(part.optimizer.state.get(parameter, {}).items()):
+                yield f"optimizer{p}.{k}.{name}", torch.as_tensor(value)

@@ -1,0 +1,64 @@
+"""One start of a run: who may stop it, who watches it, where its time goes, and whether starting it helps at all.
+
+Flows in: the command's settings and the run's journal; out: what the loop needs besides the model and the data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..checkpoint.checkpointer import Position, check_architecture, position_of
+from ..config import Config
+from ..resilience.goodput import Goodput
+from ..resilience.journal import Journal, settings_of
+from ..resilience.watchdog import Watch
+from ..runtime.stop_signals import StopRequest
+from .resume import Start, stop_file
+
+
+@dataclass(frozen=True, slots=True)
+class Supervision:
+    """What belongs to this start of the run."""
+
+    request: StopRequest
+    watch: Watch
+    journal: Journal
+    goodput: Goodput
+
+
+def saved_position(config: Config, start: Start) -> Position | None:
+    """Where the run stands before this start; None: nothing of it is saved."""
+    if not start.continues or start.checkpoint is None:
+        return None
+    return position_of(check_architecture(start.checkpoint, config))
+
+
+def in_vain(config: Config, start: Start, journal: Journal) -> str | None:
+    """Why another start would not help by itself; None: it may."""
+    saved = saved_position(config, start)
+    if saved is not None and start.end.reached(saved.step, saved.place):
+        return None
+    step = saved.step if saved else 0
+    fruitless = journal.fruitless_starts(step, settings_of(config))
+    if fruitless < config.health.max_fruitless_starts or stop_file(config).is_file():
+        return None
+    return (
+        f"{fruitless} starts in a row have saved no step beyond {step} (health.max_fruitless_starts): RUN/log tells why each "
+        "of them ended"
+    )
+
+
+def supervise(config: Config, start: Start, journal: Journal, watch: Watch, request: StopRequest) -> Supervision:
+    """Ranks have met: write down that the run is started."""
+    saved = saved_position(config, start)
+    goodput = Goodput(journal)
+    journal.open(writes=watch.rank == 0)
+    journal.note(
+        "start",
+        saved.step if saved else 0,
+        began=round(goodput.began, 3),
+        settings=settings_of(config),
+        after_stop=stop_file(config).is_file(),
+    )
+    goodput.count_past()
+    return Supervision(request, watch, journal, goodput)

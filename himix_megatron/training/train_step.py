@@ -1,0 +1,193 @@
+"""One step, and how ranks come to it together: its data read and encoded, the pass, the verdict, the update.
+
+Flows in: batches as this rank reads them; out: what the step processed over all ranks, and what became of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..config import Config
+from ..data.loading.batch import StepBatch, pinned, without_loss
+from ..distributed.topology import Topology
+from ..model.schedule import run_losses
+from ..model.stage_input import stage_inputs
+from ..monitoring.metrics import StepCounts
+from ..resilience.loss_guard import Verdict
+from ..runtime import failpoints, progress
+from ..runtime.stop_signals import StopRequest
+from .builder import Run
+from .optimizer import gradient_norm, update
+
+logger = logging.getLogger(__name__)
+
+
+def encoded(
+    run: Run,
+    batches: Iterable[StepBatch],
+    asked: Callable[[], bool] = lambda: False,
+    go_on: Callable[[], bool] = lambda: True,
+) -> Iterator[tuple[StepBatch, Tensor]]:
+    """Each step with its images, features or pixels, made while the step before it trains. `asked`, `go_on`: see `Ahead`."""
+
+    def encode(batch: StepBatch) -> tuple[StepBatch, Tensor]:
+        batch = agree_on_bad(batch, run.topology)
+        return batch, run.encoder.encode(batch.pixels, batch.blank, len(batch.blank))
+
+    return run.ahead.steps(_read(batches, run.topology.device), encode, asked, go_on)
+
+
+def _read(batches: Iterable[StepBatch], device: torch.device) -> Iterator[StepBatch]:
+    """The steps, ready to be copied to the device; they are read, and made ready, on a thread beside the training."""
+    source = iter(batches)
+    while True:
+        failpoints.reach("data/wait")
+        if (batch := next(source, None)) is None:
+            return
+        yield pinned(batch) if device.type != "cpu" else batch
+
+
+def together(run: Run, batches: Iterable[StepBatch], request: StopRequest) -> Iterator[tuple[StepBatch, Tensor]]:
+    """As `encoded`, each step once all ranks have it; no more of them, on all ranks alike, once any has been asked to stop.
+
+    A rank that is asked while it waits for data, its own or another's, breaks the wait off: nobody waits for a slow disk in
+    order to stop.
+    """
+
+    def go_on() -> bool:
+        asked = torch.tensor(float(request.asked))
+        torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX, group=run.topology.control)
+        if asked.item():
+            request.note("another rank was asked")
+            request.is_agreed = True
+        return not request.is_agreed
+
+    return encoded(run, batches, lambda: request.asked, go_on)
+
+
+def train_step(
+    config: Config, run: Run, batch: StepBatch, images: Tensor, judge: Callable[[float, bool], Verdict]
+) -> tuple[StepCounts, float, Verdict]:
+    """One optimizer step, unless `judge(loss, finite)`, which is the same on every rank, says otherwise. The host waits for
+    the device once, in `count`; megatron-core may wait for it too.
+
+    Returns: what it processed over all ranks, the gradient's global norm before clipping, and the verdict.
+    """
+    for stage in run.stages:
+        stage.zero_grad_buffer()
+    run.optimizer.zero_grad()
+    reported = run_schedule(run, batch, images, forward_only=False)
+    failpoints.spoil("step/gradient", *(buffer.grad_data for stage in run.stages for buffer in stage.buffers))
+    own_norm, own_finite = gradient_norm(run.optimizer), has_finite_gradients(run)
+    progress.at("step/collective")
+    counts, finite, norm = count(config, run.topology, batch, reported, finite=own_finite, norm=own_norm)
+    verdict = judge(counts.loss, finite)
+    if verdict.action == "update":
+        progress.at("step/optimizer")
+        update(run.optimizer, norm, config.optimizer.clip_norm)
+    return counts, norm, verdict
+
+
+def has_finite_gradients(run: Run) -> Tensor:
+    """bool[], on the device: whether all gradients that this rank holds are finite, those too that its norm leaves to another
+    rank."""
+    largest = [
+        torch.linalg.vector_norm(buffer.grad_data, ord=math.inf)
+        for stage in run.stages
+        for buffer in stage.buffers + stage.expert_parallel_buffers
+        if buffer.grad_data.numel()
+    ]
+    device = run.topology.device
+    return torch.stack(largest).isfinite().all() if largest else torch.ones((), dtype=torch.bool, device=device)
+
+
+def run_schedule(run: Run, batch: StepBatch, images: Tensor, *, forward_only: bool) -> list[Tensor]:
+    """Forward (and backward) over a step's micro-batches. `images`: as `encoded` gives them.
+
+    Returns: on the last stage per micro-batch what `loss.answer_loss` reports; elsewhere nothing.
+    """
+    inputs = stage_inputs(batch, images, run.topology.device)
+    return run_losses(run.stages, inputs, forward_only=forward_only, graphs=run.graphs)
+
+
+def agree_on_bad(batch: StepBatch, topology: Topology) -> StepBatch:
+    """The same step on every rank of a replica: an image that one rank could not read is blank and silent on all."""
+    if topology.replica_size == 1:
+        return batch
+    num_samples = sum(len(m.keys) for m in batch.micro_batches)
+    marks = torch.zeros(len(batch.blank) + num_samples, dtype=torch.uint8)
+    marks[: len(batch.blank)] = batch.blank
+    marks[[len(batch.blank) + sample for sample in batch.bad_samples]] = 1
+    torch.distributed.all_reduce(marks, op=torch.distributed.ReduceOp.MAX, group=topology.replica_control)
+    bad = marks[len(batch.blank) :].nonzero().flatten().tolist()
+    keys = [key for m in batch.micro_batches for key in m.keys]
+    blank = marks[: len(batch.blank)].bool()
+    agreed = replace(
+        batch,
+        blank=blank if topology.device.type == "cpu" else blank.pin_memory(),
+        bad_samples=tuple(bad),
+        bad_keys=tuple(keys[sample] for sample in bad),
+    )
+    return without_loss(agreed, bad)
+
+
+def count(
+    config: Config,
+    topology: Topology,
+    batch: StepBatch,
+    reported: list[Tensor],
+    *,
+    finite: Tensor | bool = True,
+    norm: Tensor | float = 0.0,
+) -> tuple[StepCounts, bool, float]:
+    """Add the step up over all ranks: the loss from the last stages, the counts once from each replica.
+
+    Returns: the counts; whether the loss and the norm are finite and all ranks find their gradients `finite`; and the first
+    rank's norm. One collective, and one wait for the device, for all of it.
+    """
+    if batch.bad_keys:
+        logger.warning("could not read %s: no loss from them", ", ".join(batch.bad_keys))
+    num_sources = batch.num_sources if batch.num_sources > 1 else 0
+    totals = torch.zeros(8 + 2 * num_sources, dtype=torch.float64, device=topology.device)
+    totals[7] = norm
+    totals[6] = ~(totals[7].isfinite() & finite)
+    if topology.rank > 0:
+        totals[7] = 0.0
+    if topology.is_last_stage and topology.tensor_rank == 0:
+        found = torch.stack(reported).sum(0)
+        totals[:2], totals[8:] = found[:2], found[2:]
+    if topology.replica_rank == 0:
+        totals[2] = text_tokens_read(batch)
+        totals[3] = images_seen(batch)
+        totals[4] = len(batch.bad_keys)
+        totals[5] = batch.num_cut
+    torch.distributed.all_reduce(totals)
+    loss, answer_tokens, text_tokens, images, bad, cut, not_finite, whole_norm, *apart = totals.tolist()
+    counts = StepCounts(
+        loss=loss / answer_tokens if answer_tokens else math.nan,
+        answer_tokens=int(answer_tokens),
+        text_tokens=int(text_tokens),
+        vision_tokens=int(images) * config.vision.tokens_per_image,
+        images=int(images),
+        bad_samples=int(bad),
+        cut_samples=int(cut),
+        sources=tuple(zip(apart[::2], apart[1::2], strict=True)),
+    )
+    return counts, not_finite == 0 and (not answer_tokens or math.isfinite(loss)), whole_norm
+
+
+def text_tokens_read(batch: StepBatch) -> int:
+    """Text tokens of a step on this replica, without padding and without samples that could not be read."""
+    lengths = torch.cat([m.text_lengths for m in batch.micro_batches])
+    return int(lengths.sum() - lengths[list(batch.bad_samples)].sum())
+
+
+def images_seen(batch: StepBatch) -> int:
+    """Real images of a step on this replica; those that stand for "no image" are not counted."""
+    return int((~batch.blank).sum())

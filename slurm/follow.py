@@ -1,0 +1,155 @@
+"""Following a chain of jobs: state from the controller, progress from the run folder.
+
+Flows in: stages and their job ids; out: a line for each stage, rewritten in place on a terminal, and the chain's exit code.
+No accounting database is asked, and nothing waits for a result that a killed job would never write.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from slurm import scheduler
+from slurm.job import Stage
+from slurm.scheduler import Job
+
+PLAIN_SECONDS = 30.0
+"""Away from a terminal progress alone is told so often; a new state at once."""
+_GONE = "GONE"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """The newest step that a run has told of."""
+
+    step: int
+    total: int
+    loss: str
+    remaining: str
+    """h:mm:ss."""
+
+
+def progress(run_dir: Path) -> Progress | None:
+    """From RUN/log/rank-000.log; None: no step yet."""
+    log = run_dir / "log" / "rank-000.log"
+    if not log.is_file():
+        return None
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 65536))
+        tail = file.read().decode(errors="replace")
+    told = re.findall(r"step (\d+)/(\d+)\s+loss (\S+).*?\bremaining (\S+)", tail)
+    if not told:
+        return None
+    step, total, loss, remaining = told[-1]
+    return Progress(int(step), int(total), loss, remaining)
+
+
+class StageWatch:
+    """One stage of the chain while it is followed."""
+
+    def __init__(self, stage: Stage, job_id: str):
+        self.stage, self.job_id = stage, job_id
+        self.job: Job | None = None
+        self.has_ended = self.is_silent = False
+
+    def look(self) -> None:
+        """Ask the controller. An end counts when it is seen twice: a job that is being requeued passes through some."""
+        before = self.job
+        try:
+            found = scheduler.show(self.job_id)
+        except scheduler.NoAnswerError:
+            self.is_silent = True
+            return
+        self.is_silent = False
+        self.job = found[0] if found else Job(self.job_id, _GONE, "None", 0, 0, "")
+        self.has_ended = self.job.has_ended and before is not None and before.state == self.job.state
+
+    @property
+    def state(self) -> str:
+        """In the reader's terms."""
+        if self.job is None or self.is_silent:
+            return "unknown (Slurm does not answer)" if self.is_silent else "?"
+        waits = f" ({self.job.reason})" if self.job.state == "PENDING" and self.job.reason != "None" else ""
+        again = f", requeued {self.job.restarts} times" if self.job.restarts > 1 else ", requeued once"
+        return f"{self.job.state.lower()}{waits}{again if self.job.restarts else ''}"
+
+    def line(self) -> str:
+        """State, step, loss, remaining time."""
+        told = progress(self.stage.run_dir)
+        words = [f"{self.stage.name:<8}  job {self.job_id}  {self.state}"]
+        if told is not None:
+            words.append(f"step {told.step}/{told.total}  loss {told.loss}")
+            if self.job is not None and self.job.state == "RUNNING":
+                words.append(f"remaining {told.remaining}")
+        return "  ".join(words)
+
+    def exit_code(self) -> int:
+        """0 if it did what it should; else the job's own code, or 1 where it has none."""
+        assert self.job is not None
+        if self.job.state == _GONE:
+            told = progress(self.stage.run_dir)
+            return 0 if told is not None and told.step >= told.total else 1
+        return 0 if self.job.is_good else self.job.exit_code or 1
+
+    def outcome(self) -> str:
+        """How it ended, and where to read why."""
+        assert self.job is not None
+        stop = self.stage.run_dir / "STOP"
+        if self.exit_code() == 0:
+            return f"{self.stage.name} has finished: {self.stage.run_dir}"
+        if stop.is_file():
+            return f"{self.stage.name} stopped on purpose: {stop.read_text().strip()}"
+        if self.job.state == "CANCELLED":
+            why = "the stage before it failed" if "Dependency" in self.job.reason else "by hand"
+            return f"{self.stage.name} was cancelled ({why})"
+        what = "Slurm has forgotten the job before its end" if self.job.state == _GONE else self.job.state.lower()
+        return f"{self.stage.name} failed: {what}, exit code {self.exit_code()}; see {self.stage.output(self.job_id)}"
+
+
+def watch(chain: Sequence[tuple[Stage, str]]) -> int:
+    """Follow the jobs of a chain until all have ended. Returns: the first failing stage's exit code, or 0."""
+    stages = [StageWatch(stage, job_id) for stage, job_id in chain]
+    screen = _Screen()
+    changed = time.monotonic()
+    while not all(one.has_ended for one in stages):
+        states = [one.state for one in stages]
+        for one in stages:
+            if not one.has_ended:
+                one.look()
+        screen.show([(one.state, one.line()) for one in stages])
+        if [one.state for one in stages] != states:
+            changed = time.monotonic()
+        # A run of days is not asked for every second: the controller serves the whole cluster.
+        time.sleep(min(10.0, 1.0 + 0.05 * (time.monotonic() - changed)))
+    for one in stages:
+        print(one.outcome(), flush=True)
+    return next((code for one in stages if (code := one.exit_code())), 0)
+
+
+class _Screen:
+    """Where the lines go: in place on a terminal, else one after the other as they change."""
+
+    def __init__(self) -> None:
+        self.is_terminal = sys.stdout.isatty()
+        self._shown: list[str] = []
+        self._told: dict[int, tuple[tuple[str, bool], float]] = {}
+
+    def show(self, lines: list[tuple[str, str]]) -> None:
+        """`lines`: (state, whole line) of each stage."""
+        if self.is_terminal:
+            back = f"\x1b[{len(self._shown)}F" if self._shown else ""
+            width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be found again
+            self._shown = [line[:width] for _, line in lines]
+            print(back + "\n".join(f"\x1b[2K{line}" for line in self._shown), flush=True)
+            return
+        for number, (state, line) in enumerate(lines):
+            kind, now = (state, " step " in line), time.monotonic()
+            before, at = self._told.get(number, (None, 0.0))
+            if kind != before or (now - at > PLAIN_SECONDS and state.startswith("running")):
+                self._told[number] = (kind, now)
+                print(f"{time.strftime('%H:%M:%S')}  {line}", flush=True)

@@ -1,0 +1,280 @@
+"""Each template spells its family's text, and the loss covers the answers with their ends, and nothing else."""
+
+import json
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from himix_megatron.data.shards.shard_format import BadSampleError
+from himix_megatron.data.text.chat_template import (
+    TEMPLATES,
+    check_conversation,
+    check_tokenizer,
+    encode,
+    end_of_turn,
+    exchanges,
+    prompt,
+    without_marks,
+)
+from himix_megatron.data.text.tokenizer import load_tokenizer
+from tests.support.data_fixtures import row
+
+CORPUS = [
+    "USER: What does the picture show? ASSISTANT: a red circle on the left",
+    "A chat between a curious user and an artificial intelligence assistant.",
+    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+    "user\nassistant\nsystem\nYou are a helpful assistant.",
+] * 3
+QWEN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+LLAMA3 = "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
+
+
+def byte_level(specials) -> Tokenizer:
+    """Byte-level BPE, the kind of Qwen2 and Llama 3."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False))
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
+    return tokenizer
+
+
+def spaces_as_prefix() -> Tokenizer:
+    """SentencePiece-like BPE with byte fallback, the kind of Llama 2, Vicuna and TinyLlama."""
+    words = [word for line in CORPUS for word in line.replace(" ", " ▁").split(" ")]  # as SentencePiece: no merge across words
+    learned = Tokenizer(models.BPE())
+    learned.train_from_iterator(words, trainers.BpeTrainer(vocab_size=400, show_progress=False))
+    model = json.loads(learned.to_str())["model"]
+    specials = ["<unk>", "<s>", "</s>"]
+    tokens = [*specials, *(f"<0x{i:02X}>" for i in range(256)), *sorted(model["vocab"], key=model["vocab"].get)]
+    vocab, merges = {token: i for i, token in enumerate(tokens)}, [tuple(pair) for pair in model["merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """A tokenizer folder per family."""
+    made = {
+        "qwen2": PreTrainedTokenizerFast(tokenizer_object=byte_level(QWEN), eos_token="<|endoftext|>"),
+        "llama3": PreTrainedTokenizerFast(
+            tokenizer_object=byte_level(LLAMA3), bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>"
+        ),
+        "vicuna": PreTrainedTokenizerFast(
+            tokenizer_object=spaces_as_prefix(), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        ),
+    }
+    made["qwen2"].chat_template = (
+        "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+        "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+        "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )  # as Qwen2 publishes it
+    made["llama3"].chat_template = (
+        "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
+        "+ message['content'] | trim + '<|eot_id|>' %}{% if loop.first %}{% set content = bos_token + content %}{% endif %}"
+        "{{ content }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    )  # as Llama 3 publishes it
+    made["vicuna"].chat_template = (
+        "{{ bos_token }}A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions. {% for message in messages %}"
+        "{% if message['role'] == 'user' %}{{ 'USER: ' + message['content'] + ' ' }}"
+        "{% else %}{{ 'ASSISTANT: ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    )  # Vicuna's tokenizer has none: FastChat's vicuna_v1.1 written as one
+    for name, tokenizer in made.items():
+        tokenizer.save_pretrained(tmp_path_factory.getbasetemp() / name)
+    return {name: tmp_path_factory.getbasetemp() / name for name in made}
+
+
+@pytest.fixture(
+    params=["plain-bytes", "plain-qwen2", "plain-vicuna", "vicuna-vicuna", "llama3-llama3", "chatml-qwen2", "tiny-bytes"]
+)
+def family(request, folders):
+    """(template, its tokenizer)."""
+    template, name = request.param.split("-")
+    return template, load_tokenizer("bytes" if name == "bytes" else str(folders[name]))
+
+
+TALK = row(0, "a.png", "What does it show?", "a red circle", "Where is it, ünd in 你好?", "on the lëft 🙂", "Thanks!", "ok")
+CAPTION = row(0, "a.png", "Describe it.", "a red circle 🙂 ünd 你好")
+ENDS = {"plain": "\n", "vicuna": "</s>", "llama3": "<|eot_id|>", "chatml": "<|im_end|>", "tiny": ""}
+
+
+def spelled(tokenizer, ids) -> str:
+    """Text of ids with special tokens, for Hugging Face tokenizers."""
+    return tokenizer._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+def test_the_loss_covers_exactly_the_answers_and_their_ends(family):
+    template, tokenizer = family
+    talk = CAPTION if template == "plain" else TALK
+    text = encode(talk, tokenizer, template, 10_000)
+    assert not text.was_cut
+    assert not text.loss_mask[0]
+    starts = [i for i in range(1, len(text.ids)) if text.loss_mask[i] and not text.loss_mask[i - 1]]
+    ends = [i for i in range(1, len(text.ids) + 1) if text.loss_mask[i - 1] and (i == len(text.ids) or not text.loss_mask[i])]
+    answers = [answer for _, answer in exchanges(talk)]
+    assert len(starts) == len(answers)
+    for start, end, answer in zip(starts, ends, answers, strict=True):
+        said = text.ids[start:end]
+        assert tuple(said[-len(end_of_turn(tokenizer, template)) :]) == end_of_turn(tokenizer, template)
+        assert tokenizer.decode(said).strip() == answer
+        if hasattr(tokenizer, "_tokenizer"):
+            assert spelled(tokenizer, said).strip(" ") == answer + ENDS[template]
+
+
+def test_a_prompt_is_what_stood_before_the_answer(family):
+    template, tokenizer = family
+    talk = CAPTION if template == "plain" else TALK
+    text = encode(talk, tokenizer, template, 10_000)
+    starts = [i for i in range(1, len(text.ids)) if text.loss_mask[i] and not text.loss_mask[i - 1]]
+    for answer, start in enumerate(starts):
+        asked = prompt(talk, tokenizer, template, answer)
+        assert asked.tolist() == text.ids[:start].tolist()
+    unanswered = {"conversations": talk["conversations"][:1]}
+    assert prompt(unanswered, tokenizer, template).tolist() == text.ids[: starts[0]].tolist()
+
+
+def test_ids_are_those_of_the_whole_text(folders):
+    """Nothing is lost at the seams between pieces: the tokenizer sees one string."""
+    vicuna = load_tokenizer(str(folders["vicuna"]))
+    text = (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
+        "polite answers to the user's questions. USER: What does it show? ASSISTANT: a red circle</s>USER: Where? "
+        "ASSISTANT: left</s>"
+    )
+    talk = row(0, "a.png", "What does it show?", "a red circle", "Where?", "left")
+    ids = encode(talk, vicuna, "vicuna", 1000).ids.tolist()
+    assert ids == [vicuna.special_id("bos"), *vicuna._tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+    llama3 = load_tokenizer(str(folders["llama3"]))
+    text = (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWhat does it show?<|eot_id|><|start_header_id|>assistant"
+        "<|end_header_id|>\n\na red circle<|eot_id|>"
+    )
+    ids = encode(row(0, "a.png", "What does it show?", "a red circle"), llama3, "llama3", 1000).ids.tolist()
+    assert ids == llama3._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize(("template", "name"), [("chatml", "qwen2"), ("llama3", "llama3"), ("vicuna", "vicuna")])
+def test_templates_equal_the_tokenizers_own_chat_template(folders, template, name):
+    tokenizer = load_tokenizer(str(folders[name]))
+    messages = []
+    for question, answer in exchanges(TALK):
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+    def theirs(number: int, **how):
+        text = tokenizer._tokenizer.apply_chat_template(messages[:number], tokenize=False, **how)
+        # ChatML closes with a newline behind the end of the answer, which no model has to learn to write.
+        text = text if how else text.removesuffix("\n")
+        return tokenizer._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    assert encode(TALK, tokenizer, template, 1000).ids.tolist() == theirs(6)
+    for answer in range(3):
+        asked = prompt(TALK, tokenizer, template, answer)
+        assert asked.tolist() == theirs(2 * answer + 1, add_generation_prompt=True)
+
+
+def test_plain_starts_with_bos_or_else_with_eos(folders):
+    for name, start in (("vicuna", "<s>"), ("llama3", "<|begin_of_text|>"), ("qwen2", "<|endoftext|>")):
+        tokenizer = load_tokenizer(str(folders[name]))
+        ids = encode(CAPTION, tokenizer, "plain", 1000).ids
+        assert spelled(tokenizer, ids[:1]) == start
+        assert len(prompt(CAPTION, tokenizer, "plain")) == 1
+
+
+def test_the_tiny_template_costs_four_tokens():
+    tokenizer = load_tokenizer("bytes")
+    talk = row(0, "a.png", "Why?", "So.")
+    text = encode(talk, tokenizer, "tiny", 100)
+    assert text.ids.tolist() == [256, 257, *b"Why?", 258, *b"So.", 259]
+    assert max(text.ids) < tokenizer.vocab_size
+    assert tokenizer.decode(text.ids) == "Why?So."
+
+
+def test_long_texts_are_cut_and_say_so():
+    tokenizer = load_tokenizer("bytes")
+    text = encode(row(0, None, "Why?", "So it is."), tokenizer, "tiny", 9)
+    assert text.was_cut
+    assert len(text.ids) == len(text.loss_mask) == 9
+    assert text.loss_mask.tolist() == [False] * 7 + [True] * 2
+
+
+@pytest.mark.parametrize(
+    ("marked", "clean"),
+    [
+        ("<image>\nWhat?", "What?"),
+        ("What?\n<image>", "What?"),
+        ("What?<image>", "What?"),
+        ("One\n<image>\nTwo", "One\nTwo"),
+        ("<image>\n<image>\nWhich?", "Which?"),
+        ("<image>", ""),
+        ("One <image> two", "One  two"),
+    ],
+)
+def test_marks_go_with_one_newline(marked, clean):
+    assert without_marks(marked) == clean
+
+
+def test_a_tokenizer_without_the_templates_tokens_is_refused(folders):
+    qwen2, vicuna = (load_tokenizer(str(folders[name])) for name in ("qwen2", "vicuna"))
+    with pytest.raises(ValueError, match=r"llama3 needs bos and <\|start_header_id\|> and .*<\|eot_id\|>"):
+        check_tokenizer(qwen2, "llama3")
+    with pytest.raises(ValueError, match=r"tiny needs <user> and <assistant> and <end>"):
+        check_tokenizer(vicuna, "tiny")
+    with pytest.raises(ValueError, match="chatml needs"):
+        check_tokenizer(load_tokenizer("bytes"), "chatml")
+    for template, tokenizer in (("chatml", qwen2), ("plain", qwen2), ("vicuna", vicuna), ("tiny", load_tokenizer("bytes"))):
+        check_tokenizer(tokenizer, template)
+    assert set(TEMPLATES) == {"plain", "vicuna", "llama3", "chatml", "tiny"}
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere: no such folder"):
+        load_tokenizer(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"transformers cannot read it") as caught:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_plain_refuses_several_turns():
+    with pytest.raises(ValueError, match="captions"):
+        encode(TALK, load_tokenizer("bytes"), "plain", 100)
+
+
+def test_fingerprints_tell_tokenizers_apart(folders):
+    prints = {load_tokenizer(str(folder)).fingerprint for folder in folders.values()}
+    assert len(prints) == 3
+    assert load_tokenizer(str(folders["qwen2"])).fingerprint in prints
+
+
+@pytest.mark.parametrize(
+    ("turns", "num_images", "reason"),
+    [
+        (None, 0, "malformed"),
+        ([], 0, "malformed"),
+        ("hello", 0, "malformed"),
+        ([{"from": "human"}], 0, "malformed"),
+        ([{"from": "human", "value": 3}, {"from": "gpt", "value": "x"}], 0, "malformed"),
+        ([{"from": "gpt", "value": "x"}], 0, "roles"),
+        ([{"from": "human", "value": "x"}], 0, "roles"),
+        ([{"from": "human", "value": "x"}] * 2, 0, "roles"),
+        ([{"from": "system", "value": "x"}, {"from": "gpt", "value": "x"}], 0, "roles"),
+        ([{"from": "human", "value": "x"}, {"from": "gpt", "value": "x"}], 1, "image_marks"),
+        ([{"from": "human", "value": "<image><image>x"}, {"from": "gpt", "value": "x"}], 1, "image_marks"),
+        ([{"from": "human", "value": "<image>x"}, {"from": "gpt", "value": "x"}], 0, "image_marks"),
+    ],
+)
+def test_bad_conversations_are_named(turns, num_images, reason):
+    with pytest.raises(BadSampleError) as caught:
+        check_conversation(turns, num_images)
+    assert caught.value.reason == reason

@@ -1,0 +1,104 @@
+"""Packing changes speed and nothing else: the same samples give the same losses and gradients, packed or not, at any layout.
+
+The batch is the whole set, so that a packed step and an unpacked one hold the same samples: some with one image, with two and
+with none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from himix_megatron.config import Config
+from himix_megatron.data.loading.plan import Plan
+from himix_megatron.training.resume import make_plan
+from tests.support.ranks import run_ranks
+from tests.support.small_runs import history, small_config, train
+
+NUM_SAMPLES, NUM_PACKS = 40, 8
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one rank": (1, {}),
+    "tensor 2, sequence": (2, {"tensor": 2, "sequence": True}),
+    "pipeline 4": (4, {"pipeline": 4}),
+    "pipeline 2 interleaved": (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "tensor 2, pipeline 2, data 2, distributed optimizer": (8, {"tensor": 2, "pipeline": 2, "distributed_optimizer": True}),
+    "full recompute": (1, {"recompute": "full"}),
+    "selective recompute": (1, {"recompute": "selective"}),
+}
+TRAINED = ("language", "vision_kv")
+
+
+def config_for(data: Path, run: Path, *, packed: bool, parts: Any = TRAINED, **options: Any) -> Config:
+    config = small_config(data, run, parts=parts, steps=5, **options)
+    if not packed:
+        return replace(config, train=replace(config.train, global_batch_samples=NUM_SAMPLES))
+    return replace(
+        config,
+        data=replace(config.data, pack_text_tokens=200, pack_images=5),
+        train=replace(config.train, global_batch_samples=None, global_batch_packs=NUM_PACKS),
+    )
+
+
+@pytest.fixture(scope="module")
+def start(mixed_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("start")
+    config = small_config(mixed_dataset, folder, parts=TRAINED, steps=1)
+    run_ranks(train, 1, config, start_gloo=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unpacked(start: Path, mixed_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    folder = tmp_path_factory.mktemp("unpacked")
+    run_ranks(train, 1, config_for(mixed_dataset, folder, packed=False, initial=start), start_gloo=False)
+    return history(folder)
+
+
+def test_a_step_of_packs_is_the_whole_set(mixed_dataset: Path, tmp_path: Path) -> None:
+    """What the comparisons below rest on."""
+    config = config_for(mixed_dataset, tmp_path, packed=True)
+    plan = make_plan(config, config.data)
+    assert isinstance(plan, Plan)
+    assert [len(plan.window(epoch, 0)) for epoch in range(5)] == [NUM_PACKS] * 5
+    assert max(map(len, plan.window(0, 0))) > 4
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_packed_training_equals_unpacked(
+    name: str, start: Path, unpacked: dict[str, list[float]], mixed_dataset: Path, tmp_path: Path
+) -> None:
+    world_size, layout = LAYOUTS[name]
+    run_ranks(train, world_size, config_for(mixed_dataset, tmp_path, packed=True, initial=start, **layout), start_gloo=False)
+    assert_same(history(tmp_path), unpacked)
+
+
+def test_packed_training_of_a_tower_equals_unpacked(start: Path, mixed_dataset: Path, tmp_path: Path) -> None:
+    found = []
+    for packed in (False, True):
+        run = tmp_path / str(packed)
+        options = {"parts": (*TRAINED, "tower"), "initial": start, "text_only": "none"}
+        run_ranks(train, 1, config_for(mixed_dataset, run, packed=packed, **options), start_gloo=False)
+        found.append(history(run))
+    assert_same(found[1], found[0])
+
+
+def test_a_packed_run_continues_inside_a_window(mixed_dataset: Path, tmp_path: Path) -> None:
+    """Stopped after 3 of 7 steps of 4 packs, in the middle of an epoch, and continued on two data ranks."""
+    losses = []
+    for name, stops in (("unbroken", [(1, 7)]), ("broken", [(1, 3), (2, 7)])):
+        for ranks, steps in stops:
+            config = config_for(mixed_dataset, tmp_path / name, packed=True)
+            config = replace(config, train=replace(config.train, steps=steps, global_batch_packs=NUM_PACKS // 2))
+            run_ranks(train, ranks, config, start_gloo=False)
+        losses.append(history(tmp_path / name)["train/loss"])
+    assert len(losses[0]) == 7
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+def assert_same(found: dict[str, list[float]], wanted: dict[str, list[float]]) -> None:
+    assert len(found["train/loss"]) == 5
+    assert found["train/loss"] == pytest.approx(wanted["train/loss"], abs=1e-5)
+    assert found["train/grad_norm"] == pytest.approx(wanted["train/grad_norm"], rel=1e-4)

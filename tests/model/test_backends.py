@@ -1,0 +1,122 @@
+"""Generation's attention against a spelled-out softmax, and how features are laid out by sample."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from himix_megatron.distributed import cpu_backend
+
+cpu_backend.activate_if_needed()
+
+
+from himix_megatron.model.attention.backends import TorchMixtureAttention  # noqa: E402
+from himix_megatron.model.himix_model import arrange_features  # noqa: E402
+
+HEADS, GROUPS, DIM, TEXT = 4, 2, 8, 5
+
+
+class Sizes:
+    """The configuration fields that the backends read."""
+
+    num_attention_heads, num_query_groups, kv_channels, tensor_model_parallel_size = HEADS, GROUPS, DIM, 1
+
+
+def inputs(vision_counts: list[int], dtype: torch.dtype = torch.float64, device: str = "cpu") -> tuple[Any, ...]:
+    """Random queries, keys and values; vision padded to the longest sample; bool[B, N] padding or None."""
+    torch.manual_seed(0)
+    batch, longest = len(vision_counts), max(vision_counts)
+    query = torch.randn(TEXT, batch, HEADS, DIM, dtype=dtype, device=device)
+    key, value = (torch.randn(longest + TEXT, batch, GROUPS, DIM, dtype=dtype, device=device) for _ in range(2))
+    padding = torch.arange(longest, device=device)[None] >= torch.tensor(vision_counts, device=device)[:, None]
+    return query, key, value, (padding if padding.any() else None)
+
+
+def spelled_out(query: Tensor, key: Tensor, value: Tensor, vision_counts: list[int]) -> Tensor:
+    """softmax(q [k_v ; k_t]^T / sqrt(d)) [v_v ; v_t], one sample, head and token at a time."""
+    longest = key.shape[0] - TEXT
+    out = torch.empty_like(query)
+    for b, count in enumerate(vision_counts):
+        for head in range(HEADS):
+            group = head * GROUPS // HEADS
+            for t in range(TEXT):
+                seen = [*range(count), *range(longest, longest + t + 1)]
+                weights = torch.softmax(key[seen, b, group] @ query[t, b, head] / math.sqrt(DIM), dim=0)
+                out[t, b, head] = weights @ value[seen, b, group]
+    return out.flatten(2)
+
+
+CASES = {"one image each": [6, 6, 6], "other counts": [6, 0, 3], "no image at all": [0, 0]}
+
+
+@pytest.mark.parametrize("vision_counts", CASES.values(), ids=CASES)
+def test_torch_backend_is_the_formula(vision_counts: list[int]) -> None:
+    query, key, value, padding = inputs(vision_counts)
+    mask = TorchMixtureAttention.mixture_mask(TEXT, max(vision_counts), padding, query.device)
+    found = TorchMixtureAttention(Sizes).continued(query, key, value, mask)
+    assert torch.allclose(found, spelled_out(query, key, value, vision_counts), atol=1e-12)
+
+
+class SpelledOutKernel(nn.Module):
+    """What Transformer Engine's kernels compute for the calls we make, in plain torch; stands for them where no GPU is."""
+
+    PACKED = "padding_causal_bottom_right"
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *, qkv_format: str, attn_mask_type: str, **lengths: Any
+    ) -> Tensor:
+        assert (qkv_format, attn_mask_type) == ("thd", self.PACKED)
+        ends_q, ends_kv = lengths["cu_seqlens_q"].tolist(), lengths["cu_seqlens_kv"].tolist()
+        assert lengths["max_seqlen_q"] >= max(b - a for a, b in itertools.pairwise(ends_q))
+        assert lengths["max_seqlen_kv"] >= max(b - a for a, b in itertools.pairwise(ends_kv))
+        assert (ends_q[-1], ends_kv[-1]) == (len(query), len(key)) == (len(query), len(value))
+        spans = zip(ends_q, ends_q[1:], ends_kv, ends_kv[1:], strict=False)
+        return torch.cat([self.one(query[a:b], key[c:d], value[c:d]) for a, b, c, d in spans])
+
+    @staticmethod
+    def one(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """One sample, causal from the bottom right."""
+        num_query, num_key = len(query), len(key)
+        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
+        scores = torch.einsum("qhd,khd->hqk", query, key) / math.sqrt(DIM)
+        hidden = torch.ones(num_query, num_key, dtype=torch.bool).triu(num_key - num_query + 1)
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        return torch.einsum("hqk,khd->qhd", weights, value).flatten(1)
+
+
+@pytest.mark.requires_gpu
+@pytest.mark.parametrize("vision_counts", CASES.values(), ids=CASES)
+def test_generation_in_bf16_on_a_gpu_is_the_formula(vision_counts: list[int]) -> None:
+    wanted = spelled_out(*inputs(vision_counts)[:3], vision_counts)
+    query, key, value, padding = (x if x is None else x.cuda() for x in inputs(vision_counts))
+    query, key, value = (x.bfloat16() for x in (query, key, value))
+    mask = TorchMixtureAttention.mixture_mask(TEXT, max(vision_counts), padding, query.device)
+    found = TorchMixtureAttention(Sizes).continued(query, key, value, mask).cpu().double()
+    assert torch.allclose(found, wanted, atol=2e-2)
+
+
+def test_features_are_laid_out_by_sample() -> None:
+    features = torch.arange(4 * 2 * 3, dtype=torch.float32).view(4, 2, 3).requires_grad_()
+    vision, padding = arrange_features(features, (1, 0, 2, 1))
+    assert vision.shape == (4, 4, 3)
+    assert padding is not None
+    assert padding.tolist() == [[False] * 2 + [True] * 2, [True] * 4, [False] * 4, [False] * 2 + [True] * 2]
+    assert torch.equal(vision[:2, 0], features[0])
+    assert torch.equal(vision[:, 2], features[1:3].flatten(0, 1))
+    assert torch.equal(vision[:2, 3], features[3])
+    vision.sum().backward()
+    assert torch.equal(features.grad, torch.ones_like(features))
+
+
+def test_equal_counts_need_no_padding() -> None:
+    features = torch.randn(4, 2, 3)
+    vision, padding = arrange_features(features, (2, 2))
+    assert padding is None
+    assert torch.equal(vision[:, 1], features[2:].flatten(0, 1))
+    empty, padding = arrange_features(torch.empty(0, 2, 3), (0, 0))
+    assert (empty.shape, padding) == ((0, 2, 3), None)

@@ -1,0 +1,255 @@
+"""However a replica shares its tower, every rank sees what one rank alone computes, and training goes the same way."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from himix_megatron.config import Config, VisionConfig
+from himix_megatron.data.loading.batch import share_of
+from himix_megatron.model.vision_encoder import Ahead, ReplicaEncoder
+from himix_megatron.model.vision_tower import build_tower
+from tests.support.ranks import run_ranks
+from tests.support.small_runs import history, small_config, train
+
+TOWER = VisionConfig(
+    tower="tiny",
+    image_size=16,
+    patch_size=8,
+    hidden_size=12,
+    num_layers=2,
+    num_attention_heads=3,
+    ffn_hidden_size=40,
+    feature_layer=-1,
+)
+
+
+def _pixels(num_images: int) -> torch.Tensor:
+    return torch.randint(0, 256, (num_images, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def _encode(num_images: int, trainable: bool, dtype: torch.dtype, num_encoders: int | None) -> torch.Tensor:
+    """What one rank of the replica gets; alone when no group exists."""
+    world = torch.distributed.is_initialized()
+    rank, size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if world else (0, 1)
+    place = (rank, min(num_encoders or size, size))
+    share = share_of(num_images, *place)
+    encoder = ReplicaEncoder(
+        build_tower(TOWER, seed=3, dtype=torch.float32),
+        torch.distributed.group.WORLD if world else None,
+        trainable,
+        dtype,
+        place=place,
+        max_images_per_forward=2,
+    )
+    return encoder.encode(_pixels(num_images)[share.start : share.stop], torch.arange(num_images) % 3 == 1, num_images)
+
+
+def _encode_all(num_encoders: int | None) -> list[torch.Tensor]:
+    frozen = [_encode(num_images, False, torch.float32, num_encoders) for num_images in (7, 4, 1, 0)]
+    others = [
+        _encode(5, trainable, dtype, num_encoders) for trainable, dtype in ((False, torch.bfloat16), (True, torch.float32))
+    ]
+    return [*frozen, *others]
+
+
+@pytest.mark.parametrize(("world_size", "num_encoders"), [(2, None), (3, None), (3, 2), (2, 1)])
+def test_a_shared_tower_gives_every_rank_what_one_rank_alone_computes(world_size: int, num_encoders: int | None) -> None:
+    alone = _encode_all(None)
+    assert [len(features) for features in alone] == [7, 4, 1, 0, 5, 5]
+    assert alone[-2].dtype == torch.bfloat16
+    assert torch.equal(alone[-1], _pixels(5))
+    for rank_features in run_ranks(_encode_all, world_size, num_encoders):
+        for got, wanted in zip(rank_features, alone, strict=True):
+            assert got.dtype == wanted.dtype
+            assert got.shape == wanted.shape
+            assert torch.allclose(got.float(), wanted.float(), atol=1e-2 if got.dtype == torch.bfloat16 else 1e-6)
+
+
+# ---- ahead of the training ---------------------------------------------------------------------------------------------
+
+
+def _shifted(number: int) -> tuple[int, torch.Tensor]:
+    if number == 3:
+        raise OSError("the disk is gone")
+    return number, torch.tensor(number + 10)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_steps_come_in_order_and_an_error_at_its_own_step(enabled: bool) -> None:
+    ahead = Ahead(torch.device("cpu"), enabled=enabled)
+    train_step = ahead.steps(range(3), _shifted)
+    assert [(number, int(features)) for number, features in train_step] == [(0, 10), (1, 11), (2, 12)]
+    got: list[int] = []
+    with pytest.raises(OSError, match="the disk is gone"):
+        got.extend(number for number, _ in ahead.steps(range(5), _shifted))
+    train_step = ahead.steps(range(5), _shifted)
+    assert [next(train_step)[0] for _ in range(3)] == [0, 1, 2]  # the third is given out though the fourth has failed already
+    ahead.settle()
+
+
+def test_exactly_the_next_step_is_encoded_on_another_thread_while_one_trains() -> None:
+    begun: list[tuple[int, int]] = []
+    arrived = threading.Semaphore(0)
+
+    def encode(number: int) -> tuple[int, torch.Tensor]:
+        begun.append((number, threading.get_ident()))
+        arrived.release()
+        return number, torch.zeros(())
+
+    ahead = Ahead(torch.device("cpu"))
+    for number, _ in ahead.steps(range(4), encode):
+        assert arrived.acquire(timeout=10)
+        if number < 3:
+            assert arrived.acquire(timeout=10)  # the next one's turn has come before this one is done
+            arrived.release()
+        ahead.settle()
+        assert [n for n, _ in begun] == list(range(min(number + 2, 4)))
+    assert threading.get_ident() not in {thread for _, thread in begun}
+
+
+def test_a_step_nobody_takes_any_more_is_waited_for() -> None:
+    done: list[int] = []
+
+    def batches() -> Iterator[int]:
+        yield from range(100)
+
+    ahead = Ahead(torch.device("cpu"))
+    for number, _ in ahead.steps(batches(), lambda n: (done.append(n) or n, torch.zeros(()))):
+        if number == 2:
+            break
+    ahead.settle()
+    assert done == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_wait_for_a_slow_read_is_measured_and_no_other_time(enabled: bool) -> None:
+    def batches() -> Iterator[int]:
+        for number in range(3):
+            time.sleep(0.2)
+            yield number
+
+    ahead = Ahead(torch.device("cpu"), enabled=enabled)
+    waited = []
+    for _ in ahead.steps(batches(), lambda number: (number, torch.zeros(()))):
+        waited.append(ahead.take_waited_seconds())
+        time.sleep(0.3)
+    assert waited[0] >= 0.19
+    assert all(seconds < 0.15 if enabled else seconds >= 0.19 for seconds in waited[1:]), waited
+
+
+@pytest.mark.requires_gpu
+def test_a_side_stream_gives_the_same_features() -> None:
+    device = torch.device("cuda")
+    encoder = ReplicaEncoder(build_tower(TOWER, seed=3, dtype=torch.float32).to(device), None, False, torch.float32)
+
+    def encode(number: int) -> tuple[int, torch.Tensor]:
+        return number, encoder.encode(_pixels(40 + number), torch.zeros(40 + number, dtype=torch.bool), 40 + number)
+
+    sums: dict[bool, list[float]] = {}
+    for enabled in (True, False):
+        train_step = Ahead(device, enabled=enabled).steps(range(20), encode)
+        sums[enabled] = [float((features @ features.mT).sum()) for _, features in train_step]
+    assert sums[True] == sums[False]
+
+
+# ---- training ----------------------------------------------------------------------------------------------------------
+
+PLACEMENTS: dict[str, dict[str, Any]] = {
+    "replicated": {"placement": "replicated"},
+    "first_stage": {"placement": "first_stage"},
+    "not ahead": {"encode_ahead": False},
+}
+
+
+def _train_each(config: Config, folder: Path) -> None:
+    """A run in each placement, and the default one."""
+    for name, changes in {"replica_sharded": {}, **PLACEMENTS}.items():
+        train(replace(config, vision=replace(config.vision, **changes), run=replace(config.run, dir=str(folder / name))))
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parts", "layout", "packed"),
+    [
+        (2, ("vision_kv",), {"pipeline": 2}, False),
+        (2, ("vision_kv",), {"pipeline": 2}, True),
+        (4, ("language", "vision_kv"), {"tensor": 2, "pipeline": 2}, True),
+        (2, ("tower", "vision_kv"), {"pipeline": 2}, False),
+    ],
+)
+def test_every_placement_trains_alike(
+    world_size: int, parts: tuple[Any, ...], layout: dict[str, Any], packed: bool, mixed_dataset: Path, tmp_path: Path
+) -> None:
+    config = small_config(mixed_dataset, tmp_path, parts=parts, text_only="zero_image", steps=4, **layout)
+    if packed:
+        config = replace(
+            config,
+            data=replace(config.data, pack_text_tokens=192, pack_images=6),
+            train=replace(config.train, global_batch_packs=2),
+        )
+    config = replace(
+        config,
+        data=replace(config.data, validation_path=str(mixed_dataset)),
+        log=replace(config.log, validation_interval_steps=2, validation_samples=16),
+    )
+    run_ranks(_train_each, world_size, config, tmp_path, start_gloo=False)
+    wanted = history(tmp_path / "replica_sharded")
+    for name in PLACEMENTS:
+        found = history(tmp_path / name)
+        for tag in ("train/loss", "validation/loss"):
+            assert found[tag] == pytest.approx(wanted[tag], abs=1e-5), (name, tag)
+    # The same sums in the same order: looking ahead changes no bit.
+    assert history(tmp_path / "not ahead")["train/loss"] == wanted["train/loss"]
+
+
+def _tower_gradients(config: Config) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and the tower's gradients of one step; the gradients as every rank has them before its optimizer."""
+    from himix_megatron.distributed.topology import init_distributed
+    from himix_megatron.model.himix_model import bare
+    from himix_megatron.runtime import log
+    from himix_megatron.training import builder, train_step
+    from himix_megatron.training.resume import begin, prepare
+
+    start = prepare(config, 1)
+    topology = init_distributed(config.parallel, seed=config.train.seed)
+    log.start(config.run_dir, topology.rank, topology.world_size)
+    run = builder.build_run(config, start, topology)
+    begin(config, start, run.checkpoints)
+    reader = builder.step_reader(config, start.plan, topology)
+    batch, images = next(train_step.encoded(run, [reader[next(start.plan.steps(start.end))]]))
+    for stage in run.stages:
+        stage.zero_grad_buffer()
+    reported = train_step.run_schedule(run, batch, images, forward_only=False)
+    counts, *_ = train_step.count(config, topology, batch, reported)
+    gradients = {name: p.main_grad.clone() for name, p in bare(run.stages[0]).tower.named_parameters()}
+    return counts.loss, gradients
+
+
+@pytest.fixture(scope="module")
+def begun(mixed_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Settings of a run that starts from stored weights: layouts draw fresh ones differently."""
+    folder = tmp_path_factory.mktemp("begun")
+    config = small_config(mixed_dataset, folder, parts=("tower", "vision_kv", "language"), steps=1)
+    run_ranks(train, 1, config, start_gloo=False)
+    return replace(config, checkpoint=replace(config.checkpoint, initial=str(folder)))
+
+
+@pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}, {}], ids=["tensor 2", "pipeline 2", "data 2"])
+def test_a_trainable_towers_gradients_equal_those_of_one_rank(layout: dict[str, Any], begun: Config, tmp_path: Path) -> None:
+    def settings(name: str, **layout: Any) -> Config:
+        return replace(begun, parallel=replace(begun.parallel, **layout), run=replace(begun.run, dir=str(tmp_path / name)))
+
+    ((loss, wanted),) = run_ranks(_tower_gradients, 1, settings("one"), start_gloo=False)
+    norm = torch.stack([gradient.norm() for gradient in wanted.values()]).norm()
+    assert norm > 1e-3
+    for found_loss, found in run_ranks(_tower_gradients, 2, settings("two", **layout), start_gloo=False):
+        assert found_loss == pytest.approx(loss, abs=1e-5)
+        difference = torch.stack([(found[name] - gradient).norm() for name, gradient in wanted.items()]).norm()
+        assert difference <= 1e-4 * norm

@@ -1,0 +1,88 @@
+"""Models with random weights as exported folders, for tests."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from himix_megatron.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, VisionConfig
+from himix_megatron.data.shards.reader import ShardDataset
+from himix_megatron.data.text import chat_template
+
+SCRIPT = Path(__file__).with_name("plain_transformers.py")
+CLIP_PIXELS: dict[str, Any] = {
+    "resize": "crop",
+    "pixel_mean": (0.48145466, 0.4578275, 0.40821073),
+    "pixel_std": (0.26862954, 0.26130258, 0.27577711),
+}
+
+
+def random_config(family: Any = "qwen2", tower: Any = "tiny", **model: Any) -> Config:
+    """2 decoder layers of width 32 and 4 image tokens; the bytes tokenizer."""
+    sizes: dict[str, Any] = {
+        "num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4, "num_query_groups": 2,
+        "vocab_size": 260, "layer_spec": "torch", "init_std": 0.2,
+    }  # fmt: skip
+    return Config(
+        recipe="random",
+        model=ModelConfig(family=family, **(sizes | model)),
+        vision=VisionConfig(
+            tower=tower, image_size=16, patch_size=8, hidden_size=24, num_layers=3, num_attention_heads=2, ffn_hidden_size=40,
+            feature_layer=-1 if tower == "tiny" else -2, **(CLIP_PIXELS if tower == "clip" else {}),
+        ),
+        data=DataConfig(template="tiny", max_text_tokens=128),
+        train=TrainConfig(parts=("vision_kv",), global_batch_samples=1, micro_batch_samples=1, precision="fp32"),
+        optimizer=OptimizerConfig(learning_rate=1.0),
+    )  # fmt: skip
+
+
+def export_random(config: Config, out: Path) -> float:
+    """Export a model with random weights, on this process as the only rank. Returns: the largest difference of logits."""
+    from himix_megatron.conversion.authors_layout import to_authors
+    from himix_megatron.conversion.export.folder import export
+    from himix_megatron.conversion.export.parity import fixed_input, himix_logits, parity
+    from himix_megatron.conversion.sharding import gather
+    from himix_megatron.distributed.fused_kernels import detect
+    from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
+    from himix_megatron.inference.generator import Answerer
+
+    topology = init_distributed(config.parallel, seed=config.train.seed)
+    answerer = Answerer(config, detect(), topology)
+    ours = gather(answerer.stages, lambda parameter: parameter, topology, config.model.vocab_size)
+    weights = to_authors(ours, config.model) | {f"vision_tower.{n}": t for n, t in answerer.tower.state_dict().items()}
+    given = fixed_input(config)
+    logits = himix_logits(answerer, given)
+    shutdown_distributed()
+    export(weights, config, out)
+    return parity(out, config, given, logits)
+
+
+def processor_of(out: Path) -> Any:
+    """The folder's processor, as a user gets it."""
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(str(out), trust_remote_code=True)
+
+
+def ask_elsewhere(folder: Path, dataset: ShardDataset, work: Path) -> list[str]:
+    """The answers to all turns of a dataset, in order, by transformers in a process that cannot import this package."""
+    asked: list[dict[str, Any]] = []
+    for sample in range(len(dataset)):
+        files = []
+        for k in range(dataset.num_images(sample)):
+            files.append(str(work / f"{sample}-{k}"))
+            Path(files[-1]).write_bytes(dataset.image_bytes(sample, k))
+        messages: list[dict[str, str]] = []
+        for question, answer in chat_template.exchanges(dataset.text(sample)):
+            messages.append({"role": "user", "content": question})
+            asked.append({"messages": list(messages), "images": files})
+            messages.append({"role": "assistant", "content": answer})
+    (work / "questions.json").write_text(json.dumps(asked))
+    command = [sys.executable, "-I", str(SCRIPT), str(folder), str(work / "questions.json"), str(work / "answers.json")]
+    done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    answers: list[str] = json.loads((work / "answers.json").read_text())
+    return answers

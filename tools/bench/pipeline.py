@@ -1,0 +1,276 @@
+"""How evenly do pipeline stages work when the tower costs as much as the decoder does?
+
+    python -m tools.bench.pipeline
+
+Real training steps on CPU ranks of one thread each, over rendered scenes: reading, decoding, tower, decoder, optimizer. The
+tower is sized in the run, so that its forward pass takes the CPU time of the decoder's forward and backward pass over all
+stages. Of each placement of the tower: the CPU time of the slowest rank over that of the fastest, and the step time; beside
+it the step time with features that were made before. Exit code 1 when the shared tower's ratio is above 1.10, or the losses
+of two placements differ.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from himix_megatron.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+    VisionConfig,
+    from_json,
+    to_json,
+)
+from himix_megatron.distributed.topology import Topology, init_distributed, shutdown_distributed
+from pipelines.cli import parse_settings, run_main
+
+MOST = 1.10
+"""Of the slowest rank's CPU time over the fastest's, with the shared tower."""
+SAME_LOSS = 1e-5
+NEAR = 0.05
+"""Of the tower's CPU time to the decoder's, when it is sized."""
+PLACEMENTS = ("replica_sharded", "replicated", "first_stage")
+CACHED = "cached features"
+WORKER = "--worker"
+"""How a process of the benchmark starts its ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Compare where the tower may run: how evenly ranks work, and how long a step takes."""
+
+    stages: tuple[int, ...] = (2, 4)
+    """Pipeline sizes, one rank a stage."""
+    train_step: int = 12
+    """Measured ones; one more before them is not counted."""
+    samples: int = 16
+    """Of a step, in micro-batches of 2, each with one image."""
+    layers: int = 16
+    """Of the decoder."""
+    hidden: int = 256
+    """Width of decoder and tower."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "samples", "layers", "hidden"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}: wanted 1 or more")
+        for size in self.stages:
+            if self.layers % size or self.samples % (2 * size):
+                raise ValueError(f"--stages {size}: --layers and half of --samples must be multiples of it")
+
+
+def settings(arguments: Arguments, data: Path, folder: Path) -> Config:
+    """One rank; the tower's MLP is as wide as `calibrate` makes it."""
+    hidden = arguments.hidden
+    return Config(
+        recipe="bench_pipeline",
+        model=ModelConfig(
+            family="llama",
+            num_layers=arguments.layers,
+            hidden_size=hidden,
+            ffn_hidden_size=3 * hidden,
+            num_attention_heads=4,
+            num_query_groups=2,
+            vocab_size=1024,
+            layer_spec="torch",
+        ),
+        vision=VisionConfig(
+            tower="tiny",
+            image_size=96,
+            patch_size=8,
+            hidden_size=hidden,
+            num_layers=8,
+            num_attention_heads=4,
+            ffn_hidden_size=4 * hidden,
+            feature_layer=-1,
+        ),
+        data=DataConfig(path=(str(data),), template="tiny", max_text_tokens=256, num_workers=0),
+        train=TrainConfig(
+            parts=("language", "vision_kv"),
+            steps=arguments.steps + 1,
+            global_batch_samples=arguments.samples,
+            micro_batch_samples=2,
+            precision="fp32",
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-4),
+        run=RunConfig(dir=str(folder / "run")),
+    )
+
+
+# ---- on the ranks ------------------------------------------------------------------------------------------------------
+
+
+def calibrate(config: Config) -> dict[str, Any]:
+    """One rank: the width of the tower's MLP at which its forward pass costs as much CPU time as the decoder's passes."""
+    from himix_megatron.model.vision_tower import build_tower
+    from himix_megatron.training import builder, train_step
+    from himix_megatron.training.resume import prepare
+
+    start = prepare(config, 1)
+    topology = init_distributed(config.parallel, seed=config.train.seed)
+    run = builder.build_run(config, start, topology)
+    reader = builder.step_reader(config, start.plan, topology)
+    batch = reader[next(start.plan.steps(start.end))]
+    images = run.encoder.encode(batch.pixels, batch.blank, len(batch.blank))
+
+    def decoder() -> None:
+        train_step.run_schedule(run, batch, images, forward_only=False)
+
+    def tower(width: int) -> Callable[[], object]:
+        built = build_tower(replace(config.vision, ffn_hidden_size=width), seed=0, dtype=torch.float32)
+        return torch.no_grad()(lambda: built(batch.pixels, batch.blank))
+
+    width = 4 * config.vision.hidden_size
+    for attempts_left in range(4, -1, -1):
+        decoder_seconds, tower_seconds, wider = cpu_seconds(decoder, tower(width), tower(2 * width))
+        if abs(tower_seconds / decoder_seconds - 1) <= NEAR or not attempts_left:
+            break
+        # Its cost is nearly a straight line in the width.
+        width = max(16, round((width + width * (decoder_seconds - tower_seconds) / (wider - tower_seconds)) / 16) * 16)
+    return {"width": width, "decoder_seconds": decoder_seconds, "tower_seconds": tower_seconds}
+
+
+def cpu_seconds(*pieces: Callable[[], object], repetitions: int = 5) -> list[float]:
+    """Median CPU time of this process for each piece of work, in turns; the first turn is not counted."""
+    taken: list[list[float]] = [[] for _ in pieces]
+    for _ in range(repetitions + 1):
+        for piece, own in zip(pieces, taken, strict=True):
+            begun = time.process_time()
+            piece()
+            own.append(time.process_time() - begun)
+    return [statistics.median(own[1:]) for own in taken]
+
+
+def measure(config: Config, topology: Topology) -> dict[str, Any]:
+    """Train. Returns: CPU and wall seconds of each rank's median step, and the losses."""
+    from himix_megatron.data.loading.loader import step_loader
+    from himix_megatron.resilience.loss_guard import UPDATE
+    from himix_megatron.training import builder, train_step
+    from himix_megatron.training.resume import prepare
+
+    start = prepare(config, topology.data_size)
+    run = builder.build_run(config, start, topology)
+    reader = builder.step_reader(config, start.plan, topology, start.features)
+    losses, clocks = [], []
+    for batch, images in train_step.encoded(run, step_loader(reader, start.plan.steps(start.end), 0)):
+        counts, _, _ = train_step.train_step(config, run, batch, images, lambda *_: UPDATE)
+        losses.append(counts.loss)
+        clocks.append((time.process_time(), time.perf_counter()))
+    run.ahead.settle()
+    # The first step warmed up. Medians: four ranks on two cores are disturbed now and then.
+    own = tuple(statistics.median(after - before for before, after in pairwise(clock)) for clock in zip(*clocks, strict=True))
+    ranks: list[Any] = [None] * topology.world_size
+    torch.distributed.all_gather_object(ranks, own)
+    return {"cpu": [cpu for cpu, _ in ranks], "wall": max(wall for _, wall in ranks), "losses": losses}
+
+
+def work(folder: Path) -> None:
+    """A rank of a run: its settings are in a file, and what it measured goes to one."""
+    torch.set_num_threads(1)
+    config = from_json((folder / "config.json").read_text())
+    if config.parallel.pipeline == 1:
+        report = calibrate(config)
+    else:
+        topology = init_distributed(config.parallel, seed=config.train.seed)
+        report = {name: measure(changed, topology) for name, changed in variants(config, folder)}
+    if torch.distributed.get_rank() == 0:
+        (folder / "report.json").write_text(json.dumps(report))
+    shutdown_distributed()
+
+
+def variants(config: Config, folder: Path) -> Iterator[tuple[str, Config]]:
+    """The settings to compare."""
+    for placement in PLACEMENTS:
+        yield placement, replace(config, vision=replace(config.vision, placement=placement))
+    yield CACHED, replace(config, data=replace(config.data, features=(str(folder / "features"),)))
+
+
+# ---- around them -------------------------------------------------------------------------------------------------------
+
+
+def torchrun(size: int, folder: Path) -> None:
+    """Run `work` on so many ranks."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+    command = [sys.executable, *launcher, "-m", "tools.bench.pipeline", WORKER, str(folder)]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "LOGLEVEL": "ERROR"})
+
+
+def bench(
+    arguments: Arguments, folder: Path, say: Callable[[str], None], start: Callable[[int, Path], None] = torchrun
+) -> bool:
+    """Measure and report. Returns: whether the lines were met."""
+    from pipelines.encode import Settings, encode
+    from pipelines.scenes import SceneSettings, ensure_scene_data
+
+    def launch(config: Config) -> dict[str, Any]:
+        (folder / "config.json").write_text(to_json(config))
+        start(config.parallel.pipeline, folder)
+        found: dict[str, Any] = json.loads((folder / "report.json").read_text())
+        return found
+
+    scenes = SceneSettings(num_train=arguments.samples * (arguments.steps + 1), num_heldout=8)
+    config = settings(arguments, ensure_scene_data(folder / "scenes", scenes).instruct, folder)
+    sized = launch(config)
+    config = replace(config, vision=replace(config.vision, ffn_hidden_size=sized["width"]))
+    encode(config, Settings(out=folder / "features", engine="local"))
+    taken = {size: launch(replace(config, parallel=ParallelConfig(pipeline=size))) for size in arguments.stages}
+    return report(arguments, sized, taken, say)
+
+
+def report(arguments: Arguments, sized: dict[str, Any], taken: dict[int, Any], say: Callable[[str], None]) -> bool:
+    """Ratios first. Returns: whether the lines were met."""
+    met = True
+    for size, found in taken.items():
+        shared = found["replica_sharded"]
+        ratio = max(shared["cpu"]) / min(shared["cpu"])
+        spread = max(abs(a - b) for p in PLACEMENTS for a, b in zip(found[p]["losses"], shared["losses"], strict=True))
+        met = met and ratio <= MOST and spread <= SAME_LOSS
+        say(
+            f"{size} stages: slowest over fastest rank {ratio:.3f} with the shared tower (at most {MOST:.2f}); losses of the "
+            f"placements differ by {spread:.1e} (at most {SAME_LOSS:.0e}); online encoding over cached features: step time "
+            f"{shared['wall'] / found[CACHED]['wall']:.2f}"
+        )
+    say(
+        f"{arguments.layers} layers of width {arguments.hidden}, vocabulary 1024, {arguments.samples} samples a step, "
+        f"{arguments.steps} steps, 1 thread a rank, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; tower forward over "
+        f"decoder forward + backward {sized['tower_seconds'] / sized['decoder_seconds']:.2f} (CPU time)"
+    )
+    say(f"{'seconds a step':<34}{'slowest/fastest':>16}{'slowest CPU':>13}{'all CPU':>9}{'wall':>7}   CPU by rank")
+    for size, found in taken.items():
+        for name, values in found.items():
+            cpu = values["cpu"]
+            say(
+                f"{f'{size} stages, {name}':<34}{max(cpu) / min(cpu):>16.3f}{max(cpu):>13.2f}{sum(cpu):>9.2f}"
+                f"{values['wall']:>7.2f}   {' '.join(f'{one:.2f}' for one in cpu)}"
+            )
+    return met
+
+
+def main() -> int:
+    if sys.argv[1:2] == [WORKER]:
+        work(Path(sys.argv[2]))
+        return 0
+    arguments = parse_settings(Arguments, sys.argv[1:], "python -m tools.bench.pipeline")
+    with tempfile.TemporaryDirectory() as folder:
+        return 0 if bench(arguments, Path(folder), print) else 1
+
+
+if __name__ == "__main__":
+    run_main(main)

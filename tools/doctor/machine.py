@@ -1,0 +1,165 @@
+"""The doctor on the machine: memory, limits, ports, and the folder that runs are written to."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from tools.doctor.finding import Finding
+
+PORTS = range(16384, 32768)
+"""From which himix_megatron/distributed/topology.py derives the port of a Slurm step."""
+LEAST_FREE_GIB = 20.0
+LEAST_SHM_GIB = 1.0
+LEAST_OPEN_FILES = 4096
+SLOW_SYNC_SECONDS = 0.5
+
+
+def findings(folder: Path) -> Iterator[Finding]:
+    """All of them."""
+    yield memory()
+    yield shared_memory(Path("/dev/shm"))
+    yield open_files()
+    yield from ports()
+    yield writable(folder)
+    yield free_space(folder)
+
+
+def memory() -> Finding:
+    """RAM and cores that this process may use."""
+    total, available = psutil.virtual_memory().total / 2**30, psutil.virtual_memory().available / 2**30
+    text = f"{len(os.sched_getaffinity(0))} CPU cores, {available:.0f} of {total:.0f} GiB of memory free"
+    if available < 4:
+        return Finding("memory", "warning", text, "end what else runs here, or ask for more")
+    return Finding("memory", "ok", text)
+
+
+def shared_memory(folder: Path) -> Finding:
+    """What decoding processes hand batches over in."""
+    if not folder.is_dir():
+        return Finding("shared memory", "broken", f"no {folder}", "mount a tmpfs there, or --data.num-workers 0", needed=True)
+    total, _, free = shutil.disk_usage(folder)
+    text = f"{folder}: {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+    if free / 2**30 < LEAST_SHM_GIB:
+        return Finding("shared memory", "warning", text, "containers: --shm-size 16g or --ipc=host; or --data.num-workers 0")
+    return Finding("shared memory", "ok", text)
+
+
+def open_files() -> Finding:
+    """The limit of files and sockets of one process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < LEAST_OPEN_FILES:
+        more = f"up to {hard}" if hard != resource.RLIM_INFINITY else "without limit"
+        return Finding("open files", "warning", f"limit {soft}", f"ulimit -n {LEAST_OPEN_FILES * 4} ({more} is allowed)")
+    return Finding("open files", "ok", f"limit {'none' if soft == resource.RLIM_INFINITY else soft}")
+
+
+# ---- ports -----------------------------------------------------------------------------------------------------------
+
+
+def ports() -> Iterator[Finding]:
+    """The range that runs under srun meet in, and MASTER_PORT if this process would be the one to listen there."""
+    text = f"{PORTS.start} to {PORTS.stop - 1}, where ranks under srun meet"
+    taken = listening() & set(PORTS)
+    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    if first < PORTS.stop and last >= PORTS.start:
+        remedy = f"sysctl net.ipv4.ip_local_port_range='{PORTS.stop} {max(last, 60999)}'; a run that fails so can start again"
+        yield Finding("ports", "warning", f"{text}: Linux hands out {first} to {last} to anybody by itself", remedy)
+    elif taken:
+        shown = ", ".join(map(str, sorted(taken)[:5]))
+        yield Finding("ports", "ok", f"{text}: {len(taken)} taken ({shown}{', ...' if len(taken) > 5 else ''})")
+    else:
+        yield Finding("ports", "ok", f"{text}: all free")
+    # Under torchrun the port is taken by torchrun itself, for its ranks.
+    port = os.environ.get("MASTER_PORT", "")
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    if port.isdecimal() and "TORCHELASTIC_RUN_ID" not in os.environ and rank == "0":
+        yield master_port(int(port))
+
+
+def master_port(port: int) -> Finding:
+    """Whether rank 0 could listen there."""
+    with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("", port))
+            listener.listen()
+        except (OSError, OverflowError) as error:
+            used = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+            detail = f"MASTER_PORT {port} {'is in use' if used else f'cannot be listened on: {error}'}"
+            return Finding("master port", "broken", detail, "choose another, or unset it", needed=True)
+    return Finding("master port", "ok", f"MASTER_PORT {port} is free")
+
+
+def listening() -> set[int]:
+    """TCP ports that somebody listens on."""
+    found = set()
+    for name in ("/proc/net/tcp", "/proc/net/tcp6"):
+        if Path(name).is_file():
+            rows = [line.split() for line in Path(name).read_text().splitlines()[1:]]
+            found |= {int(row[1].rsplit(":", 1)[1], 16) for row in rows if row[3] == "0A"}
+    return found
+
+
+# ---- the folder of runs ----------------------------------------------------------------------------------------------
+
+
+def writable(folder: Path) -> Finding:
+    """Write, sync, rename and read back, as a checkpoint does."""
+    probe = folder / f".doctor-{secrets.token_hex(8)}"
+    renamed = probe.with_suffix(".renamed")
+    content = secrets.token_bytes(1 << 20)
+    started = time.perf_counter()
+    try:
+        with probe.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        probe.rename(renamed)
+        handle = os.open(folder, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+        same = renamed.read_bytes() == content
+    except OSError as error:
+        detail = f"{folder.absolute()} ({file_system(folder)}): {error.strerror}"
+        return Finding("folder", "broken", detail, "runs need a folder to write to: --folder DIR, --run.dir DIR", needed=True)
+    finally:
+        for left in (probe, renamed):
+            if left.exists():
+                left.unlink()
+    seconds = time.perf_counter() - started
+    text = f"{folder.absolute()} ({file_system(folder)}): 1 MiB written, synced and renamed in {seconds * 1000:.0f} ms"
+    if not same:
+        return Finding("folder", "broken", f"{text}, but read back other bytes", "use another file system", needed=True)
+    if seconds > SLOW_SYNC_SECONDS:
+        return Finding("folder", "warning", text, "checkpoints will take long: is the file system overloaded?")
+    return Finding("folder", "ok", text)
+
+
+def file_system(folder: Path) -> str:
+    """Type of the file system that a folder is on, e.g. ext4, nfs4, lustre."""
+    path = str(folder.resolve())
+    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    fits = [(len(where), kind) for where, kind in mounts if path == where or path.startswith(where.rstrip("/") + "/")]
+    return max(fits, default=(0, "unknown"))[1]
+
+
+def free_space(folder: Path) -> Finding:
+    """Where checkpoints go."""
+    if not folder.is_dir():
+        return Finding("free space", "broken", f"{folder} is no folder", "--folder DIR", needed=True)
+    total, _, free = shutil.disk_usage(folder)
+    text = f"{free / 2**30:.0f} of {total / 2**30:.0f} GiB in {folder.absolute()}"
+    if free / 2**30 < LEAST_FREE_GIB:
+        remedy = "a checkpoint takes 4 to 14 bytes a parameter, and --checkpoint.keep-last of them are kept"
+        return Finding("free space", "warning", text, remedy)
+    return Finding("free space", "ok", text)

@@ -1,0 +1,281 @@
+"""How long a training step takes: products at a rate, memory traffic, messages, and what pipelines wait for.
+
+Flows in: a Machine, a Layout and the work of one micro-batch; out: seconds of a step, by what they are spent on. The formulas
+are in docs/planner.md, in the order of this file. No torch, no measurement: arithmetic on a dozen numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+from himix_megatron.config import ModelConfig, Part
+from himix_megatron.costs.flops import Work
+from tools.planner.machine import Machine
+
+LOGIT_BYTES = 12
+"""Memory traffic of the loss for each logit, forward and backward, beside the products': in 16 bits it is read twice for the
+loss, written over by its gradient, and read and written once more where that is scaled. Counted, not measured."""
+GRADIENT_BYTES = 12
+"""Of each gradient, beside the optimizer's: it is zeroed before a step (4), and scaled by the number of tokens after it (8)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """How ranks share the model, and how it is trained."""
+
+    tensor: int
+    pipeline: int
+    virtual_pipeline: int
+    data: int
+    sequence: bool
+    recompute: Literal["none", "selective", "full"]
+    chunk_layers: tuple[int, ...]
+    """Of each model chunk in the order of the network."""
+    distributed_optimizer: bool = True
+    overlap_data: bool = True
+    """Gradients are summed while the last backward pass runs."""
+    overlap_tensor: float = 0.0
+    """Share of tensor communication hidden behind products; ours hides none."""
+    split_hops: bool = False
+    """Each tensor rank hands on its share of the text; so it is under sequence parallelism."""
+
+    @property
+    def ranks(self) -> int:
+        """All of them."""
+        return self.tensor * self.pipeline * self.data
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What one replica computes in a step."""
+
+    model: ModelConfig
+    vision_width: int
+    parts: tuple[Part, ...]
+    micro_batch: Work
+    """As computed, padding included; attention causal."""
+    num_micro_batches: int
+    number_bytes: int = 2
+    """Of weights and activations."""
+    tower_flops: float = 0.0
+    """Of the tower over the replica's images of a step."""
+    vocab_size: int
+    trained_parameters: float
+    """Of the rank with most of them."""
+    fused_attention: bool = True
+    """False: scores are written to memory, and full rectangles computed, as before flash attention."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Seconds of a step on the slowest stage's path; they add up to `total`."""
+
+    compute: float
+    tower: float
+    tensor: float
+    pipeline: float
+    data: float
+    optimizer: float
+    bubble: float
+
+    @property
+    def total(self) -> float:
+        """One step."""
+        return sum(float(getattr(self, item.name)) for item in fields(self))
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """Seconds of one layer (or the head) on one micro-batch."""
+
+    forward: float
+    backward: float
+    tensor_forward: float = 0.0
+    tensor_backward: float = 0.0
+
+    @property
+    def compute(self) -> float:
+        return self.forward + self.backward
+
+    @property
+    def tensor(self) -> float:
+        return self.tensor_forward + self.tensor_backward
+
+
+def product_seconds(
+    machine: Machine, rows: float, inner: float, columns: float, number_bytes: int, written: float = 0.0
+) -> float:
+    """One matrix product: bound by arithmetic or by reading its operands and writing its result; as measured where the machine
+    was. `written`: bytes an element of the result costs, where it is not one number."""
+    if not rows * inner * columns:
+        return 0.0
+    flops = 2 * rows * inner * columns
+    if machine.products:
+        return flops / machine.product_rate(rows, inner, columns) + written * rows * columns / machine.memory_bytes_per_second
+    traffic = number_bytes * (rows * inner + inner * columns) + (written or number_bytes) * rows * columns
+    return max(flops / machine.product_flops, traffic / machine.memory_bytes_per_second)
+
+
+def layer_pass(machine: Machine, layout: Layout, job: Job, *, first: bool = False) -> _Pass:
+    """One decoder layer. `first`: the text that comes in may need no gradient."""
+    model, work, size, ranks = job.model, job.micro_batch, job.number_bytes, layout.tensor
+    query, key_value = (heads * model.channels_per_head for heads in (model.num_attention_heads, model.num_query_groups))
+    text, hidden, inner = work.text_tokens, model.hidden_size, model.ffn_hidden_size
+    weights, sequence = "language" in job.parts, ranks if layout.sequence else 1
+    text_below = weights or not first
+    shapes = (
+        (text, hidden, (query + 2 * key_value) / ranks, text_below, weights),
+        (text, query / ranks, hidden, True, weights),
+        (text, hidden, 2 * inner / ranks, True, weights),
+        (text, inner / ranks, hidden, True, weights),
+        (work.vision_tokens, job.vision_width, 2 * key_value / ranks, "tower" in job.parts, "vision_kv" in job.parts),
+    )
+    forward = sum(product_seconds(machine, rows, k, n, size) for rows, k, n, _, _ in shapes)
+    backward = sum(product_seconds(machine, rows, n, k, size) for rows, k, n, down, _ in shapes if down)
+    # Weight gradients are added to a sum in fp32: read and written.
+    backward += sum(product_seconds(machine, k, rows, n, size, written=8) for rows, k, n, _, own in shapes if own)
+    mixing = _attention(machine, job, ranks)
+    elements = 10 * text * hidden / sequence + text * (6 * (query + key_value) + 3 * inner) / ranks
+    passing = size * elements / machine.passing
+    # Keys and values of vision and text are put together for each sample, and their gradients taken apart; measured attention
+    # has that in it.
+    joins = work.vision_tokens and not machine.attention
+    joined = size * 4 * (text + work.vision_tokens) * key_value / ranks / machine.passing if joins else 0.0
+    forward = _started(machine, forward + mixing.forward + passing + joined)
+    again = {"none": 0.0, "selective": mixing.forward, "full": forward}[layout.recompute]
+    backward = _started(machine, backward + mixing.backward + 2 * passing + joined) + again
+    message = _ring(machine, layout, size * text * hidden, ranks, collectives=2) * (1 - layout.overlap_tensor)
+    # Under sequence parallelism the inputs of weight gradients are gathered again.
+    once_more = 1.5 if layout.sequence and weights else 1.0
+    return _Pass(forward, backward, 2 * message, 2 * message * (once_more + (layout.recompute == "full")))
+
+
+def _started(machine: Machine, busy: float) -> float:
+    """With what the host needs to start the kernels: beside them on a GPU, before each of them on a CPU."""
+    return max(busy, machine.layer_seconds) if machine.cores is None else busy + machine.layer_seconds
+
+
+def _attention(machine: Machine, job: Job, ranks: int) -> _Pass:
+    model, work = job.model, job.micro_batch
+    heads, width = model.num_attention_heads / ranks, model.channels_per_head
+    if job.fused_attention:
+        flops = 4 * (work.text_pairs + work.vision_pairs) * heads * width
+        # Pairs of a causal text of s tokens are s (s + 1) / 2: what an average token's sample is long.
+        length = max(1.0, 2 * work.text_pairs / work.text_tokens - 1) if work.text_tokens else 1.0
+        forward, backward = machine.attention_rates(heads, width, length)
+        return _Pass(flops / forward, 2.5 * flops / backward)  # scores are computed again
+    pairs = 2 * work.text_pairs  # a causal half is computed like the other
+    products = 4 * pairs * heads * width / machine.product_flops
+    # Written, scaled and masked to a softmax, dropped out with a mask, read: 13 bytes a score in 16 bits.
+    passing = 13 * pairs * heads / machine.memory_bytes_per_second
+    return _Pass(products + passing, 2 * (products + passing))
+
+
+def _ring(machine: Machine, layout: Layout, size: float, ranks: int, *, collectives: int) -> float:
+    """Gather and scatter of `size` bytes over neighbouring ranks (an all-reduce is both)."""
+    if ranks == 1:
+        return 0.0
+    rate = machine.link_bytes_per_second if ranks <= machine.node_size else machine.network_bytes_per_second
+    return collectives * (size * (ranks - 1) / ranks / rate + machine.latency_seconds)
+
+
+def head_pass(machine: Machine, layout: Layout, job: Job) -> _Pass:
+    """The LM head and the loss; logits are computed once, and their gradient is formed with them."""
+    tokens, hidden, rows = job.micro_batch.head_tokens, job.model.hidden_size, job.vocab_size / layout.tensor
+    size = job.number_bytes
+    losses = LOGIT_BYTES / 2 * tokens * rows / machine.passing
+    forward = product_seconds(machine, tokens, hidden, rows, size)
+    backward = product_seconds(machine, tokens, rows, hidden, size)
+    if "language" in job.parts:
+        backward += product_seconds(machine, hidden, tokens, rows, size, written=8)
+    message = _ring(machine, layout, size * tokens * hidden, layout.tensor, collectives=2)
+    return _Pass(forward + losses, backward + losses, message, message)
+
+
+def embedding_seconds(machine: Machine, layout: Layout, job: Job) -> float:
+    """The embedding's gradient: a table that is zeroed, read, and added to the sum in fp32."""
+    if "language" not in job.parts:
+        return 0.0
+    table = job.vocab_size / layout.tensor * job.model.hidden_size
+    return table * (2 * job.number_bytes + 8) / machine.memory_bytes_per_second
+
+
+def step_time(machine: Machine, layout: Layout, job: Job) -> StepTime:
+    """One step of all replicas, which work alike."""
+    usual, first = (layer_pass(machine, layout, job, first=first) for first in (False, True))
+    head = head_pass(machine, layout, job)
+    stages, count = range(layout.pipeline), job.num_micro_batches
+    layers = [sum(layout.chunk_layers[stage :: layout.pipeline]) for stage in stages]
+    compute = [layers[stage] * usual.compute for stage in stages]
+    tensor = [layers[stage] * usual.tensor for stage in stages]
+    compute[0] += first.compute - usual.compute + embedding_seconds(machine, layout, job)
+    compute[-1], tensor[-1] = compute[-1] + head.compute, tensor[-1] + head.tensor
+    slowest = max(stages, key=lambda stage: compute[stage] + tensor[stage])
+    own = compute[slowest] + tensor[slowest]
+    others = sum(compute) + sum(tensor) - own
+    hop = _hop_seconds(machine, layout, job)
+    # A micro-batch crosses each chunk's border forward and backward; plain schedules wait for it, interleaved ones in the fill.
+    crossings = 0.0 if layout.pipeline == 1 else 2.0 * (count if layout.virtual_pipeline == 1 else layout.pipeline)
+    data, optimizer = _data_seconds(machine, layout, job, window=compute[slowest] * 2 / 3)
+    tower = job.tower_flops / (layout.tensor * layout.pipeline) / machine.product_flops
+    sweeps = GRADIENT_BYTES * job.trained_parameters / machine.memory_bytes_per_second
+    found = StepTime(
+        compute=count * compute[slowest] + sweeps,
+        tower=tower,
+        tensor=count * tensor[slowest],
+        pipeline=crossings * hop,
+        data=data,
+        optimizer=optimizer,
+        bubble=others / layout.virtual_pipeline,
+    )
+    return (
+        found
+        if machine.cores is None
+        else _shared(machine, layout, found, (count * sum(compute) + layout.pipeline * sweeps, count * sum(tensor)))
+    )
+
+
+def _hop_seconds(machine: Machine, layout: Layout, job: Job) -> float:
+    shares = layout.tensor if layout.sequence or layout.split_hops else 1
+    size = job.number_bytes * job.micro_batch.text_tokens * job.model.hidden_size / shares
+    # megatron-core puts data-parallel ranks next to each other and stages far apart.
+    within = layout.ranks <= machine.node_size
+    return size / (machine.link_bytes_per_second if within else machine.network_bytes_per_second) + machine.latency_seconds
+
+
+def _data_seconds(machine: Machine, layout: Layout, job: Job, *, window: float) -> tuple[float, float]:
+    """Summing gradients over replicas, as far as it cannot hide in `window`; and the optimizer's pass over its states."""
+    ranks, number = layout.data, job.trained_parameters
+    share = ranks if layout.distributed_optimizer else 1
+    states = number / share * (4 + 24 + 2 * job.number_bytes) / machine.memory_bytes_per_second
+    if ranks == 1:
+        return 0.0, states
+    rate = machine.link_bytes_per_second
+    if layout.tensor * ranks > machine.node_size:
+        # Neighbours of one node share what they send out of it: each has its own network card.
+        rate = min(rate, machine.network_bytes_per_second * max(1, machine.node_size // layout.tensor))
+    bytes_each = 4 + (job.number_bytes if layout.distributed_optimizer else 4)
+    seconds = bytes_each * number * (ranks - 1) / ranks / rate + 2 * machine.latency_seconds
+    return max(0.0, seconds - window) if layout.overlap_data else seconds, states
+
+
+def _shared(machine: Machine, layout: Layout, apart: StepTime, work: tuple[float, float]) -> StepTime:
+    """On a CPU whose ranks share its cores. `apart`: with a core for each rank; `work`: products and messages of one tensor
+    rank of all stages.
+
+    A step takes no less than all ranks' work, messages included, over the number of cores. Where there are more ranks than
+    cores, others' work fills a bubble, and a message waits until all its ranks have had their turn; where there are not, the
+    rank that works in a bubble does so alone, and faster.
+    """
+    assert machine.cores is not None
+    if layout.ranks == 1:
+        return StepTime(*(getattr(apart, item.name) / machine.alone for item in fields(apart)))
+    turns = max(1.0, layout.ranks / machine.cores)
+    apart = replace(apart, bubble=apart.bubble / (machine.alone if turns == 1 else 1.0), tensor=apart.tensor * turns)
+    each = apart.pipeline + apart.data + apart.optimizer + apart.tower
+    least = (layout.data * layout.tensor * (work[0] + work[1] * turns) + layout.ranks * each) / machine.cores
+    if least <= apart.total:
+        return apart
+    scale = least / (apart.total - apart.bubble)
+    return StepTime(*(getattr(apart, item.name) * (0 if item.name == "bubble" else scale) for item in fields(apart)))

@@ -1,0 +1,199 @@
+"""All layouts of a recipe on so many GPUs: which fit, how long a step takes, what a million samples cost.
+
+Flows in: a recipe's Config, a Machine, the number of GPUs and what a sample is like; out: Plans, fastest first. Layouts that
+the settings themselves refuse (heads or batch that do not divide) are passed over, by the same checks that a run makes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from himix_megatron.config import Config, check_ranks
+from himix_megatron.costs.flops import StepFlops, Work, chunk_layers, step_flops, tower_flops
+from himix_megatron.costs.memory import GIB, MicroBatch, RankMemory, padded_vocab, rank_memory, rank_parameters
+from tools.planner.cost import Job, Layout, StepTime, step_time
+from tools.planner.machine import Machine
+
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
+VIRTUAL = (1, 2, 4)
+LONGER = 0.45
+"""By how much of the mean text each doubling of a padded micro-batch lengthens its longest one."""
+PACK_FILL = 0.99
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """What a sample is like."""
+
+    text_tokens: float
+    """On average."""
+    longest_text: int
+    """Memory has to hold a micro-batch of these."""
+    images: float
+    label_share: float
+    """Of its text tokens, how many have a label."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """One layout."""
+
+    config: Config
+    layout: Layout
+    time: StepTime
+    memory: tuple[RankMemory, ...]
+    """Of a rank of each pipeline stage."""
+    flops: StepFlops
+    """Of a step, all replicas, padding left out."""
+    samples: float
+    """Of a step."""
+
+    @property
+    def peak_gib(self) -> float:
+        """Of the fullest rank."""
+        return max(stage.total for stage in self.memory) / GIB
+
+    @property
+    def seconds(self) -> float:
+        """Of a step."""
+        return self.time.total
+
+    def utilisation(self, machine: Machine, *, tower: bool) -> float:
+        """MFU of all ranks."""
+        return (self.flops.model if tower else self.flops.language) / (self.layout.ranks * machine.peak_flops * self.seconds)
+
+    def cost_per_million(self, price_per_gpu_hour: float) -> float:
+        """Of a million samples, in the price's currency."""
+        return 1e6 / self.samples * self.seconds * self.layout.ranks / 3600 * price_per_gpu_hour
+
+
+def plans(config: Config, machine: Machine, gpus: int, sample: Sample) -> Iterator[Plan]:
+    """Every layout that the settings allow, whether it fits or not."""
+    for candidate in candidates(config, machine, gpus):
+        try:
+            data_size = check_ranks(candidate, gpus)
+        except ValueError:
+            continue
+        yield plan_of(candidate, machine, data_size, sample)
+
+
+def candidates(config: Config, machine: Machine, gpus: int) -> Iterator[Config]:
+    """Settings that differ in their layout; those that contradict themselves are left out."""
+    tensors = [size for size in range(1, min(gpus, machine.node_size) + 1) if gpus % size == 0]
+    micro_batches = (config.train.micro_batch_samples,) if config.data.packs else MICRO_BATCHES
+    for tensor in tensors:
+        for pipeline in (size for size in range(1, gpus // tensor + 1) if gpus // tensor % size == 0):
+            for virtual in VIRTUAL if pipeline > 1 else (1,):
+                for recompute in ("none", "full"):  # attention is fused: there is nothing in it to save
+                    for micro_batch in micro_batches:
+                        try:
+                            yield replace(
+                                config,
+                                parallel=replace(
+                                    config.parallel, tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual,
+                                    sequence=tensor > 1, distributed_optimizer=gpus > tensor * pipeline,
+                                    split="balanced" if pipeline > 1 else "even",
+                                ),
+                                train=replace(config.train, recompute=recompute, micro_batch_samples=micro_batch),
+                            )  # fmt: skip
+                        except ValueError:
+                            continue
+
+
+def plan_of(config: Config, machine: Machine, data_size: int, sample: Sample) -> Plan:
+    """Time and memory of one layout."""
+    parallel, vision = config.parallel, config.vision
+    on_gpu = machine.cores is None
+    layout = layout_of(config, data_size, on_gpu=on_gpu)
+    count = config.global_batch // (data_size * config.micro_batch)
+    computed, real, samples = micro_batch_work(config, sample)
+    images = 0.0 if config.data.features else samples * sample.images * count
+    trains = "tower" in config.train.parts
+    # A frozen tower's images are shared by the replica's ranks; one that trains runs on each of them, both ways.
+    tower = images * tower_flops(vision) * (3 * parallel.tensor * parallel.pipeline if trains else 1)
+    job = job_of(config, computed, count, tower)
+    largest = MicroBatch(
+        text_tokens=config.data.pack_text_tokens or config.micro_batch * sample.longest_text,
+        vision_tokens=(config.data.pack_images or math.ceil(config.micro_batch * sample.images)) * vision.tokens_per_image,
+        rows=config.micro_batch,
+    )
+    memory = tuple(
+        rank_memory(
+            config,
+            stage,
+            data_size=data_size,
+            micro_batch=largest,
+            images_per_step=samples * sample.images * count,
+            on_gpu=on_gpu,
+        )
+        for stage in range(parallel.pipeline)
+    )
+    times = data_size * count
+    step = Work(*(getattr(real, name) * times for name in Work.__dataclass_fields__))
+    if config.data.features:
+        step = replace(step, images=0.0)
+    return Plan(
+        config=config,
+        layout=layout,
+        time=step_time(machine, layout, job),
+        memory=memory,
+        flops=step_flops(config, step),
+        samples=samples * times,
+    )
+
+
+def layout_of(config: Config, data_size: int, *, on_gpu: bool = True) -> Layout:
+    """A configuration's layout in the cost model's terms."""
+    parallel = config.parallel
+    return Layout(
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        virtual_pipeline=parallel.virtual_pipeline,
+        data=data_size,
+        sequence=parallel.sequence,
+        recompute=config.train.recompute,
+        chunk_layers=chunk_layers(config),
+        distributed_optimizer=parallel.distributed_optimizer,
+        overlap_data=on_gpu and "tower" not in config.train.parts,
+    )
+
+
+def job_of(config: Config, work: Work, count: int, tower: float) -> Job:
+    """A configuration's step in the cost model's terms."""
+    return Job(
+        model=config.model,
+        vision_width=config.vision.hidden_size,
+        parts=config.train.parts,
+        micro_batch=work,
+        num_micro_batches=count,
+        number_bytes=2 if config.train.precision == "bf16" else 4,
+        tower_flops=tower,
+        vocab_size=padded_vocab(config),
+        trained_parameters=max(rank_parameters(config, stage).trained(config) for stage in range(config.parallel.pipeline)),
+    )
+
+
+def micro_batch_work(config: Config, sample: Sample) -> tuple[Work, Work, float]:
+    """A micro-batch as computed and without its padding, and the samples in it."""
+    text, vision = sample.text_tokens, sample.images * config.vision.tokens_per_image
+    if config.data.pack_text_tokens is not None and config.data.pack_images is not None:
+        samples = PACK_FILL * config.data.pack_text_tokens / text
+        if sample.images:
+            samples = min(samples, config.data.pack_images / sample.images)
+        real = _times(_one(text, vision, sample), samples)
+        return replace(real, text_tokens=float(config.data.pack_text_tokens)), real, samples
+    samples = float(config.micro_batch)
+    real = _times(_one(text, vision, sample), samples)
+    padded = min(text * (1 + LONGER * math.log2(samples)), max(text, sample.longest_text))
+    computed = replace(_times(_one(padded, vision, sample), samples), head_tokens=real.head_tokens)
+    return computed, real, samples
+
+
+def _one(text: float, vision: float, sample: Sample) -> Work:
+    return Work.of([text], [vision], head_tokens=sample.label_share * text, images=sample.images)
+
+
+def _times(work: Work, number: float) -> Work:
+    return Work(*(getattr(work, name) * number for name in Work.__dataclass_fields__))

@@ -1,0 +1,166 @@
+"""What the planner knows about a machine beyond data sheets: how much of its rates real programs reach.
+
+Flows in: a device and a network by name, or a file of measured rates; out: a Machine. `EFFICIENCY` is calibrated on two
+published rows, one for each generation (tools/planner/published.py does it again and a test compares); the other constants are
+round numbers from the literature, the same for all GPUs, and never fitted. docs/planner.md has them with their sources.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import MISSING, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from himix_megatron.costs.hardware import DEVICES, device_named, network_named
+
+EFFICIENCY = {"a100": 0.713, "h100": 0.636}
+"""Share of the dense peak that large matrix products reach."""
+NETWORK_OF = {"a100": "ib-hdr-200", "h100": "ib-ndr-400", "h200": "ib-ndr-400", "b200": "ib-ndr-400"}
+"""What joins nodes of 8 where --interconnect says nothing: what their makers sell them with."""
+CPU_FILE = Path(__file__).parents[2] / "docs/planner_cpu.json"
+"""The measured CPU: `python -m tools.plan --measure` writes it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """Rates as reached, not as printed."""
+
+    name: str
+    peak_flops: float
+    """What MFU divides by."""
+    product_flops: float
+    """Of large matrix products."""
+    attention_forward: float = 0.65
+    """Rate of fused attention, of `product_flops`."""
+    attention_backward: float = 0.5
+    """The same, backward."""
+    memory_bytes_per_second: float
+    link_bytes_per_second: float
+    """Within a node, one way."""
+    network_bytes_per_second: float
+    """Between nodes, one way, of one GPU."""
+    latency_seconds: float
+    """Of one collective."""
+    layer_seconds: float
+    """Least time of a layer's pass in one direction: the host that starts its kernels takes that long."""
+    node_size: int = 8
+    memory_gib: float
+    cores: int | None = None
+    """CPU: cores that all ranks share."""
+    alone: float = 1.0
+    """CPU: how much faster a rank is while the other cores rest (they may be halves of one)."""
+    products: tuple[tuple[float, float, float, float], ...] = ()
+    """Measured matrix products: rows, inner size, columns, FLOP/s. Others are read off between them; none: `product_flops`."""
+    attention: tuple[tuple[float, float, float, float, float], ...] = ()
+    """Measured attention: query heads, their width, text tokens of a sample, FLOP/s forward and backward (backward counted as
+    2.5 times forward). None: `attention_forward` and `attention_backward`."""
+    passing_bytes_per_second: float | None = None
+    """Of norms, residuals, rotations and activations, as the cost model counts their bytes; None: as all memory traffic."""
+
+    @property
+    def passing(self) -> float:
+        """Bytes/s of what only passes through memory."""
+        return self.passing_bytes_per_second or self.memory_bytes_per_second
+
+    def product_rate(self, rows: float, inner: float, columns: float) -> float:
+        """FLOP/s of a product of this shape."""
+        return _between(self.products, (rows, inner, columns))[0] if self.products else self.product_flops
+
+    def attention_rates(self, heads: float, width: float, text_tokens: float) -> tuple[float, float]:
+        """FLOP/s of attention, forward and backward."""
+        if not self.attention:
+            return self.attention_forward * self.product_flops, self.attention_backward * self.product_flops
+        forward, backward = _between(self.attention, (heads, width, text_tokens))
+        return forward, backward
+
+
+def _between(table: tuple[tuple[float, ...], ...], shape: tuple[float, ...]) -> list[float]:
+    """What a table says of a shape: the measured shapes' values, the nearer by their ratios the heavier."""
+    size = len(shape)
+    distances = [sum(abs(math.log2(own / wanted)) for own, wanted in zip(row[:size], shape, strict=True)) for row in table]
+    nearest = max(min(distances), 1e-3)
+    weights = [(nearest / max(distance, 1e-3)) ** 4 for distance in distances]
+    return [
+        sum(weight * row[column] for weight, row in zip(weights, table, strict=True)) / sum(weights)
+        for column in range(size, len(table[0]))
+    ]
+
+
+def machine_named(gpu: str, interconnect: str | None, node_size: int = 8) -> Machine:
+    """From the tables. Raises: ValueError that lists what is known."""
+    if gpu == "cpu":
+        return cpu_machine()
+    if gpu not in {device.name for device in DEVICES}:
+        raise ValueError(f"--gpu is {gpu}: there are {', '.join(device.name for device in DEVICES)}, cpu")
+    device = device_named(gpu)
+    family = gpu.split("-")[0]
+    network = network_named(interconnect or NETWORK_OF[family])
+    efficiency = EFFICIENCY["a100" if family == "a100" else "h100"]
+    return Machine(
+        name=f"{device.name}, {network.name}",
+        peak_flops=device.bf16_flops,
+        product_flops=efficiency * device.bf16_flops,
+        memory_bytes_per_second=0.8 * device.memory_bytes_per_second,
+        link_bytes_per_second=0.8 * device.link_bytes_per_second,
+        network_bytes_per_second=0.8 * network.bytes_per_second,
+        latency_seconds=network.latency_seconds,
+        layer_seconds=300e-6,
+        node_size=node_size,
+        memory_gib=device.memory_gib,
+    )
+
+
+def cpu_machine(file: Path = CPU_FILE) -> Machine:
+    """The CPU that was measured. Raises: ValueError where none was."""
+    if not file.is_file():
+        raise ValueError("--gpu is cpu, but no CPU was measured here: run python -m tools.plan --measure first")
+    return Machine(**json.loads(file.read_text())["machine"])
+
+
+def machine_of_file(file: Path, interconnect: str | None = None, node_size: int = 8) -> Machine:
+    """A machine as it was measured (`python -m tools.gpu_check` writes OUT/machine.json), joined by a network by name.
+
+    Raises: ValueError, one line, for a file that is none, or does not hold a machine.
+    """
+    try:
+        stored = json.loads(file.read_text())
+    except OSError as error:
+        raise ValueError(f"--machine-file {file}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ValueError(f"--machine-file {file}: is not JSON ({error})") from None
+    values = stored.get("machine") if isinstance(stored, dict) else None
+    if not isinstance(values, dict):
+        raise ValueError(f"--machine-file {file}: has no object `machine`; tools.gpu_check writes such a file")
+    missing = [item.name for item in fields(Machine) if item.default is MISSING and item.name not in values]
+    if missing:
+        raise ValueError(f"--machine-file {file}: lacks machine.{missing[0]}")
+    machine = Machine(**{name: _checked(file, name, value) for name, value in values.items()} | {"node_size": node_size})
+    if interconnect is None:
+        return machine
+    network = network_named(interconnect)
+    return replace(machine, network_bytes_per_second=0.8 * network.bytes_per_second, latency_seconds=network.latency_seconds)
+
+
+def _checked(file: Path, name: str, value: Any) -> Any:
+    """The value of a field as a Machine holds it. Raises: ValueError where it is none."""
+    columns = {"products": 4, "attention": 5}
+    if name not in {item.name for item in fields(Machine)}:
+        raise ValueError(f"--machine-file {file}: machine.{name} is not known")
+    if name in columns:
+        rows = value if isinstance(value, list) else [None]
+        if not all(isinstance(row, list) and len(row) == columns[name] and all(map(_is_rate, row)) for row in rows):
+            raise ValueError(f"--machine-file {file}: machine.{name} wants rows of {columns[name]} numbers above 0")
+        return tuple(tuple(float(number) for number in row) for row in rows)
+    if name == "name":
+        return str(value)
+    if value is None and name in ("cores", "passing_bytes_per_second"):
+        return None
+    if not _is_rate(value):
+        raise ValueError(f"--machine-file {file}: machine.{name} is {value!r}: wanted a number above 0")
+    return value
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
