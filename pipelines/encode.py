@@ -1,10 +1,10 @@
 """A shard dataset -> the features of its images, by the frozen tower, once for all runs that train on them.
 
     python -m pipelines.encode RECIPE --data DIR --out DIR [--section.field value ...]
-    python -m pipelines.pretrain RECIPE --data.path DIR --data.features OUT [--section.field value ...]
+    python -m pipelines.pretrain RECIPE --data.datasets DIR --data.features OUT [--section.field value ...]
 
 Recipe and flags are those of the training (`python -m pipelines.pretrain RECIPE --help` lists them), so that tower,
-preprocessing and precision are the same: the tower comes from --checkpoint.initial where that is given, else from
+preprocessing and precision are the same: the tower comes from --checkpoint.init-from where that is given, else from
 --vision.path. --data.features-dtype fp8_token or fp8_image halves the size, at an error that is printed. Training refuses
 features of another tower, preprocessing, dtype or dataset.
 
@@ -53,7 +53,7 @@ class Settings:
     """What to read, where to write, and with how many hands."""
 
     data: str | None = None
-    """The shard dataset; None: the recipe's data.path, which must then be one."""
+    """The shard dataset; None: the recipe's data.datasets, which must then be one."""
     out: Path
     """The folder of features to write."""
     engine: Literal["ray", "local"] = "ray"
@@ -151,7 +151,7 @@ def _with_ray(worker: functools.partial[Encoder], jobs: Sequence[FeatureJob], se
 
 def _data(config: Config, settings: Settings) -> str:
     """The dataset's place. Raises: ValueError where it is not said, or several are."""
-    paths = (settings.data,) if settings.data is not None else config.data.path
+    paths = (settings.data,) if settings.data is not None else config.data.datasets
     if len(paths) != 1:
         raise ValueError(f"the recipe reads {len(paths)} datasets: name the one to encode with --data DIR")
     return paths[0]
@@ -166,8 +166,8 @@ def _store_tower(config: Config, folder: Path) -> Path:
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
 
     tower = build_tower(config.vision, seed=config.train.seed, dtype=params_dtype(config))
-    if config.checkpoint.initial is not None:
-        checkpoint = find_checkpoint(config.checkpoint.initial)
+    if config.checkpoint.init_from is not None:
+        checkpoint = find_checkpoint(config.checkpoint.init_from)
         init_distributed(ParallelConfig(), seed=config.train.seed)
         Checkpoints(config, [], None, tower).load_tower(checkpoint)
         shutdown_distributed()

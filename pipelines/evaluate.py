@@ -60,7 +60,7 @@ class Arguments:
     """The run folder."""
     data: Path | None = None
     """The shard dataset whose questions are asked."""
-    runner: Literal["vqav2", "gqa", "textvqa", "pope", "mme", "mmmu", "mmvet"] | None = None
+    benchmark: Literal["vqav2", "gqa", "textvqa", "pope", "mme", "mmmu", "mmvet"] | None = None
     """Ask this benchmark's questions instead."""
     questions: Path | None = None
     """The benchmark's question file, or the folder of its question files (docs/evaluation.md)."""
@@ -113,7 +113,7 @@ def questions(dataset: ShardDataset, max_samples: int | None) -> list[Question]:
     """Every turn, in the dataset's order. Raises: ValueError if there is none."""
     found = []
     for sample in range(min(len(dataset), max_samples or len(dataset))):
-        for turn, (asked, expected) in enumerate(chat_template.exchanges(dataset.text(sample))):
+        for turn, (asked, expected) in enumerate(chat_template.turns_of(dataset.text(sample))):
             found.append(Question(sample, turn, asked, expected))
     if not found:
         raise ValueError(f"{dataset.path} holds no questions: every row was quarantined")
@@ -135,7 +135,7 @@ def load_config(run: Path, layout: ParallelConfig) -> Config:
     config = from_json(path.read_text())
     # What trains must be named; the Answerer freezes everything, and a frozen tower is encoded once per image. How training ran
     # its kernels changes no answer, and may not be possible here.
-    train = dataclasses.replace(config.train, parts=("vision_kv",), cuda_graphs="off")
+    train = dataclasses.replace(config.train, trainable_parts=("vision_kv",), cuda_graphs="off")
     spec: Literal["auto", "torch"] = "torch" if config.model.layer_spec == "torch" else "auto"
     model = dataclasses.replace(config.model, attention_core="auto", layer_spec=spec)
     return dataclasses.replace(config, parallel=layout, model=model, train=train)
@@ -218,11 +218,11 @@ def evaluate(arguments: Arguments) -> dict[str, Any]:
     config, checkpoint, step = trained(arguments)
     items = questions(dataset, arguments.max_samples)
     tokenizer, limit = load_tokenizer(config.data.tokenizer), arguments.max_new_tokens or MAX_NEW_TOKENS
-    too_long = sum(len(tokenizer.encode([Piece(q.expected)])[0]) > limit for q in items)
+    overlong = sum(len(tokenizer.encode([Piece(q.expected)])[0]) > limit for q in items)
     answerer = start(config, checkpoint)
     topology = answerer.topology
-    if too_long:
-        logger.warning("%d expected answers are longer than %d tokens and cannot be given: --max-new-tokens", too_long, limit)
+    if overlong:
+        logger.warning("%d expected answers are longer than %d tokens and cannot be given: --max-new-tokens", overlong, limit)
     started = time.perf_counter()
     given = {}
     for name, source in (("own", {}), ("shuffled", partners(dataset, config.train.seed))):

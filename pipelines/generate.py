@@ -48,7 +48,7 @@ class Arguments:
     """The run folder."""
     question: str | None = None
     """What to ask; None: questions are read from standard input, one a line."""
-    image_file: tuple[Path, ...] = ()
+    image: tuple[Path, ...] = ()
     """Image files that the first question is about, in order."""
     checkpoint: Path | None = None
     """A checkpoints/step-... folder; None: the run's newest."""

@@ -1,7 +1,7 @@
 """Train a recipe, or continue its run.
 
     python -m pipelines.pretrain tiny_align
-    torchrun --nproc-per-node 8 -m pipelines.pretrain qwen2_0_5b_align --data.path DIR --checkpoint.initial CONVERTED
+    torchrun --nproc-per-node 8 -m pipelines.pretrain qwen2_0_5b_align --data.datasets DIR --checkpoint.init-from CONVERTED
     srun python -m pipelines.pretrain ...            (slurm/pretrain_himix.sh does this)
 
 All three start the same ranks and give the same losses. A run folder that holds a checkpoint is continued. On TERM, USR1 or
@@ -25,12 +25,12 @@ from pipelines.scenes import ensure_scene_data  # noqa: E402
 
 
 def with_data(config: Config) -> Config:
-    """A tiny recipe without --data.path trains on scenes that it renders and preprocesses itself."""
-    if config.data.path or not config.recipe.startswith("tiny_"):
+    """A tiny recipe without --data.datasets trains on scenes that it renders and preprocesses itself."""
+    if config.data.datasets or not config.recipe.startswith("tiny_"):
         return config
     paths = ensure_scene_data()
     path = paths.align if config.recipe == "tiny_align" else paths.instruct
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, path=(str(path),)))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, datasets=(str(path),)))
 
 
 def main() -> int:

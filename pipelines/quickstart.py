@@ -5,8 +5,9 @@
 
 Renders a corpus of scenes as LLaVA data, then runs what a user would run: preprocessing (by Ray where it is installed), align,
 instruct, evaluate, on two tensor-parallel ranks, or on one where there is one GPU; on GPUs in bf16. Flags with a section
-(`--section.field value`) go to both trainings. Nothing pretrained exists for it, so `--train.parts` lets tower and language
-model train as well. Prints each command before it runs, and a table at the end. Run again, it continues where it stopped.
+(`--section.field value`) go to both trainings. Nothing pretrained exists for it, so `--train.trainable-parts` lets tower and
+language model train as well. Prints each command before it runs, and a table at the end. Run again, it continues where it
+stopped.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ PARTS = ("vision_kv", "language", "tower")
 PROGRAM = "python -m pipelines.quickstart"
 OWN = {
     "run.dir": "--out",
-    "data.path": "--out",
+    "data.datasets": "--out",
     "train.steps": "--align-steps and --instruct-steps",
-    "checkpoint.initial": "--out",
+    "checkpoint.init_from": "--out",
 }
 """Settings of the trainings that are not to be given, and what says them here."""
 
@@ -131,7 +132,7 @@ def preprocess(job: Job, split: str) -> list[str]:
 
 def _batch(steps: int) -> list[str]:
     return [
-        "--train.parts", *PARTS, "--train.steps", str(steps), "--train.global-batch-samples", "64",
+        "--train.trainable-parts", *PARTS, "--train.steps", str(steps), "--train.global-batch-samples", "64",
         "--train.micro-batch-samples", "64", "--optimizer.learning-rate", "1e-3", "--checkpoint.interval-steps", "100",
         "--log.interval-steps", "20",
     ]  # fmt: skip
@@ -141,7 +142,7 @@ def pretrain(job: Job, stage: str, *extra: str) -> list[str]:
     """The command that trains one stage. Of a flag given twice, the later one counts."""
     return [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(job.tensor * job.pipeline),
-        "-m", "pipelines.pretrain", f"tiny_{stage}", "--data.path", str(job.out / "shards" / stage),
+        "-m", "pipelines.pretrain", f"tiny_{stage}", "--data.datasets", str(job.out / "shards" / stage),
         "--run.dir", str(job.out / stage), *_batch(job.steps[stage]), *extra, *job.flags,
     ]  # fmt: skip
 
@@ -167,7 +168,7 @@ def quickstart(job: Job) -> dict[str, Any]:
         by = "with Ray" if job.engine == "ray" else "here"
         seconds[f"preprocess {split}"] = run(f"preprocess {split} {by}", preprocess(job, split))
     seconds["align"] = run("align: captions", pretrain(job, "align"))
-    initial = ("--checkpoint.initial", str(job.out / "align"), "--data.validation-path", str(shards / "heldout"))
+    initial = ("--checkpoint.init-from", str(job.out / "align"), "--data.validation-path", str(shards / "heldout"))
     seconds["instruct"] = run("instruct: questions and answers", pretrain(job, "instruct", *initial))
     seconds["evaluate"] = run("evaluate: held-out questions, own and shuffled images", evaluate(job))
     found = json.loads((job.out / "instruct" / "evaluation" / "heldout.json").read_text())

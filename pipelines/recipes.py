@@ -15,7 +15,7 @@ Facts that the published recipes share, and where they come from:
 - Templates of instruct: the scripts leave them an argument. TinyLLaVA Factory words all its chats as Vicuna v1 does (`llama`
   with </s>, `qwen2_base` with <|endoftext|> at the end). Here: Vicuna v1 for TinyLlama and Vicuna, and for Llama 3.2 and
   Qwen2 the family's own chat format.
-- A text-only sample attends to an all-zero image, as in the authors' code (`model.text_only zero_image`).
+- A text-only sample attends to an all-zero image, as in the authors' code (`model.text_only_vision zero_image`).
 - Sizes of the language models: the `config.json` of the Hugging Face repositories named in each docstring.
 
 - With `--parallel.pipeline 2` (4, ...) layers are split so that stages do equal work, the LM head counted, at the 44 and 314
@@ -44,7 +44,7 @@ from himix_megatron.config import (
     VisionConfig,
 )
 
-Template = Literal["vicuna", "llama3", "chatml"]
+ChatTemplate = Literal["vicuna", "llama3", "chatml"]
 
 QWEN2_0_5B = ModelConfig(
     family="qwen2",
@@ -57,7 +57,7 @@ QWEN2_0_5B = ModelConfig(
     rope_theta=1e6,
     norm_eps=1e-6,
     tie_embeddings=True,
-    text_only="zero_image",
+    text_only_vision="zero_image",
 )
 TINYLLAMA_1_1B = ModelConfig(
     family="llama",
@@ -67,7 +67,7 @@ TINYLLAMA_1_1B = ModelConfig(
     num_attention_heads=32,
     num_query_groups=4,
     vocab_size=32000,
-    text_only="zero_image",
+    text_only_vision="zero_image",
 )
 LLAMA3_2_1B = ModelConfig(
     family="llama",
@@ -80,7 +80,7 @@ LLAMA3_2_1B = ModelConfig(
     rope_theta=5e5,
     rope_scaling_factor=32.0,
     tie_embeddings=True,
-    text_only="zero_image",
+    text_only_vision="zero_image",
 )
 LLAMA3_2_3B = ModelConfig(
     family="llama",
@@ -93,7 +93,7 @@ LLAMA3_2_3B = ModelConfig(
     rope_theta=5e5,
     rope_scaling_factor=32.0,
     tie_embeddings=True,
-    text_only="zero_image",
+    text_only_vision="zero_image",
 )
 VICUNA_7B = ModelConfig(
     family="llama",
@@ -103,7 +103,7 @@ VICUNA_7B = ModelConfig(
     num_attention_heads=32,
     num_query_groups=32,
     vocab_size=32000,
-    text_only="zero_image",
+    text_only_vision="zero_image",
 )
 TINY = ModelConfig(
     family="llama",
@@ -169,10 +169,18 @@ def _align(
         model=model,
         vision=siglip_so400m_384(),
         data=DataConfig(
-            path=("data/llava-558k",), tokenizer=f"models/{tokenizer}", template="plain", max_text_tokens=2048, num_workers=8
+            datasets=("data/llava-558k",),
+            tokenizer=f"models/{tokenizer}",
+            template="plain",
+            max_text_tokens=2048,
+            num_workers=8,
         ),
         train=TrainConfig(
-            parts=("vision_kv",), epochs=epochs, global_batch_samples=256, micro_batch_samples=micro_batch, precision="bf16"
+            trainable_parts=("vision_kv",),
+            epochs=epochs,
+            global_batch_samples=256,
+            micro_batch_samples=micro_batch,
+            precision="bf16",
         ),
         optimizer=OptimizerConfig(learning_rate=learning_rate),
         # LLaVA-558K's captions have 44 tokens on average.
@@ -185,7 +193,7 @@ def _instruct(
     model: ModelConfig,
     tokenizer: str,
     *,
-    template: Template,
+    template: ChatTemplate,
     epochs: float = 1.0,
     micro_batch: int,
     tensor: int = 1,
@@ -196,14 +204,14 @@ def _instruct(
         model=model,
         vision=siglip_so400m_384(),
         data=DataConfig(
-            path=("data/mix-665k",),
+            datasets=("data/mix-665k",),
             tokenizer=f"models/{tokenizer}",
             template=template,
             max_text_tokens=2048,
             num_workers=8,
         ),
         train=TrainConfig(
-            parts=("language", "vision_kv"),
+            trainable_parts=("language", "vision_kv"),
             epochs=epochs,
             global_batch_samples=128,
             micro_batch_samples=micro_batch,
@@ -214,7 +222,7 @@ def _instruct(
         parallel=ParallelConfig(
             tensor=tensor, sequence=tensor > 1, distributed_optimizer=True, split="balanced", split_text_tokens=314
         ),
-        checkpoint=CheckpointConfig(initial=f"runs/{recipe.removesuffix('instruct')}align"),
+        checkpoint=CheckpointConfig(init_from=f"runs/{recipe.removesuffix('instruct')}align"),
     )
 
 
@@ -225,10 +233,12 @@ def _tiny(recipe: str, parts: tuple[Part, ...], steps: int) -> Config:
         model=TINY,
         vision=tiny_tower(),
         data=DataConfig(template="tiny", max_text_tokens=256, num_workers=0),
-        train=TrainConfig(parts=parts, steps=steps, global_batch_samples=64, micro_batch_samples=16, precision="fp32"),
+        train=TrainConfig(
+            trainable_parts=parts, steps=steps, global_batch_samples=64, micro_batch_samples=16, precision="fp32"
+        ),
         optimizer=OptimizerConfig(learning_rate=1e-3),
         checkpoint=CheckpointConfig(interval_steps=100),
-        log=LogConfig(pictures_interval_steps=50),
+        log=LogConfig(predictions_interval_steps=50),
     )
 
 
@@ -237,8 +247,8 @@ def tiny_align() -> Config:
 
     Command: python -m pipelines.pretrain tiny_align (or torchrun --nproc-per-node 2 ... --parallel.tensor 2)
     Hardware: a CPU; about a minute on one core. Expected: the loss falls, but not far: what trains is what the paper trains,
-    and here neither tower nor language model knows anything yet (`--train.parts tower language vision_kv` trains all of it).
-    The data is rendered on first use under data/scenes when data.path is not given.
+    and here neither tower nor language model knows anything yet (`--train.trainable-parts tower language vision_kv` trains it
+    all). The data is rendered on first use under data/scenes when data.datasets is not given.
     """
     return _tiny("tiny_align", ("vision_kv",), steps=200)
 
@@ -246,11 +256,11 @@ def tiny_align() -> Config:
 def tiny_instruct() -> Config:
     """A 1.4M-parameter model, second stage: language model and vision K/V on questions about rendered scenes, on a CPU.
 
-    Command: python -m pipelines.pretrain tiny_instruct --checkpoint.initial runs/tiny_align
-    Hardware: a CPU; 3 minutes on one core. Expected: the form of the answers is learned; with `--train.parts tower language
-    vision_kv` the answers too (seen after 400 steps from nothing: 359 of 360 held-out questions, 60 with shuffled images;
-    a learning rate of 2e-3 is too much).
-    The data is rendered on first use under data/scenes when data.path is not given.
+    Command: python -m pipelines.pretrain tiny_instruct --checkpoint.init-from runs/tiny_align
+    Hardware: a CPU; 3 minutes on one core. Expected: the form of the answers is learned; with `--train.trainable-parts tower
+    language vision_kv` the answers too (seen after 400 steps from nothing: 359 of 360 held-out questions, 60 with shuffled
+    images; a learning rate of 2e-3 is too much). The data is rendered on first use under data/scenes when data.datasets is
+    not given.
     """
     return _tiny("tiny_instruct", ("language", "vision_kv"), steps=400)
 
@@ -258,7 +268,7 @@ def tiny_instruct() -> Config:
 def qwen2_0_5b_align() -> Config:
     """Qwen2-0.5B, first stage: vision K/V on LLaVA-558K, 1 epoch, learning rate 1e-3.
 
-    Command: torchrun --nproc-per-node 8 -m pipelines.pretrain qwen2_0_5b_align --checkpoint.initial DIR
+    Command: torchrun --nproc-per-node 8 -m pipelines.pretrain qwen2_0_5b_align --checkpoint.init-from DIR
     (DIR: the language model's weights as a checkpoint of ours; without it the language model is random).
     Hardware: one node of 8 GPUs of 80 GB. Expected: 2181 steps; the paper's decoder FLOPs an image fall from 837 to 78 G.
     Sizes: Qwen/Qwen2-0.5B. No script is public: TinyLlama's learning rate. Source of the rest: this module's head.
@@ -270,7 +280,7 @@ def qwen2_0_5b_instruct() -> Config:
     """Qwen2-0.5B, second stage: language model and vision K/V on mix665k, 1 epoch, learning rate 2e-5.
 
     Command: torchrun --nproc-per-node 8 -m pipelines.pretrain qwen2_0_5b_instruct
-    (starts from runs/qwen2_0_5b_align; --checkpoint.initial DIR names another).
+    (starts from runs/qwen2_0_5b_align; --checkpoint.init-from DIR names another).
     Hardware: one node of 8 GPUs of 80 GB. Expected: 5198 steps; not yet reproduced here.
     Sizes: Qwen/Qwen2-0.5B. Source of the rest: this module's head.
     """
@@ -280,7 +290,7 @@ def qwen2_0_5b_instruct() -> Config:
 def tinyllama_1_1b_align() -> Config:
     """TinyLlama-1.1B-Chat-v1.0, first stage: vision K/V on LLaVA-558K, 8 epochs, learning rate 1e-3.
 
-    Command: torchrun --nproc-per-node 8 -m pipelines.pretrain tinyllama_1_1b_align --checkpoint.initial DIR
+    Command: torchrun --nproc-per-node 8 -m pipelines.pretrain tinyllama_1_1b_align --checkpoint.init-from DIR
     (DIR: the language model's weights as a checkpoint of ours; without it the language model is random).
     Hardware: one node of 8 GPUs of 80 GB. Expected: 17442 steps; the paper's decoder FLOPs an image fall from 1750 to 161 G.
     Sizes: TinyLlama/TinyLlama-1.1B-Chat-v1.0. Source of the rest: this module's head.
@@ -292,7 +302,7 @@ def tinyllama_1_1b_instruct() -> Config:
     """TinyLlama-1.1B-Chat-v1.0, second stage: language model and vision K/V on mix665k, 5 epochs, learning rate 2e-5.
 
     Command: torchrun --nproc-per-node 8 -m pipelines.pretrain tinyllama_1_1b_instruct
-    (starts from runs/tinyllama_1_1b_align; --checkpoint.initial DIR names another).
+    (starts from runs/tinyllama_1_1b_align; --checkpoint.init-from DIR names another).
     Hardware: one node of 8 GPUs of 80 GB. Expected: 25989 steps; not yet reproduced here.
     Sizes: TinyLlama/TinyLlama-1.1B-Chat-v1.0. Source of the rest: this module's head.
     """
@@ -304,7 +314,7 @@ def tinyllama_1_1b_instruct() -> Config:
 def llama3_2_1b_align() -> Config:
     """Llama-3.2-1B, first stage: vision K/V on LLaVA-558K, 1 epoch, learning rate 5e-4.
 
-    Command: torchrun --nproc-per-node 8 -m pipelines.pretrain llama3_2_1b_align --checkpoint.initial DIR
+    Command: torchrun --nproc-per-node 8 -m pipelines.pretrain llama3_2_1b_align --checkpoint.init-from DIR
     (DIR: the language model's weights as a checkpoint of ours; without it the language model is random).
     Hardware: one node of 8 GPUs of 80 GB. Expected: 2181 steps; the paper's decoder FLOPs an image fall from 2040 to 192 G.
     Sizes: meta-llama/Llama-3.2-1B. Source of the rest: this module's head.
@@ -316,7 +326,7 @@ def llama3_2_1b_instruct() -> Config:
     """Llama-3.2-1B, second stage: language model and vision K/V on mix665k, 1 epoch, learning rate 2e-5.
 
     Command: torchrun --nproc-per-node 8 -m pipelines.pretrain llama3_2_1b_instruct
-    (starts from runs/llama3_2_1b_align; --checkpoint.initial DIR names another).
+    (starts from runs/llama3_2_1b_align; --checkpoint.init-from DIR names another).
     Hardware: one node of 8 GPUs of 80 GB. Expected: 5198 steps; not yet reproduced here.
     Sizes: meta-llama/Llama-3.2-1B. Source of the rest: this module's head.
     """
@@ -326,7 +336,7 @@ def llama3_2_1b_instruct() -> Config:
 def llama3_2_3b_align() -> Config:
     """Llama-3.2-3B, first stage: vision K/V on LLaVA-558K, 1 epoch, learning rate 5e-4.
 
-    Command: torchrun --nproc-per-node 8 -m pipelines.pretrain llama3_2_3b_align --checkpoint.initial DIR
+    Command: torchrun --nproc-per-node 8 -m pipelines.pretrain llama3_2_3b_align --checkpoint.init-from DIR
     (DIR: the language model's weights as a checkpoint of ours; without it the language model is random).
     Hardware: one node of 8 GPUs of 80 GB. Expected: 2181 steps; not yet reproduced here.
     Sizes: meta-llama/Llama-3.2-3B. Source of the rest: this module's head.
@@ -338,7 +348,7 @@ def llama3_2_3b_instruct() -> Config:
     """Llama-3.2-3B, second stage: language model and vision K/V on mix665k, 1 epoch, learning rate 2e-5.
 
     Command: torchrun --nproc-per-node 8 -m pipelines.pretrain llama3_2_3b_instruct
-    (starts from runs/llama3_2_3b_align; --checkpoint.initial DIR names another).
+    (starts from runs/llama3_2_3b_align; --checkpoint.init-from DIR names another).
     Hardware: one node of 8 GPUs of 80 GB, TP2. Expected: 5198 steps; not yet reproduced here.
     Sizes: meta-llama/Llama-3.2-3B. Source of the rest: this module's head.
     """
@@ -348,7 +358,7 @@ def llama3_2_3b_instruct() -> Config:
 def vicuna_7b_align() -> Config:
     """vicuna-7b-v1.5, first stage: vision K/V on LLaVA-558K, 1 epoch, learning rate 5e-4.
 
-    Command: torchrun --nproc-per-node 8 -m pipelines.pretrain vicuna_7b_align --checkpoint.initial DIR
+    Command: torchrun --nproc-per-node 8 -m pipelines.pretrain vicuna_7b_align --checkpoint.init-from DIR
     (DIR: the language model's weights as a checkpoint of ours; without it the language model is random).
     Hardware: one node of 8 GPUs of 80 GB. Expected: 2181 steps; not yet reproduced here.
     Sizes: lmsys/vicuna-7b-v1.5. No script is public: Llama 3.2's learning rate. Source of the rest: this module's head.
@@ -360,7 +370,7 @@ def vicuna_7b_instruct() -> Config:
     """vicuna-7b-v1.5, second stage: language model and vision K/V on mix665k, 1 epoch, learning rate 2e-5.
 
     Command: torchrun --nproc-per-node 8 -m pipelines.pretrain vicuna_7b_instruct
-    (starts from runs/vicuna_7b_align; --checkpoint.initial DIR names another).
+    (starts from runs/vicuna_7b_align; --checkpoint.init-from DIR names another).
     Hardware: one node of 8 GPUs of 80 GB, TP2. Expected: 5198 steps; not yet reproduced here.
     Sizes: lmsys/vicuna-7b-v1.5. Source of the rest: this module's head.
     """

@@ -30,7 +30,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from himix_megatron.config import Config, check_ranks
-from himix_megatron.runtime.stop_signals import REQUEUE
+from himix_megatron.runtime.stop_signals import EXIT_REQUEUE
 from pipelines.cli import parse, parse_settings, run_main
 from pipelines.launchers.local_ranks import run_ranks
 from pipelines.pretrain import with_data
@@ -213,12 +213,12 @@ def check_here(config: Config, world_size: int, data_size: int) -> None:
     """Data, weights and devices of this machine. Raises: ValueError."""
     import torch  # not at the top: what can be checked without it is checked first
 
-    from himix_megatron.training.resume import prepare
+    from himix_megatron.training.resume import prepare_inputs
 
     if (gpus := torch.cuda.device_count()) and world_size > gpus:
         raise ValueError(f"this machine has {gpus} GPUs: leave that size out, or use --submit on a cluster")
     # A run that stopped on purpose says so itself when its turn comes.
-    prepare(dataclasses.replace(config, run=dataclasses.replace(config.run, resume_after_stop=True)), data_size)
+    prepare_inputs(dataclasses.replace(config, run=dataclasses.replace(config.run, ignore_stop_file=True)), data_size)
 
 
 def nodes_of(world_size: int, gpus_per_node: int) -> tuple[int, int]:
@@ -246,7 +246,7 @@ def run(series: Series, members: Sequence[Member]) -> int:
             unfinished.append(f"{title}: {outcome}")
         if request.received:
             print(f"asked to stop ({request.received}): the same command continues the series", flush=True)
-            return REQUEUE
+            return EXIT_REQUEUE
     for line in unfinished:
         print(f"not finished: {line}", flush=True)
     print(f"report: python -m tools.scaling_report {series.folder}", flush=True)

@@ -14,13 +14,13 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
-from himix_megatron.runtime.stop_signals import REQUEUE
+from himix_megatron.runtime.stop_signals import EXIT_REQUEUE
 from slurm.job import Stage, training_command
 
 KILL_SECONDS = 30.0
 """What ranks get to save and leave once they are told to, as Slurm's KillWait."""
 
-_AGAIN = (REQUEUE, -signal.SIGTERM, -signal.SIGUSR1, -signal.SIGUSR2)
+_AGAIN = (EXIT_REQUEUE, -signal.SIGTERM, -signal.SIGUSR1, -signal.SIGUSR2)
 """Saved; or met by a signal before Python could listen, with nothing to save."""
 
 
@@ -29,23 +29,23 @@ class Local:
 
     def __init__(self, ranks: int):
         self.ranks = ranks
-        self.asked = False
+        self.stop_requested = False
         self._processes: list[subprocess.Popen[bytes]] = []
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, self._ask)
 
     def _ask(self, _: int, __: FrameType | None) -> None:
-        self.asked = True
+        self.stop_requested = True
         self._tell(signal.SIGTERM)
 
     def run(self, stages: Sequence[Stage]) -> int:
         """All stages, up to the first that does not end well. Returns: its exit code, or 0."""
         for stage in stages:
-            code = REQUEUE if self.asked else self._run_stage(stage)
+            code = EXIT_REQUEUE if self.stop_requested else self._run_stage(stage)
             if code:
                 left = stages[list(stages).index(stage) + 1 :]
                 instead = f"; {' and '.join(one.name for one in left)} not started" if left else ""
-                what = "saved: the same command goes on from here" if code == REQUEUE else f"failed with exit code {code}"
+                what = "saved: the same command goes on from here" if code == EXIT_REQUEUE else f"failed with exit code {code}"
                 print(f"{stage.name} {what}{instead}", flush=True)
                 return code
             print(f"{stage.name} has finished: {stage.run_dir}", flush=True)
@@ -55,7 +55,7 @@ class Local:
         while True:
             print(f"{stage.name}: {self.ranks} rank{'s' if self.ranks > 1 else ''}, {stage.run_dir}", flush=True)
             code = self._attempt(stage)
-            if code != REQUEUE or self.asked:
+            if code != EXIT_REQUEUE or self.stop_requested:
                 return code
             print(f"{stage.name} saved and is started again", flush=True)
 
@@ -64,7 +64,7 @@ class Local:
         # Their own session: the terminal's Ctrl-C comes to us alone, and the ranks are told in the way they understand.
         command = training_command(stage.words)
         self._processes = [subprocess.Popen(command, env=env, start_new_session=True) for env in _environments(self.ranks)]
-        if self.asked:  # while they were being started
+        if self.stop_requested:  # while they were being started
             self._tell(signal.SIGTERM)
         codes, deadline = [], float("inf")
         while any(process.poll() is None for process in self._processes):
@@ -78,7 +78,7 @@ class Local:
         codes += [process.returncode for process in self._processes if process.returncode]
         self._processes = []
         failed = [code for code in codes if code not in _AGAIN]
-        code = failed[0] if failed else REQUEUE if codes else 0
+        code = failed[0] if failed else EXIT_REQUEUE if codes else 0
         return 128 - code if code < 0 else code
 
     def _tell(self, number: signal.Signals) -> None:

@@ -8,7 +8,7 @@
 # Pretrain on a Slurm cluster, one task per GPU:
 #
 #   sbatch slurm/pretrain_himix.sh [RECIPE] [--section.field value ...]
-#   sbatch --nodes 2 --gpus-per-node 8 --cpus-per-gpu 8 slurm/pretrain_himix.sh qwen2_0_5b_align --data.path /data/llava
+#   sbatch --nodes 2 --gpus-per-node 8 --cpus-per-gpu 8 slurm/pretrain_himix.sh qwen2_0_5b_align --data.datasets /data/llava
 #
 # Submit from the repository's root. RECIPE defaults to tiny_align, which runs anywhere. Where no GPUs are asked for, a node gets
 # one task, or --ntasks-per-node. Environment, containers, modules: slurm/environment.sh. A minute before the time limit (USR1),

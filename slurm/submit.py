@@ -2,15 +2,16 @@
 
     python -m slurm.submit tiny --cluster.nodes 2 --cluster.tasks-per-node 2 --watch
     python -m slurm.submit qwen2_0_5b --stages align instruct --cluster.partition gpu --cluster.nodes 2 \\
-        --cluster.gpus-per-node 8 --cluster.time-limit-minutes 720 --checkpoint.initial models/qwen2_0_5b-converted \\
-        --align.data.path data/llava-558k --instruct.data.path data/mix-665k
+        --cluster.gpus-per-node 8 --cluster.time-limit-minutes 720 --checkpoint.init-from models/qwen2_0_5b-converted \\
+        --align.data.datasets data/llava-558k --instruct.data.datasets data/mix-665k
 
 The first word is the family; its recipes are FAMILY_align and FAMILY_instruct. Every field of a recipe can be set: for all
 stages (--train.steps 100), or for one (--instruct.train.steps 100). The fields are listed by
 `python -m pipelines.pretrain tiny_align --help`.
 
-  align     starts from --checkpoint.initial: a converted language model (none for tiny). Reads --align.data.path.
-  instruct  starts from align's run folder, unless --instruct.checkpoint.initial says otherwise. Reads --instruct.data.path.
+  align     starts from --checkpoint.init-from: a converted language model (none for tiny). Reads --align.data.datasets.
+  instruct  starts from align's run folder, unless --instruct.checkpoint.init-from says otherwise. Reads
+            --instruct.data.datasets.
 
 Everything is checked before anything is submitted: settings, layout, data, checkpoints, and whether the cluster can ever run
 such a job. Each stage has its run folder, runs/FAMILY_STAGE (--align.run.dir and --instruct.run.dir change that), and what the
@@ -141,7 +142,7 @@ def read(words: Sequence[str]) -> tuple[Settings, list[Stage]]:
     stages: list[Stage] = []
     for name in settings.stages:
         # What all stages start from is for the first: the next one starts from the one before it.
-        initial = ["--checkpoint.initial", str(stages[-1].config.run_dir)] if stages else []
+        initial = ["--checkpoint.init-from", str(stages[-1].config.run_dir)] if stages else []
         line = [f"{family}_{name}", *shared, *initial, *of_stage[name]]
         try:
             stages.append(Stage(name=name, words=tuple(line), config=parse(line)))
@@ -208,7 +209,7 @@ def check_stage(stage: Stage, ranks: int, before: Stage | None) -> None:
     data_size = check_ranks(stage.config, ranks)
     from himix_megatron.checkpoint.checkpointer import architecture  # torch takes seconds: after the cheap checks
     from himix_megatron.checkpoint.manifest import complete_checkpoints
-    from himix_megatron.training.resume import prepare
+    from himix_megatron.training.resume import prepare_inputs
     from pipelines.pretrain import with_data
 
     config = with_data(stage.config)
@@ -217,15 +218,15 @@ def check_stage(stage: Stage, ranks: int, before: Stage | None) -> None:
         model=replace(config.model, layer_spec="torch", attention_core="auto"),
         train=replace(config.train, fp8="none", cuda_graphs="off"),
     )  # the nodes' matter
-    if before is not None and config.checkpoint.initial == str(before.config.run_dir):
+    if before is not None and config.checkpoint.init_from == str(before.config.run_dir):
         old, new = architecture(before.config), architecture(config)
         differs = [name for name in new if old[name] != new[name]]
         if differs:
             name = differs[0]
             raise ValueError(f"{name} is {new[name]}, but {old[name]} in {before.name}, whose weights it starts from")
         if not complete_checkpoints(before.config.run_dir):
-            config = replace(config, checkpoint=replace(config.checkpoint, initial=None))
-    prepare(config, data_size)
+            config = replace(config, checkpoint=replace(config.checkpoint, init_from=None))
+    prepare_inputs(config, data_size)
 
 
 def waiting(stages: Sequence[Stage], settings: Settings) -> list[tuple[Stage, str]]:

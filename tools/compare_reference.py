@@ -118,7 +118,8 @@ def configuration(arguments: Arguments, reference: Reference) -> Config:
             num_attention_heads=1, ffn_hidden_size=1,
         ),
         data=DataConfig(template="plain", max_text_tokens=sizes["max_position_embeddings"]),
-        train=TrainConfig(parts=("language", "vision_kv"), global_batch_samples=1, micro_batch_samples=1, precision="fp32"),
+        train=TrainConfig(
+            trainable_parts=("language", "vision_kv"), global_batch_samples=1, micro_batch_samples=1, precision="fp32"),
         optimizer=OptimizerConfig(learning_rate=1.0),
         parallel=ParallelConfig(
             tensor=arguments.tensor,

@@ -29,7 +29,7 @@ import tyro
 from torch import Tensor
 
 from himix_megatron.checkpoint.checkpointer import architecture
-from himix_megatron.checkpoint.manifest import find_checkpoint, problems
+from himix_megatron.checkpoint.manifest import find_checkpoint, verify_checkpoint
 from himix_megatron.config import (
     Config,
     DataConfig,
@@ -67,7 +67,7 @@ from pipelines.cli import parse_settings, run_main
 from pipelines.recipes import RECIPES
 
 PROGRAM = "python -m tools.convert"
-Template = Literal["chatml", "llama3", "vicuna", "tiny"]
+ChatTemplate = Literal["chatml", "llama3", "vicuna", "tiny"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -80,7 +80,7 @@ class HfToHimix:
     vision: Path
     """Folder of the vision tower, or of a whole SigLIP or CLIP model."""
     out: Path
-    """Run folder to make; give it to --checkpoint.initial."""
+    """Run folder to make; give it to --checkpoint.init-from."""
     vision_kv_init: VisionInit = "random"
     """Start of the vision norms and K/V projections. `random`: norms 1, projections normal with the model's own deviation.
     `from-text`: each layer's own norm and K/V, as if features were text states; a narrower tower takes the first columns,
@@ -123,7 +123,7 @@ class AuthorsToHimix:
     weights: Annotated[Path, tyro.conf.Positional]
     """Folder with config.json and safetensors, or one safetensors file whose metadata holds the sizes."""
     out: Path
-    """Run folder to make; give it to --checkpoint.initial."""
+    """Run folder to make; give it to --checkpoint.init-from."""
     vision: Path | None = None
     """Folder of the vision tower, where the weights hold none."""
     recipe: str | None = None
@@ -251,14 +251,14 @@ def _config(model: ModelConfig, vision: VisionConfig, recipe: Config | None, fol
     return made if tokenizer is None else dataclasses.replace(made, data=dataclasses.replace(made.data, tokenizer=tokenizer))
 
 
-def _template(model: ModelConfig) -> Template:
+def _template(model: ModelConfig) -> ChatTemplate:
     """The conversations' wording of a family, as the recipes have it."""
     if model.family == "qwen2":
         return "chatml"
     return "llama3" if model.rope_scaling_factor is not None or model.vocab_size == 128256 else "vicuna"
 
 
-def _plain_config(model: ModelConfig, vision: VisionConfig, template: Template, dtype: torch.dtype) -> Config:
+def _plain_config(model: ModelConfig, vision: VisionConfig, template: ChatTemplate, dtype: torch.dtype) -> Config:
     """Enough to evaluate and generate; a recipe has its own."""
     return Config(
         recipe="converted",
@@ -266,7 +266,7 @@ def _plain_config(model: ModelConfig, vision: VisionConfig, template: Template, 
         vision=vision,
         data=DataConfig(template=template, max_text_tokens=2048),
         train=TrainConfig(
-            parts=("vision_kv",),
+            trainable_parts=("vision_kv",),
             global_batch_samples=1,
             micro_batch_samples=1,
             precision="fp32" if dtype == torch.float32 else "bf16",
@@ -277,7 +277,7 @@ def _plain_config(model: ModelConfig, vision: VisionConfig, template: Template, 
 
 def _read_checkpoint(path: Path) -> tuple[Path, Config]:
     checkpoint = find_checkpoint(str(path))
-    if wrong := problems(checkpoint):
+    if wrong := verify_checkpoint(checkpoint):
         raise ValueError(f"checkpoint {checkpoint} cannot be trusted: {'; '.join(wrong)}")
     return checkpoint, dataclasses.replace(read_config(checkpoint), parallel=ParallelConfig(), run=RunConfig())
 

@@ -107,7 +107,7 @@ def _bare(sizes: dict[str, Any]) -> Config:
         model=model,
         vision=siglip_so400m_384(),
         data=DataConfig(template="plain", max_text_tokens=2048),
-        train=TrainConfig(parts=("language", "vision_kv"), global_batch_samples=1, precision="bf16"),
+        train=TrainConfig(trainable_parts=("language", "vision_kv"), global_batch_samples=1, precision="bf16"),
         optimizer=OptimizerConfig(learning_rate=1e-4),
     )
 
@@ -167,7 +167,7 @@ def table(config: Config, text: int, images: int, label_share: float, micro_batc
     vision, own = config.vision, model_parameters(config)
     yield (
         f"{config.recipe}: {text} text tokens, {images} image{'' if images == 1 else 's'} of {vision.tokens_per_image} tokens "
-        f"({vision.tower}), trains {', '.join(config.train.parts)}"
+        f"({vision.tower}), trains {', '.join(config.train.trainable_parts)}"
     )
     yield (
         f"parameters: {_count(own.total)}: language {_count(own.language)}, vision K/V {_count(own.vision_kv)}, tower "

@@ -59,9 +59,9 @@ class Arguments:
     """GPUs that share a node's fast links."""
     global_batch: int | None = None
     """Samples (packs, with packing) of a step; None: the recipe's."""
-    pack_text_tokens: int | None = None
+    pack_max_text_tokens: int | None = None
     """Text tokens of a pack; None: as the recipe says."""
-    pack_images: int | None = None
+    pack_max_images: int | None = None
     """Images of a pack."""
     text_tokens: float | None = None
     """Of a usual sample; None: the recipe's."""
@@ -104,7 +104,7 @@ def check(arguments: Arguments) -> None:
         value = getattr(arguments, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be above 0")
-    if (arguments.pack_text_tokens is None) != (arguments.pack_images is None):
+    if (arguments.pack_max_text_tokens is None) != (arguments.pack_max_images is None):
         raise ValueError("packing has two budgets: give both --pack-text-tokens and --pack-images, or neither")
     if not 0 <= arguments.images < math.inf:
         raise ValueError(f"--images is {arguments.images}: wanted 0 or more")
@@ -122,10 +122,13 @@ def settings(arguments: Arguments) -> tuple[Config, Sample]:
     assert arguments.recipe is not None
     config = RECIPES[arguments.recipe.replace("-", "_")]()
     batch, data = arguments.global_batch, config.data
-    if arguments.pack_text_tokens is not None:
-        longest = min(data.max_text_tokens, arguments.pack_text_tokens)
+    if arguments.pack_max_text_tokens is not None:
+        longest = min(data.max_text_tokens, arguments.pack_max_text_tokens)
         data = replace(
-            data, pack_text_tokens=arguments.pack_text_tokens, pack_images=arguments.pack_images, max_text_tokens=longest
+            data,
+            pack_max_text_tokens=arguments.pack_max_text_tokens,
+            pack_max_images=arguments.pack_max_images,
+            max_text_tokens=longest,
         )
         if batch is None and not config.data.packs:
             raise ValueError("--pack-text-tokens packs samples: give the batch in packs, --global-batch")
@@ -207,7 +210,10 @@ def command(plan: Plan, node_size: int) -> str:
     flags = [
         f"--train.global-batch-{size} {config.global_batch}",
         *(
-            [f"--data.pack-text-tokens {config.data.pack_text_tokens}", f"--data.pack-images {config.data.pack_images}"]
+            [
+                f"--data.pack-max-text-tokens {config.data.pack_max_text_tokens}",
+                f"--data.pack-max-images {config.data.pack_max_images}",
+            ]
             if config.data.packs
             else []
         ),

@@ -33,21 +33,21 @@ import torch
 from ..config import CheckpointConfig
 from ..data.shards.shard_format import FileDigest
 from ..data.shards.storage import sync_folder
-from ..distributed.control_group import Agreement, SaveError
+from ..distributed.control_group import ControlGroup, SaveError
 from ..runtime import failpoints, progress
 from . import manifest
-from .run_lock import Attempt
+from .run_lock import RunLock
 from .snapshot import Snapshot, own_files, write
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Protocol:
+class CheckpointWriter:
     """How one checkpoint gets into a run folder; all ranks go through it together."""
 
-    ranks: Agreement
-    attempt: Attempt
+    ranks: ControlGroup
+    run_lock: RunLock
     settings: CheckpointConfig
 
     def run(self, name: str, take: Callable[[], Snapshot], describe: Callable[[Path], None]) -> Path:
@@ -57,7 +57,7 @@ class Protocol:
             take: gives this rank's part of the state, or the error that came in place of it.
             describe: rank 0 writes `himix.json` by it.
         """
-        writing = self.attempt.folder / name
+        writing = self.run_lock.folder / name
         try:
             snapshot = self._prepare(writing, take)
             write(snapshot, writing, self.ranks)
@@ -75,7 +75,7 @@ class Protocol:
 
     @property
     def _home(self) -> Path:
-        return self.attempt.folder.parent
+        return self.run_lock.folder.parent
 
     def _step(self, point: str, part: Callable[[], None]) -> None:
         """Rank 0 does its part; every rank comes to the point."""
@@ -85,7 +85,7 @@ class Protocol:
             if self.ranks.rank == 0:
                 part()
 
-        self.ranks.each(reach_and_do)
+        self.ranks.on_all_ranks(reach_and_do)
 
     def _prepare(self, writing: Path, take: Callable[[], Snapshot]) -> Snapshot:
         snapshot: list[Snapshot] = []
@@ -93,11 +93,11 @@ class Protocol:
         def part() -> None:
             snapshot.append(take())
             if self.ranks.rank == 0:
-                self.attempt.check()
+                self.run_lock.check()
                 shutil.rmtree(writing, ignore_errors=True)  # what a failed save left
                 writing.mkdir()
 
-        self.ranks.each(part)
+        self.ranks.on_all_ranks(part)
         return snapshot[0]
 
     def _sync(self, writing: Path) -> dict[str, FileDigest]:
@@ -105,22 +105,22 @@ class Protocol:
             failpoints.reach("save/sync")
             return manifest.sync_and_digest(writing, own_files(writing, self.ranks.rank))
 
-        return {name: digest for own in self.ranks.each(part) for name, digest in own.items()}
+        return {name: digest for own in self.ranks.on_all_ranks(part) for name, digest in own.items()}
 
     def _rename(self, writing: Path) -> None:
-        self.attempt.check()
+        self.run_lock.check()
         final = self._home / writing.name
         if final.exists():
             # Not the one this run continued from: then it would be further on. It goes before its successor comes.
-            final.rename(self.attempt.folder / f"{final.name}.replaced")
+            final.rename(self.run_lock.folder / f"{final.name}.replaced")
         writing.rename(final)
         sync_folder(self._home)
-        shutil.rmtree(self.attempt.folder / f"{final.name}.replaced", ignore_errors=True)
+        shutil.rmtree(self.run_lock.folder / f"{final.name}.replaced", ignore_errors=True)
 
     def _track(self, name: str) -> None:
-        beside = self.attempt.folder / manifest.NEWEST
+        beside = self.run_lock.folder / manifest.LATEST
         manifest.write_synced(beside, f"{name}\n".encode())
-        beside.replace(self._home / manifest.NEWEST)
+        beside.replace(self._home / manifest.LATEST)
         sync_folder(self._home)
 
     def _prune(self) -> None:
@@ -128,7 +128,7 @@ class Protocol:
         settings = self.settings
         old = manifest.to_remove(self._home.parent, keep_last=settings.keep_last, keep_every=settings.keep_every)
         for folder in old:
-            removed = self.attempt.folder / f"{folder.name}.removed"
+            removed = self.run_lock.folder / f"{folder.name}.removed"
             try:
                 folder.rename(removed)
                 shutil.rmtree(removed)
@@ -136,11 +136,11 @@ class Protocol:
                 logger.warning("could not remove %s: %s", folder, error)
 
 
-class Saves:
+class AsyncSaves:
     """At most one save in flight; a new one waits for it."""
 
-    def __init__(self, settings: CheckpointConfig, attempt: Attempt):
-        self.settings, self.attempt = settings, attempt
+    def __init__(self, settings: CheckpointConfig, run_lock: RunLock):
+        self.settings, self.run_lock = settings, run_lock
         self.failures = 0
         """Saves that failed, one after another."""
         self._flight: Future[Path] | None = None
@@ -169,8 +169,8 @@ class Saves:
 
     def poll(self) -> None:
         """Look, without waiting, what has become of the save in flight. Raises: RuntimeError if the run should end."""
-        if self.attempt.is_lost:
-            self.attempt.check()
+        if self.run_lock.is_lost:
+            self.run_lock.check()
         if self._flight is None:
             return
         if self._flight.done():
@@ -198,7 +198,7 @@ class Saves:
             self.failures = 0
         except SaveError as error:
             self.failures += 1
-            self.attempt.check()
+            self.run_lock.check()
             allowed = self.settings.max_failures
             logger.error("%s was not saved (%s): %d of %d failures in a row", self._name, error, self.failures, allowed)
             if self.failures > allowed:

@@ -32,27 +32,27 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from ..config import Config, Part
-from ..data.loading.plan import Place
-from ..distributed.control_group import Agreement
-from ..model.himix_model import bare
+from ..data.loading.plan import DataPosition
+from ..distributed.control_group import ControlGroup
+from ..model.himix_model import unwrap_model
 from ..runtime import progress
-from .async_save import Protocol, Saves
-from .distributed_optimizer import Divided, divided_part
+from .async_save import AsyncSaves, CheckpointWriter
+from .distributed_optimizer import DistributedOptimizerCopy, divided_part
 from .manifest import (
     DESCRIPTION,
     DamagedError,
     complete_checkpoints,
-    newest_whole,
-    problems_seen_together,
+    latest_intact,
     publish,
-    put_aside,
+    quarantine,
     read_description,
     tower_path,
     validation_loss,
+    verify_distributed,
     write_synced,
 )
-from .preflight import check_room
-from .run_lock import Attempt, claim
+from .preflight import check_disk_space
+from .run_lock import RunLock, acquire_on_all_ranks
 from .snapshot import HostCopies, Snapshot, describe_state
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class Position:
 
     step: int
     """Optimizer steps done."""
-    place: Place
+    place: DataPosition
     """What of the data comes next."""
     data: dict[str, Any]
     """What fixes which sample is in which step, by the field that says it (`Plan.fixed`)."""
@@ -85,7 +85,7 @@ class Position:
 def position_of(description: dict[str, Any]) -> Position:
     """Where the run stood, from a checkpoint's `himix.json`."""
     stored = description["position"]
-    return Position(step=stored["step"], place=Place(**stored["place"]), data=stored["data"])
+    return Position(step=stored["step"], place=DataPosition(**stored["place"]), data=stored["data"])
 
 
 def architecture(config: Config) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def _metadata() -> dict[str, Any]:
 def _model_state(stages: list[Any]) -> dict[str, Any]:
     state = {}
     for i, stage in enumerate(stages):
-        described = bare(stage).sharded_state_dict(metadata=_metadata())
+        described = unwrap_model(stage).sharded_state_dict(metadata=_metadata())
         state[f"model{i}"] = {name: value for name, value in described.items() if not name.endswith(_EXTRA_STATE)}
     return state
 
@@ -215,7 +215,7 @@ class Checkpoints:
     """Saves and restores one run.
 
     `frozen_tower` is the tower where it does not train: it is stored once in RUN/towers/ under its hash, and checkpoints
-    refer to it. Where it trains (None here) it is in the model, and in every checkpoint. `attempt`: the right to write into
+    refer to it. Where it trains (None here) it is in the model, and in every checkpoint. `run_lock`: the right to write into
     the run's folder; None: it is taken when something is to be saved.
     """
 
@@ -225,11 +225,11 @@ class Checkpoints:
         stages: list[Any],
         optimizer: Any | None,
         frozen_tower: nn.Module | None,
-        attempt: Attempt | None = None,
-        ranks: Agreement | None = None,
+        run_lock: RunLock | None = None,
+        ranks: ControlGroup | None = None,
     ):
         self.config, self.stages, self.optimizer, self.frozen_tower = config, stages, optimizer, frozen_tower
-        self.run_dir, self.attempt, self._ranks = config.run_dir, attempt, ranks
+        self.run_dir, self.run_lock, self._ranks = config.run_dir, run_lock, ranks
         self.stall_seconds = 0.0
         """Training time that saves have taken so far on this rank."""
         self._tower_name: str | None = None
@@ -237,16 +237,16 @@ class Checkpoints:
         self._validated = False
 
     @cached_property
-    def ranks(self) -> Agreement:
+    def ranks(self) -> ControlGroup:
         """The ranks' own group; all ranks must come to the first use together."""
-        return self._ranks or Agreement(self.config.checkpoint.group_timeout_seconds)
+        return self._ranks or ControlGroup(self.config.checkpoint.group_timeout_seconds)
 
     @cached_property
-    def saves(self) -> Saves:
+    def saves(self) -> AsyncSaves:
         """What is being saved; all ranks must come to the first use together."""
-        if self.attempt is None:
-            self.attempt = claim(self.run_dir, self.ranks)
-        return Saves(self.config.checkpoint, self.attempt)
+        if self.run_lock is None:
+            self.run_lock = acquire_on_all_ranks(self.run_dir, self.ranks)
+        return AsyncSaves(self.config.checkpoint, self.run_lock)
 
     def save(self, position: Position, *, validation_loss: float | None = None) -> float:
         """Save after `position.step` steps; all ranks call it. A save in flight is waited for.
@@ -256,12 +256,12 @@ class Checkpoints:
         """
         begun = time.perf_counter()
         self.saves.wait()
-        assert self.attempt is not None
+        assert self.run_lock is not None
         take = self._snapshot()
         describe = partial(self._describe, position=position, validation_loss=validation_loss)
-        protocol = Protocol(self.ranks, self.attempt, self.config.checkpoint)
+        writer = CheckpointWriter(self.ranks, self.run_lock, self.config.checkpoint)
         name = f"step-{position.step:08d}"
-        self.saves.start(name, partial(protocol.run, name, take, describe))
+        self.saves.start(name, partial(writer.run, name, take, describe))
         if self.config.checkpoint.mode == "sync":
             self.saves.wait()
         stall = time.perf_counter() - begun
@@ -288,7 +288,7 @@ class Checkpoints:
     def close(self) -> None:
         """The run has ended: the next start may take its folder without looking whether we live."""
         self.wait()
-        self.saves.attempt.end()
+        self.saves.run_lock.end()
 
     def _snapshot(self) -> Callable[[], Snapshot]:
         """This rank's state as of now. An error of this rank is kept for all to agree on."""
@@ -308,7 +308,7 @@ class Checkpoints:
 
         def copy() -> None:
             if divided is not None:
-                snapshot.later = divided.take(self._copies, _merged(_model_state(self.stages)))
+                snapshot.gather_optimizer_state = divided.copy_shard(self._copies, _merged(_model_state(self.stages)))
             self._copies.take(snapshot)
 
         if mode == "async":
@@ -317,19 +317,21 @@ class Checkpoints:
         return partial(_or_raise, snapshot, failure)
 
     @cached_property
-    def _divided(self) -> Divided | None:
+    def _divided(self) -> DistributedOptimizerCopy | None:
         part = divided_part(self.optimizer)
-        return None if part is None else Divided(part, self.ranks)
+        return None if part is None else DistributedOptimizerCopy(part, self.ranks)
 
     def _describe(self, folder: Path, position: Position, validation_loss: float | None) -> None:
-        write_description(folder, self.config, position, self.config.train.parts, self._store_tower(), validation_loss)
+        write_description(
+            folder, self.config, position, self.config.train.trainable_parts, self._store_tower(), validation_loss
+        )
 
-    def check_room(self) -> None:
+    def check_disk_space(self) -> None:
         """Before the first step; all ranks call it. Raises: ValueError if the run would not be able to save."""
-        assert self.attempt is not None
-        check_room(self.config.checkpoint, self.attempt, self.ranks, self._size_bytes())
+        assert self.run_lock is not None
+        check_disk_space(self.config.checkpoint, self.run_lock, self.ranks, self._checkpoint_bytes())
 
-    def _size_bytes(self) -> int:
+    def _checkpoint_bytes(self) -> int:
         """About what one checkpoint takes, over all ranks; a frozen tower included."""
         own, is_divided = 0, self.config.parallel.distributed_optimizer
         trained = {id(p) for stage in self.stages for p in stage.parameters() if p.requires_grad}
@@ -342,7 +344,7 @@ class Checkpoints:
                     own += part.data.numel() * (width + optimizer)
         if self.frozen_tower is not None and self.ranks.rank == 0:
             own += sum(tensor.nbytes for tensor in self.frozen_tower.state_dict().values())
-        return sum(self.ranks.each(lambda: own))
+        return sum(self.ranks.on_all_ranks(lambda: own))
 
     def restore(self, folder: Path, *, verified: bool = False) -> Position:
         """Continue a run: model, optimizer and position from one of its own checkpoints, at this run's layout.
@@ -371,9 +373,9 @@ class Checkpoints:
         """
         self.saves.wait()
         progress.at("recovery/verify")
-        folders = self.ranks.first(lambda: complete_checkpoints(self.run_dir)[::-1])
-        folder = newest_whole(folders, self.ranks)
-        self.ranks.first(lambda: put_aside(folders[: folders.index(folder)]))
+        folders = self.ranks.on_rank_zero(lambda: complete_checkpoints(self.run_dir)[::-1])
+        folder = latest_intact(folders, self.ranks)
+        self.ranks.on_rank_zero(lambda: quarantine(folders[: folders.index(folder)]))
         return self.restore(folder, verified=True)
 
     def load_weights(self, folder: Path, *, verified: bool = False) -> None:
@@ -393,7 +395,7 @@ class Checkpoints:
         logger.info("weights from %s", folder)
 
     def _verify(self, folder: Path, verified: bool) -> None:
-        if not verified and (wrong := problems_seen_together(folder, self.ranks)):
+        if not verified and (wrong := verify_distributed(folder, self.ranks)):
             raise DamagedError(f"checkpoint {folder} cannot be trusted: {'; '.join(wrong)}")
 
     def _put(self, loaded: dict[str, Any], tower: dict[str, Tensor] | None = None) -> None:
@@ -401,7 +403,7 @@ class Checkpoints:
             chunk = loaded[f"model{i}"]
             if tower is not None and self.frozen_tower is None:
                 chunk |= {f"tower.{name}": tensor for name, tensor in tower.items()}
-            put_weights(bare(stage), chunk)
+            put_weights(unwrap_model(stage), chunk)
 
     def _store_tower(self) -> str | None:
         """Rank 0: see that the frozen tower lies in the run folder. Returns: its file name, None if it trains."""

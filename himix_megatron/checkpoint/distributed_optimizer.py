@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import nn
 
-from ..distributed.control_group import Agreement
+from ..distributed.control_group import ControlGroup
 from .snapshot import HostCopies
 
 _STATE = ("param", "exp_avg", "exp_avg_sq")
@@ -27,17 +27,17 @@ def divided_part(optimizer: Any) -> DistributedOptimizer | None:
     return parts[0] if len(parts) == 1 and isinstance(parts[0], DistributedOptimizer) else None
 
 
-class Divided:
+class DistributedOptimizerCopy:
     """Copies a distributed optimizer's part on this rank, to be gathered later."""
 
-    def __init__(self, part: DistributedOptimizer, ranks: Agreement):
+    def __init__(self, part: DistributedOptimizer, ranks: ControlGroup):
         """All ranks together, where training's groups are idle."""
         self._part = part
         own = tuple(dist.get_process_group_ranks(part.data_parallel_group))
-        groups = sorted(set(ranks.each(lambda: own)))
+        groups = sorted(set(ranks.on_all_ranks(lambda: own)))
         self._group, _ = dist.new_subgroups_by_enumeration([list(g) for g in groups], backend="gloo", timeout=ranks.timeout)
 
-    def take(self, copies: HostCopies, model_state: dict[str, Any]) -> Callable[[], Any]:
+    def copy_shard(self, copies: HostCopies, model_state: dict[str, Any]) -> Callable[[], Any]:
         """Copy this rank's part. `model_state`: of the parameters by any names, describing where each belongs.
 
         Returns: what gathers the whole as it is now; data ranks call it together, and the first of them gets it.

@@ -7,7 +7,7 @@
     RUN/towers/HASH.safetensors                   a frozen tower: its name is its hash
 
 A folder gets its name `step-...` by a rename when all of it is on the disk, so what has the name was whole once. Whether it
-still is, `problems` says. Nothing here opens a pickle, and nobody may before a manifest has vouched for it.
+still is, `verify_checkpoint` says. Nothing here opens a pickle, and nobody may before a manifest has vouched for it.
 Flows in: paths; out: lines that name what is wrong.
 """
 
@@ -29,11 +29,11 @@ from ..data.shards.shard_format import FileDigest, file_digest
 from ..data.shards.storage import sync_folder
 
 if TYPE_CHECKING:
-    from ..distributed.control_group import Agreement
+    from ..distributed.control_group import ControlGroup
 
 logger = logging.getLogger(__name__)
 
-MANIFEST, DESCRIPTION, NEWEST = "manifest.json", "himix.json", "newest"
+MANIFEST, DESCRIPTION, LATEST = "manifest.json", "himix.json", "newest"
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -123,7 +123,7 @@ def tower_path(folder: Path, file: str) -> Path:
     return folder.parent.parent / "towers" / file
 
 
-def to_hash(folder: Path) -> dict[Path, int]:
+def files_to_verify(folder: Path) -> dict[Path, int]:
     """What has to be read to be sure of a checkpoint, and its bytes: all of its files, and its tower's.
 
     Raises: DamagedError naming everything that can be seen without reading: files that are missing, of another size, or of
@@ -152,7 +152,7 @@ def to_hash(folder: Path) -> dict[Path, int]:
     return sizes
 
 
-def wrong_hashes(folder: Path, paths: Iterable[Path]) -> list[str]:
+def hash_mismatches(folder: Path, paths: Iterable[Path]) -> list[str]:
     """Of these files of a checkpoint, the ones whose content is not what was written."""
     try:
         files = read_manifest(folder)
@@ -170,31 +170,31 @@ def wrong_hashes(folder: Path, paths: Iterable[Path]) -> list[str]:
     return found
 
 
-def problems(folder: Path) -> list[str]:
+def verify_checkpoint(folder: Path) -> list[str]:
     """Everything that is wrong with a checkpoint, by one process; empty: each byte is as it was written."""
     try:
-        return wrong_hashes(folder, to_hash(folder))
+        return hash_mismatches(folder, files_to_verify(folder))
     except (DamagedError, OSError) as error:
         return [str(error)]
 
 
-def problems_seen_together(folder: Path, ranks: Agreement) -> list[str]:
-    """As `problems`, each rank reading a share of the files; the same answer on all."""
-    sizes, wrong = ranks.first(lambda: _sizes_or_problems(folder))
+def verify_distributed(folder: Path, ranks: ControlGroup) -> list[str]:
+    """As `verify_checkpoint`, each rank reading a share of the files; the same answer on all."""
+    sizes, wrong = ranks.on_rank_zero(lambda: _sizes_or_problems(folder))
     if wrong:
         return wrong
     share = _shares(sizes, ranks.size)[ranks.rank]
-    return [line for found in ranks.each(lambda: wrong_hashes(folder, share)) for line in found]
+    return [line for found in ranks.on_all_ranks(lambda: hash_mismatches(folder, share)) for line in found]
 
 
-def newest_whole(folders: Iterable[Path], ranks: Agreement) -> Path:
+def latest_intact(folders: Iterable[Path], ranks: ControlGroup) -> Path:
     """The first one of which each byte is as it was written; the same on all ranks.
 
     Raises: DamagedError listing what is wrong with each.
     """
     wrong: list[str] = []
     for folder in folders:
-        found = problems_seen_together(folder, ranks)
+        found = verify_distributed(folder, ranks)
         if not found:
             if wrong:
                 logger.warning("falling back to %s", folder)
@@ -206,7 +206,7 @@ def newest_whole(folders: Iterable[Path], ranks: Agreement) -> Path:
 
 def _sizes_or_problems(folder: Path) -> tuple[dict[Path, int], list[str]]:
     try:
-        return to_hash(folder), []
+        return files_to_verify(folder), []
     except (DamagedError, OSError) as error:
         return {}, [str(error)]
 
@@ -222,7 +222,7 @@ def _shares(sizes: Mapping[Path, int], num_ranks: int) -> list[list[Path]]:
     return shares
 
 
-def put_aside(damaged: Iterable[Path]) -> None:
+def quarantine(damaged: Iterable[Path]) -> None:
     """Give damaged checkpoints another name, under which they neither count nor go: somebody may want to look at them."""
     for folder in damaged:
         names = (f"damaged-{folder.name}{f'.{number}' if number else ''}" for number in itertools.count())
@@ -247,7 +247,7 @@ def complete_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(folder for folder in folders if _NAME.fullmatch(folder.name) and folder.is_dir())
 
 
-def candidates(path: str) -> list[Path]:
+def resolve_checkpoints(path: str) -> list[Path]:
     """The checkpoints that a path may mean, best first: itself, or those of a run folder from the newest on.
 
     Raises: ValueError if there is none.
@@ -258,12 +258,12 @@ def candidates(path: str) -> list[Path]:
     found = complete_checkpoints(folder)
     if not found:
         raise ValueError(
-            f"{path} holds no checkpoint (--checkpoint.initial takes a run folder or a checkpoints/step-... folder)"
+            f"{path} holds no checkpoint (--checkpoint.init-from takes a run folder or a checkpoints/step-... folder)"
         )
     return found[::-1]
 
 
-def first_plausible(folders: Iterable[Path]) -> Path:
+def first_intact(folders: Iterable[Path]) -> Path:
     """The first one in which nothing is wrong as far as can be seen without reading it all; who loads it, reads it.
 
     Raises: DamagedError listing what is wrong with each.
@@ -271,7 +271,7 @@ def first_plausible(folders: Iterable[Path]) -> Path:
     wrong = []
     for folder in folders:
         try:
-            to_hash(folder)
+            files_to_verify(folder)
             return folder
         except (DamagedError, OSError) as error:
             wrong.append(str(error))
@@ -285,8 +285,8 @@ def _none_left(wrong: Iterable[str]) -> DamagedError:
 
 def find_checkpoint(path: str) -> Path:
     """The checkpoint meant by a path: itself, or the newest plausible one of a run folder. Raises: ValueError if none is."""
-    folders = candidates(path)
-    found = first_plausible(folders)
+    folders = resolve_checkpoints(path)
+    found = first_intact(folders)
     for folder in folders[: folders.index(found)]:
         logger.warning("checkpoint %s is damaged and passed over", folder)
     return found

@@ -11,24 +11,24 @@ import shutil
 from pathlib import Path
 
 from ..config import CheckpointConfig, StartError
-from ..distributed.control_group import Agreement, SaveError
+from ..distributed.control_group import ControlGroup, SaveError
 from .manifest import complete_checkpoints, write_synced
-from .run_lock import Attempt
+from .run_lock import RunLock
 
 _PROBE = bytes(range(256)) * 16
 
 
-def check_room(settings: CheckpointConfig, attempt: Attempt, ranks: Agreement, size_bytes: int) -> None:
+def check_disk_space(settings: CheckpointConfig, run_lock: RunLock, ranks: ControlGroup, size_bytes: int) -> None:
     """All ranks call it. Raises: StartError, the same on all, if a rank cannot write, or space is short."""
     try:
-        ranks.each(lambda: _check_writing(attempt.folder, ranks.rank, -(-size_bytes // ranks.size)))
-        ranks.each(lambda: _check_reading(attempt.folder, ranks.size))
-        ranks.first(lambda: _check_space(settings, attempt.folder.parent.parent, size_bytes))
+        ranks.on_all_ranks(lambda: _check_writing(run_lock.folder, ranks.rank, -(-size_bytes // ranks.size)))
+        ranks.on_all_ranks(lambda: _check_reading(run_lock.folder, ranks.size))
+        ranks.on_rank_zero(lambda: _check_space(settings, run_lock.folder.parent.parent, size_bytes))
     except SaveError as error:
-        raise StartError(f"{attempt.folder.parent} cannot take checkpoints: {error}") from None
+        raise StartError(f"{run_lock.folder.parent} cannot take checkpoints: {error}") from None
     if ranks.rank == 0:
         for rank in range(ranks.size):
-            _probe(attempt.folder, rank).unlink(missing_ok=True)
+            _probe(run_lock.folder, rank).unlink(missing_ok=True)
 
 
 def _probe(folder: Path, rank: int) -> Path:

@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..distributed.control_group import Agreement
+from ..distributed.control_group import ControlGroup
 from .manifest import write_synced
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class StaleAttemptError(RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Owner:
+class LockOwner:
     """The process of rank 0 of an attempt, so that it can be found again, and told from a later one with its number."""
 
     host: str
@@ -59,7 +59,7 @@ class Owner:
     """How often Slurm has requeued that job."""
 
     @classmethod
-    def here(cls) -> Owner:
+    def here(cls) -> LockOwner:
         """This process."""
         return cls(
             host=socket.gethostname(),
@@ -71,7 +71,7 @@ class Owner:
             restarts=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
         )
 
-    def seen_from(self, here: Owner) -> Literal["alive", "dead", "unknown"]:
+    def seen_from(self, here: LockOwner) -> Literal["alive", "dead", "unknown"]:
         """What is known of this owner without watching its folder."""
         if self == here or (self.job and self.job == here.job and self.restarts < here.restarts):
             return "dead"  # our own earlier start
@@ -93,7 +93,7 @@ def _ticks(pid: int) -> str:
     return "" if not after_name or after_name[0] in "ZX" else after_name[19]
 
 
-class Attempt:
+class RunLock:
     """The right to write into a run folder, until a later start takes it. Rank 0 owns it; the others know its folder."""
 
     def __init__(self, folder: Path, *, owned: bool):
@@ -127,36 +127,36 @@ class Attempt:
                 logger.warning("could not touch %s: %s", self.folder, error)
 
 
-def claim(run_dir: Path, ranks: Agreement) -> Attempt:
+def acquire_on_all_ranks(run_dir: Path, ranks: ControlGroup) -> RunLock:
     """All ranks together become the ones that write into a run folder.
 
     Raises: ValueError, on all, while another run does, or if the folder cannot be written.
     """
-    taken: list[Attempt] = []
+    taken: list[RunLock] = []
 
     def take_or_say() -> tuple[Path | None, str]:
         try:
-            taken.append(take(run_dir))
+            taken.append(acquire(run_dir))
             return taken[0].folder, ""
         except ValueError as error:
             return None, str(error)
         except OSError as error:
             return None, f"{run_dir} cannot be written: {error}"
 
-    folder, refusal = ranks.first(take_or_say)
+    folder, refusal = ranks.on_rank_zero(take_or_say)
     if folder is None:
         raise ValueError(refusal)
-    return taken[0] if taken else Attempt(folder, owned=False)
+    return taken[0] if taken else RunLock(folder, owned=False)
 
 
-def take(run_dir: Path) -> Attempt:
+def acquire(run_dir: Path) -> RunLock:
     """Become the one that writes into a run folder, by one process.
 
     Raises: ValueError while another process does; OSError if the folder cannot be written.
     """
     home = run_dir / "checkpoints"
     home.mkdir(parents=True, exist_ok=True)
-    here = Owner.here()
+    here = LockOwner.here()
     while True:
         older = attempts(home)
         if older:
@@ -171,9 +171,9 @@ def take(run_dir: Path) -> Attempt:
         break
     for folder in older:
         _take_away(folder, mine)
-    attempt = Attempt(mine, owned=True)
-    threading.Thread(target=attempt._keep_touching, name="attempt", daemon=True).start()
-    return attempt
+    run_lock = RunLock(mine, owned=True)
+    threading.Thread(target=run_lock._keep_touching, name="attempt", daemon=True).start()
+    return run_lock
 
 
 def attempts(home: Path) -> list[Path]:
@@ -181,7 +181,7 @@ def attempts(home: Path) -> list[Path]:
     return sorted(folder for folder in home.glob("attempt-*") if _NAME.fullmatch(folder.name))
 
 
-def _refuse_if_alive(folder: Path, here: Owner) -> None:
+def _refuse_if_alive(folder: Path, here: LockOwner) -> None:
     if (folder / "ended").exists():
         return
     owner = _owner(folder)
@@ -196,10 +196,10 @@ def _refuse_if_alive(folder: Path, here: Owner) -> None:
         )
 
 
-def _owner(folder: Path) -> Owner | None:
+def _owner(folder: Path) -> LockOwner | None:
     """None: it has not been written yet, or not to its end."""
     try:
-        return Owner(**json.loads((folder / "owner.json").read_bytes()))
+        return LockOwner(**json.loads((folder / "owner.json").read_bytes()))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -34,7 +34,7 @@ from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import SavePlan
 
-from ..distributed.control_group import Agreement, SaveError
+from ..distributed.control_group import ControlGroup, SaveError
 from ..runtime import failpoints
 from .manifest import write_synced
 
@@ -50,7 +50,7 @@ class Snapshot:
     """By their keys in the checkpoint; only what no other rank contributes."""
     common: dict[str, Any]
     """What is alike on all ranks; rank 0 writes it."""
-    later: Callable[[], Any] | None = None
+    gather_optimizer_state: Callable[[], Any] | None = None
     """Gathers the optimizer's state, of which only this rank's part has been copied."""
 
 
@@ -146,22 +146,22 @@ class _Writer(torch_checkpoint.FileSystemWriter):  # type: ignore[misc]
             raise (cause or error) from None
 
 
-def write(snapshot: Snapshot, folder: Path, ranks: Agreement) -> None:
+def write(snapshot: Snapshot, folder: Path, ranks: ControlGroup) -> None:
     """Write a snapshot into a folder, synced; all ranks call it. Raises: SaveError on all ranks if one could not."""
-    if snapshot.later is not None:
-        ranks.each(lambda: _gather(snapshot))
+    if snapshot.gather_optimizer_state is not None:
+        ranks.on_all_ranks(lambda: _gather(snapshot))
     state = mcore_to_pyt_state_dict(snapshot.shards, False)
     planner = MCoreSavePlanner(flatten_state_dict=False)
     try:
         torch_checkpoint.save(state, storage_writer=_Writer(folder, thread_count=1), planner=planner, process_group=ranks.group)
     except CheckpointException as error:
         raise SaveError(_one_line(error.failures)) from error
-    ranks.first(lambda: _write_common(snapshot, folder))
+    ranks.on_rank_zero(lambda: _write_common(snapshot, folder))
 
 
 def _gather(snapshot: Snapshot) -> None:
-    assert snapshot.later is not None
-    state = snapshot.later()
+    assert snapshot.gather_optimizer_state is not None
+    state = snapshot.gather_optimizer_state()
     if state is not None:
         snapshot.shards |= describe_state({"optimizer": {"param_state": state}}, validate=False).shards
 

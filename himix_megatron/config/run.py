@@ -70,7 +70,7 @@ class ModelConfig:
     """Kernels of the attention itself, in training on a GPU in 16 bits: Transformer Engine's (cuDNN), torch's flash attention,
     or this project's in Triton, which read the vision where it lies; auto: the one that was measured to be fastest for the
     head's width (docs/results.md)."""
-    text_only: Literal["zero_image", "none"] = "none"
+    text_only_vision: Literal["zero_image", "none"] = "none"
     """A sample without an image attends to the features of an all-zero image (as the authors' code does), or to none."""
 
     def __post_init__(self) -> None:
@@ -143,10 +143,10 @@ class VisionConfig:
     """Per channel, on the 0..1 scale."""
     pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Per channel, on the 0..1 scale."""
-    placement: Literal["replica_sharded", "replicated", "first_stage"] = "replica_sharded"
+    encoder_placement: Literal["replica_sharded", "replicated", "first_stage"] = "replica_sharded"
     """Where a frozen tower encodes a step's images: split over all tensor x pipeline ranks of a replica; all of them on each;
     or split over the ranks of pipeline stage 0. (A tower that trains runs on each rank; who reads the images goes by this.)"""
-    encode_ahead: bool = True
+    prefetch_features: bool = True
     """Encode the next step's images while this step trains. Changes no result."""
 
     def __post_init__(self) -> None:
@@ -220,7 +220,7 @@ class ParallelConfig:
 class DataConfig:
     """Which shards are read, and how a sample becomes tokens."""
 
-    path: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
     """Shard datasets (folders with manifest.json). The tiny recipes make their own when there is none."""
     weights: tuple[float, ...] = ()
     """Share of each dataset in the samples read, in any unit; none: each dataset is read once an epoch."""
@@ -239,12 +239,12 @@ class DataConfig:
     """How a conversation becomes one string: plain (captions only), Vicuna v1, Llama 3, ChatML (Qwen2), or our tiny one."""
     max_text_tokens: int
     """Most text tokens of one sample."""
-    too_long: Literal["cut", "drop"] = "cut"
+    overlong: Literal["cut", "drop"] = "cut"
     """What becomes of a longer sample: its text is cut to max_text_tokens, or it is left out; both are counted."""
-    pack_text_tokens: int | None = None
+    pack_max_text_tokens: int | None = None
     """Text tokens of a pack: several samples share one sequence, each seeing only itself and its own images.
     None: no packing."""
-    pack_images: int | None = None
+    pack_max_images: int | None = None
     """Images of a pack."""
     shuffle: Literal["auto", "samples", "shards"] = "auto"
     """What is shuffled: all samples; or the shards, and the samples within each group of shuffle_shards of them, so that
@@ -257,7 +257,7 @@ class DataConfig:
     """Most that the cache may hold, per machine; the shards used longest ago go first."""
     decode: Literal["fast", "exact"] = "fast"
     """Resizing by torch on bytes (faster, within 2 of 255 levels), or by Pillow, equal to transformers' to the bit."""
-    stream: tuple[str, ...] = ()
+    webdataset_urls: tuple[str, ...] = ()
     """Instead of `path`: tar files of any WebDataset, read as a stream. Not exact: see docs/data.md."""
     num_workers: int = 2
     """Decoding processes per rank; 0 decodes in the training process."""
@@ -266,8 +266,8 @@ class DataConfig:
     start, counted as at least 1,000) the run stops with exit code 3, and says why in RUN/STOP."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.path, str) or isinstance(self.stream, str):
-            raise ValueError(f"data.path is {self.path!r}: wanted a list of folders")
+        if isinstance(self.datasets, str) or isinstance(self.webdataset_urls, str):
+            raise ValueError(f"data.datasets is {self.datasets!r}: wanted a list of folders")
         _positive(
             data__max_text_tokens=self.max_text_tokens,
             data__shuffle_shards=self.shuffle_shards,
@@ -277,43 +277,47 @@ class DataConfig:
             raise ValueError(f"data.num_workers is {self.num_workers}: wanted 0 or more")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"data.max_bad_fraction is {self.max_bad_fraction}: wanted 0 to 1")
-        if self.weights and len(self.weights) != len(self.path):
+        if self.weights and len(self.weights) != len(self.datasets):
             raise ValueError(
-                f"data.weights has {len(self.weights)} numbers for {len(self.path)} datasets: give one for each --data.path"
+                f"data.weights has {len(self.weights)} numbers for {len(self.datasets)} datasets: give one for each"
             )
         if any(not 0 < weight < float("inf") for weight in self.weights):
             raise ValueError(f"data.weights is {list(self.weights)}: wanted numbers above 0")
-        if self.features and len(self.features) != len(self.path):
+        if self.features and len(self.features) != len(self.datasets):
             raise ValueError(
-                f"data.features names {len(self.features)} folders for {len(self.path)} datasets: give one for each --data.path"
+                f"data.features names {len(self.features)} folders for {len(self.datasets)} datasets: give one for each"
             )
         if self.validation_features is not None and self.validation_path is None:
             raise ValueError("data.validation_features is given without --data.validation-path")
-        if self.path and self.stream:
-            raise ValueError("data.path and data.stream are both given: choose one")
-        if (self.pack_text_tokens is None) != (self.pack_images is None):
-            raise ValueError("packing has two budgets: give both --data.pack-text-tokens and --data.pack-images, or neither")
-        if self.pack_text_tokens is not None and self.pack_images is not None:
-            _positive(data__pack_text_tokens=self.pack_text_tokens, data__pack_images=self.pack_images)
-            if self.max_text_tokens > self.pack_text_tokens:
+        if self.datasets and self.webdataset_urls:
+            raise ValueError("data.datasets and data.webdataset_urls are both given: choose one")
+        if (self.pack_max_text_tokens is None) != (self.pack_max_images is None):
+            raise ValueError(
+                "packing has two budgets: give both --data.pack-max-text-tokens and --data.pack-max-images, or neither"
+            )
+        if self.pack_max_text_tokens is not None and self.pack_max_images is not None:
+            _positive(data__pack_text_tokens=self.pack_max_text_tokens, data__pack_images=self.pack_max_images)
+            if self.max_text_tokens > self.pack_max_text_tokens:
                 raise ValueError(
-                    f"data.max_text_tokens ({self.max_text_tokens}) is above data.pack_text_tokens "
-                    f"({self.pack_text_tokens}): a sample must fit into a pack"
+                    f"data.max_text_tokens ({self.max_text_tokens}) is above data.pack_max_text_tokens "
+                    f"({self.pack_max_text_tokens}): a sample must fit into a pack"
                 )
-            if self.stream:
-                raise ValueError("data.stream cannot be packed: packs are planned from an index, which only --data.path has")
+            if self.webdataset_urls:
+                raise ValueError(
+                    "data.webdataset_urls cannot be packed: packs are planned from an index, which only --data.datasets has"
+                )
 
     @property
     def packs(self) -> bool:
         """Whether samples are packed."""
-        return self.pack_text_tokens is not None
+        return self.pack_max_text_tokens is not None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """How long, how much at once, what trains, in which precision."""
 
-    parts: tuple[Part, ...]
+    trainable_parts: tuple[Part, ...]
     """What trains; the rest is frozen, bit for bit."""
     steps: int | None = None
     """Optimizer steps; None: as many as `epochs` takes."""
@@ -322,7 +326,7 @@ class TrainConfig:
     global_batch_samples: int | None = None
     """Samples per optimizer step, over all ranks. Unused with packing."""
     global_batch_packs: int | None = None
-    """Packs per optimizer step, over all ranks, with packing (data.pack_text_tokens); each pack is a micro-batch."""
+    """Packs per optimizer step, over all ranks, with packing (data.pack_max_text_tokens); each pack is a micro-batch."""
     micro_batch_samples: int = 1
     """Samples per forward pass on one replica. Unused with packing."""
     precision: Literal["bf16", "fp32"]
@@ -341,8 +345,10 @@ class TrainConfig:
     """Of the fresh weights and of the data order."""
 
     def __post_init__(self) -> None:
-        if not self.parts or len(set(self.parts)) != len(self.parts):
-            raise ValueError(f"train.parts is {list(self.parts)}: name each part to train once (vision_kv, language, tower)")
+        if not self.trainable_parts or len(set(self.trainable_parts)) != len(self.trainable_parts):
+            raise ValueError(
+                f"train.trainable_parts is {list(self.trainable_parts)}: name each part once (vision_kv, language, tower)"
+            )
         if self.steps is not None:
             _positive(train__steps=self.steps)
         _positive(
@@ -404,7 +410,7 @@ class OptimizerConfig:
 class CheckpointConfig:
     """Where weights come from and when they are saved."""
 
-    initial: str | None = None
+    init_from: str | None = None
     """Run or checkpoint folder whose weights a fresh run starts from (align: a converted model; instruct: align's run)."""
     interval_steps: int = 500
     """Steps between saves; the last step is always saved."""
@@ -449,10 +455,10 @@ class LogConfig:
     """Samples per validation, rounded down to whole batches (at least one; a smaller set is gone through again)."""
     ledger: bool = False
     """Write RUN/ledger/rank-000.jsonl: samples of each step; steps.jsonl: each step's loss and gradient norm, in hex."""
-    pictures_interval_steps: int = 0
+    predictions_interval_steps: int = 0
     """Steps between looks at a few samples in TensorBoard: picture, question, expected and given answer (held-out samples where
     data.validation_path is given); 0: none."""
-    pictures_samples: int = 4
+    predictions_samples: int = 4
     """Samples of such a look."""
     peak_tflops: float | None = None
     """Dense peak of one GPU in the run's precision, in TFLOP/s: what MFU is a share of. None: by the GPU's name, where it is
@@ -465,10 +471,10 @@ class LogConfig:
             log__interval_steps=self.interval_steps,
             log__validation_interval_steps=self.validation_interval_steps,
             log__validation_samples=self.validation_samples,
-            log__pictures_samples=self.pictures_samples,
+            log__pictures_samples=self.predictions_samples,
         )
-        if self.pictures_interval_steps < 0:
-            raise ValueError(f"log.pictures_interval_steps is {self.pictures_interval_steps}: wanted 0 (none) or more")
+        if self.predictions_interval_steps < 0:
+            raise ValueError(f"log.predictions_interval_steps is {self.predictions_interval_steps}: wanted 0 (none) or more")
         if self.peak_tflops is not None:
             _positive(log__peak_tflops=self.peak_tflops)
 
@@ -492,14 +498,14 @@ class HealthConfig:
     replica_check_steps: int = 500
     """Steps between comparisons of the parameters, bit for bit, over the ranks that should hold the same (also done before
     each save); a difference ends the run, and nothing of it is saved."""
-    max_fruitless_starts: int = 3
+    max_starts_without_progress: int = 3
     """Starts in a row, with the same settings, of which none saved a new step; another one ends it."""
 
     def __post_init__(self) -> None:
         _positive(
             health__spike_sigmas=self.spike_sigmas,
             health__replica_check_steps=self.replica_check_steps,
-            health__max_fruitless_starts=self.max_fruitless_starts,
+            health__max_fruitless_starts=self.max_starts_without_progress,
         )
         for name in ("max_skipped_steps", "max_rollbacks"):
             if getattr(self, name) < 0:
@@ -514,9 +520,9 @@ class RunConfig:
 
     dir: str | None = None
     """Run folder; None: runs/RECIPE. A folder with a checkpoint is continued: the same command continues the same run."""
-    resume_after_stop: bool = False
+    ignore_stop_file: bool = False
     """Continue a run that stopped on purpose (its folder has a STOP file)."""
-    faults: str | None = None
+    fault_injection: str | None = None
     """Rehearse recovery: a file of faults that this run does to itself (format: runtime/failpoints.py).
     None: none."""
 
@@ -552,29 +558,29 @@ class Config:
                 f"model.ffn_hidden_size ({model.ffn_hidden_size}) does not divide over parallel.tensor ({parallel.tensor})"
             )
         if self.data.packs and self.train.global_batch_packs is None:
-            raise ValueError("data.pack_text_tokens packs samples: give the batch in packs, --train.global-batch-packs")
+            raise ValueError("data.pack_max_text_tokens packs samples: give the batch in packs, --train.global-batch-packs")
         if not self.data.packs and self.train.global_batch_samples is None:
             raise ValueError(
                 "train.global_batch_samples is missing"
                 if self.train.global_batch_packs is None
-                else "train.global_batch_packs needs --data.pack-text-tokens and --data.pack-images"
+                else "train.global_batch_packs needs --data.pack-max-text-tokens and --data.pack-max-images"
             )
         chunks = parallel.pipeline * parallel.virtual_pipeline
-        if "tower" in self.train.parts and (self.data.features or self.data.validation_features):
+        if "tower" in self.train.trainable_parts and (self.data.features or self.data.validation_features):
             raise ValueError(
                 "data.features were made by a tower as it was, but here the tower trains: leave --data.features out, or tower "
-                "out of --train.parts"
+                "out of --train.trainable-parts"
             )
-        if parallel.overlap == "on" and "tower" in self.train.parts:
+        if parallel.overlap == "on" and "tower" in self.train.trainable_parts:
             raise ValueError(
                 "parallel.overlap is on, but the tower trains: its gradients are summed over pipeline stages before they are "
                 "over data-parallel ranks, so leave --parallel.overlap auto"
             )
         if self.train.cuda_graphs == "on":
             self._check_graphs()
-        if self.log.pictures_interval_steps and self.data.stream and self.data.validation_path is None:
+        if self.log.predictions_interval_steps and self.data.webdataset_urls and self.data.validation_path is None:
             raise ValueError(
-                "log.pictures_interval_steps is given, but a stream has no samples to choose from: give "
+                "log.predictions_interval_steps is given, but a stream has no samples to choose from: give "
                 "--data.validation-path, or leave it at 0"
             )
         if model.num_layers < chunks or (parallel.split == "even" and model.num_layers % chunks):
@@ -588,10 +594,14 @@ class Config:
         """Raises: ValueError for what a recorded micro-batch cannot have."""
         parallel, train = self.parallel, self.train
         for field_name, found, wanted in (
-            ("data.pack_text_tokens", self.data.pack_text_tokens, "packing (--data.pack-text-tokens, --data.pack-images)"),
+            (
+                "data.pack_max_text_tokens",
+                self.data.pack_max_text_tokens,
+                "packing (--data.pack-max-text-tokens, --data.pack-max-images)",
+            ),
             ("parallel.tensor x parallel.pipeline", parallel.tensor * parallel.pipeline == 1, "one rank for each replica"),
             ("parallel.overlap", parallel.overlap != "on", "--parallel.overlap auto or off"),
-            ("train.parts", "tower" not in train.parts, "a frozen tower"),
+            ("train.trainable_parts", "tower" not in train.trainable_parts, "a frozen tower"),
             ("train.fp8", train.fp8 == "none", "--train.fp8 none"),
             ("train.recompute", train.recompute == "none", "--train.recompute none"),
         ):

@@ -18,12 +18,12 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 
 from ..checkpoint.checkpointer import Position, check_architecture, read_tower, store_tower, write_description
-from ..checkpoint.manifest import NEWEST, publish, sync_and_digest, write_manifest
+from ..checkpoint.manifest import LATEST, publish, sync_and_digest, write_manifest
 from ..checkpoint.snapshot import describe_state, own_files, write
 from ..config import Config, ModelConfig, from_json, to_json
 from ..data.loading.plan import START
 from ..data.shards.storage import sync_folder
-from ..distributed.control_group import Agreement
+from ..distributed.control_group import ControlGroup
 from .authors_layout import join, layout
 from .safetensors_io import Scratch
 from .sharding import TE_NAMES
@@ -77,13 +77,13 @@ def write_run(
             progress(f"arranging tensor {number + 1} of {len(layout(config.model))}")
         state |= _described(ours, [weights[name] for name, _ in parts], [heads for _, heads in parts], config.model, scratch)
     progress("writing the checkpoint")
-    write(describe_state({"model0": state}, validate=True), writing, Agreement(config.checkpoint.timeout_seconds))
+    write(describe_state({"model0": state}, validate=True), writing, ControlGroup(config.checkpoint.timeout_seconds))
     # Nothing trained: a run that would continue in this folder is told to start a new one from it.
     write_description(writing, config, Position(step=0, place=START, data={}), (), store_tower(out, tower), None)
     write_manifest(writing, sync_and_digest(writing, own_files(writing, rank=0)))
     writing.rename(checkpoint)
     sync_folder(checkpoint.parent)
-    publish(checkpoint.with_name(NEWEST), f"{checkpoint.name}\n".encode())
+    publish(checkpoint.with_name(LATEST), f"{checkpoint.name}\n".encode())
     return checkpoint
 
 

@@ -130,7 +130,7 @@ def our_logits(stages: list[Any], topology: Topology, model: ModelConfig, ids: T
 
 def checking_config(config: Config) -> Config:
     """The same model as it is compared: float32, plain torch, no layout, nothing trains."""
-    train = dataclasses.replace(config.train, precision="fp32", fp8="none", parts=("vision_kv",))
+    train = dataclasses.replace(config.train, precision="fp32", fp8="none", trainable_parts=("vision_kv",))
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, layer_spec="torch", attention_core="auto"),

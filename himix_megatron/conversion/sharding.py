@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed.topology import Topology
-from ..model.himix_model import bare
+from ..model.himix_model import unwrap_model
 
 _LAYER = re.compile(r"(.*decoder\.layers\.)(\d+)(\..*)")
 TE_NAMES = {"self_attention.linear_qkv.layer_norm_": "input_layernorm.", "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm."}
@@ -25,7 +25,7 @@ TE_NAMES = {"self_attention.linear_qkv.layer_norm_": "input_layernorm.", "mlp.li
 def global_parameters(stages: list[Any]) -> Iterator[tuple[str, nn.Parameter]]:
     """This rank's parameters under names that are the same in every layout and backend."""
     for stage in stages:
-        model = bare(stage)
+        model = unwrap_model(stage)
         for name, parameter in model.named_parameters():
             layer = _LAYER.fullmatch(name)
             if layer:

@@ -187,12 +187,12 @@ def forward_flops(config: Config, work: Work) -> StepFlops:
 
 
 def step_flops(config: Config, work: Work, *, inputs_train: bool = False) -> StepFlops:
-    """Forward and backward, by what trains (`train.parts`): what is frozen gets no weight gradients, and no gradient flows
+    """Forward and backward, by what trains (`trainable_parts`): what is frozen gets no weight gradients, and no gradient flows
     where nothing in front of it trains.
 
     Args: inputs_train: something in front of the decoder trains though no part of ours says so (LLaVA's projector).
     """
-    parts, forward = config.train.parts, forward_flops(config, work)
+    parts, forward = config.train.trainable_parts, forward_flops(config, work)
     layer = _products(config.model, config.vision.hidden_size, work)
     first = layer_backward(layer, parts, text_below="language" in parts or inputs_train)
     others = layer_backward(layer, parts, text_below=True)
@@ -230,7 +230,7 @@ def chunk_layers(config: Config) -> tuple[int, ...]:
     if parallel.split == "even":
         return (num_layers // num_chunks,) * num_chunks
     # A stage without a layer has nothing to train but the head.
-    layers = [1] * (num_chunks - 1) + [0 if "language" in config.train.parts else 1]
+    layers = [1] * (num_chunks - 1) + [0 if "language" in config.train.trainable_parts else 1]
     # A layer at a time, to the stage that has least to do, there to its cheapest chunk: layers are alike, so none is better.
     for _ in range(num_layers - sum(layers)):
         costs = _chunk_costs(config, layers)

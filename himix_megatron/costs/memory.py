@@ -38,8 +38,8 @@ class Parameters:
         return self.language + self.vision_kv + self.tower
 
     def trained(self, config: Config) -> float:
-        """Those of train.parts."""
-        return sum(float(getattr(self, part)) for part in config.train.parts)
+        """Those of train.trainable_parts."""
+        return sum(float(getattr(self, part)) for part in config.train.trainable_parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ def rank_parameters(config: Config, stage: int) -> Parameters:
     last = stage == parallel.pipeline - 1
     tables = (stage == 0) + (last and not (model.tie_embeddings and parallel.pipeline == 1))
     language = number * layer.language + tables * table + (model.hidden_size if last else 0)
-    replicas = parallel.virtual_pipeline if "tower" in config.train.parts else 0 if config.data.features else 1
+    replicas = parallel.virtual_pipeline if "tower" in config.train.trainable_parts else 0 if config.data.features else 1
     return Parameters(language, number * layer.vision_kv, replicas * tower_parameters(config))
 
 
@@ -132,7 +132,7 @@ def layer_activations(config: Config, micro_batch: MicroBatch) -> float:
     model, parallel = config.model, config.parallel
     query, key_value = (heads * model.channels_per_head for heads in (model.num_attention_heads, model.num_query_groups))
     text, sequence = micro_batch.text_tokens, parallel.tensor if parallel.sequence else 1
-    trains, plain = "language" in config.train.parts, model.layer_spec == "torch"
+    trains, plain = "language" in config.train.trainable_parts, model.layer_spec == "torch"
     # The two norms' inputs; where weights train also what comes out of them, and in 16 bits torch's norm keeps what it scales.
     scaled = plain and config.train.precision == "bf16"
     whole = text * model.hidden_size * (2 + (2 + 2 * scaled) * trains) / sequence
@@ -182,7 +182,7 @@ def rank_memory(
         if on_gpu:
             # With Transformer Engine's loss, whatever the layers are: all logits once, and the weight's gradient beside them.
             chunk = tokens * rows if tokens * rows <= HEAD_MAX_LOGITS else HEAD_MAX_LOGITS / 8
-            kept = size * (chunk + ("language" in train.parts) * rows * config.model.hidden_size)
+            kept = size * (chunk + ("language" in train.trainable_parts) * rows * config.model.hidden_size)
             logits = kept if config.model.layer_spec != "torch" else max(logits, kept)
         logits += 3 * size * text
     features = 2 * images_per_step * vision.tokens_per_image * vision.hidden_size * size

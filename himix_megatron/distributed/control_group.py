@@ -18,7 +18,7 @@ class SaveError(RuntimeError):
     """A rank could not do its part; raised on all ranks, naming the first one."""
 
 
-class Agreement:
+class ControlGroup:
     """A gloo group of all ranks that only checkpoints use, from one thread of each rank at a time.
 
     Its own group, because a save that is written beside training would otherwise mix its messages with the steps'. gloo,
@@ -30,7 +30,7 @@ class Agreement:
         self.group = dist.new_group(backend="gloo", timeout=self.timeout)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
-    def each(self, part: Callable[[], T]) -> list[T]:
+    def on_all_ranks(self, part: Callable[[], T]) -> list[T]:
         """Every rank does its part. Returns: the results by rank. Raises: SaveError on all ranks if one failed."""
         result: T | None = None
         failure = None
@@ -45,7 +45,7 @@ class Agreement:
                 raise SaveError(f"rank {rank}: {failed}")
         return [answer for _, answer in answers]
 
-    def first(self, part: Callable[[], T]) -> T:
-        """Rank 0 does it. Returns: its result, on every rank. Raises: as `each`."""
-        answer = self.each(lambda: part() if self.rank == 0 else None)[0]
+    def on_rank_zero(self, part: Callable[[], T]) -> T:
+        """Rank 0 does it. Returns: its result, on every rank. Raises: as `on_all_ranks`."""
+        answer = self.on_all_ranks(lambda: part() if self.rank == 0 else None)[0]
         return answer  # type: ignore[return-value]

@@ -2,7 +2,7 @@
 
 Transformer Engine and NVIDIA Apex are recognised by the functions that are called, never by a package's name: the `apex`
 that a package index offers is a toolkit for Pyramid web applications. megatron-core takes whichever of them imports, and ends
-with any error but an ImportError; `prepare_import` and `settle` make its choice agree with `detect`'s.
+with any error but an ImportError; `prepare_import` and `patch_megatron` make its choice agree with `detect`'s.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def _found(has_gpu: bool) -> str:
     return "Transformer Engine found"
 
 
-def settle(kernels: Kernels) -> None:
+def patch_megatron(kernels: Kernels) -> None:
     """Make megatron-core use torch's optimizer where `detect` chose it but a fused one can be imported.
 
     That is the case without a CUDA device, and for a fused optimizer whose extension does not load.

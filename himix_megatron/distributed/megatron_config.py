@@ -156,7 +156,7 @@ def text_multiple(config: Config) -> int:
 def overlaps(config: Config) -> bool:
     """Whether data-parallel communication runs beside the passes."""
     if config.parallel.overlap == "auto":
-        return torch.cuda.is_available() and "tower" not in config.train.parts and config.train.cuda_graphs == "off"
+        return torch.cuda.is_available() and "tower" not in config.train.trainable_parts and config.train.cuda_graphs == "off"
     return config.parallel.overlap == "on"
 
 

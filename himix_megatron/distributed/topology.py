@@ -83,7 +83,7 @@ def init_distributed(config: ParallelConfig, *, seed: int, launch: Launch | None
         # for it on every generation before Blackwell. It is read when the CUDA context is made, in _device.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cpu_backend.activate_if_needed()
-    fused_kernels.settle(fused_kernels.detect())
+    fused_kernels.patch_megatron(fused_kernels.detect())
     from megatron.core import parallel_state, tensor_parallel  # after the redirections of cpu.py
 
     device = _device(launch)

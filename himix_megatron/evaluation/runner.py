@@ -192,7 +192,7 @@ def settings_of(job: Job, config: Config, checkpoint: Path) -> dict[str, Any]:
         # A retrained run has checkpoints of the same names: when this one was written tells it apart.
         "checkpoint written": datetime.fromtimestamp(written, UTC).isoformat(),
         "precision": config.train.precision,
-        "text_only": config.model.text_only,
+        "text_only": config.model.text_only_vision,
         "tokenizer": load_tokenizer(config.data.tokenizer).fingerprint,
         "template": config.data.template,
         "images": str(job.images.resolve()),

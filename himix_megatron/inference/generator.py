@@ -19,19 +19,19 @@ from torch import Tensor
 
 from ..checkpoint.checkpointer import Checkpoints
 from ..config import Config
-from ..data.loading.batch import share_of
+from ..data.loading.batch import rank_share
 from ..distributed.fused_kernels import Kernels
 from ..distributed.megatron_config import params_dtype
 from ..distributed.topology import Topology
 from ..model.attention.kv_cache import KVCache
-from ..model.himix_model import arrange_features, bare, build_stage
+from ..model.himix_model import arrange_features, build_stage, unwrap_model
 from ..model.schedule import run_logits
 from ..model.stage_input import StageInput
-from ..model.vision_encoder import ReplicaEncoder
+from ..model.vision_encoder import ShardedVisionEncoder
 from ..model.vision_tower import Tower, build_tower
 from .sampling import Sampling, choose
 
-Watch = Callable[[int, list[int]], bool]
+Watchdog = Callable[[int, list[int]], bool]
 """Called on every rank with a prompt's number and its answer's ids so far, at each new one; True ends that answer."""
 
 
@@ -59,11 +59,11 @@ class Answerer:
     """A model ready to answer: its weights loaded, its tower frozen. Every rank of a replica makes the same calls."""
 
     def __init__(self, config: Config, kernels: Kernels, topology: Topology, tower: Tower | None = None):
-        """Fresh weights; `load` or `share` replaces them. `train.parts` must leave the tower frozen.
+        """Fresh weights; `load` or `share` replaces them. `train.trainable_parts` must leave the tower frozen.
 
         Args: tower: one to use as it is; None: fresh too.
         """
-        assert "tower" not in config.train.parts
+        assert "tower" not in config.train.trainable_parts
         # One token cannot be split over the tensor ranks, with the same outcome; and it is too few rows for FP8.
         self.config = config = replace(
             config, parallel=replace(config.parallel, sequence=False), train=replace(config.train, fp8="none")
@@ -74,7 +74,7 @@ class Answerer:
             tower = build_tower(config.vision, seed=config.train.seed, dtype=dtype).eval().requires_grad_(False)
         self.tower = tower.to(topology.device)
         self.stages: list[Any] = [stage.eval() for stage in build_stage(config, kernels, topology, self.tower, trains=False)]
-        self.encoder = ReplicaEncoder(self.tower, topology.replica, trainable=False, dtype=dtype)
+        self.encoder = ShardedVisionEncoder(self.tower, topology.replica, trainable=False, dtype=dtype)
 
     def load(self, checkpoint: Any) -> None:
         """Take a checkpoint's weights. Raises: ValueError for another architecture."""
@@ -83,8 +83,8 @@ class Answerer:
     def share(self, stages: Sequence[Any]) -> None:
         """Answer with the weights of a model in training, of the same layout: they are not copied."""
         for own, training in zip(self.stages, stages, strict=True):
-            weights = dict(bare(training).named_parameters())
-            for name, parameter in bare(own).named_parameters():
+            weights = dict(unwrap_model(training).named_parameters())
+            for name, parameter in unwrap_model(own).named_parameters():
                 parameter.data = weights[name].data
 
     @torch.no_grad()
@@ -95,7 +95,7 @@ class Answerer:
         max_new_tokens: int,
         *,
         sampling: Sampling | None = None,
-        watch: Watch | None = None,
+        watch: Watchdog | None = None,
         cached: bool = True,
     ) -> list[list[int]]:
         """The continuation of each prompt, up to a stop token (not included) or `max_new_tokens`.
@@ -157,7 +157,7 @@ class Answerer:
                 # Moving what is kept costs as much as some tokens do. Parts of one schedule must stay equally large.
                 if len(parts) == 1 and 2 * len(kept) <= len(part.rows):
                     part.rows = [part.rows[i] for i in kept]
-                    cache.keep(kept)
+                    cache.select(kept)
                 ids = torch.tensor([texts[row][-1:] for row in part.rows], device=self.topology.device)
             part.given = replace(part.given, text_ids=ids)
 
@@ -170,7 +170,7 @@ class Answerer:
 
     def _encode(self, prompts: Sequence[Prompt]) -> tuple[list[int], Tensor, Tensor]:
         """Features of all the prompts' images, encoded once: this rank encodes its share, and all get all."""
-        zero_image = self.config.model.text_only == "zero_image"
+        zero_image = self.config.model.text_only_vision == "zero_image"
         images_per_sample = [len(p.images) or int(zero_image) for p in prompts]
         size = self.config.vision.image_size
         nothing = np.zeros((3, size, size), np.uint8)
@@ -178,7 +178,7 @@ class Answerer:
         blank = torch.tensor(
             [b for p in prompts for b in ([False] * len(p.images) or [True] * int(zero_image))], dtype=torch.bool
         )
-        share = [images[i] for i in share_of(len(images), self.topology.replica_rank, self.topology.replica_size)]
+        share = [images[i] for i in rank_share(len(images), self.topology.replica_rank, self.topology.replica_size)]
         pixels = torch.from_numpy(np.stack(share)) if share else torch.empty(0, 3, size, size, dtype=torch.uint8)
         device = self.topology.device
         return images_per_sample, self.encoder.encode(pixels.to(device), blank.to(device), len(images)), blank.to(device)

@@ -37,7 +37,7 @@ from ..distributed.topology import Topology
 from .attention.backends import TorchMixtureAttention
 from .attention.kv_cache import KVCache
 from .attention.mixture_attention import normalise
-from .attention.packed_layout import Layout, lay_out
+from .attention.packed_layout import PackedLayout, make_layout
 from .layer_spec import block_spec
 from .loss import token_losses
 
@@ -117,7 +117,7 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
         cache: KVCache | None = None,
         packed_lengths: Sequence[int] | None = None,
         labelled: Tensor | None = None,
-        layout: Layout | None = None,
+        layout: PackedLayout | None = None,
     ) -> Tensor:
         """Per-token losses float[B, S] on the last stage (logits float[B, S, vocab/TP] without labels), else hidden states.
 
@@ -139,7 +139,7 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
             features_KnV = self.tower(images, blank)
         if layout is None:
             vision_lengths = [count * features_KnV.shape[1] for count in images_per_sample]
-            layout = lay_out(text_ids, packed_lengths, vision_lengths, self.rotary_pos_emb)
+            layout = make_layout(text_ids, packed_lengths, vision_lengths, self.rotary_pos_emb)
         self.labelled = labelled
         output: Tensor = super().forward(
             text_ids,
@@ -242,11 +242,11 @@ def finalize_gradients(stages: list[Any], num_tokens: Tensor | None = None, *arg
     mcore would do that sum after its reduction over data ranks, which a distributed optimizer cuts at other places on each
     stage: it would add reduced parts to unreduced ones.
     """
-    replicas = [list(bare(stage).tower.parameters()) for stage in stages if hasattr(bare(stage), "tower")]
+    replicas = [list(unwrap_model(stage).tower.parameters()) for stage in stages if hasattr(unwrap_model(stage), "tower")]
     if replicas and replicas[0][0].requires_grad:
         sums = [torch.stack([p.main_grad for p in same]).sum(0) for same in zip(*replicas, strict=True)]
         flat = torch.cat([tensor.flatten() for tensor in sums])
-        torch.distributed.all_reduce(flat, group=bare(stages[0]).pg_collection.pp)
+        torch.distributed.all_reduce(flat, group=unwrap_model(stages[0]).pg_collection.pp)
         totals = torch.split(flat, [tensor.numel() for tensor in sums])
         for same, total in zip(zip(*replicas, strict=True), totals, strict=True):
             for parameter in same:
@@ -262,7 +262,7 @@ def part_of(name: str) -> Part:
 
 
 def build_stage(config: Config, kernels: Kernels, topology: Topology, tower: nn.Module, *, trains: bool = True) -> list[Any]:
-    """This rank's model chunks (one, or `virtual_pipeline`), frozen as `train.parts` says.
+    """This rank's model chunks (one, or `virtual_pipeline`), frozen as `train.trainable_parts` says.
 
     The tower goes in only where it trains; a frozen one belongs to the ReplicaEncoder. Without `trains` everything is
     frozen and no gradient buffers are made.
@@ -272,15 +272,15 @@ def build_stage(config: Config, kernels: Kernels, topology: Topology, tower: nn.
     chunks = []
     for chunk in range(num_chunks):
         # Each chunk runs the tower for itself, so each needs its replica.
-        own_tower = copy.deepcopy(tower) if "tower" in config.train.parts else None
+        own_tower = copy.deepcopy(tower) if "tower" in config.train.trainable_parts else None
         model = HiMixModel(config, kernels, topology, chunk=chunk if num_chunks > 1 else None, tower=own_tower)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trains and part_of(name) in config.train.parts)
+            parameter.requires_grad_(trains and part_of(name) in config.train.trainable_parts)
         chunks.append(_wrap(config, model.to(topology.device), trains=trains, first=chunk == 0))
     return chunks
 
 
-def bare(stage: Any) -> HiMixModel:
+def unwrap_model(stage: Any) -> HiMixModel:
     """The model inside mcore's wrappers (data parallelism, bf16)."""
     while not isinstance(stage, HiMixModel):
         stage = stage.module

@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from .attention.kv_cache import KVCache
-from .attention.packed_layout import Layout
+from .attention.packed_layout import PackedLayout
 
 
 class HiMixLayer(TransformerLayer):  # type: ignore[misc]
@@ -30,7 +30,7 @@ class HiMixLayer(TransformerLayer):  # type: ignore[misc]
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         context: Tensor | KVCache | None = None,
-        packed_seq_params: Layout | None = None,
+        packed_seq_params: PackedLayout | None = None,
         **_: Any,
     ) -> tuple[Tensor, Tensor | KVCache | None]:
         """float[S, B, H] text and its `context`, handed on: the block gives each layer what the one before returned."""

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..config import Config
-from .attention.packed_layout import Layout, Sizes, lay_out
-from .himix_model import bare
+from .attention.packed_layout import PackedLayout, Sizes, make_layout
+from .himix_model import unwrap_model
 from .stage_input import StageInput
 
 Report = tuple[Tensor, Tensor, Tensor]
@@ -86,7 +86,7 @@ class MicroBatchGraphs:
             max_text=max_text,
             max_vision=max(vision_lengths),
         )
-        rotary = bare(self._stage).rotary_pos_emb
+        rotary = unwrap_model(self._stage).rotary_pos_emb
         return replace(
             given,
             text_ids=text_ids,
@@ -96,7 +96,7 @@ class MicroBatchGraphs:
             # The last token of a row has nothing to predict, so no label.
             labelled=F.pad(labelled, (0, extra_labels), value=num_text - 1),
             token_sources=None if given.token_sources is None else F.pad(given.token_sources, (0, missing)),
-            layout=lay_out(text_ids, given.packed_lengths, vision_lengths, rotary, sizes),
+            layout=make_layout(text_ids, given.packed_lengths, vision_lengths, rotary, sizes),
         )
 
     def _step(self, given: StageInput, loss_of: Callable[[StageInput, Tensor], Report]) -> Report:
@@ -130,7 +130,7 @@ class MicroBatchGraphs:
 
 def padded_sizes(config: Config, num_text: int, num_images: int) -> tuple[int, int]:
     """To how many text tokens and images a micro-batch of so many is padded."""
-    num_text = _up(max(num_text, config.data.pack_text_tokens or 0), TEXT_MULTIPLE)
+    num_text = _up(max(num_text, config.data.pack_max_text_tokens or 0), TEXT_MULTIPLE)
     return num_text, _up(max(1, num_images), IMAGE_MULTIPLE)
 
 
@@ -156,7 +156,7 @@ def _with_tensors(given: StageInput, tensors: list[Tensor]) -> StageInput:
     """The same with other tensors, in the order of `_tensors`."""
     rest = iter(tensors)
 
-    def taken(part: StageInput | Layout) -> dict[str, Any]:
+    def taken(part: StageInput | PackedLayout) -> dict[str, Any]:
         return {item.name: next(rest) for item in fields(part) if isinstance(getattr(part, item.name), Tensor)}
 
     assert given.layout is not None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..data.loading.batch import StepBatch
 from .attention.kv_cache import KVCache
-from .attention.packed_layout import Layout
+from .attention.packed_layout import PackedLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class StageInput:
     """int64[M]: which of the B * S labels count; None: the stage finds out."""
     cache: KVCache | None = None
     """Generation: the images and the text before `text_ids`; `images` is not read then."""
-    layout: Layout | None = None
+    layout: PackedLayout | None = None
     """Of the micro-batch, where it was made before; None: the stage makes it."""
 
     def through(self, stage: Any) -> Tensor:

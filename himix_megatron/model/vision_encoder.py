@@ -2,8 +2,8 @@
 
 The T x P ranks of a replica split the step's images evenly, encode their shares without gradient in large batches, and
 gather: every pipeline stage needs the features, and a tower on one stage, or on each of them anew, would be most of the work.
-All images have the same number of patches here, so an even split by patches is one by images (`data.batch.share_of`).
-`vision.placement` chooses the two usual ways instead, so that the gain can be measured.
+All images have the same number of patches here, so an even split by patches is one by images (`data.batch.rank_share`).
+`vision.encoder_placement` chooses the two usual ways instead, so that the gain can be measured.
 
 Shapes: K images of a step, N tokens of one image, V width of the features (Vh).
 """
@@ -20,9 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..data.loading.batch import share_of
+from ..data.loading.batch import rank_share
 from ..distributed.topology import Topology
-from ..runtime.background_thread import Background, WaitInterruptedError, wait_for
+from ..runtime.background_thread import BackgroundThread, WaitInterruptedError, wait_or_interrupt
 from .vision_tower import Tower
 
 Placement = Literal["replica_sharded", "replicated", "first_stage"]
@@ -30,14 +30,14 @@ Batch = TypeVar("Batch")
 Result = TypeVar("Result")
 
 
-def encoding_place(placement: Placement, topology: Topology) -> tuple[int, int]:
-    """(rank, ranks) for `share_of`: which of a step's images this rank reads and encodes; a rank beyond them has none."""
-    if placement == "replicated":
+def encoder_share(encoder_placement: Placement, topology: Topology) -> tuple[int, int]:
+    """(rank, ranks) for `rank_share`: which of a step's images this rank reads and encodes; a rank beyond them has none."""
+    if encoder_placement == "replicated":
         return 0, 1
-    return topology.replica_rank, topology.tensor_size if placement == "first_stage" else topology.replica_size
+    return topology.replica_rank, topology.tensor_size if encoder_placement == "first_stage" else topology.replica_size
 
 
-class ReplicaEncoder:
+class ShardedVisionEncoder:
     """A step's images for all ranks of a replica, of which each brings the share that `place` gives it.
 
     Every rank of the group must call `encode` at the same step with the same number of images.
@@ -58,7 +58,7 @@ class ReplicaEncoder:
         group: the replica's ranks; None: this rank has all the images by itself.
         dtype: of the features on the wire and returned.
         device: where they are wanted; None: where the tower is.
-        place: this rank among the encoding ones, and their number (`encoding_place`); None: all ranks of the group.
+        place: this rank among the encoding ones, and their number (`encoder_share`); None: all ranks of the group.
         """
         self.tower, self.group, self.trainable, self.dtype = tower, group, trainable, dtype
         self.device = device or next(tower.parameters()).device
@@ -68,13 +68,13 @@ class ReplicaEncoder:
         self.feature_shape = tower.feature_shape
 
     def encode(self, share: Tensor, blank_K: Tensor, num_images: int) -> Tensor:
-        """The step's images, of which this rank holds `share_of(num_images, *place)`, for all ranks of the replica.
+        """The step's images, of which this rank holds `rank_share(num_images, *place)`, for all ranks of the replica.
 
         Args: share: pixels uint8 [K_share, 3, H, W], or features [K_share, N, V] that were made before; blank_K: bool [K] of
             all images. From pinned memory (`data.batch.pinned`) their copies to a GPU do not keep the host waiting.
         Returns: frozen: features [K, N, V]; trainable: pixels uint8 [K, 3, H, W], for a tower that runs inside the model.
         """
-        own = share_of(num_images, self.rank, self.num_encoders)
+        own = rank_share(num_images, self.rank, self.num_encoders)
         assert len(share) == len(own), (len(share), own, num_images)
         share = share.to(self.device, non_blocking=True)
         if share.dtype != torch.uint8:
@@ -109,7 +109,7 @@ class ReplicaEncoder:
         return received.view(share.dtype).view(-1, *share.shape[1:])
 
 
-class Ahead:
+class FeaturePrefetcher:
     """Encodes the next step while this one trains: on a side stream of the GPU, on a background thread where there is none.
 
     What it holds is derived from the data, so no checkpoint knows of it. All work is done in the order in which it is asked
@@ -117,12 +117,12 @@ class Ahead:
     """
 
     def __init__(self, device: torch.device, *, enabled: bool = True) -> None:
-        self._thread = Background("encode-ahead") if enabled and device.type == "cpu" else None
+        self._thread = BackgroundThread("encode-ahead") if enabled and device.type == "cpu" else None
         self._stream = torch.cuda.Stream(device) if enabled and device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._cuda_index: int | None = None
         if device.type == "cuda":
             self._cuda_index = torch.cuda.current_device() if device.index is None else device.index
-        self._reader = Background("read")
+        self._reader = BackgroundThread("read")
         """Reads where `_thread` does not, so that the wait for it can be broken off."""
         self._waited_seconds = 0.0
 
@@ -130,15 +130,15 @@ class Ahead:
         self,
         batches: Iterable[Batch],
         encode: Callable[[Batch], tuple[Batch, Tensor]],
-        asked: Callable[[], bool] = lambda: False,
-        go_on: Callable[[], bool] = lambda: True,
+        stop_requested: Callable[[], bool] = lambda: False,
+        keep_going: Callable[[], bool] = lambda: True,
     ) -> Iterator[tuple[Batch, Tensor]]:
         """`encode` of each batch in order; of the next one while the caller works on this one.
 
         What `batches` or `encode` raise is raised here, when that step's turn comes; with a side stream, when the turn of the
-        step before it comes. A wait is broken off when `asked` turns true. `go_on`, for all ranks to agree in, is called on
-        this thread once for each step, when this rank has its data or has broken the wait off: where it says no, the steps
-        end. So no rank waits in `encode` for one that is still reading, but on a thread that can be left behind.
+        step before it comes. A wait is broken off when `stop_requested` turns true. `keep_going`, in which all ranks agree,
+        is called on this thread once for each step, when this rank has its data or has broken the wait off: where it says no,
+        the steps end. So no rank waits in `encode` for one that is still reading, but on a thread that can be left behind.
         """
         source = iter(batches)
 
@@ -159,11 +159,11 @@ class Ahead:
         def agreed(future: Future[Result | None]) -> Result | None:
             begun = time.perf_counter()
             try:
-                result = wait_for(future, asked)
+                result = wait_or_interrupt(future, stop_requested)
             except WaitInterruptedError:
                 result = None
             self._waited_seconds += time.perf_counter() - begun
-            return result if go_on() else None
+            return result if keep_going() else None
 
         def work(read: Callable[[], Batch | None]) -> tuple[Batch, Tensor] | None:
             batch = read()
@@ -188,9 +188,9 @@ class Ahead:
         waited, self._waited_seconds = self._waited_seconds, 0.0
         return waited
 
-    def settle(self, seconds: float | None = None) -> bool:
+    def drain(self, seconds: float | None = None) -> bool:
         """Wait until nothing is under way: process groups may end after it, not before. Returns: whether that came in time."""
-        return (self._thread or self._reader).settle(seconds)
+        return (self._thread or self._reader).drain(seconds)
 
     def _start_on_stream(
         self, stream: torch.cuda.Stream, work: Callable[[], tuple[Batch, Tensor] | None]

@@ -33,7 +33,7 @@ _SIZES = {
 """Our name of a size -> transformers'."""
 
 
-class Normalise(nn.Module):
+class PixelNormalization(nn.Module):
     """uint8 pixels to the tower's input: `(x / 255 - mean) / std` in float32, blank images all zero after it.
 
     No buffers: a tower cast to bfloat16 must not round its mean and deviation with its weights.
@@ -63,7 +63,7 @@ class TransformersTower(nn.Module):
         super().__init__()
         # transformers 5.0 keeps the encoder under `vision_model`, later versions in the model itself.
         model = getattr(model, "vision_model", model)
-        self.normalise = Normalise(config)
+        self.normalise = PixelNormalization(config)
         self.embeddings: Any = model.embeddings
         self.pre_norm: Any = getattr(model, "pre_layrnorm", nn.Identity())
         encoder: Any = model.encoder
@@ -89,7 +89,7 @@ class TinyTower(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.normalise = Normalise(config)
+        self.normalise = PixelNormalization(config)
         self.patch = nn.Conv2d(3, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size)
         # Strong enough beside the positions: at torch's default, 3.5 times weaker, shapes take twice as long to learn.
         nn.init.normal_(self.patch.weight, std=2 / math.sqrt(3 * config.patch_size**2))
@@ -199,7 +199,7 @@ def _load(config: VisionConfig, folder: Path, dtype: torch.dtype) -> Tower:
     tower.load_state_dict(_read_weights(folder, wanted, dtype), strict=True, assign=True)
     # What no file holds: the numbers of the positions, and the mean and deviation.
     tower.embeddings.position_ids = torch.arange(config.tokens_per_image + tower.num_class_tokens).expand((1, -1))
-    tower.normalise = Normalise(config)
+    tower.normalise = PixelNormalization(config)
     return tower
 
 

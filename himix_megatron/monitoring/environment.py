@@ -16,13 +16,13 @@ from ..distributed.megatron_config import kernel_lines
 from ..distributed.topology import Topology
 
 if TYPE_CHECKING:
-    from ..training.resume import Start
+    from ..training.resume import RunInputs
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "numpy", "himix-megatron")
 ROOT = Path(__file__).parents[2]
 
 
-def describe_environment(config: Config, start: Start, topology: Topology) -> list[tuple[str, str]]:
+def describe_environment(config: Config, start: RunInputs, topology: Topology) -> list[tuple[str, str]]:
     """Everything beside the settings that decides how a run goes."""
     layout = config.parallel
     gpu = torch.cuda.get_device_name(topology.device) if topology.device.type == "cuda" else f"none; {os.cpu_count()} CPU cores"

@@ -16,7 +16,7 @@ from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
 from ..config import Part
-from ..model.himix_model import bare, part_of
+from ..model.himix_model import part_of, unwrap_model
 
 PARTS: tuple[Part, ...] = ("language", "vision_kv", "tower")
 
@@ -30,7 +30,7 @@ def squared_norms(stages: list[Any], optimizer: Any, data_rank: int) -> dict[Par
     """
     grads: dict[Part, list[Tensor]] = {part: [] for part in PARTS}
     for stage in stages:
-        for name, parameter in bare(stage).named_parameters():
+        for name, parameter in unwrap_model(stage).named_parameters():
             counts = parameter.requires_grad and param_is_not_shared(parameter)
             if counts and param_is_not_tensor_parallel_duplicate(parameter):
                 grads[part_of(name)] += _own(parameter, optimizer, data_rank)

@@ -27,10 +27,10 @@ from ..model.micro_batch_graphs import padded_sizes
 from .gradient_norms import PARTS, squared_norms, whole
 
 if TYPE_CHECKING:
-    from ..training.builder import Run
-    from ..training.resume import Start
+    from ..training.builder import TrainingComponents
+    from ..training.resume import RunInputs
     from .sample_predictions import Answered
-    from .tensorboard import Report
+    from .tensorboard import TensorBoardReporter
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class StepCounts:
     images: int
     bad_samples: int
     """Samples that could not be read: their slot was kept with zero loss."""
-    cut_samples: int
+    truncated_samples: int
     """Samples whose text was cut to data.max_text_tokens."""
     sources: tuple[tuple[float, float], ...] = ()
     """Of each dataset of a mixture: summed loss, answer tokens. One dataset alone: none."""
@@ -91,7 +91,7 @@ class RankSums:
             for item in fields(Work):
                 setattr(self, item.name, getattr(self, item.name) + getattr(work, item.name))
             num_text, num_images = micro_batch.text_ids.numel(), sum(micro_batch.images_per_sample)
-            self.positions += config.data.pack_text_tokens or num_text
+            self.positions += config.data.pack_max_text_tokens or num_text
             if config.train.cuda_graphs == "on":
                 num_text, num_images = padded_sizes(config, num_text, num_images)
             self.computed_tokens += num_text + num_images * config.vision.tokens_per_image
@@ -127,14 +127,14 @@ def peak_tflops(config: Config, device: torch.device) -> float | None:
 class Metrics:
     """Adds up the steps of an interval and reports them; call `data_ready` and `step_done` once a step."""
 
-    def __init__(self, config: Config, start: Start, run: Run, first_step: int):
+    def __init__(self, config: Config, start: RunInputs, run: TrainingComponents, first_step: int):
         """`first_step`: steps done so far; points of later ones, which a killed run left behind, are taken back."""
         self.config, self.run, self.topology, self.first_step = config, run, run.topology, first_step
-        self.report: Report | None = None
+        self.report: TensorBoardReporter | None = None
         if run.topology.rank == 0:
-            from .tensorboard import Report  # TensorBoard takes a second to import: one rank alone pays it
+            from .tensorboard import TensorBoardReporter  # TensorBoard takes a second to import: one rank alone pays it
 
-            self.report = Report(config, start, run.topology, first_step)
+            self.report = TensorBoardReporter(config, start, run.topology, first_step)
         self.peak_tflops = peak_tflops(config, run.topology.device)
         self._interval = _Interval()
         self._last = time.perf_counter()
@@ -142,14 +142,14 @@ class Metrics:
     def resume_clock(self) -> None:
         """Forget the time since the last step (saving, validation): it belongs to no step."""
         self._last = time.perf_counter()
-        self.run.passes.take()
-        self.run.ahead.take_waited_seconds()
+        self.run.schedule_timers.take()
+        self.run.prefetcher.take_waited_seconds()
 
     def data_ready(self, batch: StepBatch) -> None:
         """The step's batch has arrived."""
         now = time.perf_counter()
         interval, sums = self._interval, self._interval.sums
-        sums.data_seconds += self.run.ahead.take_waited_seconds()
+        sums.data_seconds += self.run.prefetcher.take_waited_seconds()
         interval.samples += batch.num_samples
         interval.packs += self.config.global_batch
         if self.topology.replica_rank == 0:
@@ -164,7 +164,7 @@ class Metrics:
         self._last = now
         interval.steps += 1
         interval.counts.append(counts)
-        busy, schedule = self.run.passes.take()
+        busy, schedule = self.run.schedule_timers.take()
         sums.busy_seconds += busy
         sums.schedule_seconds += schedule
         due = last or step % self.config.log.interval_steps == 0 or step == self.first_step + 1
@@ -174,7 +174,7 @@ class Metrics:
             if self.report is not None:
                 points = {"train/learning_rate": learning_rate, "train/grad_norm": grad_norm}
                 points |= interval_points(self.config, self.topology, interval, ranks, grad_norm, self.peak_tflops)
-                points |= source_points(source_names(self.config.data.path), interval.counts)
+                points |= source_points(source_names(self.config.data.datasets), interval.counts)
                 self.report.step(step, points, at)
         self._interval.sums.own_seconds += time.perf_counter() - now
         return due
@@ -236,7 +236,7 @@ def interval_points(
         "time/metrics_seconds": max(rank.own_seconds for rank in ranks) / steps,
         "memory/peak_gib": max(rank.peak_gib for rank in ranks),
         "data/bad_samples": bad,
-        "data/cut_samples": sum(c.cut_samples for c in counts),
+        "data/cut_samples": sum(c.truncated_samples for c in counts),
     }
     rates = {
         "text_tokens": sum(c.text_tokens for c in counts),
@@ -277,7 +277,7 @@ def gradient_points(config: Config, ranks: Sequence[RankSums], grad_norm: float)
     """The gradient's norm of text and vision apart."""
     norms = whole({part: sum(getattr(rank, f"{part}_square") for rank in ranks) for part in PARTS}, grad_norm)
     names = {"language": "text", "vision_kv": "vision_kv", "tower": "tower"}
-    return {f"train/grad_norm_{names[part]}": norms[part] for part in PARTS if part in config.train.parts}
+    return {f"train/grad_norm_{names[part]}": norms[part] for part in PARTS if part in config.train.trainable_parts}
 
 
 def compute_points(config: Config, ranks: Sequence[RankSums], seconds: float, peak: float | None) -> dict[str, float]:
@@ -297,9 +297,9 @@ def fill_points(config: Config, ranks: Sequence[RankSums], packs: int) -> dict[s
     points = {"data/text_fill_fraction": sum(rank.text_tokens for rank in ranks) / sum(rank.positions for rank in ranks)}
     real = sum(rank.text_tokens + rank.vision_tokens for rank in ranks)
     points["compute/padding_fraction"] = 1 - real / sum(rank.computed_tokens for rank in ranks)
-    if config.data.pack_images is not None:
+    if config.data.pack_max_images is not None:
         images = sum(rank.vision_tokens for rank in ranks) / config.vision.tokens_per_image
-        points["data/image_fill_fraction"] = images / (packs * config.data.pack_images)
+        points["data/image_fill_fraction"] = images / (packs * config.data.pack_max_images)
     return points
 
 

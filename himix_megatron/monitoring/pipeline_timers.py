@@ -17,7 +17,7 @@ _PASSES = ("forward-compute", "backward-compute")
 _SCHEDULE = "forward-backward"
 
 
-class PassClock:
+class ScheduleTimers:
     """Stands where megatron-core's schedules look for their timers (`config.timers`)."""
 
     def __init__(self, device: torch.device):
@@ -60,7 +60,7 @@ class PassClock:
 class _Timer:
     """One of megatron-core's named timers."""
 
-    def __init__(self, clock: PassClock, name: str):
+    def __init__(self, clock: ScheduleTimers, name: str):
         self._clock, self._name = clock, name
 
     def start(self, barrier: bool = False) -> None:

@@ -36,7 +36,7 @@ class Ledger:
         if topology.rank == 0:
             self._steps = open_whole(folder / "steps.jsonl")
 
-    def note(self, step: int, batch: StepBatch, loss: float, grad_norm: float) -> None:
+    def record(self, step: int, batch: StepBatch, loss: float, grad_norm: float) -> None:
         """Write the samples of a step that has been taken, and its loss and gradient norm in hex: every bit of them."""
         if self._steps is not None:
             self._steps.write(json.dumps({"step": step, "loss": loss.hex(), "grad_norm": grad_norm.hex()}) + "\n")

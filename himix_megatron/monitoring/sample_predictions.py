@@ -18,17 +18,17 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..config import Config
 from ..data.images import image_file
-from ..data.loading.plan import Plan
+from ..data.loading.plan import SamplingPlan
 from ..data.shards.shard_format import BadSampleError
 from ..data.text import chat_template
 from ..data.text.tokenizer import load_tokenizer
 from ..inference.generator import Answerer, Prompt
-from ..model.himix_model import bare
+from ..model.himix_model import unwrap_model
 from ..runtime import progress
 
 if TYPE_CHECKING:
-    from ..training.builder import Run
-    from ..training.resume import Start
+    from ..training.builder import TrainingComponents
+    from ..training.resume import RunInputs
 
 logger = logging.getLogger(__name__)
 
@@ -77,22 +77,22 @@ class Answered:
         return np.asarray(whole)
 
 
-class Pictures:
+class SamplePredictions:
     """The samples of a run, answered at the intervals that `log` says. Every rank makes the same calls."""
 
-    def __init__(self, config: Config, start: Start, run: Run):
+    def __init__(self, config: Config, start: RunInputs, run: TrainingComponents):
         self.config, self.run = config, run
         self.questions: list[Question] = []
-        if config.log.pictures_interval_steps:
+        if config.log.predictions_interval_steps:
             plan = start.held_out or start.plan
-            assert isinstance(plan, Plan)  # Config has seen to it
+            assert isinstance(plan, SamplingPlan)  # Config has seen to it
             self.questions = list(choose(config, plan))
             self.answerer = answerer_of(config, start, run)
 
     @torch.no_grad()
-    def look(self, step: int, *, last: bool) -> list[Answered]:
+    def maybe_predict(self, step: int, *, last: bool) -> list[Answered]:
         """The samples and what the model answers now; none of them when it is not time."""
-        if not self.questions or not (last or step % self.config.log.pictures_interval_steps == 0):
+        if not self.questions or not (last or step % self.config.log.predictions_interval_steps == 0):
             return []
         progress.at("validation/pictures")
         for stage in self.run.stages:
@@ -108,23 +108,23 @@ class Pictures:
         ]
 
 
-def answerer_of(config: Config, start: Start, run: Run) -> Answerer:
+def answerer_of(config: Config, start: RunInputs, run: TrainingComponents) -> Answerer:
     """One that answers with the run's weights, whatever trains."""
-    frozen = replace(config, train=replace(config.train, parts=("vision_kv",)))
-    tower: Any = bare(run.stages[0]).tower if "tower" in config.train.parts else run.encoder.tower
+    frozen = replace(config, train=replace(config.train, trainable_parts=("vision_kv",)))
+    tower: Any = unwrap_model(run.stages[0]).tower if "tower" in config.train.trainable_parts else run.encoder.tower
     with torch.random.fork_rng(devices=[]):  # training draws what it would have drawn
         answerer = Answerer(frozen, start.kernels, run.topology, tower)
     answerer.share(run.stages)
     return answerer
 
 
-def choose(config: Config, plan: Plan) -> Iterator[Question]:
+def choose(config: Config, plan: SamplingPlan) -> Iterator[Question]:
     """Samples spread evenly over the data: those with images, where there are any; damaged ones are passed over."""
     datasets, data = plan.datasets, config.data
     fits = (datasets.text_tokens > 0) & (datasets.text_tokens <= data.max_text_tokens)
     seeing = np.flatnonzero(fits & (datasets.images > 0))
     numbers = seeing if len(seeing) else np.flatnonzero(fits)
-    number_shown = min(config.log.pictures_samples, len(numbers))
+    number_shown = min(config.log.predictions_samples, len(numbers))
     tokenizer = load_tokenizer(data.tokenizer)
     for place in np.linspace(0, len(numbers) - 1, number_shown).round().astype(int):
         dataset, number = datasets.locate(int(numbers[place]))
@@ -136,7 +136,7 @@ def choose(config: Config, plan: Plan) -> Iterator[Question]:
         except BadSampleError as error:
             logger.warning("%s is not among the pictures: %s", dataset.key(number), error.detail)
             continue
-        question, expected = chat_template.exchanges(said)[0]
+        question, expected = chat_template.turns_of(said)[0]
         ids = chat_template.prompt(said, tokenizer, data.template)
         yield Question(dataset.key(number), question, expected, Prompt(ids, images))
 

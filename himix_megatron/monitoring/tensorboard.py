@@ -22,7 +22,7 @@ from ..runtime.log import clock
 from .environment import describe_environment
 
 if TYPE_CHECKING:
-    from ..training.resume import Start
+    from ..training.resume import RunInputs
     from .sample_predictions import Answered
 
 logger = logging.getLogger(__name__)
@@ -62,10 +62,10 @@ COMPARED = (
 """What the hyper-parameters page shows beside them."""
 
 
-class Report:
+class TensorBoardReporter:
     """Writes the run's story."""
 
-    def __init__(self, config: Config, start: Start, topology: Topology, first_step: int):
+    def __init__(self, config: Config, start: RunInputs, topology: Topology, first_step: int):
         self.config, self.first_step = config, first_step
         self.total_steps = start.plan.expected_steps(start.end)
         self.fixed = fixed_points(start)
@@ -150,7 +150,7 @@ def _add(writer: SummaryWriter, summary: Any, step: int | None = None, at: float
     writer._get_file_writer().add_summary(summary, step, at)  # type: ignore[no-untyped-call]
 
 
-def fixed_points(start: Start) -> dict[str, float]:
+def fixed_points(start: RunInputs) -> dict[str, float]:
     """Numbers of the data that no step changes."""
     datasets = getattr(start.plan, "datasets", None)
     if datasets is None:
@@ -169,7 +169,7 @@ def _hyper_parameters(config: Config, topology: Topology) -> tuple[list[Any], An
     model, train, parallel = config.model, config.train, config.parallel
     values = {
         "recipe": config.recipe,
-        "parts": " ".join(train.parts),
+        "parts": " ".join(train.trainable_parts),
         "ranks": topology.world_size,
         "tensor": parallel.tensor,
         "pipeline": parallel.pipeline,

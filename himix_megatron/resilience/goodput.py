@@ -16,7 +16,7 @@ from typing import Literal
 
 import psutil  # type: ignore[import-untyped]
 
-from ..runtime.stop_signals import STOPPED
+from ..runtime.stop_signals import EXIT_STOPPED
 from .journal import Event, Journal
 
 logger = logging.getLogger(__name__)
@@ -62,24 +62,24 @@ class Goodput:
         yield
         self.switch(before)
 
-    def note_save(self, step: int, health: Event) -> None:
+    def record_save(self, step: int, health: Event) -> None:
         """A checkpoint of this step is about to be written."""
         self._at_save[step] = dict(self._now())
-        self._journal.note("save", step, seconds=self._rounded(), health=health)
+        self._journal.record("save", step, seconds=self._rounded(), health=health)
 
-    def note_rollback(self, step: int) -> None:
+    def record_rollback(self, step: int) -> None:
         """The run goes back to the checkpoint of this step: what was done since then is lost."""
         _lose(self._now(), self._at_save.get(step, dict.fromkeys(CAUSES, 0.0)))
 
-    def note_alive(self, step: int) -> None:
+    def record_alive(self, step: int) -> None:
         """Now and then, so that a kill leaves little of the account open."""
         if time.perf_counter() - self._noted_at > _NOTE_SECONDS:
             self._noted_at = time.perf_counter()
-            self._journal.note("alive", step, seconds=self._rounded())
+            self._journal.record("alive", step, seconds=self._rounded())
 
-    def note_end(self, step: int, code: int) -> None:
+    def record_end(self, step: int, code: int) -> None:
         """This start is over."""
-        self._journal.note("end", step, code=code, seconds=self._rounded())
+        self._journal.record("end", step, code=code, seconds=self._rounded())
         total = self.seconds()
         elapsed = sum(total.values())
         logger.info(
@@ -124,7 +124,7 @@ def account(events: Sequence[Event]) -> Seconds:
                 kept |= event["seconds"]
         if events[following]["step"] < (noted[-1]["step"] if noted else 0):
             _lose(own, kept)
-        if noted and noted[-1]["event"] == "end" and noted[-1]["code"] in (0, STOPPED):
+        if noted and noted[-1]["event"] == "end" and noted[-1]["code"] in (0, EXIT_STOPPED):
             ended = events[following]["began"]  # the run was over; that somebody has gone on with it later is no fault
         own["recovery"] += max(0.0, events[following]["began"] - ended)
         for cause in CAUSES:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config, RunConfig, to_json
-from ..data.loading.plan import Place
+from ..data.loading.plan import DataPosition
 from ..data.shards.shard_format import hash_of
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Journal:
         # Else the last writer was killed within a line.
         self._is_torn = writes and self.path.is_file() and not self.path.read_bytes().endswith(b"\n")
 
-    def note(self, event: str, step: int, **facts: Any) -> None:
+    def record(self, event: str, step: int, **facts: Any) -> None:
         """Something happened after `step` steps. All ranks call it alike, with what all know."""
         noted = {"event": event, "time": round(time.time(), 3), "step": step} | facts
         self.events.append(noted)
@@ -58,7 +58,7 @@ class Journal:
             self._is_torn = True
             logger.warning("%s misses a line: %s", self.path, error)
 
-    def fruitless_starts(self, step: int, settings: str) -> int:
+    def starts_without_progress(self, step: int, settings: str) -> int:
         """How many of the last starts in a row began at this saved step with these settings. One that went on after a stop on
         purpose begins the count anew."""
         count = 0
@@ -71,14 +71,14 @@ class Journal:
                     break
         return count
 
-    def detours(self) -> dict[int, Place]:
+    def rollback_data_offsets(self) -> dict[int, DataPosition]:
         """Where rollbacks made the data go on: after so many steps, at which place. One that went further back than those
         before it has left them behind."""
-        found: dict[int, Place] = {}
+        found: dict[int, DataPosition] = {}
         for event in self.events:
             if event["event"] == "rollback":
                 found = {step: place for step, place in found.items() if step < event["step"]}
-                found[event["step"]] = Place(**event["place"])
+                found[event["step"]] = DataPosition(**event["place"])
         return found
 
     @property
@@ -86,11 +86,11 @@ class Journal:
         """In the whole run."""
         return sum(event["event"] == "rollback" for event in self.events)
 
-    def note_rollback(self, step: int, place: Place, reason: str) -> None:
+    def record_rollback(self, step: int, place: DataPosition, reason: str) -> None:
         """The run goes back to `step`, and on from there at `place`."""
-        self.note("rollback", step, place=asdict(place), reason=reason)
+        self.record("rollback", step, place=asdict(place), reason=reason)
 
-    def health_at(self, step: int) -> Event:
+    def loss_guard_state_at(self, step: int) -> Event:
         """`Health.state` as it was noted with the newest save of that step; empty where there is none."""
         saves = (event for event in reversed(self.events) if event["event"] == "save" and event["step"] == step)
         return next((event["health"] for event in saves), {})

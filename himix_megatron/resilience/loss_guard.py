@@ -22,7 +22,7 @@ BUDGET_STEPS = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class StepDecision:
     """What becomes of a step."""
 
     action: Literal["update", "skip", "rollback", "stop"]
@@ -35,10 +35,10 @@ class Verdict:
         return self.reason if self.action == "stop" else None
 
 
-UPDATE = Verdict("update")
+UPDATE = StepDecision("update")
 
 
-class Health:
+class LossGuard:
     """Judges steps one after the other."""
 
     def __init__(self, config: HealthConfig, state: dict[str, Any] | None = None, *, num_rollbacks: int = 0) -> None:
@@ -58,43 +58,43 @@ class Health:
         """For TensorBoard."""
         return {"health/recently_skipped_steps": len(self.skipped), "health/rollbacks": self.num_rollbacks}
 
-    def expect(self, step: int, *, can_roll_back: bool) -> None:
+    def begin_step(self, step: int, *, can_roll_back: bool) -> None:
         """The next step to judge has this number; there is, or is not, a checkpoint to go back to and data to go on with."""
         self._step, self._can_roll_back = step, can_roll_back
         self.skipped = [number for number in self.skipped if number > step - BUDGET_STEPS]
 
-    def judge(self, loss: float, finite: bool) -> Verdict:
+    def check(self, loss: float, finite: bool) -> StepDecision:
         """What becomes of the step. `loss`: nan where no answer was read; `finite`: loss and gradient, on all ranks."""
         limit = self._limit()
         if not finite:
-            verdict = self._skip(f"step {self._step} has a loss or a gradient that is not finite (loss {loss:.6g})")
+            decision = self._skip(f"step {self._step} has a loss or a gradient that is not finite (loss {loss:.6g})")
         elif loss > limit:  # nan is not
-            verdict = self._spike(
+            decision = self._spike(
                 f"step {self._step} has a loss of {loss:.6g}, a spike: above {limit:.6g} by the {len(self._losses)} before it"
             )
         else:
-            verdict = UPDATE
-        if verdict.action == "update" and not math.isnan(loss):
+            decision = UPDATE
+        if decision.action == "update" and not math.isnan(loss):
             self._losses.append(loss)
-        if verdict.action in ("update", "skip") and verdict.reason:
-            logger.warning("%s: %s", verdict.reason, "no update" if verdict.action == "skip" else "trained on all the same")
-        return verdict
+        if decision.action in ("update", "skip") and decision.reason:
+            logger.warning("%s: %s", decision.reason, "no update" if decision.action == "skip" else "trained on all the same")
+        return decision
 
-    def _spike(self, reason: str) -> Verdict:
+    def _spike(self, reason: str) -> StepDecision:
         if self.config.spike_action == "none":
-            return Verdict("update", reason)
+            return StepDecision("update", reason)
         if self.config.spike_action == "skip" or not self._can_roll_back:
             return self._skip(reason)
         if self.num_rollbacks < self.config.max_rollbacks:
-            return Verdict("rollback", reason)
-        return Verdict("stop", f"{reason}, after {self.num_rollbacks} rollbacks (health.max_rollbacks)")
+            return StepDecision("rollback", reason)
+        return StepDecision("stop", f"{reason}, after {self.num_rollbacks} rollbacks (health.max_rollbacks)")
 
-    def _skip(self, reason: str) -> Verdict:
+    def _skip(self, reason: str) -> StepDecision:
         self.skipped.append(self._step)
         budget = self.config.max_skipped_steps
         if len(self.skipped) <= budget:
-            return Verdict("skip", reason)
-        return Verdict(
+            return StepDecision("skip", reason)
+        return StepDecision(
             "stop",
             f"{reason}; {len(self.skipped)} of the last {BUDGET_STEPS} steps, more than health.max_skipped_steps {budget}",
         )

@@ -46,8 +46,8 @@ def remedy(config: Config) -> str:
     train, parallel = config.train, config.parallel
     less = []
     if config.data.packs:
-        less.append(f"--data.pack-text-tokens below {config.data.pack_text_tokens}")
-        less.append(f"--data.pack-images below {config.data.pack_images}")
+        less.append(f"--data.pack-max-text-tokens below {config.data.pack_max_text_tokens}")
+        less.append(f"--data.pack-max-images below {config.data.pack_max_images}")
     elif train.micro_batch_samples > 1:
         less.append(f"--train.micro-batch-samples below {train.micro_batch_samples} (the result stays the same)")
     if not parallel.distributed_optimizer:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..distributed.topology import Topology
-from ..model.himix_model import bare
+from ..model.himix_model import unwrap_model
 
 _CHUNKS = {"cpu": 1 << 16, "cuda": 1 << 24}
 """Elements that are widened at once: what stays in a core's cache (6 times as fast as 64 times as many), or fills a GPU."""
@@ -29,7 +29,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @torch.no_grad()
-def hash_bits(tensor: Tensor) -> Tensor:
+def bitwise_hash(tensor: Tensor) -> Tensor:
     """int64 scalar: hash of a tensor's bits and of their places."""
     flat = tensor.detach().contiguous().flatten()
     bits = flat.view(_BITS[flat.element_size()])
@@ -49,7 +49,7 @@ def _wrapped(number: int) -> int:
     return (number + 2**63) % 2**64 - 2**63
 
 
-def check_replicas(topology: Topology, stages: list[Any], tower: nn.Module | None) -> str | None:
+def check_replica_weights(topology: Topology, stages: list[Any], tower: nn.Module | None) -> str | None:
     """Compare parameters over the ranks that should hold the same: all of them over data ranks, those that tensor parallelism
     does not cut over tensor ranks, a frozen tower over data ranks. All ranks call it.
 
@@ -59,7 +59,9 @@ def check_replicas(topology: Topology, stages: list[Any], tower: nn.Module | Non
         if stage.ddp_config.overlap_param_gather:
             stage.start_param_sync(force_sync=True)  # else they are gathered in the next forward pass
     named = [
-        (f"{i}.{name}" if len(stages) > 1 else name, p) for i, s in enumerate(stages) for name, p in bare(s).named_parameters()
+        (f"{i}.{name}" if len(stages) > 1 else name, p)
+        for i, s in enumerate(stages)
+        for name, p in unwrap_model(s).named_parameters()
     ]
     whole = [(name, p) for name, p in named if not getattr(p, "tensor_model_parallel", False)]
     if tower is not None:
@@ -80,7 +82,7 @@ def _compare(named: list[tuple[str, Tensor]], group: Any, topology: Topology) ->
     """What differs over a group, said alike by all its ranks."""
     if dist.get_world_size(group) == 1 or not named:
         return None
-    hashes = torch.stack([hash_bits(parameter).to(topology.device) for _, parameter in named])
+    hashes = torch.stack([bitwise_hash(parameter).to(topology.device) for _, parameter in named])
     low, high = hashes.clone(), hashes.clone()
     dist.all_reduce(low, op=dist.ReduceOp.MIN, group=group)
     dist.all_reduce(high, op=dist.ReduceOp.MAX, group=group)
@@ -107,7 +109,7 @@ def state_hash(stages: list[Any], optimizer: Any) -> str:
     """
     own = hashlib.sha256()
     for name, tensor in (*_parameters(stages), *_optimizer_tensors(optimizer)):
-        own.update(f"{name} {tuple(tensor.shape)} {int(hash_bits(tensor))}\n".encode())
+        own.update(f"{name} {tuple(tensor.shape)} {int(bitwise_hash(tensor))}\n".encode())
     told: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(told, own.hexdigest())
     return hashlib.sha256(" ".join(map(str, told)).encode()).hexdigest()
@@ -115,7 +117,7 @@ def state_hash(stages: list[Any], optimizer: Any) -> str:
 
 def _parameters(stages: list[Any]) -> Iterator[tuple[str, Tensor]]:
     for i, stage in enumerate(stages):
-        for name, parameter in bare(stage).named_parameters():
+        for name, parameter in unwrap_model(stage).named_parameters():
             yield f"{i}.{name}", parameter
 
 

@@ -26,8 +26,8 @@ from typing import Any, Self
 from ..config import Config, StartError
 from ..distributed.topology import Topology
 from ..runtime import progress
-from ..runtime.stop_signals import FAILED, StopRequest, leave, leave_unsaved
-from .watchdog_links import Link, meet
+from ..runtime.stop_signals import FAILED, StopRequest, exit_now, exit_without_saving
+from .watchdog_links import PeerLink, connect_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +37,11 @@ _ANSWER_SECONDS = 2.0
 """What a rank has to answer in; a stopped one, or one stuck in native code that holds Python's lock, does not."""
 
 
-class Watch:
+class Watchdog:
     """Watches from `with` to the end of it; on the way out peers are told whether this rank failed or is done.
 
-    `mark` says that this rank gets on. When it has not for `timeout_seconds`, all ranks write the stacks of their threads to
-    their logs, the one that is behind is named, and all end.
+    `heartbeat` says that this rank makes progress. Without it for `timeout_seconds`, all ranks write the stacks of their
+    threads to their logs, the one that is behind is named, and all end.
     """
 
     def __init__(self, request: StopRequest, run_dir: Path, *, rank: int, world_size: int, timeout_seconds: float) -> None:
@@ -50,7 +50,7 @@ class Watch:
         self._marks, self._point, self._marked_at = 0, "start", time.monotonic()
         self._armed_at = 0.0
         self._selector = selectors.DefaultSelector()
-        self.links: dict[int, Link] = {}
+        self.links: dict[int, PeerLink] = {}
         """To the other ranks, on rank 0; to rank 0, on the others."""
         self._lock = threading.Lock()
         self._has_begun = self._is_closing = False
@@ -58,7 +58,7 @@ class Watch:
         self._verdict = threading.Event()
         self._trouble: dict[int, str] = {}
         self._judge_at: float | None = None
-        self._stands: dict[int, list[Any]] | None = None
+        self._positions: dict[int, list[Any]] | None = None
 
     @classmethod
     def over(cls, config: Config, topology: Topology, host: str, request: StopRequest) -> Self:
@@ -70,7 +70,7 @@ class Watch:
             world_size=topology.world_size,
             timeout_seconds=config.parallel.timeout_seconds,
         )
-        watch.links = meet(topology, host, config.parallel.timeout_seconds)
+        watch.links = connect_ranks(topology, host, config.parallel.timeout_seconds)
         return watch
 
     # ---- called by the training, on the main thread ---------------------------------------------------------------------
@@ -81,10 +81,10 @@ class Watch:
         self._selector.register(self._woken, selectors.EVENT_READ, None)
         for link in self.links.values():
             self._selector.register(link.socket, selectors.EVENT_READ, link)
-        self._listening = progress.told_to(self.mark)
+        self._listening = progress.told_to(self.heartbeat)
         self._listening.__enter__()
-        self.mark("start")
-        self.request.pass_on(self._asked)
+        self.heartbeat("start")
+        self.request.on_request(self._asked)
         self._thread = threading.Thread(target=self._run, name="liveness", daemon=True)
         self._thread.start()
         if self.request.received:
@@ -94,9 +94,9 @@ class Watch:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if error is not None and not isinstance(error, StartError):
             self._failed(f"{type(error).__name__}: {error}")
-            self.request.give_back()
+            self.request.restore_handlers()
         else:
-            self.request.leave_in_peace()
+            self.request.ignore_signals()
         self._listening.__exit__(None, None, None)
         self._is_closing = True
         self._say_all("bye")
@@ -109,7 +109,7 @@ class Watch:
         for end in (self._wake, self._woken, self._stack_file):
             end.close()
 
-    def mark(self, point: str) -> None:
+    def heartbeat(self, point: str) -> None:
         """This rank has come to a point of its work: it does not hang."""
         # Ranks wait for a save differently often: counted, that would tell nothing of who is behind.
         self._marks, self._point, self._marked_at = self._marks + (point != "wait/save"), point, time.monotonic()
@@ -139,7 +139,7 @@ class Watch:
     def _run(self) -> None:
         tick = min(0.5, self.timeout_seconds / 4)
         while not self._is_closing:
-            for key, _ in self._selector.select(0.05 if self._judge_at or self._stands is not None else tick):
+            for key, _ in self._selector.select(0.05 if self._judge_at or self._positions is not None else tick):
                 if key.data is None:
                     self._woken.recv(64)
                 else:
@@ -158,7 +158,7 @@ class Watch:
             self._say_all("stuck" if self.rank else "show")
             self._judge_at = now + _ANSWER_SECONDS
 
-    def _read(self, link: Link) -> None:
+    def _read(self, link: PeerLink) -> None:
         for line in link.lines():
             if line is None:
                 self._selector.unregister(link.socket)
@@ -167,48 +167,48 @@ class Watch:
             else:
                 getattr(self, f"_on_{line.pop('kind')}")(link, **line)
 
-    def _on_bye(self, link: Link) -> None:
+    def _on_bye(self, link: PeerLink) -> None:
         link.is_over = True
 
-    def _on_asked(self, _: Link, reason: str) -> None:
+    def _on_asked(self, _: PeerLink, reason: str) -> None:
         self._asked(reason)
 
-    def _on_failed(self, link: Link, reason: str) -> None:
+    def _on_failed(self, link: PeerLink, reason: str) -> None:
         self._note_trouble(link.rank, f"failed: {reason}")
 
-    def _on_stuck(self, _: Link) -> None:
-        if self._stands is None:
+    def _on_stuck(self, _: PeerLink) -> None:
+        if self._positions is None:
             self._show_stacks()
             self._say_all("show")
             self._judge_at = time.monotonic() + _ANSWER_SECONDS
 
-    def _on_show(self, link: Link) -> None:
-        if self._stands is None:
+    def _on_show(self, link: PeerLink) -> None:
+        if self._positions is None:
             self._show_stacks()
-        assert self._stands is not None
-        link.send("stands", at=self._stands[self.rank])
+        assert self._positions is not None
+        link.send("stands", at=self._positions[self.rank])
         self._judge_at = time.monotonic() + 2 * _ANSWER_SECONDS  # rank 0 answers before
 
-    def _on_stands(self, link: Link, at: list[Any]) -> None:
-        if self._stands is not None:
-            self._stands[link.rank] = at
-            if len(self._stands) == self.world_size:
+    def _on_stands(self, link: PeerLink, at: list[Any]) -> None:
+        if self._positions is not None:
+            self._positions[link.rank] = at
+            if len(self._positions) == self.world_size:
                 self._judge_at = time.monotonic()
 
-    def _on_stop(self, _: Link, reason: str) -> None:
-        self.request.note(reason)
+    def _on_stop(self, _: PeerLink, reason: str) -> None:
+        self.request.record(reason)
 
-    def _on_leave(self, _: Link, reason: str) -> None:
+    def _on_leave(self, _: PeerLink, reason: str) -> None:
         self._leave_unsaved(reason)
 
-    def _on_end(self, _: Link, reason: str, ranks: list[int]) -> None:
+    def _on_end(self, _: PeerLink, reason: str, ranks: list[int]) -> None:
         self._end(reason, ranks)
 
     # ---- asked to stop --------------------------------------------------------------------------------------------------
 
     def _asked(self, reason: str) -> None:
         """Somebody asks this rank. Rank 0 decides for all: no step can be done before it begins its steps."""
-        self.request.note(reason)
+        self.request.record(reason)
         if self.rank:
             self._say_all("asked", reason=reason)
             return
@@ -221,7 +221,7 @@ class Watch:
 
     def _leave_unsaved(self, reason: str) -> None:
         self._part()
-        leave_unsaved(reason)
+        exit_without_saving(reason)
 
     # ---- trouble --------------------------------------------------------------------------------------------------------
 
@@ -236,7 +236,7 @@ class Watch:
         """Rank 0: name who is to blame, and end all. Another rank comes here only if rank 0 cannot."""
         self._judge_at = None
         if self.rank:
-            self._end("rank 0 died" if self._trouble else _hung({**(self._stands or {}), 0: None}), [0])
+            self._end("rank 0 died" if self._trouble else _hung({**(self._positions or {}), 0: None}), [0])
             return
         if self._trouble:
             dead = sorted(rank for rank, what in self._trouble.items() if what == "died")
@@ -245,7 +245,7 @@ class Watch:
             reason += f"; and {len(ranks) - 4} more" if len(ranks) > 4 else ""
         else:
             stands: dict[int, list[Any] | None] = dict.fromkeys(range(self.world_size))
-            reason, ranks = f"no progress for {self.timeout_seconds:.0f} s: {_hung({**stands, **(self._stands or {})})}", []
+            reason, ranks = f"no progress for {self.timeout_seconds:.0f} s: {_hung({**stands, **(self._positions or {})})}", []
         self._say_all("end", reason=reason[:2000], ranks=ranks)
         self._end(reason, ranks)
 
@@ -259,7 +259,7 @@ class Watch:
         logger.log(logging.ERROR if speaks else logging.WARNING, "%s: this rank ends too", reason)
         if self.rank == 0:
             self._part()
-        leave(FAILED)
+        exit_now(FAILED)
 
     def _part(self) -> None:
         """Say goodbye so that what was sent before arrives: closing with unread input would take it back."""
@@ -272,7 +272,7 @@ class Watch:
     def _show_stacks(self) -> None:
         """Write where all threads of this process are to its log, and note how far it came."""
         seconds = time.monotonic() - self._marked_at
-        self._stands = {self.rank: [self._marks, self._point, round(seconds, 1)]}
+        self._positions = {self.rank: [self._marks, self._point, round(seconds, 1)]}
         logger.warning("no progress on some rank; this one came to %s %.1f s ago; its stacks:", self._point, seconds)
         faulthandler.dump_traceback(self._stack_file, all_threads=True)
 

@@ -31,7 +31,7 @@ _LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(slots=True)
-class Link:
+class PeerLink:
     """One connection between rank 0 and another."""
 
     socket: socket.socket
@@ -61,7 +61,7 @@ class Link:
             yield None
 
 
-def meet(topology: Topology, host: str, timeout_seconds: float) -> dict[int, Link]:
+def connect_ranks(topology: Topology, host: str, timeout_seconds: float) -> dict[int, PeerLink]:
     """Connect the ranks. `host`: of rank 0. Returns: links by rank. Raises: RankError if one cannot be reached."""
     if topology.world_size == 1:
         return {}
@@ -79,10 +79,10 @@ def meet(topology: Topology, host: str, timeout_seconds: float) -> dict[int, Lin
     return {0: connect(host, port, secret, topology.rank, timeout_seconds)}
 
 
-def accept(listener: socket.socket, world_size: int, secret: str, timeout_seconds: float) -> dict[int, Link]:
+def accept(listener: socket.socket, world_size: int, secret: str, timeout_seconds: float) -> dict[int, PeerLink]:
     """Rank 0: wait until all others are connected, and stop listening. Raises: RankError naming those that are not."""
     allow_files(world_size)
-    links: dict[int, Link] = {}
+    links: dict[int, PeerLink] = {}
     deadline = time.monotonic() + timeout_seconds
     with selectors.DefaultSelector() as waiting:
         waiting.register(listener, selectors.EVENT_READ)
@@ -106,18 +106,18 @@ def accept(listener: socket.socket, world_size: int, secret: str, timeout_second
     return links
 
 
-def _greet(connection: socket.socket, secret: str) -> Link | None:
+def _greet(connection: socket.socket, secret: str) -> PeerLink | None:
     """Hear who a new connection is. One that says nothing, or does not know the secret, is closed."""
     with contextlib.suppress(OSError):
         said, _, rank = connection.recv(4096).rstrip(b"\n").partition(b" ")
         if hmac.compare_digest(said, secret.encode()) and rank.isdigit():
             connection.sendall(_WELCOME)
-            return Link(connection, int(rank))
+            return PeerLink(connection, int(rank))
     connection.close()
     return None
 
 
-def connect(host: str, port: int, secret: str, rank: int, timeout_seconds: float) -> Link:
+def connect(host: str, port: int, secret: str, rank: int, timeout_seconds: float) -> PeerLink:
     """Another rank: connect to rank 0. Raises: RankError."""
     try:
         connection = socket.create_connection((address_of(host), port), timeout=timeout_seconds)
@@ -127,7 +127,7 @@ def connect(host: str, port: int, secret: str, rank: int, timeout_seconds: float
     except OSError as error:
         raise RankError(f"rank {rank} cannot reach rank 0 at {host}:{port} ({error}): is a firewall between them?") from error
     _settle(connection)
-    return Link(connection, 0)
+    return PeerLink(connection, 0)
 
 
 def _listen(host: str) -> socket.socket:

@@ -23,7 +23,7 @@ class WaitInterruptedError(Exception):
     """A wait was broken off, since the run is asked to stop."""
 
 
-class Background:
+class BackgroundThread:
     """A thread that makes calls one after the other. It ends with the process, also in the middle of a call."""
 
     def __init__(self, name: str) -> None:
@@ -40,7 +40,7 @@ class Background:
         self._calls.put((future, call))
         return future
 
-    def settle(self, seconds: float | None = None) -> bool:
+    def drain(self, seconds: float | None = None) -> bool:
         """Wait until nothing is under way. Returns: whether that came true in time."""
         return self._thread is None or bool(wait_futures([self.start(int)], seconds).done)
 
@@ -54,9 +54,9 @@ class Background:
             del future, call  # else what was read last is kept until the next call
 
 
-def wait_for(future: Future[Result], asked: Callable[[], bool]) -> Result:
-    """The result of a call. Raises: what the call raised; WaitInterruptedError as soon as `asked` says so."""
+def wait_or_interrupt(future: Future[Result], stop_requested: Callable[[], bool]) -> Result:
+    """The result of a call. Raises: what the call raised; WaitInterruptedError as soon as `stop_requested` says so."""
     while not wait_futures([future], SLICE_SECONDS).done:
-        if asked():
+        if stop_requested():
             raise WaitInterruptedError
     return future.result()

@@ -1,4 +1,4 @@
-"""Faults on purpose, at named points, so that recovery is proven by real ones. Off unless `--run.faults PLAN` names a plan.
+"""Faults on purpose, at named points, so that recovery is proven by real ones. Off without `--run.fault-injection`.
 
 Flows in: the points that the product passes (`reach("save/manifest")`), and a plan; out: nothing, or a real fault of this
 process: a signal, a crash, a cut network, a full disk. A plan is a file of one JSON object a line:
@@ -80,7 +80,7 @@ def plan(file: str | None, rank: int) -> None:
     global _plan
     _plan = None
     if file is not None:
-        _plan = Plan(read_plan(Path(file)), Path(file), rank)
+        _plan = FaultSchedule(read_plan(Path(file)), Path(file), rank)
 
 
 def read_plan(file: Path) -> list[Fault]:
@@ -90,14 +90,16 @@ def read_plan(file: Path) -> list[Fault]:
         try:
             fault = Fault(**json.loads(line))
         except (TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"run.faults {file}, line {number} is no fault: {error}") from error
+            raise ValueError(f"run.fault_injection {file}, line {number} is no fault: {error}") from error
         if fault.kind not in KINDS:
-            raise ValueError(f"run.faults {file}, line {number}: kind is {fault.kind}: wanted one of {', '.join(KINDS)}")
+            raise ValueError(
+                f"run.fault_injection {file}, line {number}: kind is {fault.kind}: wanted one of {', '.join(KINDS)}"
+            )
         faults.append(fault)
     return faults
 
 
-class Plan:
+class FaultSchedule:
     """What is to happen to this process, and what of it has."""
 
     def __init__(self, faults: list[Fault], file: Path, rank: int) -> None:
@@ -130,7 +132,7 @@ class Plan:
         return self.done / f"{number:03d}"
 
 
-_plan: Plan | None = None
+_plan: FaultSchedule | None = None
 
 
 # ---- kinds ---------------------------------------------------------------------------------------------------------

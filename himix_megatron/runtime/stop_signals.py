@@ -19,10 +19,10 @@ from typing import NoReturn
 
 logger = logging.getLogger(__name__)
 
-REQUEUE = 85
+EXIT_REQUEUE = 85
 """Exit code: saved, please start this command again."""
 
-STOPPED = 3
+EXIT_STOPPED = 3
 """Exit code: gave up on purpose, for the reason in RUN/STOP; starting again would not help by itself."""
 
 FAILED = 1
@@ -34,7 +34,7 @@ _ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 class StopRequest:
     """Whether this rank has been asked to stop; watches from its creation on.
 
-    Until `pass_on` says who is to be told, there is nothing to lose: the process leaves with 85 at once.
+    Until `on_request` says who is to be told, there is nothing to lose: the process leaves with 85 at once.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class StopRequest:
         """Why, e.g. `SIGUSR1`; None: not asked."""
         self.is_agreed = False
         """All ranks know of it, and have agreed to do no further step."""
-        self._tell: Callable[[str], None] = leave_unsaved
+        self._tell: Callable[[str], None] = exit_without_saving
         self._inlet, outlet = os.pipe()
         os.set_blocking(outlet, False)
         self._outlet: int | None = outlet
@@ -52,27 +52,27 @@ class StopRequest:
         threading.Thread(target=self._hear, name="signals", daemon=True).start()
 
     @property
-    def asked(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether this rank knows of a request."""
         return self.received is not None
 
-    def pass_on(self, tell: Callable[[str], None]) -> None:
+    def on_request(self, tell: Callable[[str], None]) -> None:
         """From now on a signal is handed to `tell`, on a thread, with its name."""
         self._tell = tell
 
-    def note(self, reason: str) -> None:
+    def record(self, reason: str) -> None:
         """Somebody asks this rank to stop."""
         self.received = self.received or reason
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        if self._tell is not leave_unsaved:
-            self.note(signal.Signals(number).name)
+        if self._tell is not exit_without_saving:
+            self.record(signal.Signals(number).name)
 
     def _hear(self) -> None:
         while numbers := os.read(self._inlet, 64):
             for number in numbers:
                 if number in _ASKING:
-                    self.note(signal.Signals(number).name)
+                    self.record(signal.Signals(number).name)
                     self._tell(signal.Signals(number).name)
 
     def _close(self, handler: signal.Handlers) -> None:
@@ -83,7 +83,7 @@ class StopRequest:
             os.close(self._outlet)
             self._outlet = None
 
-    def leave_in_peace(self) -> None:
+    def ignore_signals(self) -> None:
         """Ignore further requests until this process has ended.
 
         The first rank to leave with 85 makes srun send TERM to the others; one that dies of it turns the job's exit code
@@ -91,12 +91,12 @@ class StopRequest:
         """
         self._close(signal.SIG_IGN)
 
-    def give_back(self) -> None:
+    def restore_handlers(self) -> None:
         """Let signals end this process again, as they did before."""
         self._close(signal.SIG_DFL)
 
 
-def leave(code: int) -> NoReturn:
+def exit_now(code: int) -> NoReturn:
     """End this process now, whatever its threads are doing. What it wrote so far is written."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
@@ -104,13 +104,13 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def leave_unsaved(reason: str) -> NoReturn:
+def exit_without_saving(reason: str) -> NoReturn:
     """End this process, which has been asked to stop before there was anything to save."""
     logger.warning("asked to stop (%s) before the first step: nothing to save", reason)
-    leave(unsaved_code())
+    exit_now(unsaved_code())
 
 
 def unsaved_code() -> int:
     """85; or what the batch script wants instead of it (HIMIX_UNSAVED_CODE), to tell a run that never begins from one that gets
     on a little each time: that one is requeued for ever."""
-    return int(os.environ.get("HIMIX_UNSAVED_CODE", REQUEUE))
+    return int(os.environ.get("HIMIX_UNSAVED_CODE", EXIT_REQUEUE))

@@ -1,6 +1,6 @@
 """Training: from a configuration to a trained run folder, at any layout of ranks.
 
-`pretrain` reads as the list of what happens; `run_until` is the loop. One step: read this rank's texts and image share, encode
+`pretrain` reads as the list of what happens; `train_loop` is the loop. One step: read this rank's texts and image share, encode
 the share and gather the replica's features, run megatron-core's schedule over the micro-batches, clip, update, report, and now
 and then save.
 """
@@ -13,25 +13,25 @@ from dataclasses import dataclass, replace
 from ..checkpoint.checkpointer import Position
 from ..checkpoint.manifest import publish
 from ..config import Config, check_ranks
-from ..data.loading.plan import Place
+from ..data.loading.plan import DataPosition
 from ..distributed.launch import check_launch
 from ..distributed.topology import init_distributed
 from ..monitoring.metrics import Metrics, StepCounts
 from ..monitoring.profiler import profiled
 from ..monitoring.sample_ledger import Ledger
-from ..monitoring.sample_predictions import Pictures
+from ..monitoring.sample_predictions import SamplePredictions
 from ..resilience import out_of_memory
 from ..resilience.journal import Journal
-from ..resilience.loss_guard import Health
-from ..resilience.replica_check import check_replicas
-from ..resilience.watchdog import Watch
+from ..resilience.loss_guard import LossGuard
+from ..resilience.replica_check import check_replica_weights
+from ..resilience.watchdog import Watchdog
 from ..runtime import failpoints, log, progress
-from ..runtime.stop_signals import REQUEUE, STOPPED, StopRequest, leave
-from .builder import Run, batches_from, build_run, describe
+from ..runtime.stop_signals import EXIT_REQUEUE, EXIT_STOPPED, StopRequest, exit_now
+from .builder import TrainingComponents, batches_from, build_components, describe
 from .optimizer import Schedule, apply_settings
-from .resume import Start, begin, claim, prepare, settle, stop_file
-from .supervision import Supervision, in_vain, supervise
-from .train_step import together, train_step
+from .resume import RunInputs, lock_run_dir, prepare_inputs, restore_or_initialize, select_checkpoint, stop_file
+from .startup import RunContext, record_start, refuse_crash_loop
+from .train_step import synced_batches, train_step
 from .validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -40,42 +40,44 @@ logger = logging.getLogger(__name__)
 def pretrain(config: Config, request: StopRequest | None = None) -> int:
     """Train one run to its last step, or continue it. `request`: where it has been listened for longer already.
 
-    Returns: 0 at the last step; 85 (`signals.REQUEUE`) if it was asked to stop and saved; 3 (`signals.STOPPED`) if it gave up
-    on purpose, with the reason in RUN/STOP. Raises: ValueError for a user's mistake, before ranks meet.
+    Returns: 0 at the last step; 85 (`EXIT_REQUEUE`) if it was asked to stop and saved; 3 (`EXIT_STOPPED`) if it gave up on
+    purpose, with the reason in RUN/STOP. Raises: ValueError for a user's mistake, before ranks meet.
     """
     request = request or StopRequest()
     launch = check_launch(config)
-    failpoints.plan(config.run.faults, launch.rank)
-    start = prepare(config, check_ranks(config, launch.world_size))
+    failpoints.plan(config.run.fault_injection, launch.rank)
+    start = prepare_inputs(config, check_ranks(config, launch.world_size))
     journal = Journal(config.run_dir)
-    if reason := in_vain(config, start, journal):
-        request.leave_in_peace()
-        return give_up(config, reason, launch.rank)
+    if reason := refuse_crash_loop(config, start, journal):
+        request.ignore_signals()
+        return stop_run(config, reason, launch.rank)
     topology = init_distributed(config.parallel, seed=config.train.seed, launch=launch)
-    start = claim(config, start)
+    start = lock_run_dir(config, start)
     log.start(config.run_dir, topology.rank, topology.world_size)
-    start = settle(config, start)
-    watch = Watch.over(config, topology, launch.host, request)
-    with log.failures(), watch, out_of_memory.explained(config):
-        supervision = supervise(config, start, journal, watch, request)
+    start = select_checkpoint(config, start)
+    watchdog = Watchdog.over(config, topology, launch.host, request)
+    with log.failures(), watchdog, out_of_memory.explained(config):
+        context = record_start(config, start, journal, watchdog, request)
         progress.at("start/load")
-        run = build_run(config, start, topology)
+        run = build_components(config, start, topology)
         describe(config, start, run)
-        run.checkpoints.check_room()
-        position = begin(config, start, run.checkpoints)
+        run.checkpoints.check_disk_space()
+        position = restore_or_initialize(config, start, run.checkpoints)
         apply_settings(config, run.optimizer)
-        code = run_steps(config, start, run, position, supervision)
+        code = train_with_rollbacks(config, start, run, position, context)
         run.checkpoints.close()
-    if not run.ahead.settle(seconds=2):
-        leave(code)  # a read or a peer of the next step is stuck, and nobody needs that step
+    if not run.prefetcher.drain(seconds=2):
+        exit_now(code)  # a read or a peer of the next step is stuck, and nobody needs that step
     return code
 
 
-def run_steps(config: Config, start: Start, run: Run, position: Position, supervision: Supervision) -> int:
+def train_with_rollbacks(
+    config: Config, start: RunInputs, run: TrainingComponents, position: Position, context: RunContext
+) -> int:
     """From a position to the last step; each rollback begins anew from an earlier position. Returns: the exit code."""
-    supervision.watch.begin_steps()
-    while not isinstance(end := run_until(config, start, run, position, supervision), int):
-        position = roll_back(config, run, supervision, end)
+    context.watchdog.begin_steps()
+    while not isinstance(end := train_loop(config, start, run, position, context), int):
+        position = roll_back(config, run, context, end)
     return end
 
 
@@ -83,96 +85,104 @@ def run_steps(config: Config, start: Start, run: Run, position: Position, superv
 class Rollback:
     """The loop ended at a spike."""
 
-    place: Place
+    place: DataPosition
     """Where the data goes on behind it."""
     reason: str
 
 
-def run_until(config: Config, start: Start, run: Run, position: Position, supervision: Supervision) -> int | Rollback:
+def train_loop(
+    config: Config, start: RunInputs, run: TrainingComponents, position: Position, context: RunContext
+) -> int | Rollback:
     """From a position to the last step, a stop or a rollback. Returns: the exit code, or what to roll back."""
-    request, goodput, journal = supervision.request, supervision.goodput, supervision.journal
-    detours = journal.detours()
+    request, goodput, journal = context.request, context.goodput, context.journal
+    rollback_data_offsets = journal.rollback_data_offsets()
     schedule = Schedule(config, run.optimizer)
     metrics = Metrics(config, start, run, position.step)
-    pictures = Pictures(config, start, run)
+    pictures = SamplePredictions(config, start, run)
     ledger = Ledger(config, start.plan.sources, run.topology)
-    validation = Validation(config, start, run, supervision)
-    tolerance = Tolerance(config)
-    health = Health(config.health, journal.health_at(position.step), num_rollbacks=journal.num_rollbacks)
-    saver = Saver(config, run, supervision, health, metrics, position.step)
+    validation = Validation(config, start, run, context)
+    tolerance = BadSampleBudget(config)
+    health = LossGuard(config.health, journal.loss_guard_state_at(position.step), num_rollbacks=journal.num_rollbacks)
+    policy = CheckpointPolicy(config, run, context, health, metrics, position.step)
     end: int | Rollback = 0
     goodput.switch("data")
-    for batch, images in together(run, batches_from(config, start, run.topology, position, detours), request):
+    for batch, images in synced_batches(
+        run, batches_from(config, start, run.topology, position, rollback_data_offsets), request
+    ):
         metrics.data_ready(batch)
         goodput.switch("step")
         failpoints.begin_step(position.step + 1)
         progress.at("step/begin")
-        position = replace(position, place=detours.get(position.step, position.place))
+        position = replace(position, place=rollback_data_offsets.get(position.step, position.place))
         learning_rate = schedule.set(start.end.progress(position.step, position.place))
-        health.expect(position.step + 1, can_roll_back=saver.can_go_back and not start.end.reached(saver.step, batch.after))
+        health.begin_step(
+            position.step + 1, can_roll_back=policy.can_go_back and not start.end.reached(policy.step, batch.after)
+        )
         with profiled(config, run.topology, position.step + 1):
-            counts, grad_norm, verdict = train_step(config, run, batch, images, health.judge)
-        if verdict.action == "rollback":
-            end = Rollback(batch.after, verdict.reason)
+            counts, grad_norm, decision = train_step(config, run, batch, images, health.check)
+        if decision.action == "rollback":
+            end = Rollback(batch.after, decision.reason)
             break
         position = replace(position, step=position.step + 1, place=batch.after)
         if metrics.step_done(position.step, counts, learning_rate, grad_norm, last=batch.is_last):
             metrics.add(position.step, goodput.points() | health.points())
-            goodput.note_alive(position.step)
-        ledger.note(position.step, batch, counts.loss, grad_norm)
+            goodput.record_alive(position.step)
+        ledger.record(position.step, batch, counts.loss, grad_norm)
         run.checkpoints.poll()
-        reason = verdict.stop_reason or tolerance.exceeded(counts, batch.num_samples)
+        reason = decision.stop_reason or tolerance.exceeded(counts, batch.num_samples)
         if not reason:
             with goodput.doing("validation"):
                 loss = validation.measure(position.step, last=batch.is_last)
             if loss is not None:
                 metrics.validation(position.step, loss)
             with goodput.doing("validation"):
-                metrics.pictures(position.step, pictures.look(position.step, last=batch.is_last))
-            reason = saver.visit(position, loss, due=batch.is_last or validation.is_best(loss))
+                metrics.pictures(position.step, pictures.maybe_predict(position.step, last=batch.is_last))
+            reason = policy.maybe_save(position, loss, due=batch.is_last or validation.is_best(loss))
         if reason:
-            end = give_up(config, reason, run.topology.rank)
+            end = stop_run(config, reason, run.topology.rank)
             break
         metrics.resume_clock()
         progress.at("step/end")
-        supervision.watch.mark("waiting for data")
+        context.watchdog.heartbeat("waiting for data")
         goodput.switch("data")
         if batch.is_last or request.is_agreed:
             break
-    if request.is_agreed and end != STOPPED:
-        reason = saver.visit_last(position)
-        end = give_up(config, reason, run.topology.rank) if reason else REQUEUE
+    if request.is_agreed and end != EXIT_STOPPED:
+        reason = policy.save_before_exit(position)
+        end = stop_run(config, reason, run.topology.rank) if reason else EXIT_REQUEUE
     with goodput.doing("save"):
-        if isinstance(end, Rollback) or end == STOPPED:
+        if isinstance(end, Rollback) or end == EXIT_STOPPED:
             run.checkpoints.wait()  # there is an older one to go back to, or to go on from
         else:
             run.checkpoints.finish()
-    if end == REQUEUE:
-        logger.info("asked to stop (%s): step %d is saved", request.received, saver.step)
+    if end == EXIT_REQUEUE:
+        logger.info("asked to stop (%s): step %d is saved", request.received, policy.step)
     metrics.close()
     ledger.close()
     if isinstance(end, int):
-        goodput.note_end(position.step, end)
+        goodput.record_end(position.step, end)
     return end
 
 
-def roll_back(config: Config, run: Run, supervision: Supervision, spike: Rollback) -> Position:
+def roll_back(config: Config, run: TrainingComponents, context: RunContext, spike: Rollback) -> Position:
     """Go back to the newest checkpoint, and on from there behind the spike. Returns: the position there."""
     logger.warning("%s: going back to the newest checkpoint, and on behind the spike", spike.reason)
-    supervision.goodput.switch("recovery")
+    context.goodput.switch("recovery")
     position = run.checkpoints.roll_back()
     apply_settings(config, run.optimizer)
-    supervision.journal.note_rollback(position.step, spike.place, spike.reason)
-    supervision.goodput.note_rollback(position.step)
+    context.journal.record_rollback(position.step, spike.place, spike.reason)
+    context.goodput.record_rollback(position.step)
     return position
 
 
-class Saver:
+class CheckpointPolicy:
     """Saves when it is time, and only what replicas agree on."""
 
-    def __init__(self, config: Config, run: Run, supervision: Supervision, health: Health, metrics: Metrics, step: int):
+    def __init__(
+        self, config: Config, run: TrainingComponents, context: RunContext, health: LossGuard, metrics: Metrics, step: int
+    ):
         """`step`: of the checkpoint that the run goes on from, 0 if there is none."""
-        self.config, self.run, self.supervision, self.health = config, run, supervision, health
+        self.config, self.run, self.context, self.health = config, run, context, health
         self.metrics, self.step = metrics, step
 
     @property
@@ -180,7 +190,7 @@ class Saver:
         """Whether there is a checkpoint of this run."""
         return self.step > 0
 
-    def visit(self, position: Position, validation_loss: float | None, *, due: bool) -> str | None:
+    def maybe_save(self, position: Position, validation_loss: float | None, *, due: bool) -> str | None:
         """After a step: check and save if it is time, or `due` for another reason; a step is saved once.
 
         Returns: why the run must not go on; None: all is well.
@@ -188,29 +198,29 @@ class Saver:
         checkpoint, health = self.config.checkpoint, self.config.health
         due = (due or position.step % checkpoint.interval_steps == 0) and position.step > self.step
         if due or position.step % health.replica_check_steps == 0:
-            difference = check_replicas(self.run.topology, self.run.stages, self.run.checkpoints.frozen_tower)
+            difference = check_replica_weights(self.run.topology, self.run.stages, self.run.checkpoints.frozen_tower)
             if difference:
                 return (
                     f"after step {position.step} {difference}. A machine may be broken: find it before you go on, from the "
                     f"checkpoint of step {self.step}"
                 )
         if due:
-            with self.supervision.goodput.doing("save"):
-                self.supervision.goodput.note_save(position.step, self.health.state())
+            with self.context.goodput.doing("save"):
+                self.context.goodput.record_save(position.step, self.health.state())
                 stall_seconds = self.run.checkpoints.save(position, validation_loss=validation_loss)
             self.metrics.save_stall(position.step, stall_seconds)
             self.step = position.step
         return None
 
-    def visit_last(self, position: Position) -> str | None:
-        """Before leaving: what is not on the disk, because its save failed, is saved once more. Returns: as `visit`."""
+    def save_before_exit(self, position: Position) -> str | None:
+        """Before leaving: what is not on the disk, because its save failed, is saved once more. Returns: as `maybe_save`."""
         self.run.checkpoints.wait()
         if self.run.checkpoints.saves.failures:
             self.step = 0
-        return self.visit(position, None, due=True)
+        return self.maybe_save(position, None, due=True)
 
 
-class Tolerance:
+class BadSampleBudget:
     """How many samples may fail to read: `data.max_bad_fraction` of those since this start, counted as at least 1,000."""
 
     def __init__(self, config: Config):
@@ -228,9 +238,9 @@ class Tolerance:
         )
 
 
-def give_up(config: Config, reason: str, rank: int) -> int:
+def stop_run(config: Config, reason: str, rank: int) -> int:
     """Stop on purpose: say why in RUN/STOP. Nothing is saved, so going on starts from the last good checkpoint."""
     if rank == 0:
         logger.error("stopped: %s", reason)
         publish(stop_file(config), f"{reason}\n".encode())
-    return STOPPED
+    return EXIT_STOPPED

@@ -16,22 +16,22 @@ import torch
 from ..checkpoint import run_lock
 from ..checkpoint.checkpointer import Checkpoints, Position, check_architecture, position_of, tower_hash
 from ..checkpoint.manifest import (
-    NEWEST,
-    candidates,
+    LATEST,
     complete_checkpoints,
-    first_plausible,
-    newest_whole,
+    first_intact,
+    latest_intact,
     publish,
-    put_aside,
+    quarantine,
+    resolve_checkpoints,
 )
 from ..config import Config, DataConfig, differences, from_json, to_json
 from ..data.loading.feature_cache import FeatureCache, feature_key
-from ..data.loading.plan import START, Datasets, End, Plan
+from ..data.loading.plan import START, Datasets, SamplingPlan, TrainingLength
 from ..data.loading.webdataset_stream import Stream
 from ..data.shards.reader import ShardDataset
 from ..data.text.chat_template import check_tokenizer
 from ..data.text.tokenizer import load_tokenizer
-from ..distributed.control_group import Agreement
+from ..distributed.control_group import ControlGroup
 from ..distributed.fused_kernels import Kernels, detect
 from ..distributed.megatron_config import attention_core, check_fp8, check_graphs
 from ..runtime import failpoints
@@ -40,15 +40,15 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Start:
+class RunInputs:
     """What every rank finds out by itself, and alike."""
 
-    plan: Plan | Stream
-    held_out: Plan | None
+    plan: SamplingPlan | Stream
+    held_out: SamplingPlan | None
     features: tuple[FeatureCache, ...]
     """Of the plan's datasets; none: images are read."""
     held_out_features: tuple[FeatureCache, ...]
-    end: End
+    end: TrainingLength
     checkpoint: Path | None
     """Where the weights come from; None: they are fresh."""
     continues: bool
@@ -56,39 +56,41 @@ class Start:
     previous: Config | None
     """The settings that the run folder holds."""
     kernels: Kernels
-    ranks: Agreement | None = None
+    ranks: ControlGroup | None = None
     """The ranks' own group for everything about checkpoints; None before they have met."""
-    run_lock: run_lock.Attempt | None = None
+    run_lock: run_lock.RunLock | None = None
     """The right to write into the run folder; None before ranks have met."""
 
 
-def prepare(config: Config, data_size: int) -> Start:
+def prepare_inputs(config: Config, data_size: int) -> RunInputs:
     """Find the data and the checkpoint, and check that they fit. Raises: ValueError for a user's mistake."""
-    if not config.data.path and not config.data.stream:
+    if not config.data.datasets and not config.data.webdataset_urls:
         raise ValueError(
-            f"recipe {config.recipe} has no data of its own: give --data.path, a folder that pipelines.preprocess wrote"
+            f"recipe {config.recipe} has no data of its own: give --data.datasets, a folder that pipelines.preprocess wrote"
         )
     stop = stop_file(config)
-    if stop.is_file() and not config.run.resume_after_stop:
-        raise ValueError(f"{stop} says: {stop.read_text().strip()} (to go on all the same: --run.resume-after-stop)")
+    if stop.is_file() and not config.run.ignore_stop_file:
+        raise ValueError(f"{stop} says: {stop.read_text().strip()} (to go on all the same: --run.ignore-stop-file)")
     kernels = detect()
     attention_core(config, kernels)
     check_fp8(config, kernels)
     check_graphs(config, kernels)
     check_text(config)
-    plan = make_stream(config, data_size) if config.data.stream else make_plan(config, config.data)
+    plan = make_stream(config, data_size) if config.data.webdataset_urls else make_plan(config, config.data)
     held_out = None
     if config.data.validation_path is not None:
-        held_out = make_plan(config, replace(config.data, path=(config.data.validation_path,), weights=(), stream=()))
+        held_out = make_plan(
+            config, replace(config.data, datasets=(config.data.validation_path,), weights=(), webdataset_urls=())
+        )
     own, folders = saved(config)
     settings = config.run_dir / "config.json"
-    start = Start(
+    start = RunInputs(
         plan=plan,
         held_out=held_out,
         features=open_features(config, plan, config.data.features),
         held_out_features=open_features(config, held_out, config.data.validation_features),
         end=end_of(config, plan),
-        checkpoint=first_plausible(folders) if folders else None,
+        checkpoint=first_intact(folders) if folders else None,
         continues=own,
         previous=from_json(settings.read_text()) if settings.is_file() else None,
         kernels=kernels,
@@ -101,37 +103,37 @@ def prepare(config: Config, data_size: int) -> Start:
 def saved(config: Config) -> tuple[bool, list[Path]]:
     """Whether the run has checkpoints of its own, and those that it may start from, best first.
 
-    Raises: ValueError if `checkpoint.initial` holds none.
+    Raises: ValueError if `checkpoint.init_from` holds none.
     """
-    own, initial = complete_checkpoints(config.run_dir)[::-1], config.checkpoint.initial
-    return bool(own), own if own or initial is None else candidates(initial)
+    own, initial = complete_checkpoints(config.run_dir)[::-1], config.checkpoint.init_from
+    return bool(own), own if own or initial is None else resolve_checkpoints(initial)
 
 
-def claim(config: Config, start: Start) -> Start:
+def lock_run_dir(config: Config, start: RunInputs) -> RunInputs:
     """Make this start the only one that writes into the run folder; all ranks call it.
 
     Raises: ValueError while another run does, or if the folder cannot be written.
     """
-    ranks = Agreement(config.checkpoint.group_timeout_seconds)
-    return replace(start, ranks=ranks, run_lock=run_lock.claim(config.run_dir, ranks))
+    ranks = ControlGroup(config.checkpoint.group_timeout_seconds)
+    return replace(start, ranks=ranks, run_lock=run_lock.acquire_on_all_ranks(config.run_dir, ranks))
 
 
-def settle(config: Config, start: Start) -> Start:
+def select_checkpoint(config: Config, start: RunInputs) -> RunInputs:
     """Verify every byte of the checkpoint to start from, and fall back to the newest one that is as it was written.
 
-    All ranks call it, after `claim`. Raises: ValueError listing what is wrong with each, if none is left.
+    All ranks call it, after `acquire_on_all_ranks`. Raises: ValueError listing what is wrong with each, if none is left.
     """
     ranks = start.ranks
     assert ranks is not None
-    own, folders = ranks.first(lambda: saved(config))
+    own, folders = ranks.on_rank_zero(lambda: saved(config))
     if not folders:
         return replace(start, checkpoint=None, continues=False)
-    folder = newest_whole(folders, ranks)
+    folder = latest_intact(folders, ranks)
     start = replace(start, checkpoint=folder, continues=own)
     check_checkpoint(config, start, folder)
     if own:
-        ranks.first(lambda: put_aside(folders[: folders.index(folder)]))
-    newest = config.run_dir / "checkpoints" / NEWEST
+        ranks.on_rank_zero(lambda: quarantine(folders[: folders.index(folder)]))
+    newest = config.run_dir / "checkpoints" / LATEST
     named = newest.read_text(errors="replace").strip() if newest.is_file() else folder.name
     if own and ranks.rank == 0 and named != folder.name:
         logger.warning("%s names %s, but %s is the newest whole one", newest, named, folder)
@@ -139,10 +141,10 @@ def settle(config: Config, start: Start) -> Start:
 
 
 def open_features(
-    config: Config, plan: Plan | Stream | None, folders: tuple[str, ...] | str | None
+    config: Config, plan: SamplingPlan | Stream | None, folders: tuple[str, ...] | str | None
 ) -> tuple[FeatureCache, ...]:
     """The features of a plan's datasets. Raises: ValueError if they are not those of this tower's kind and preprocessing."""
-    if not folders or not isinstance(plan, Plan):
+    if not folders or not isinstance(plan, SamplingPlan):
         return ()
     folders = (folders,) if isinstance(folders, str) else folders
     caches = tuple(FeatureCache(folder, part) for folder, part in zip(folders, plan.datasets.parts, strict=True))
@@ -151,7 +153,7 @@ def open_features(
     return caches
 
 
-def check_tower(start: Start, checkpoints: Checkpoints) -> None:
+def check_tower(start: RunInputs, checkpoints: Checkpoints) -> None:
     """Raises: ValueError if features were made by a tower of other weights than the one that the run starts from."""
     caches = (*start.features, *start.held_out_features)
     if caches:
@@ -161,17 +163,17 @@ def check_tower(start: Start, checkpoints: Checkpoints) -> None:
             cache.check({"tower": tower})
 
 
-def check_checkpoint(config: Config, start: Start, folder: Path) -> None:
+def check_checkpoint(config: Config, start: RunInputs, folder: Path) -> None:
     """Raises: ValueError for another architecture; for a run's own checkpoint also if other parts train, the optimizer is of
     the other kind, or the data would come in another order."""
     description = check_architecture(folder, config)
     if not start.continues:
         return
-    if set(description["parts"]) != set(config.train.parts):
+    if set(description["parts"]) != set(config.train.trainable_parts):
         raise ValueError(
-            f"checkpoint {folder} trained {' '.join(description['parts'])}, but train.parts is "
-            f"{' '.join(config.train.parts)}: continue with the same parts, or start a new --run.dir from it "
-            "with --checkpoint.initial"
+            f"checkpoint {folder} trained {' '.join(description['parts'])}, but train.trainable_parts is "
+            f"{' '.join(config.train.trainable_parts)}: continue with the same parts, or start a new --run.dir from it "
+            "with --checkpoint.init-from"
         )
     if description["distributed_optimizer"] != config.parallel.distributed_optimizer:
         raise ValueError(
@@ -179,7 +181,7 @@ def check_checkpoint(config: Config, start: Start, folder: Path) -> None:
             f"{'a distributed' if description['distributed_optimizer'] else 'an undivided'} optimizer, which is stored in "
             "another form: continue with --parallel.distributed-optimizer as it was"
         )
-    position, fixed = position_of(description), start.plan.fixed()
+    position, fixed = position_of(description), start.plan.fingerprint_fields()
     for field in position.data | fixed:
         old, new = position.data.get(field), fixed.get(field)
         if old != new:
@@ -200,35 +202,37 @@ def check_text(config: Config) -> None:
         )
 
 
-def make_plan(config: Config, data: DataConfig) -> Plan:
+def make_plan(config: Config, data: DataConfig) -> SamplingPlan:
     """The plan over the datasets of a data section, for this run's seed and batch. Raises: ValueError, as `ShardDataset`."""
     cache_dir = None if data.cache_dir is None else Path(data.cache_dir)
     cache_bytes = int(data.cache_gib * 2**30)
-    datasets = Datasets([ShardDataset(path, cache_dir=cache_dir, cache_bytes=cache_bytes) for path in data.path], data)
-    without = 1 if config.model.text_only == "zero_image" else 0
-    plan = Plan(datasets, data, seed=config.train.seed, global_batch=config.global_batch, images_without=without)
+    datasets = Datasets([ShardDataset(path, cache_dir=cache_dir, cache_bytes=cache_bytes) for path in data.datasets], data)
+    without = 1 if config.model.text_only_vision == "zero_image" else 0
+    plan = SamplingPlan(datasets, data, seed=config.train.seed, global_batch=config.global_batch, images_without=without)
     if plan.left_out:
-        logger.warning("%s: samples left out: %s", " ".join(data.path), plan.describe_left_out(plan.left_out))
+        logger.warning("%s: samples left out: %s", " ".join(data.datasets), plan.describe_left_out(plan.left_out))
     return plan
 
 
 def make_stream(config: Config, data_size: int) -> Stream:
-    """The tars of `data.stream`. Raises: ValueError, as `Stream`; also for a run without an end, or with more data ranks than
-    tars."""
+    """The tars of `data.webdataset_urls`.
+
+    Raises: ValueError, as `Stream`; also for a run without an end, or with more data ranks than tars.
+    """
     if config.train.steps is None:
-        raise ValueError("data.stream has no end, so epochs cannot be counted: give --train.steps")
-    without = 1 if config.model.text_only == "zero_image" else 0
+        raise ValueError("data.webdataset_urls has no end, so epochs cannot be counted: give --train.steps")
+    without = 1 if config.model.text_only_vision == "zero_image" else 0
     stream = Stream(config.data, seed=config.train.seed, global_batch=config.global_batch, images_without=without)
     stream.check_ranks(data_size)
     return stream
 
 
-def end_of(config: Config, plan: Plan | Stream) -> End:
+def end_of(config: Config, plan: SamplingPlan | Stream) -> TrainingLength:
     """How long the run is."""
     if config.train.steps is not None:
-        return End(config.train.steps, None)
-    assert isinstance(plan, Plan)
-    return End(None, max(1, math.ceil(config.train.epochs * plan.epoch_samples)))
+        return TrainingLength(config.train.steps, None)
+    assert isinstance(plan, SamplingPlan)
+    return TrainingLength(None, max(1, math.ceil(config.train.epochs * plan.epoch_samples)))
 
 
 def stop_file(config: Config) -> Path:
@@ -236,12 +240,12 @@ def stop_file(config: Config) -> Path:
     return config.run_dir / "STOP"
 
 
-def begin(config: Config, start: Start, checkpoints: Checkpoints) -> Position:
+def restore_or_initialize(config: Config, start: RunInputs, checkpoints: Checkpoints) -> Position:
     """Continue the run, or load the weights it starts from; then write RUN/config.json. All ranks call it.
 
     Returns: where the run stands.
     """
-    position = Position(step=0, place=START, data=start.plan.fixed())
+    position = Position(step=0, place=START, data=start.plan.fingerprint_fields())
     failpoints.reach("start/restore")
     if start.continues:
         assert start.checkpoint is not None
@@ -252,8 +256,8 @@ def begin(config: Config, start: Start, checkpoints: Checkpoints) -> Position:
             logger.info("nothing to do: %s has ended with step %d", config.run_dir, position.step)
     elif start.checkpoint is not None:
         checkpoints.load_weights(start.checkpoint, verified=True)
-    elif "language" not in config.train.parts:
-        logger.warning("the language model is fresh and frozen: give pretrained weights with --checkpoint.initial")
+    elif "language" not in config.train.trainable_parts:
+        logger.warning("the language model is fresh and frozen: give pretrained weights with --checkpoint.init-from")
     failpoints.reach("start/restored")
     check_tower(start, checkpoints)
     if torch.distributed.get_rank() == 0:

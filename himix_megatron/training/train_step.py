@@ -14,33 +14,33 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from ..data.loading.batch import StepBatch, pinned, without_loss
+from ..data.loading.batch import StepBatch, mask_samples, pinned
 from ..distributed.topology import Topology
 from ..model.schedule import run_losses
 from ..model.stage_input import stage_inputs
 from ..monitoring.metrics import StepCounts
-from ..resilience.loss_guard import Verdict
+from ..resilience.loss_guard import StepDecision
 from ..runtime import failpoints, progress
 from ..runtime.stop_signals import StopRequest
-from .builder import Run
+from .builder import TrainingComponents
 from .optimizer import gradient_norm, update
 
 logger = logging.getLogger(__name__)
 
 
-def encoded(
-    run: Run,
+def with_features(
+    run: TrainingComponents,
     batches: Iterable[StepBatch],
-    asked: Callable[[], bool] = lambda: False,
-    go_on: Callable[[], bool] = lambda: True,
+    stop_requested: Callable[[], bool] = lambda: False,
+    keep_going: Callable[[], bool] = lambda: True,
 ) -> Iterator[tuple[StepBatch, Tensor]]:
-    """Each step with its images, features or pixels, made while the step before it trains. `asked`, `go_on`: see `Ahead`."""
+    """Each step with its images, features or pixels, made while the step before it trains (see `FeaturePrefetcher`)."""
 
     def encode(batch: StepBatch) -> tuple[StepBatch, Tensor]:
         batch = agree_on_bad(batch, run.topology)
         return batch, run.encoder.encode(batch.pixels, batch.blank, len(batch.blank))
 
-    return run.ahead.steps(_read(batches, run.topology.device), encode, asked, go_on)
+    return run.prefetcher.steps(_read(batches, run.topology.device), encode, stop_requested, keep_going)
 
 
 def _read(batches: Iterable[StepBatch], device: torch.device) -> Iterator[StepBatch]:
@@ -53,27 +53,29 @@ def _read(batches: Iterable[StepBatch], device: torch.device) -> Iterator[StepBa
         yield pinned(batch) if device.type != "cpu" else batch
 
 
-def together(run: Run, batches: Iterable[StepBatch], request: StopRequest) -> Iterator[tuple[StepBatch, Tensor]]:
-    """As `encoded`, each step once all ranks have it; no more of them, on all ranks alike, once any has been asked to stop.
+def synced_batches(
+    run: TrainingComponents, batches: Iterable[StepBatch], request: StopRequest
+) -> Iterator[tuple[StepBatch, Tensor]]:
+    """As `with_features`, each step once all ranks have it; no more of them, on any rank, once one has been asked to stop.
 
     A rank that is asked while it waits for data, its own or another's, breaks the wait off: nobody waits for a slow disk in
     order to stop.
     """
 
-    def go_on() -> bool:
-        asked = torch.tensor(float(request.asked))
-        torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX, group=run.topology.control)
-        if asked.item():
-            request.note("another rank was asked")
+    def keep_going() -> bool:
+        stop_requested = torch.tensor(float(request.stop_requested))
+        torch.distributed.all_reduce(stop_requested, op=torch.distributed.ReduceOp.MAX, group=run.topology.control)
+        if stop_requested.item():
+            request.record("another rank was asked")
             request.is_agreed = True
         return not request.is_agreed
 
-    return encoded(run, batches, lambda: request.asked, go_on)
+    return with_features(run, batches, lambda: request.stop_requested, keep_going)
 
 
 def train_step(
-    config: Config, run: Run, batch: StepBatch, images: Tensor, judge: Callable[[float, bool], Verdict]
-) -> tuple[StepCounts, float, Verdict]:
+    config: Config, run: TrainingComponents, batch: StepBatch, images: Tensor, check: Callable[[float, bool], StepDecision]
+) -> tuple[StepCounts, float, StepDecision]:
     """One optimizer step, unless `judge(loss, finite)`, which is the same on every rank, says otherwise. The host waits for
     the device once, in `count`; megatron-core may wait for it too.
 
@@ -87,14 +89,14 @@ def train_step(
     own_norm, own_finite = gradient_norm(run.optimizer), has_finite_gradients(run)
     progress.at("step/collective")
     counts, finite, norm = count(config, run.topology, batch, reported, finite=own_finite, norm=own_norm)
-    verdict = judge(counts.loss, finite)
-    if verdict.action == "update":
+    decision = check(counts.loss, finite)
+    if decision.action == "update":
         progress.at("step/optimizer")
         update(run.optimizer, norm, config.optimizer.clip_norm)
-    return counts, norm, verdict
+    return counts, norm, decision
 
 
-def has_finite_gradients(run: Run) -> Tensor:
+def has_finite_gradients(run: TrainingComponents) -> Tensor:
     """bool[], on the device: whether all gradients that this rank holds are finite, those too that its norm leaves to another
     rank."""
     largest = [
@@ -107,8 +109,8 @@ def has_finite_gradients(run: Run) -> Tensor:
     return torch.stack(largest).isfinite().all() if largest else torch.ones((), dtype=torch.bool, device=device)
 
 
-def run_schedule(run: Run, batch: StepBatch, images: Tensor, *, forward_only: bool) -> list[Tensor]:
-    """Forward (and backward) over a step's micro-batches. `images`: as `encoded` gives them.
+def run_schedule(run: TrainingComponents, batch: StepBatch, images: Tensor, *, forward_only: bool) -> list[Tensor]:
+    """Forward (and backward) over a step's micro-batches. `images`: as `with_features` gives them.
 
     Returns: on the last stage per micro-batch what `loss.answer_loss` reports; elsewhere nothing.
     """
@@ -134,7 +136,7 @@ def agree_on_bad(batch: StepBatch, topology: Topology) -> StepBatch:
         bad_samples=tuple(bad),
         bad_keys=tuple(keys[sample] for sample in bad),
     )
-    return without_loss(agreed, bad)
+    return mask_samples(agreed, bad)
 
 
 def count(
@@ -176,7 +178,7 @@ def count(
         vision_tokens=int(images) * config.vision.tokens_per_image,
         images=int(images),
         bad_samples=int(bad),
-        cut_samples=int(cut),
+        truncated_samples=int(cut),
         sources=tuple(zip(apart[::2], apart[1::2], strict=True)),
     )
     return counts, not_finite == 0 and (not answer_tokens or math.isfinite(loss)), whole_norm

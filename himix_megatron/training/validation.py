@@ -8,22 +8,22 @@ import torch
 
 from ..config import Config
 from ..data.loading.loader import step_loader
-from ..data.loading.plan import End, Plan, StepPlan
+from ..data.loading.plan import SamplingPlan, StepPlan, TrainingLength
 from ..runtime import progress
-from .builder import Run, step_reader
-from .resume import Start
-from .supervision import Supervision
-from .train_step import count, run_schedule, together
+from .builder import TrainingComponents, step_reader
+from .resume import RunInputs
+from .startup import RunContext
+from .train_step import count, run_schedule, synced_batches
 
 
 class Validation:
     """The loss on the held-out set, at the intervals that `log` says."""
 
-    def __init__(self, config: Config, start: Start, run: Run, supervision: Supervision):
-        self.supervision = supervision
+    def __init__(self, config: Config, start: RunInputs, run: TrainingComponents, context: RunContext):
+        self.context = context
         self.config, self.run = config, run
         # One rank looks for all: what two nodes see of a shared folder may differ for a while, and saving goes by this.
-        self.best = run.checkpoints.ranks.first(run.checkpoints.best_validation_loss)
+        self.best = run.checkpoints.ranks.on_rank_zero(run.checkpoints.best_validation_loss)
         self.plan = start.held_out
         self.reader = (
             None if start.held_out is None else step_reader(config, start.held_out, run.topology, start.held_out_features)
@@ -41,18 +41,18 @@ class Validation:
             return None
         total = tokens = 0.0
         batches = step_loader(self.reader, self._steps(self.plan), self.config.data.num_workers)
-        for batch, images in together(self.run, batches, self.supervision.request):
+        for batch, images in synced_batches(self.run, batches, self.context.request):
             progress.at("validation/step")
             reported = run_schedule(self.run, batch, images, forward_only=True)
             counts, _, _ = count(self.config, self.run.topology, batch, reported)
             if counts.answer_tokens:
                 total, tokens = total + counts.loss * counts.answer_tokens, tokens + counts.answer_tokens
-        return total / tokens if tokens and not self.supervision.request.is_agreed else None
+        return total / tokens if tokens and not self.context.request.is_agreed else None
 
-    def _steps(self, plan: Plan) -> Iterator[StepPlan]:
+    def _steps(self, plan: SamplingPlan) -> Iterator[StepPlan]:
         """Whole batches, as many as the samples to look at fill, but at least one."""
         available = min(self.config.log.validation_samples, plan.epoch_samples)
-        for step in plan.steps(End(None, available)):
+        for step in plan.steps(TrainingLength(None, available)):
             if step.step and step.after.samples > available:
                 return
             yield step

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from himix_megatron.runtime.stop_signals import REQUEUE, STOPPED
+from himix_megatron.runtime.stop_signals import EXIT_REQUEUE, EXIT_STOPPED
 
 GRACE_SECONDS = 60.0
 """Ranks that are asked to stop, or that miss one that failed, get TERM, and so much later KILL."""
@@ -36,7 +36,7 @@ class Ending:
     def __str__(self) -> str:
         if self.code < 0:
             return f"killed: rank {self.rank} got {signal.Signals(-self.code).name}"
-        meaning = {0: "done", REQUEUE: "asked to stop: saved, to be continued", STOPPED: "stopped on purpose"}
+        meaning = {0: "done", EXIT_REQUEUE: "asked to stop: saved, to be continued", EXIT_STOPPED: "stopped on purpose"}
         return meaning.get(self.code, f"failed: rank {self.rank} left with exit code {self.code}")
 
 

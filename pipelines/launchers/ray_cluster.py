@@ -32,7 +32,7 @@ import psutil
 
 from himix_megatron.data.shards.storage import Folder, folder_at
 from himix_megatron.distributed.launch import Launch, address_of, launch_from_environment
-from himix_megatron.runtime.stop_signals import REQUEUE, unsaved_code
+from himix_megatron.runtime.stop_signals import EXIT_REQUEUE, unsaved_code
 from pipelines.cli import parse_settings, run_main
 from pipelines.preprocess import Settings
 
@@ -95,7 +95,7 @@ def lead(launch: Launch, arguments: Sequence[str], out: Folder, folder: Path) ->
 
 def code_when_asked(out: Folder, before: list[str]) -> int:
     """85; or, where no further shard is finished, what the batch script wants then: it must not go on like this for ever."""
-    return unsaved_code() if out.receipts() == before else REQUEUE
+    return unsaved_code() if out.receipts() == before else EXIT_REQUEUE
 
 
 def follow(launch: Launch, folder: Path) -> int:

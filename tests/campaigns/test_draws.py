@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from himix_megatron.data.loading.loader import Reads, StepReader, step_loader
-from himix_megatron.data.loading.plan import START, Datasets, End, Place, Plan
+from himix_megatron.data.loading.loader import ReadSpec, StepReader, step_loader
+from himix_megatron.data.loading.plan import START, DataPosition, Datasets, SamplingPlan, TrainingLength
 from himix_megatron.data.shards.reader import ShardDataset
 from tests.support.data_fixtures import VISION, data_config, encoded, make, picture, row
 
-FOREVER = End(1 << 40, None)
+FOREVER = TrainingLength(1 << 40, None)
 BATCH = 64
 PACKED = {"pack_text_tokens": 256, "pack_images": 6}
 NUM_SAMPLES = (4_000, 1_000)
@@ -44,18 +44,18 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return made
 
 
-def readers(folders: list[Path], data_size: int, config: dict[str, object]) -> tuple[Plan, list[StepReader]]:
+def readers(folders: list[Path], data_size: int, config: dict[str, object]) -> tuple[SamplingPlan, list[StepReader]]:
     """What a fresh start builds: the plan, and each data rank's reader."""
     data = data_config(path=tuple(map(str, folders)), **config)
-    plan = Plan(Datasets([ShardDataset(f) for f in folders], data), data, seed=7, global_batch=BATCH, images_without=0)
+    plan = SamplingPlan(Datasets([ShardDataset(f) for f in folders], data), data, seed=7, global_batch=BATCH, images_without=0)
     micro = 1 if data.packs else 2
-    places = [Reads(data_rank=rank, data_size=data_size) for rank in range(data_size)]
+    places = [ReadSpec(data_rank=rank, data_size=data_size) for rank in range(data_size)]
     return plan, [StepReader(plan, vision_config=VISION, micro_batch=micro, reads=reads) for reads in places]
 
 
 def global_batches(
-    folders: list[Path], config: dict[str, object], step: int, place: Place, data_size: int, workers: int
-) -> Iterator[tuple[list[str], Place]]:
+    folders: list[Path], config: dict[str, object], step: int, place: DataPosition, data_size: int, workers: int
+) -> Iterator[tuple[list[str], DataPosition]]:
     """The keys of each global batch, put together from what the ranks read; and the place after it."""
     plan, ranks = readers(folders, data_size, config)
     # One rank reads with worker processes, the others here: 2 cores do not hold 8 ranks x 4 workers.
@@ -91,7 +91,7 @@ def survive(folders: list[Path], config: dict[str, object], num_draws: int, inte
             assert keys == [f"{plan.datasets.source(i)}/{plan.datasets.key(i)}" for pack in wanted.packs for i in pack]
             assert after == wanted.after
             seen += keys
-            drawn, step, place = drawn + len(keys), step + 1, Place(**json.loads(json.dumps(dataclasses.asdict(after))))
+            drawn, step, place = drawn + len(keys), step + 1, DataPosition(**json.loads(json.dumps(dataclasses.asdict(after))))
             while len(seen) >= epoch and not config.get("weights"):
                 assert len(set(seen[:epoch])) == epoch  # nothing lost, nothing doubled
                 seen = seen[epoch:]

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from himix_megatron.checkpoint.manifest import complete_checkpoints, problems
+from himix_megatron.checkpoint.manifest import complete_checkpoints, verify_checkpoint
 from himix_megatron.config import CheckpointConfig, Config
 from tests.support.interrupted_saves import LAYOUTS, POINTS, at, saving_config
 from tests.support.ranks import run_ranks
@@ -25,7 +25,7 @@ from tests.support.small_runs import history, train
 
 def saved_steps(run: Path) -> list[int]:
     found = complete_checkpoints(run)
-    assert [problem for folder in found for problem in problems(folder)] == []
+    assert [problem for folder in found for problem in verify_checkpoint(folder)] == []
     return [int(folder.name.removeprefix("step-")) for folder in found]
 
 
@@ -228,13 +228,13 @@ def estimated(config: Config) -> int:
     from himix_megatron.checkpoint import checkpointer
 
     found: list[int] = []
-    size_bytes = checkpointer.Checkpoints._size_bytes
+    size_bytes = checkpointer.Checkpoints._checkpoint_bytes
 
     def noted(self: Any) -> int:
         found.append(size_bytes(self))
         return found[-1]
 
-    checkpointer.Checkpoints._size_bytes = noted  # type: ignore[method-assign]
+    checkpointer.Checkpoints._checkpoint_bytes = noted  # type: ignore[method-assign]
     train(config)
     return found[0]
 

@@ -16,8 +16,8 @@ import pytest
 from himix_megatron.checkpoint.manifest import (
     complete_checkpoints,
     find_checkpoint,
-    problems,
     validation_loss,
+    verify_checkpoint,
     write_manifest,
 )
 from himix_megatron.config import Config
@@ -64,7 +64,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_the_damaged_one(mixed_dataset:
     assert "falling back to" in log
     assert "restored" in log.split("falling back to")[1]
     assert [folder.name for folder in complete_checkpoints(run)] == ["step-00000002", "step-00000003"]
-    assert problems(complete_checkpoints(run)[0]) == []
+    assert verify_checkpoint(complete_checkpoints(run)[0]) == []
     assert (run / "checkpoints" / "damaged-step-00000002" / "manifest.json").read_bytes() == before
 
 
@@ -100,7 +100,7 @@ def swap(folder: Path) -> None:
 def test_what_is_wrong_is_said(run: Path, damage: Callable[[Path], Any], says: str) -> None:
     folder = complete_checkpoints(run)[-1]
     damage(folder)
-    assert says in "; ".join(problems(folder))
+    assert says in "; ".join(verify_checkpoint(folder))
 
 
 def test_with_no_whole_checkpoint_left_nothing_starts(mixed_dataset: Path, run: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_pickle_that_no_manifest_vouches_for_is_not_opened(mixed_dataset: Path
     config = saving_config(mixed_dataset, tmp_path / "next", steps=3)
     for folder in complete_checkpoints(run):
         (folder / name).write_bytes(pickle.dumps(Bomb(tmp_path / "opened")))
-    initial = replace(config, checkpoint=replace(config.checkpoint, initial=str(run)))
+    initial = replace(config, checkpoint=replace(config.checkpoint, init_from=str(run)))
     for path in (run, complete_checkpoints(run)[-1]):
         with pytest.raises(ValueError, match=f"{name} has .* bytes, it was written with"):
             find_checkpoint(str(path))
@@ -152,7 +152,7 @@ def test_weights_are_verified_wherever_they_are_loaded(mixed_dataset: Path, run:
     assert len(found) == 3
     assert all("__0_0.distcp is damaged" in line for line in found), found
     initial = replace(config, run=replace(config.run, dir=str(tmp_path / "next")))
-    initial = replace(initial, checkpoint=replace(config.checkpoint, initial=str(run)))
+    initial = replace(initial, checkpoint=replace(config.checkpoint, init_from=str(run)))
     run_ranks(train, 1, initial, start_gloo=False)
     assert "falling back to" in (tmp_path / "next" / "log" / "rank-000.log").read_text()
 
@@ -182,7 +182,7 @@ def test_a_loss_that_is_no_number_is_neither_the_best_nor_in_its_way(run: Path) 
     (newest / "himix.json").write_text(json.dumps(description))
     files = {path.name: file_digest(path) for path in newest.iterdir() if path.name != "manifest.json"}
     write_manifest(newest, files)
-    assert problems(newest) == []
+    assert verify_checkpoint(newest) == []
     assert validation_loss(newest) is None
 
 
@@ -192,7 +192,7 @@ def test_a_file_that_cannot_be_read_is_as_good_as_damaged(run: Path) -> None:
     gone = part.read_bytes()
     part.unlink()
     part.symlink_to(part)  # reading it is an error of the system
-    assert any("__0_0.distcp" in line for line in problems(newest))
+    assert any("__0_0.distcp" in line for line in verify_checkpoint(newest))
     part.unlink()
     part.write_bytes(gone)
-    assert problems(newest) == []
+    assert verify_checkpoint(newest) == []

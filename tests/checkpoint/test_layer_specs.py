@@ -99,9 +99,9 @@ def load_and_save(checkpoint: Path, run: Path, attention: str, change: Callable[
 
     `old_way`: save extra states too, as was done once. Returns: the model's parameters.
     """
-    from himix_megatron.checkpoint.run_lock import take
+    from himix_megatron.checkpoint.run_lock import acquire
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
-    from himix_megatron.model.himix_model import bare, build_stage
+    from himix_megatron.model.himix_model import build_stage, unwrap_model
     from himix_megatron.model.vision_tower import build_tower
     from himix_megatron.training.optimizer import build_optimizer
 
@@ -114,22 +114,22 @@ def load_and_save(checkpoint: Path, run: Path, attention: str, change: Callable[
     kernels = detect()
     with as_with_gpu(attention):
         stages = build_stage(config, kernels, topology, tower)
-    change(bare(stages[0]))
-    own = checkpoints.Checkpoints(config, stages, build_optimizer(config, stages), tower, take(run))
+    change(unwrap_model(stages[0]))
+    own = checkpoints.Checkpoints(config, stages, build_optimizer(config, stages), tower, acquire(run))
     own.load_weights(checkpoint)
     make_moments(own.optimizer)
-    assert own._size_bytes() > 0
+    assert own._checkpoint_bytes() > 0
     if old_way:
         checkpoints._EXTRA_STATE = "nothing ends like this"
     own.save(checkpoints.Position(step=1, place=START, data={}))
     own.finish()
     checkpoints._EXTRA_STATE = "_extra_state"
-    for parameter in bare(stages[0]).parameters():
+    for parameter in unwrap_model(stages[0]).parameters():
         parameter.data.zero_()
     assert own.restore(run / "checkpoints" / "step-00000001").step == 1
     own.close()
     # As bytes, which a rank can hand on; the type is in them.
-    weights = {name: tensor.detach().clone().numpy() for name, tensor in bare(stages[0]).named_parameters()}
+    weights = {name: tensor.detach().clone().numpy() for name, tensor in unwrap_model(stages[0]).named_parameters()}
     shutdown_distributed()
     return weights
 

@@ -17,7 +17,7 @@ import pytest
 
 from himix_megatron.checkpoint import run_lock
 from himix_megatron.checkpoint.manifest import complete_checkpoints
-from himix_megatron.checkpoint.run_lock import Owner, take
+from himix_megatron.checkpoint.run_lock import LockOwner, acquire
 from himix_megatron.config import Config
 from tests.support.interrupted_saves import POINTS, at, saving_config
 from tests.support.ranks import run_ranks
@@ -27,14 +27,14 @@ def owned_by(run: Path, **differing: Any) -> Path:
     """An attempt's folder whose owner is like this process but for some fields. Returns: its `owner.json`."""
     folder = run / "checkpoints" / "attempt-000004"
     folder.mkdir(parents=True)
-    (folder / "owner.json").write_text(json.dumps(asdict(replace(Owner.here(), **differing))))
+    (folder / "owner.json").write_text(json.dumps(asdict(replace(LockOwner.here(), **differing))))
     return folder / "owner.json"
 
 
 def test_each_start_takes_the_next_attempt_and_the_older_one_s_folder_away(tmp_path: Path) -> None:
-    first = take(tmp_path)
+    first = acquire(tmp_path)
     (first.folder / "step-00000001").mkdir()
-    second = take(tmp_path)
+    second = acquire(tmp_path)
     assert (first.number, second.number) == (1, 2)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["attempt-000002"]
     with pytest.raises(run_lock.StaleAttemptError, match=r"another start has taken over .*: attempt 1 ends"):
@@ -60,7 +60,7 @@ def test_a_dead_owner_blocks_nobody(
     for name, value in job.items():
         monkeypatch.setenv(name, value)
     begun = time.monotonic()
-    taken = take(tmp_path)
+    taken = acquire(tmp_path)
     taken.end()
     assert taken.number == number
     assert time.monotonic() - begun < 1
@@ -78,15 +78,15 @@ def test_an_owner_elsewhere_is_watched(tmp_path: Path) -> None:
     heart = threading.Thread(target=touch)
     heart.start()
     with pytest.raises(ValueError, match=r"is in use by another run \(process 17 on elsewhere, job 88\): wait until"):
-        take(tmp_path)
+        acquire(tmp_path)
     stop.set()
     heart.join()
     begun = time.monotonic()
-    take(tmp_path).end()
+    acquire(tmp_path).end()
     assert 5 < time.monotonic() - begun < 16
     os.utime(file.parents[1] / "attempt-000005" / "ended")
     begun = time.monotonic()
-    take(tmp_path).end()  # ended in order: nobody is waited for
+    acquire(tmp_path).end()  # ended in order: nobody is waited for
     assert time.monotonic() - begun < 1
 
 
@@ -98,7 +98,7 @@ def test_of_many_starts_at_once_one_wins(tmp_path: Path) -> None:
 
 def try_to_take(run: Path) -> str | None:
     try:
-        take(run)
+        acquire(run)
     except ValueError as error:
         return str(error)
     time.sleep(3)  # alive while the others look
@@ -124,7 +124,7 @@ def overtaken(config: Config, point: str) -> tuple[Any, Any, str]:
 
     def take_over(times: int) -> None:
         if times == 2:
-            other = take(config.run_dir)
+            other = acquire(config.run_dir)
             newest = complete_checkpoints(config.run_dir)[-1]
             published = other.folder / "step-00000009"
             published.mkdir()
@@ -150,7 +150,7 @@ def listing(home: Path) -> dict[str, tuple[int, int]]:
 
 def test_a_second_run_is_refused_and_takes_over_when_the_first_is_killed(mixed_dataset: Path, tmp_path: Path) -> None:
     command = [
-        *(sys.executable, "-m", "pipelines.pretrain", "tiny_instruct", "--data.path", str(mixed_dataset)),
+        *(sys.executable, "-m", "pipelines.pretrain", "tiny_instruct", "--data.datasets", str(mixed_dataset)),
         *("--run.dir", str(tmp_path / "run"), "--train.steps", "100000", "--train.global-batch-samples", "8"),
         *("--train.micro-batch-samples", "2", "--data.num-workers", "0", "--checkpoint.interval-steps", "1"),
         *("--log.interval-steps", "1"),

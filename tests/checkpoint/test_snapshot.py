@@ -97,15 +97,15 @@ def test_a_rank_without_memory_for_its_copy_fails_the_save_on_all(mixed_dataset:
 
 
 def train_short_of_memory(config: Config) -> None:
-    from himix_megatron.checkpoint.distributed_optimizer import Divided
+    from himix_megatron.checkpoint.distributed_optimizer import DistributedOptimizerCopy
 
-    own, times = Divided.take, [0]
+    own, times = DistributedOptimizerCopy.copy_shard, [0]
 
-    def take(self: Divided, *args: Any) -> Any:
+    def copy_shard(self: DistributedOptimizerCopy, *args: Any) -> Any:
         times[0] += 1
         if times[0] == 1 and torch.distributed.get_rank() == 1:
             raise RuntimeError("CUDA error: out of memory")
         return own(self, *args)
 
-    with patch.object(Divided, "take", take):
+    with patch.object(DistributedOptimizerCopy, "copy_shard", copy_shard):
         train(config)

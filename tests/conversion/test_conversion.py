@@ -65,7 +65,7 @@ def _text_logits(run: Path, layout: dict[str, int], ids: Tensor) -> Tensor:
     config = read_config(checkpoint)
     train = dataclasses.replace(config.train, precision="fp32")
     config = dataclasses.replace(config, parallel=ParallelConfig(**layout), train=train)
-    assert config.model.text_only == "none"
+    assert config.model.text_only_vision == "none"
     topology = init_distributed(config.parallel, seed=1)
     answerer = Answerer(config, detect(), topology)
     answerer.load(checkpoint)
@@ -126,7 +126,7 @@ def test_files_on_disk_are_those_of_a_saved_model(tmp_path: Path, tower: Path) -
 def save_again(checkpoint: Path, run: Path) -> Path:
     """Load a checkpoint into a model, and save that."""
     from himix_megatron.checkpoint.checkpointer import Checkpoints, Position
-    from himix_megatron.checkpoint.run_lock import take
+    from himix_megatron.checkpoint.run_lock import acquire
     from himix_megatron.config import RunConfig
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
     from himix_megatron.model.himix_model import build_stage
@@ -137,7 +137,7 @@ def save_again(checkpoint: Path, run: Path) -> Path:
     topology = init_distributed(config.parallel, seed=1)
     tower = build_tower(config.vision, seed=1, dtype=torch.float32)
     stages = build_stage(config, detect(), topology, tower)
-    checkpoints = Checkpoints(config, stages, build_optimizer(config, stages), tower, take(run))
+    checkpoints = Checkpoints(config, stages, build_optimizer(config, stages), tower, acquire(run))
     checkpoints.load_weights(checkpoint)
     checkpoints.save(Position(step=1, place=START, data={}))
     checkpoints.close()

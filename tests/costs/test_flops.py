@@ -73,7 +73,7 @@ def counted_step(config: Config, packed: bool) -> tuple[int, int]:
     from himix_megatron.distributed.fused_kernels import detect
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
     from himix_megatron.model.attention import backends
-    from himix_megatron.model.himix_model import bare, build_stage
+    from himix_megatron.model.himix_model import build_stage, unwrap_model
     from himix_megatron.model.vision_tower import build_tower
 
     def by_products(*given: Any) -> torch.Tensor:
@@ -91,10 +91,10 @@ def counted_step(config: Config, packed: bool) -> tuple[int, int]:
     labels[:, ::3] = -100
     pixels = torch.zeros(sum(IMAGES), 3, 160, 160, dtype=torch.uint8)
     blank = torch.zeros(len(pixels), dtype=torch.bool)
-    trains = "tower" in config.train.parts
+    trains = "tower" in config.train.trainable_parts
     images = pixels if trains else torch.randn(len(pixels), config.vision.tokens_per_image, config.vision.hidden_size)
     with counter() as counted, sdpa_kernel(SDPBackend.MATH):
-        losses = bare(stages[0])(ids, images, blank, IMAGES, labels=labels, packed_lengths=TEXTS if packed else None)
+        losses = unwrap_model(stages[0])(ids, images, blank, IMAGES, labels=labels, packed_lengths=TEXTS if packed else None)
         losses.sum().backward()
     shutdown_distributed()
     return int(counted.get_total_flops()), int((labels >= 0).sum())
@@ -109,7 +109,7 @@ def test_a_steps_operations_are_those_that_torch_counts(stage: str, recompute: s
     [(counted, labels)] = run_ranks(counted_step, 1, config, packed, start_gloo=False)
     texts = TEXTS if packed else [max(TEXTS)] * len(TEXTS)
     visions = [count * config.vision.tokens_per_image for count in IMAGES]
-    images = sum(IMAGES) if "tower" in config.train.parts else 0  # elsewhere the features were given
+    images = sum(IMAGES) if "tower" in config.train.trainable_parts else 0  # elsewhere the features were given
     found = step_flops(config, Work.of(texts, visions, head_tokens=labels, images=images, causal=False))
     assert found.hardware == pytest.approx(counted, rel=0.01)
     assert found.model < counted
@@ -149,7 +149,7 @@ def test_causal_attention_worked_by_hand() -> None:
     assert (step.head, step.recomputed) == (3 * head, head)
     # Align: one layer, with nothing in front of it that trains. What the text's own products pass down ends at the mixing:
     # W_o and the MLP pass on one gradient; over vision those for the weights, for values and for keys.
-    align = step_flops(replace(config, train=replace(config.train, parts=("vision_kv",))), work)
+    align = step_flops(replace(config, train=replace(config.train, trainable_parts=("vision_kv",))), work)
     passed = 2 * 3 * (4 * 4 + 3 * 4 * 8)
     assert align.decoder == text + vision + 12 * pair + passed + vision + 6 * (pair / 2) * 3
     assert align.head == 2 * head

@@ -34,7 +34,7 @@ def built(config: Config) -> list[tuple[int, int, int]]:
     """This rank's parameters by part, the frozen tower counted."""
     from himix_megatron.distributed.fused_kernels import detect
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
-    from himix_megatron.model.himix_model import bare, build_stage, part_of
+    from himix_megatron.model.himix_model import build_stage, part_of, unwrap_model
     from himix_megatron.model.vision_tower import build_tower
 
     topology = init_distributed(config.parallel, seed=1)
@@ -42,9 +42,9 @@ def built(config: Config) -> list[tuple[int, int, int]]:
     stages = build_stage(config, detect(), topology, tower)
     found = {"language": 0, "vision_kv": 0, "tower": 0}
     for stage in stages:
-        for name, parameter in bare(stage).named_parameters():
+        for name, parameter in unwrap_model(stage).named_parameters():
             found[part_of(name)] += parameter.numel()
-    if "tower" not in config.train.parts:
+    if "tower" not in config.train.trainable_parts:
         found["tower"] = sum(parameter.numel() for parameter in tower.parameters())
     shutdown_distributed()
     return [(topology.pipeline_rank, *found.values())]  # type: ignore[list-item]
@@ -87,7 +87,7 @@ def kept_by_layers(config: Config) -> float:
     """Bytes that autograd keeps of a micro-batch, of 6 layers less 2: what 4 layers keep, parameters left out."""
     from himix_megatron.distributed.fused_kernels import detect
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
-    from himix_megatron.model.himix_model import bare, build_stage
+    from himix_megatron.model.himix_model import build_stage, unwrap_model
 
     topology = init_distributed(config.parallel, seed=1)
     found = []
@@ -95,7 +95,7 @@ def kept_by_layers(config: Config) -> float:
         sized = replace(config, model=replace(config.model, num_layers=num_layers))
         [stage] = build_stage(sized, detect(), topology, torch.nn.Identity())
         stage.zero_grad_buffer()
-        model = bare(stage)
+        model = unwrap_model(stage)
         own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         kept: dict[int, int] = {}
 

@@ -13,8 +13,8 @@ from himix_megatron.data.text.chat_template import (
     check_tokenizer,
     encode,
     end_of_turn,
-    exchanges,
     prompt,
+    turns_of,
     without_marks,
 )
 from himix_megatron.data.text.tokenizer import load_tokenizer
@@ -122,7 +122,7 @@ def test_the_loss_covers_exactly_the_answers_and_their_ends(family):
     assert not text.loss_mask[0]
     starts = [i for i in range(1, len(text.ids)) if text.loss_mask[i] and not text.loss_mask[i - 1]]
     ends = [i for i in range(1, len(text.ids) + 1) if text.loss_mask[i - 1] and (i == len(text.ids) or not text.loss_mask[i])]
-    answers = [answer for _, answer in exchanges(talk)]
+    answers = [answer for _, answer in turns_of(talk)]
     assert len(starts) == len(answers)
     for start, end, answer in zip(starts, ends, answers, strict=True):
         said = text.ids[start:end]
@@ -169,7 +169,7 @@ def test_ids_are_those_of_the_whole_text(folders):
 def test_templates_equal_the_tokenizers_own_chat_template(folders, template, name):
     tokenizer = load_tokenizer(str(folders[name]))
     messages = []
-    for question, answer in exchanges(TALK):
+    for question, answer in turns_of(TALK):
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
     def theirs(number: int, **how):

@@ -199,4 +199,4 @@ def test_settings_that_contradict_features_are_refused(dataset: ShardDataset, tm
         config_of(dataset, tmp_path, features=("a", "b"))
     config = config_of(dataset, tmp_path, features=("a",))
     with pytest.raises(ValueError, match="here the tower trains"):
-        dataclasses.replace(config, train=dataclasses.replace(config.train, parts=("tower",)))
+        dataclasses.replace(config, train=dataclasses.replace(config.train, trainable_parts=("tower",)))

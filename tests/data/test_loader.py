@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from himix_megatron.data.images.image_file import decode
-from himix_megatron.data.loading.batch import share_of, without_loss
-from himix_megatron.data.loading.loader import Reads, StepReader, step_loader
-from himix_megatron.data.loading.plan import Datasets, End, Plan
+from himix_megatron.data.loading.batch import mask_samples, rank_share
+from himix_megatron.data.loading.loader import ReadSpec, StepReader, step_loader
+from himix_megatron.data.loading.plan import Datasets, SamplingPlan, TrainingLength
 from himix_megatron.data.loading.token_counts import text_lengths
 from himix_megatron.data.shards.reader import ShardDataset
 from tests.support import ROOT
@@ -29,16 +29,20 @@ def folder(tmp_path_factory):
 class Steps:
     """The steps of a run as one rank reads them, by number."""
 
-    def __init__(self, folders, *, text_only="zero_image", batch=8, micro=2, data=None, seed=1234, pad_multiple=1, **reads):
+    def __init__(
+        self, folders, *, text_only_vision="zero_image", batch=8, micro=2, data=None, seed=1234, pad_multiple=1, **reads
+    ):
         folders = folders if isinstance(folders, list) else [folders]
         config = data or data_config()
         datasets = Datasets([ShardDataset(folder) for folder in folders], config)
-        self.plan = Plan(datasets, config, seed=seed, global_batch=batch, images_without=1 if text_only == "zero_image" else 0)
-        reads = Reads(**reads)
+        self.plan = SamplingPlan(
+            datasets, config, seed=seed, global_batch=batch, images_without=1 if text_only_vision == "zero_image" else 0
+        )
+        reads = ReadSpec(**reads)
         self.reader = StepReader(self.plan, vision_config=VISION, micro_batch=micro, reads=reads, pad_multiple=pad_multiple)
 
     def plans(self, first=0, last=1000):
-        return itertools.islice(self.plan.steps(End(last, None)), first, None)
+        return itertools.islice(self.plan.steps(TrainingLength(last, None)), first, None)
 
     def __getitem__(self, step):
         return self.reader[next(self.plans(step))]
@@ -83,9 +87,11 @@ def test_a_batch_that_does_not_divide_is_refused(folder):
 
 @pytest.mark.parametrize("replica_size", [2, 3, 8])
 @pytest.mark.parametrize("text_only", ["zero_image", "none"])
-def test_a_replicas_ranks_decode_each_image_once(folder, replica_size, text_only):
-    whole = Steps(folder, text_only=text_only)[1]
-    parts = [Steps(folder, text_only=text_only, image_rank=r, image_size=replica_size)[1] for r in range(replica_size)]
+def test_a_replicas_ranks_decode_each_image_once(folder, replica_size, text_only_vision):
+    whole = Steps(folder, text_only_vision=text_only_vision)[1]
+    parts = [
+        Steps(folder, text_only_vision=text_only_vision, image_rank=r, image_size=replica_size)[1] for r in range(replica_size)
+    ]
     assert torch.equal(torch.cat([part.pixels for part in parts]), whole.pixels)
     for part in parts:
         assert torch.equal(part.blank, whole.blank)
@@ -95,8 +101,8 @@ def test_a_replicas_ranks_decode_each_image_once(folder, replica_size, text_only
 def test_images_stand_in_the_order_of_their_samples(folder):
     dataset = ShardDataset(folder)
     number = {dataset.key(i): i for i in range(len(dataset))}
-    for text_only, without in (("zero_image", 1), ("none", 0)):
-        batch = Steps(folder, text_only=text_only)[0]
+    for text_only_vision, without in (("zero_image", 1), ("none", 0)):
+        batch = Steps(folder, text_only_vision=text_only_vision)[0]
         images = iter(zip(batch.pixels, batch.blank, strict=True))
         for micro_batch in batch.micro_batches:
             for key, count in zip(micro_batch.keys, micro_batch.images_per_sample, strict=True):
@@ -140,7 +146,7 @@ def test_cut_texts_are_counted(folder):
 
 @pytest.mark.parametrize(("num_images", "ranks"), [(0, 1), (0, 3), (1, 4), (7, 2), (8, 3), (9, 4), (100, 7)])
 def test_shares_cover_the_images_in_order(num_images, ranks):
-    shares = [share_of(num_images, r, ranks) for r in range(ranks)]
+    shares = [rank_share(num_images, r, ranks) for r in range(ranks)]
     assert [n for share in shares for n in share] == list(range(num_images))
     assert max(len(share) for share in shares) == -(-num_images // ranks)
 
@@ -184,7 +190,7 @@ def test_ranks_of_a_replica_can_agree_on_bad_images(damaged):
     union = {slot for part in parts for slot in part.bad_samples}
     assert union == set(alone.bad_samples)
     for part in parts:
-        agreed = without_loss(part, union)
+        agreed = mask_samples(part, union)
         for mine, wanted in zip(agreed.micro_batches, alone.micro_batches, strict=True):
             assert torch.equal(mine.labels, wanted.labels)
 

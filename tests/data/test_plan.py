@@ -8,10 +8,10 @@ import time
 import numpy as np
 import pytest
 
-from himix_megatron.data.loading.plan import START, WINDOW, Datasets, End, Place, Plan
+from himix_megatron.data.loading.plan import START, WINDOW, DataPosition, Datasets, SamplingPlan, TrainingLength
 from tests.support.data_fixtures import data_config, make, mixed, row
 
-FOREVER = End(10**9, None)
+FOREVER = TrainingLength(10**9, None)
 
 
 class Numbers(Datasets):
@@ -42,7 +42,7 @@ PACKED = {"pack_text_tokens": 200, "pack_images": 6}
 
 
 def plan_of(datasets, batch=8, without=0, **config):
-    return Plan(datasets, data_config(**config), seed=1234, global_batch=batch, images_without=without)
+    return SamplingPlan(datasets, data_config(**config), seed=1234, global_batch=batch, images_without=without)
 
 
 def samples(steps):
@@ -55,7 +55,7 @@ def samples(steps):
 def test_every_epoch_reads_each_sample_once(packing, shuffle, sizes):
     plan = plan_of(Numbers(*sizes), shuffle=shuffle, shuffle_shards=2, **packing)
     size = sum(sizes)
-    read = samples(plan.steps(End(None, 3 * size)))
+    read = samples(plan.steps(TrainingLength(None, 3 * size)))
     for epoch in range(3):
         assert len(set(read[epoch * size : (epoch + 1) * size])) == size
 
@@ -77,7 +77,7 @@ def test_from_any_place_it_goes_on_as_if_never_stopped(config):
     whole = list(itertools.islice(plan_of(datasets, **config).steps(FOREVER), 1500))
     places = [(0, START)] + [(step.step + 1, step.after) for step in whole]
     for step, place in places[::97] + places[500:505]:
-        place = Place(**json.loads(json.dumps(dataclasses.asdict(place))))
+        place = DataPosition(**json.loads(json.dumps(dataclasses.asdict(place))))
         again = itertools.islice(plan_of(datasets, **config).steps(FOREVER, place, step), 5)
         for mine, other in zip(again, whole[step:], strict=False):
             assert mine.step == other.step
@@ -118,16 +118,16 @@ def test_packs_keep_both_budgets():
 
 def test_a_run_ends_with_the_step_that_reaches_its_samples():
     plan = plan_of(Numbers(1_000), batch=64)
-    steps = list(plan.steps(End(None, 2_500)))
+    steps = list(plan.steps(TrainingLength(None, 2_500)))
     assert [step.is_last for step in steps] == [False] * (len(steps) - 1) + [True]
     assert steps[-2].after.samples < 2_500 <= steps[-1].after.samples
-    assert len(steps) == plan.expected_steps(End(None, 2_500)) == 40
-    assert list(plan.steps(End(None, 2_500), steps[-1].after, 40)) == []
+    assert len(steps) == plan.expected_steps(TrainingLength(None, 2_500)) == 40
+    assert list(plan.steps(TrainingLength(None, 2_500), steps[-1].after, 40)) == []
 
 
 def test_expected_steps_of_packs_are_close():
     plan = plan_of(Numbers(20_000), **PACKED)
-    end = End(None, 40_000)
+    end = TrainingLength(None, 40_000)
     assert plan.expected_steps(end) == pytest.approx(len(list(plan.steps(end))), rel=0.02)
 
 
@@ -136,10 +136,10 @@ def test_long_samples_are_cut_or_left_out_as_asked():
     cut = plan_of(datasets, max_text_tokens=30)
     assert cut.text_tokens.max() == 30
     assert cut.left_out == {}
-    dropped = plan_of(datasets, max_text_tokens=30, too_long="drop", batch=10)
+    dropped = plan_of(datasets, max_text_tokens=30, overlong="drop", batch=10)
     longer = int((datasets.text_tokens > 30).sum())
     assert dropped.left_out == {"too_long": longer}
-    steps = list(dropped.steps(End(None, 1_000)))
+    steps = list(dropped.steps(TrainingLength(None, 1_000)))
     read = samples(steps)[: 1_000 - longer]
     assert len(set(read)) == 1_000 - longer
     assert datasets.text_tokens[read].max() <= 30
@@ -148,7 +148,7 @@ def test_long_samples_are_cut_or_left_out_as_asked():
 
 def test_a_sample_with_more_images_than_a_pack_is_left_out_and_counted():
     datasets = Numbers(1_000)
-    plan = plan_of(datasets, pack_text_tokens=200, pack_images=1)
+    plan = plan_of(datasets, pack_max_text_tokens=200, pack_max_images=1)
     assert plan.left_out == {"too_many_images": int((datasets.images > 1).sum())}
 
 
@@ -156,7 +156,7 @@ def test_texts_without_a_place_in_the_template_are_refused_when_many_and_left_ou
     datasets = Numbers(1_000)
     datasets.text_tokens[[3, 500]] = 0
     assert plan_of(datasets).left_out == {"no_place_in_template": 2}
-    assert not {3, 500} & set(samples(plan_of(datasets).steps(End(None, 2_000))))
+    assert not {3, 500} & set(samples(plan_of(datasets).steps(TrainingLength(None, 2_000))))
     datasets.text_tokens[:11] = 0
     with pytest.raises(ValueError, match=r"data.template tiny has no place for 12 of 1000 samples"):
         plan_of(datasets)
@@ -164,16 +164,16 @@ def test_texts_without_a_place_in_the_template_are_refused_when_many_and_left_ou
 
 def test_nothing_left_to_read_is_refused():
     with pytest.raises(ValueError, match=r"of 1000 samples none can be read: no_place_in_template: 0, too_long: 1000"):
-        plan_of(Numbers(1_000), max_text_tokens=1, too_long="drop")
+        plan_of(Numbers(1_000), max_text_tokens=1, overlong="drop")
 
 
 def test_what_fixes_the_order_is_named_and_small(tmp_path):
     """The state that a checkpoint holds, for forty datasets."""
     plan = plan_of(Numbers(*[100] * 40), path=("p",) * 40, weights=(1.0,) * 40, **PACKED)
-    state = {"place": dataclasses.asdict(START), "data": plan.fixed()}
+    state = {"place": dataclasses.asdict(START), "data": plan.fingerprint_fields()}
     assert len(json.dumps(state)) < 4096
-    named = {"data.path", "data.weights", "data.template", "data.tokenizer", "train.seed", "data.pack_images"}
-    assert named <= plan.fixed().keys()
+    named = {"data.datasets", "data.weights", "data.template", "data.tokenizer", "train.seed", "data.pack_max_images"}
+    assert named <= plan.fingerprint_fields().keys()
 
 
 def test_resuming_costs_the_same_at_any_step():
@@ -182,7 +182,7 @@ def test_resuming_costs_the_same_at_any_step():
     costs = {}
     for epoch in (0, 9):
         started = time.perf_counter()
-        next(plan_of(datasets, **PACKED).steps(FOREVER, Place(epoch * 10_000_000 + 8_192, epoch, 2), 10**6 * epoch))
+        next(plan_of(datasets, **PACKED).steps(FOREVER, DataPosition(epoch * 10_000_000 + 8_192, epoch, 2), 10**6 * epoch))
         costs[epoch] = time.perf_counter() - started
     assert costs[9] < 2 * costs[0] + 0.5, costs
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from himix_megatron.data.loading.loader import Reads, StepReader
-from himix_megatron.data.loading.plan import Datasets, End, Plan
+from himix_megatron.data.loading.loader import ReadSpec, StepReader
+from himix_megatron.data.loading.plan import Datasets, SamplingPlan, TrainingLength
 from himix_megatron.data.loading.token_counts import text_lengths
 from himix_megatron.data.shards.reader import ShardDataset
 from pipelines.launchers import task_engine
@@ -151,10 +151,10 @@ def test_a_plan_over_s3_reads_a_few_shards_at_a_time(tmp_path, s3):
     )  # fmt: skip
     config = data_config(path=("s3://bucket/plan",), shuffle_shards=3)
     datasets = Datasets([ShardDataset("s3://bucket/plan", cache_dir=tmp_path / "cache")], config)
-    plan = Plan(datasets, config, seed=1, global_batch=6, images_without=0)
+    plan = SamplingPlan(datasets, config, seed=1, global_batch=6, images_without=0)
     assert plan.shuffle == "shards"
-    reader = StepReader(plan, vision_config=VISION, micro_batch=2, reads=Reads())
-    keys = [key for step in plan.steps(End(None, 60)) for m in reader[step].micro_batches for key in m.keys]
+    reader = StepReader(plan, vision_config=VISION, micro_batch=2, reads=ReadSpec())
+    keys = [key for step in plan.steps(TrainingLength(None, 60)) for m in reader[step].micro_batches for key in m.keys]
     assert len(set(keys)) == 60
     shards = [key.split("/")[0] for key in keys]
     assert all(len(set(shards[first : first + 15])) <= 3 for first in range(0, 60, 15))

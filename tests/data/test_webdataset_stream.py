@@ -14,8 +14,8 @@ import torch
 import webdataset
 
 from himix_megatron.data.images.image_file import decode
-from himix_megatron.data.loading.loader import Reads
-from himix_megatron.data.loading.plan import START, End, Place
+from himix_megatron.data.loading.loader import ReadSpec
+from himix_megatron.data.loading.plan import START, DataPosition, TrainingLength
 from himix_megatron.data.loading.webdataset_stream import Stream, stream_steps
 from himix_megatron.data.shards.reader import ShardDataset
 from tests.support.data_fixtures import VISION, data_config, encoded, mixed, picture
@@ -60,8 +60,10 @@ def opened(*patterns, seed=1, global_batch=8, images_without=1, **data) -> Strea
 
 
 def batches(stream, num_steps=6, *, micro_batch=2, place=START, **reads):
-    end = End(num_steps, None)
-    return list(stream_steps(stream, vision_config=VISION, micro_batch=micro_batch, reads=Reads(**reads), end=end, place=place))
+    end = TrainingLength(num_steps, None)
+    return list(
+        stream_steps(stream, vision_config=VISION, micro_batch=micro_batch, reads=ReadSpec(**reads), end=end, place=place)
+    )
 
 
 def keys(steps) -> list[str]:
@@ -99,7 +101,7 @@ def test_fifty_steps_from_foreign_tars(foreign):
     steps = batches(opened(foreign / "set-{0..3}.tar"), 50)
     assert steps[-1].is_last
     assert not any(batch.is_last for batch in steps[:-1])
-    assert steps[-1].after == Place(samples=400)
+    assert steps[-1].after == DataPosition(samples=400)
     assert set(keys(steps)) == {f"set-{i // 6}/sub/{i}" for i in range(24)}
     for batch in steps[:10]:
         assert answers(batch) == [f"Caption {key.rsplit('/', 1)[1]}." for key in keys([batch])]
@@ -118,10 +120,15 @@ def test_several_images_stand_by_number(foreign):
 
 def test_a_stream_says_that_it_is_not_exact(foreign, caplog):
     stream_steps(
-        opened(foreign / "set-0.tar"), vision_config=VISION, micro_batch=1, reads=Reads(), end=End(1, None), place=START
+        opened(foreign / "set-0.tar"),
+        vision_config=VISION,
+        micro_batch=1,
+        reads=ReadSpec(),
+        end=TrainingLength(1, None),
+        place=START,
     )
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "data.stream is not exact" in caplog.text
+    assert "data.webdataset_urls is not exact" in caplog.text
 
 
 def test_ranks_of_a_replica_read_the_same_stream_and_share_its_images(foreign):
@@ -161,7 +168,7 @@ def test_passes_and_restarts_have_orders_of_their_own(foreign):
     assert len(set(orders)) > 3
     assert all(len(order) == 4 for order in orders)
     assert keys(batches(stream)) == keys(batches(stream))
-    starts = {tuple(keys(batches(stream, 1, place=Place(samples=n)))) for n in range(5)}
+    starts = {tuple(keys(batches(stream, 1, place=DataPosition(samples=n)))) for n in range(5)}
     assert len(starts) > 1
 
 
@@ -286,7 +293,7 @@ def test_long_texts_are_cut_or_dropped(foreign):
     pattern = foreign / "set-0.tar"
     assert batches(opened(pattern, max_text_tokens=10), 1)[0].num_cut == 8
     with pytest.raises(RuntimeError, match=r"no usable sample|more than data\.max_bad_fraction"):
-        batches(opened(pattern, max_text_tokens=10, too_long="drop"), 1)
+        batches(opened(pattern, max_text_tokens=10, overlong="drop"), 1)
 
 
 def test_a_stream_from_s3_is_the_local_one(foreign, s3_client):
@@ -298,8 +305,8 @@ def test_a_stream_from_s3_is_the_local_one(foreign, s3_client):
 
 
 def test_what_must_stay_is_named(foreign):
-    one, other = opened(foreign / "set-0.tar").fixed(), opened(foreign / "set-1.tar").fixed()
-    assert [name for name in one if one[name] != other[name]] == ["data.stream"]
+    one, other = opened(foreign / "set-0.tar").fingerprint_fields(), opened(foreign / "set-1.tar").fingerprint_fields()
+    assert [name for name in one if one[name] != other[name]] == ["data.webdataset_urls"]
     assert json.dumps(one)
 
 

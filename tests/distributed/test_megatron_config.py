@@ -25,7 +25,7 @@ from himix_megatron.distributed.megatron_config import (
     text_multiple,
     transformer_config,
 )
-from himix_megatron.training.resume import prepare
+from himix_megatron.training.resume import prepare_inputs
 from pipelines.recipes import RECIPES
 from tests.support.ranks import run_ranks
 from tests.support.small_runs import small_config
@@ -35,7 +35,7 @@ def test_fp8_is_refused_where_it_cannot_run(mixed_dataset: Path, tmp_path: Path)
     config = small_config(mixed_dataset, tmp_path, parts=("vision_kv",), precision="bf16")
     config = replace(config, train=replace(config.train, fp8="tensorwise"))
     with pytest.raises(ValueError, match=r"fp8 is tensorwise, which is Transformer Engine's, but .*: use --train\.fp8 none"):
-        prepare(config, 1)
+        prepare_inputs(config, 1)
     with pytest.raises(ValueError, match=r"train\.fp8 is tensorwise, .* use --train\.precision bf16"):
         replace(config.train, precision="fp32")
 
@@ -99,13 +99,13 @@ def answers_in(config: Config) -> tuple[Any, ...]:
     """What an Answerer makes of a run's settings, and an answer of its."""
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
     from himix_megatron.inference.generator import Answerer, Prompt
-    from himix_megatron.model.himix_model import bare
+    from himix_megatron.model.himix_model import unwrap_model
 
     topology = init_distributed(config.parallel, seed=1)
     answerer = Answerer(config, detect(), topology)
     (answer,) = answerer.answer([Prompt(np.arange(5), ())], (), 2)
     shutdown_distributed()
-    return answerer.config.train.fp8, bare(answerer.stages[0]).config.fp8, len(answer)
+    return answerer.config.train.fp8, unwrap_model(answerer.stages[0]).config.fp8, len(answer)
 
 
 def test_runs_in_fp8_answer_in_bf16(mixed_dataset: Path, tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_the_log_says_what_a_run_is_computed_with() -> None:
 
 def test_cuda_graphs_are_refused_where_they_cannot_be_recorded() -> None:
     recipe = RECIPES["qwen2_0_5b_instruct"]()
-    data = replace(recipe.data, pack_text_tokens=8192, pack_images=32)
+    data = replace(recipe.data, pack_max_text_tokens=8192, pack_max_images=32)
     train = replace(recipe.train, global_batch_samples=None, global_batch_packs=4, cuda_graphs="on")
     config = replace(recipe, data=data, train=train)
     with pytest.raises(ValueError, match=r"there is no GPU here: use --train\.cuda-graphs off"):

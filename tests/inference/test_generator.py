@@ -141,9 +141,9 @@ def test_every_stage_keeps_its_own_cache(layout: dict[str, int]) -> None:
 
 def what_is_computed(answerer: Any) -> dict[str, Any]:
     """The shapes that go through head and vision projections during one answer of 8 tokens to 6 prompts."""
-    from himix_megatron.model.himix_model import bare
+    from himix_megatron.model.himix_model import unwrap_model
 
-    model = bare(answerer.stages[0])
+    model = unwrap_model(answerer.stages[0])
     head, vision, text = [], [], []
     model.output_layer.register_forward_hook(lambda _, given, out: head.append(tuple(out[0].shape[:2])))
     for layer in model.decoder.layers:

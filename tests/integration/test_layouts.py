@@ -45,7 +45,7 @@ TEXT_ONLY = {"align": "none", "instruct": "zero_image"}
 
 def both_stages(start: Path, data: Path, folder: Path, layout: dict[str, Any]) -> None:
     for stage, parts in STAGES.items():
-        train(small_config(data, folder / stage, parts=parts, text_only=TEXT_ONLY[stage], initial=start, **layout))
+        train(small_config(data, folder / stage, parts=parts, text_only_vision=TEXT_ONLY[stage], initial=start, **layout))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from himix_megatron.config import Config
-from himix_megatron.data.loading.plan import Plan
+from himix_megatron.data.loading.plan import SamplingPlan
 from himix_megatron.training.resume import make_plan
 from tests.support.ranks import run_ranks
 from tests.support.small_runs import history, small_config, train
@@ -37,7 +37,7 @@ def config_for(data: Path, run: Path, *, packed: bool, parts: Any = TRAINED, **o
         return replace(config, train=replace(config.train, global_batch_samples=NUM_SAMPLES))
     return replace(
         config,
-        data=replace(config.data, pack_text_tokens=200, pack_images=5),
+        data=replace(config.data, pack_max_text_tokens=200, pack_max_images=5),
         train=replace(config.train, global_batch_samples=None, global_batch_packs=NUM_PACKS),
     )
 
@@ -61,7 +61,7 @@ def test_a_step_of_packs_is_the_whole_set(mixed_dataset: Path, tmp_path: Path) -
     """What the comparisons below rest on."""
     config = config_for(mixed_dataset, tmp_path, packed=True)
     plan = make_plan(config, config.data)
-    assert isinstance(plan, Plan)
+    assert isinstance(plan, SamplingPlan)
     assert [len(plan.window(epoch, 0)) for epoch in range(5)] == [NUM_PACKS] * 5
     assert max(map(len, plan.window(0, 0))) > 4
 

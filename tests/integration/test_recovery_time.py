@@ -19,7 +19,7 @@ def test_a_killed_run_does_a_new_step_within_20_seconds(mixed_dataset: Path, tmp
     run = tmp_path / "run"
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pipelines.pretrain",
-        "tiny_instruct", "--data.path", str(mixed_dataset), "--run.dir", str(run), "--train.steps", "100000",
+        "tiny_instruct", "--data.datasets", str(mixed_dataset), "--run.dir", str(run), "--train.steps", "100000",
         "--train.global-batch-samples", "8", "--train.micro-batch-samples", "2", "--checkpoint.interval-steps", "10",
         "--data.num-workers", "1", "--log.ledger",
     ]  # fmt: skip

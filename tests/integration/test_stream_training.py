@@ -10,7 +10,7 @@ import pytest
 import webdataset
 
 from himix_megatron.config import Config
-from himix_megatron.training.resume import prepare
+from himix_megatron.training.resume import prepare_inputs
 from tests.support.datasets import COLOURS
 from tests.support.ranks import run_ranks
 from tests.support.small_runs import history, small_config, train
@@ -35,7 +35,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def streaming(stream: str, run: Path, **changes: int) -> Config:
     config = small_config(Path(), run, parts=("language", "vision_kv"), **changes)
-    return replace(config, data=replace(config.data, path=(), stream=(stream,)))
+    return replace(config, data=replace(config.data, datasets=(), webdataset_urls=(stream,)))
 
 
 @pytest.mark.parametrize(("layout", "num_workers"), [({"tensor": 2}, 1), ({}, 0)], ids=["tensor 2", "data 2"])
@@ -47,7 +47,7 @@ def test_fifty_steps_from_foreign_tars_learn(foreign: str, tmp_path: Path, layou
     assert len(losses) == 50
     assert all(map(math.isfinite, losses))
     assert losses[-1] < losses[0] - 1
-    assert "data.stream is not exact" in (tmp_path / "log" / "rank-000.log").read_text()
+    assert "data.webdataset_urls is not exact" in (tmp_path / "log" / "rank-000.log").read_text()
 
 
 def test_steps_from_our_own_shards_continue(mixed_dataset: Path, tmp_path: Path) -> None:
@@ -56,12 +56,12 @@ def test_steps_from_our_own_shards_continue(mixed_dataset: Path, tmp_path: Path)
         run_ranks(train, 1, streaming(tars, tmp_path, steps=steps), start_gloo=False)
     assert len(history(tmp_path)["train/loss"]) == 50
     with pytest.raises(ValueError, match=r"stands at step 50 of another data order: data\.stream is .*, it was"):
-        prepare(streaming(tars.replace("..2", "..1"), tmp_path, steps=60), 1)
+        prepare_inputs(streaming(tars.replace("..2", "..1"), tmp_path, steps=60), 1)
 
 
 def test_a_stream_needs_steps_and_a_tar_for_each_data_rank(foreign: str, tmp_path: Path) -> None:
     config = streaming(foreign, tmp_path)
     with pytest.raises(ValueError, match=r"data\.stream names 2 tars for 4 data-parallel ranks"):
-        prepare(config, 4)
+        prepare_inputs(config, 4)
     with pytest.raises(ValueError, match=r"data\.stream has no end, .* give --train\.steps"):
-        prepare(replace(config, train=replace(config.train, steps=None)), 1)
+        prepare_inputs(replace(config, train=replace(config.train, steps=None)), 1)

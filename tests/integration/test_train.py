@@ -39,7 +39,7 @@ def weights_of(config: Config, runs: list[Path]) -> list[dict[str, torch.Tensor]
     """All weights of finished runs, the tower's too, by name; on one rank."""
     from himix_megatron.distributed.fused_kernels import detect
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
-    from himix_megatron.model.himix_model import bare, build_stage
+    from himix_megatron.model.himix_model import build_stage, unwrap_model
     from himix_megatron.model.vision_tower import build_tower
 
     topology = init_distributed(config.parallel, seed=1)
@@ -48,7 +48,7 @@ def weights_of(config: Config, runs: list[Path]) -> list[dict[str, torch.Tensor]
     found = []
     for run in runs:
         Checkpoints(config, stages, None, tower).load_weights(find_checkpoint(str(run)))
-        weights = {n: p.detach().clone() for n, p in bare(stages[0]).named_parameters()}
+        weights = {n: p.detach().clone() for n, p in unwrap_model(stages[0]).named_parameters()}
         found.append(weights | {f"tower.{n}": p.detach().clone() for n, p in tower.named_parameters()})
     shutdown_distributed()
     return found
@@ -240,7 +240,7 @@ def test_too_many_unreadable_samples_stop_the_run(tmp_path: Path) -> None:
     reason = (tmp_path / "run" / "STOP").read_text()
     assert "samples could not be read, more than data.max_bad_fraction 0.01" in reason
     assert not complete_checkpoints(tmp_path / "run")
-    with pytest.raises(RuntimeError, match=r"STOP says: .* --run.resume-after-stop"):
+    with pytest.raises(RuntimeError, match=r"STOP says: .* --run.ignore-stop-file"):
         run_ranks(code_of, 1, config, start_gloo=False)
 
 
@@ -290,13 +290,13 @@ def lose_the_data(config: Config) -> None:
     """Train on shards that vanish once the run has begun."""
     from himix_megatron.training import loop as training
 
-    run_steps = training.run_steps
+    train_with_rollbacks = training.train_with_rollbacks
 
     def after_they_are_gone(*arguments: Any) -> int:
-        shutil.rmtree(Path(config.data.path[0]) / "shards")
-        return run_steps(*arguments)
+        shutil.rmtree(Path(config.data.datasets[0]) / "shards")
+        return train_with_rollbacks(*arguments)
 
-    training.run_steps = after_they_are_gone
+    training.train_with_rollbacks = after_they_are_gone
     training.pretrain(config)
 
 
@@ -309,7 +309,7 @@ def test_bf16_ends_where_fp32_does(mixed_dataset: Path, tmp_path: Path) -> None:
         config = RECIPES["tiny_align"]()
         config = replace(
             config,
-            data=replace(config.data, path=(str(mixed_dataset),), num_workers=0),
+            data=replace(config.data, datasets=(str(mixed_dataset),), num_workers=0),
             train=replace(config.train, steps=50, precision=precision, global_batch_samples=16, micro_batch_samples=16),
             parallel=replace(config.parallel, tensor=2),
             run=replace(config.run, dir=str(tmp_path / precision)),
@@ -336,7 +336,7 @@ def environments(ranks: int, **extra: str) -> Iterator[dict[str, str]]:
 def test_every_way_to_start_gives_the_same_losses(mixed_dataset: Path, tmp_path: Path) -> None:
     def arguments(name: str) -> list[str]:
         return [
-            "tiny_instruct", "--data.path", str(mixed_dataset), "--run.dir", str(tmp_path / name), "--train.steps", "3",
+            "tiny_instruct", "--data.datasets", str(mixed_dataset), "--run.dir", str(tmp_path / name), "--train.steps", "3",
             "--train.global-batch-samples", "8", "--train.micro-batch-samples", "2", "--data.num-workers", "0",
             "--log.interval-steps", "1",
         ]  # fmt: skip

@@ -312,18 +312,18 @@ def rehearse(mode: Rehearsal, config: Config, rank: int, world_size: int, steps:
     from himix_megatron.distributed.launch import Launch
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
     from himix_megatron.resilience.loss_guard import UPDATE
-    from himix_megatron.training.builder import build_run
-    from himix_megatron.training.train_step import together, train_step
+    from himix_megatron.training.builder import build_components
+    from himix_megatron.training.train_step import synced_batches, train_step
 
     launch = Launch(kind="torchrun", rank=rank, world_size=world_size, local_rank=0, host="", port=0)
     topology = init_distributed(config.parallel, seed=1, launch=launch)
     start: Any = SimpleNamespace(
-        kernels=fused_kernels.detect(), features=(), held_out=None, held_out_features=(), attempt=None, ranks=None
+        kernels=fused_kernels.detect(), features=(), held_out=None, held_out_features=(), run_lock=None, ranks=None
     )
-    run = build_run(config, start, topology)
+    run = build_components(config, start, topology)
     batches = [step_batch(config, topology, number) for number in range(steps)]
-    request: Any = SimpleNamespace(asked=False, is_agreed=False)
-    coming = together(run, batches, request)
+    request: Any = SimpleNamespace(stop_requested=False, is_agreed=False)
+    coming = synced_batches(run, batches, request)
     for number in range(steps):
         mode.waits.clear()
         mode.started.clear()
@@ -332,7 +332,7 @@ def rehearse(mode: Rehearsal, config: Config, rank: int, world_size: int, steps:
         train_step(config, run, batch, images, lambda loss, finite: UPDATE)
     mode.in_step = False
     waits = list(mode.waits)
-    assert run.ahead.settle(5)
+    assert run.prefetcher.drain(5)
     shutdown_distributed()
     return waits
 
@@ -341,7 +341,7 @@ def step_batch(config: Config, topology: Any, number: int) -> Any:
     """Two micro-batches of two samples, with two images and one."""
     import numpy as np
 
-    from himix_megatron.data.loading.batch import StepBatch, collate, share_of
+    from himix_megatron.data.loading.batch import StepBatch, collate, rank_share
     from himix_megatron.data.loading.plan import START
     from himix_megatron.data.text.chat_template import EncodedText
     from himix_megatron.training.builder import reads_of
@@ -354,7 +354,7 @@ def step_batch(config: Config, topology: Any, number: int) -> Any:
         collate([text(12), text(8)], [12, 8], [2, 1], ["a", "b"], [0, 0], 24 if packed else 12, packed=packed) for _ in range(2)
     )
     reads = reads_of(config, topology)
-    share = share_of(6, reads.image_rank, reads.image_size)
+    share = rank_share(6, reads.image_rank, reads.image_size)
     size = config.vision.image_size
     return StepBatch(
         step=number,

@@ -36,7 +36,7 @@ def described(attention: str) -> dict[str, str | None]:
     from himix_megatron.checkpoint.checkpointer import _metadata
     from himix_megatron.distributed.fused_kernels import detect
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
-    from himix_megatron.model.himix_model import bare, build_stage
+    from himix_megatron.model.himix_model import build_stage, unwrap_model
     from himix_megatron.model.vision_tower import build_tower
     from tests.support.small_runs import small_config
 
@@ -47,7 +47,7 @@ def described(attention: str) -> dict[str, str | None]:
     kernels = detect()
     with as_with_gpu(attention):
         stages = build_stage(config, kernels, topology, tower)
-    state = bare(stages[0]).sharded_state_dict(metadata=_metadata()).values()
+    state = unwrap_model(stages[0]).sharded_state_dict(metadata=_metadata()).values()
     shutdown_distributed()
     found: dict[str, str | None] = {}
     for value in state:

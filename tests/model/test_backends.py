@@ -58,7 +58,7 @@ CASES = {"one image each": [6, 6, 6], "other counts": [6, 0, 3], "no image at al
 def test_torch_backend_is_the_formula(vision_counts: list[int]) -> None:
     query, key, value, padding = inputs(vision_counts)
     mask = TorchMixtureAttention.mixture_mask(TEXT, max(vision_counts), padding, query.device)
-    found = TorchMixtureAttention(Sizes).continued(query, key, value, mask)
+    found = TorchMixtureAttention(Sizes).decode(query, key, value, mask)
     assert torch.allclose(found, spelled_out(query, key, value, vision_counts), atol=1e-12)
 
 
@@ -96,7 +96,7 @@ def test_generation_in_bf16_on_a_gpu_is_the_formula(vision_counts: list[int]) ->
     query, key, value, padding = (x if x is None else x.cuda() for x in inputs(vision_counts))
     query, key, value = (x.bfloat16() for x in (query, key, value))
     mask = TorchMixtureAttention.mixture_mask(TEXT, max(vision_counts), padding, query.device)
-    found = TorchMixtureAttention(Sizes).continued(query, key, value, mask).cpu().double()
+    found = TorchMixtureAttention(Sizes).decode(query, key, value, mask).cpu().double()
     assert torch.allclose(found, wanted, atol=2e-2)
 
 

@@ -55,7 +55,7 @@ def both_ways(options: dict[str, Any], precision: str) -> list[tuple[torch.Tenso
     config = replace(
         config,
         model=replace(config.model, **options),
-        data=replace(config.data, pack_text_tokens=96, pack_images=4),
+        data=replace(config.data, pack_max_text_tokens=96, pack_max_images=4),
         train=replace(config.train, global_batch_samples=None, global_batch_packs=4, cuda_graphs="on"),
     )
     topology = init_distributed(config.parallel, seed=1)

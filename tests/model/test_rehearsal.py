@@ -62,7 +62,7 @@ def config_for(
     data = dataclasses.replace(config.data, max_text_tokens=24)
     train = dataclasses.replace(config.train, cuda_graphs=cuda_graphs)
     if packed:
-        data = dataclasses.replace(data, pack_text_tokens=24, pack_images=4)
+        data = dataclasses.replace(data, pack_max_text_tokens=24, pack_max_images=4)
         train = dataclasses.replace(train, global_batch_samples=None, global_batch_packs=4, micro_batch_samples=1)
     return dataclasses.replace(config, model=model, data=data, train=train)
 
@@ -183,12 +183,12 @@ def samples_on_host() -> Iterator[None]:
     """Where samples lie, which only kernels in Triton read, stays on the host."""
     from himix_megatron.model import himix_model
 
-    def lay_out(*given: Any) -> Any:
-        packed_layout = plain(*given)
-        return dataclasses.replace(packed_layout, samples=torch.zeros(packed_layout.samples.shape, dtype=torch.int32))
+    def make_layout(*given: Any) -> Any:
+        layout = plain(*given)
+        return dataclasses.replace(layout, samples=torch.zeros(layout.samples.shape, dtype=torch.int32))
 
-    plain = himix_model.lay_out
-    with patch.object(himix_model, "lay_out", lay_out):
+    plain = himix_model.make_layout
+    with patch.object(himix_model, "make_layout", make_layout):
         yield
 
 

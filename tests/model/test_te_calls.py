@@ -92,7 +92,7 @@ def test_generation_asks_nothing_of_its_attention(calls: Calls) -> None:
     """cuDNN would build a graph for each number of keys."""
     attend = TransformerEngineMixtureAttention(Sizes, layer_number=1)
     query, key = torch.randn(1, 3, 4, DIM), torch.randn(8, 3, 2, DIM)
-    attend.continued(query, key, key, attend.mixture_mask(1, 7, None, query.device))
+    attend.decode(query, key, key, attend.mixture_mask(1, 7, None, query.device))
     assert "DotProductAttention.forward" not in calls
 
 

@@ -21,7 +21,7 @@ from himix_megatron.model.attention.backends import (  # noqa: E402
     has_variable_length,
     variable_length_arguments,
 )
-from himix_megatron.model.attention.packed_layout import Layout, lay_out  # noqa: E402
+from himix_megatron.model.attention.packed_layout import PackedLayout, make_layout  # noqa: E402
 
 from .test_backends import SpelledOutKernel  # noqa: E402
 
@@ -34,23 +34,23 @@ def rotary(num_text: int) -> Tensor:
     return torch.arange(num_text, dtype=torch.float64)[:, None, None, None].expand(-1, 1, 1, DIM)
 
 
-def packed(text: list[int], images: list[int], padding: int) -> Layout:
+def packed(text: list[int], images: list[int], padding: int) -> PackedLayout:
     row = torch.zeros(1, sum(text) + padding, dtype=torch.long)
-    return lay_out(row, text, [count * IMAGE for count in images], rotary)
+    return make_layout(row, text, [count * IMAGE for count in images], rotary)
 
 
-def rows(num_text: int, images: list[int]) -> Layout:
-    return lay_out(torch.zeros(len(images), num_text, dtype=torch.long), None, [count * IMAGE for count in images], rotary)
+def rows(num_text: int, images: list[int]) -> PackedLayout:
+    return make_layout(torch.zeros(len(images), num_text, dtype=torch.long), None, [count * IMAGE for count in images], rotary)
 
 
-def random_pack(seed: int) -> Layout:
+def random_pack(seed: int) -> PackedLayout:
     drawn = random.Random(seed)
     count = drawn.randint(1, 9)
     text = [drawn.choice((1, 2, 5, 5, drawn.randint(1, 90))) for _ in range(count)]
     return packed(text, [drawn.randint(0, 3) for _ in text], drawn.randint(0, 7))
 
 
-LAYOUTS: dict[str, Layout] = {
+LAYOUTS: dict[str, PackedLayout] = {
     **{f"random pack {seed}": random_pack(seed) for seed in range(6)},
     "one token": packed([1], [0], 0),
     "a pack without an image": packed([3, 40, 1], [0, 0, 0], 2),
@@ -61,7 +61,7 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
-def inputs(layout: Layout, heads: tuple[int, int], dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+def inputs(layout: PackedLayout, heads: tuple[int, int], dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
     """Query, key and value of the text, keys and values of the vision, and the gradient of the outcome."""
     generator = torch.Generator().manual_seed(0)
     num_text = len(layout.angles) if layout.angles is not None else 0
@@ -74,7 +74,7 @@ def inputs(layout: Layout, heads: tuple[int, int], dtype: torch.dtype, device: s
     return drawn
 
 
-def spelled_out(query: Tensor, key: Tensor, value: Tensor, vision_kv: Tensor, layout: Layout) -> Tensor:
+def spelled_out(query: Tensor, key: Tensor, value: Tensor, vision_kv: Tensor, layout: PackedLayout) -> Tensor:
     """softmax(q [k_v ; k_t]^T / sqrt(d)) [v_v ; v_t], one sample at a time; zeros in the padding."""
     repeats, out, text, vision = query.shape[2] // key.shape[2], torch.zeros_like(query), 0, 0
     for sample, (num_text, num_vision) in enumerate(zip(layout.text_lengths, layout.vision_lengths, strict=True)):
@@ -94,7 +94,7 @@ def spelled_out(query: Tensor, key: Tensor, value: Tensor, vision_kv: Tensor, la
     return out.flatten(2)
 
 
-def outcome(attend: Any, layout: Layout, given: list[Tensor]) -> list[Tensor]:
+def outcome(attend: Any, layout: PackedLayout, given: list[Tensor]) -> list[Tensor]:
     """What attention gives and its gradients, in float64 on the CPU."""
     mixed = attend(*given[:4], layout)
     if layout.packed:  # what padding comes to is nobody's business, as long as no gradient flows from it
@@ -119,7 +119,7 @@ def test_positions_start_again_at_every_sample() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_torch_on_a_cpu_is_the_formula(layout: Layout, heads: tuple[int, int], dtype: torch.dtype) -> None:
+def test_torch_on_a_cpu_is_the_formula(layout: PackedLayout, heads: tuple[int, int], dtype: torch.dtype) -> None:
     wanted = outcome(spelled_out, layout, inputs(layout, heads, torch.float64))
     found = outcome(TorchMixtureAttention(Sizes), layout, inputs(layout, heads, dtype))
     for of_cpu, exact in zip(found, wanted, strict=True):
@@ -130,7 +130,7 @@ def test_a_merge_of_two_attentions_is_wrong_where_autograd_goes_back_through_it(
     """Why both parts' backward kernels are called with the merged result: each drops the gradient of its log-sum-exp."""
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
-    def naive(query: Tensor, key: Tensor, value: Tensor, vision_kv: Tensor, layout: Layout) -> Tensor:
+    def naive(query: Tensor, key: Tensor, value: Tensor, vision_kv: Tensor, layout: PackedLayout) -> Tensor:
         heads_first = [x[:, 0].transpose(0, 1)[None] for x in (query, key, value)]
         text, text_lse = flash(*heads_first, 0.0, True)
         vision, vision_lse = flash(heads_first[0], *(x.transpose(0, 1)[None] for x in vision_kv.unbind(2)), 0.0, False)
@@ -146,7 +146,7 @@ def test_a_merge_of_two_attentions_is_wrong_where_autograd_goes_back_through_it(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_one_sample_after_the_other_is_the_formula(layout: Layout) -> None:
+def test_one_sample_after_the_other_is_the_formula(layout: PackedLayout) -> None:
     wanted = outcome(spelled_out, layout, inputs(layout, (4, 2), torch.float64))
     found = outcome(lambda *given: _one_by_one(*given, DIM**-0.5), layout, inputs(layout, (4, 2), torch.float64))
     for one_by_one, exact in zip(found, wanted, strict=True):
@@ -154,7 +154,7 @@ def test_one_sample_after_the_other_is_the_formula(layout: Layout) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_te_is_handed_each_samples_own_keys(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_te_is_handed_each_samples_own_keys(layout: PackedLayout, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its kernels take a GPU: in their place what they compute for this call, in plain torch."""
     monkeypatch.setattr("tests.model.test_backends.DIM", DIM)
     backend = TransformerEngineMixtureAttention.__new__(TransformerEngineMixtureAttention)
@@ -209,7 +209,7 @@ def put_in_place(monkeypatch: pytest.MonkeyPatch, varlen_attn: Any) -> None:
 @pytest.mark.parametrize("varlen_attn", [varlen_of_torch_2_11, varlen_of_torch_2_13])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_torchs_flash_attention_is_called_as_each_version_wants_it(
-    layout: Layout, varlen_attn: Any, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    layout: PackedLayout, varlen_attn: Any, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_in_place(monkeypatch, varlen_attn)
     monkeypatch.setattr("tests.model.test_backends.DIM", DIM)
@@ -229,7 +229,7 @@ def test_without_a_window_torchs_flash_attention_is_not_used(monkeypatch: pytest
 @pytest.mark.requires_gpu
 @pytest.mark.parametrize("backend", ["te", "torch"])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_gpu_backends_in_bf16_agree_with_float64(layout: Layout, backend: str) -> None:
+def test_gpu_backends_in_bf16_agree_with_float64(layout: PackedLayout, backend: str) -> None:
     if backend == "te":
         pytest.importorskip("transformer_engine.pytorch", reason="Transformer Engine is not installed")
         attend: Any = TransformerEngineMixtureAttention(Sizes, 1).cuda()
@@ -244,17 +244,17 @@ def test_gpu_backends_in_bf16_agree_with_float64(layout: Layout, backend: str) -
 
 @pytest.mark.requires_gpu
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_torch_on_a_gpu_in_fp32_agrees_with_float64(layout: Layout) -> None:
+def test_torch_on_a_gpu_in_fp32_agrees_with_float64(layout: PackedLayout) -> None:
     wanted = outcome(spelled_out, layout, inputs(layout, (4, 2), torch.float64))
     found = outcome(TorchMixtureAttention(Sizes), on_device(layout), inputs(layout, (4, 2), torch.float32, "cuda"))
     for of_gpu, exact in zip(found, wanted, strict=True):
         assert torch.allclose(of_gpu, exact, rtol=0, atol=2e-3)  # TF32 products, where they are on
 
 
-def on_device(layout: Layout) -> Layout:
+def on_device(layout: PackedLayout) -> PackedLayout:
     """The same on the GPU."""
     num_text = len(layout.angles) if layout.angles is not None else 0
     rows = 1 if layout.packed else len(layout.text_lengths)
     text_ids = torch.zeros(rows, num_text, dtype=torch.long, device="cuda")
     lengths = layout.text_lengths if layout.packed else None
-    return lay_out(text_ids, lengths, layout.vision_lengths, lambda n: rotary(n).cuda())
+    return make_layout(text_ids, lengths, layout.vision_lengths, lambda n: rotary(n).cuda())

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from himix_megatron.config import Config, VisionConfig
-from himix_megatron.data.loading.batch import share_of
-from himix_megatron.model.vision_encoder import Ahead, ReplicaEncoder
+from himix_megatron.data.loading.batch import rank_share
+from himix_megatron.model.vision_encoder import FeaturePrefetcher, ShardedVisionEncoder
 from himix_megatron.model.vision_tower import build_tower
 from tests.support.ranks import run_ranks
 from tests.support.small_runs import history, small_config, train
@@ -40,8 +40,8 @@ def _encode(num_images: int, trainable: bool, dtype: torch.dtype, num_encoders: 
     world = torch.distributed.is_initialized()
     rank, size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if world else (0, 1)
     place = (rank, min(num_encoders or size, size))
-    share = share_of(num_images, *place)
-    encoder = ReplicaEncoder(
+    share = rank_share(num_images, *place)
+    encoder = ShardedVisionEncoder(
         build_tower(TOWER, seed=3, dtype=torch.float32),
         torch.distributed.group.WORLD if world else None,
         trainable,
@@ -84,15 +84,15 @@ def _shifted(number: int) -> tuple[int, torch.Tensor]:
 
 @pytest.mark.parametrize("enabled", [True, False])
 def test_steps_come_in_order_and_an_error_at_its_own_step(enabled: bool) -> None:
-    ahead = Ahead(torch.device("cpu"), enabled=enabled)
-    train_step = ahead.steps(range(3), _shifted)
-    assert [(number, int(features)) for number, features in train_step] == [(0, 10), (1, 11), (2, 12)]
+    prefetcher = FeaturePrefetcher(torch.device("cpu"), enabled=enabled)
+    steps = prefetcher.steps(range(3), _shifted)
+    assert [(number, int(features)) for number, features in steps] == [(0, 10), (1, 11), (2, 12)]
     got: list[int] = []
     with pytest.raises(OSError, match="the disk is gone"):
-        got.extend(number for number, _ in ahead.steps(range(5), _shifted))
-    train_step = ahead.steps(range(5), _shifted)
-    assert [next(train_step)[0] for _ in range(3)] == [0, 1, 2]  # the third is given out though the fourth has failed already
-    ahead.settle()
+        got.extend(number for number, _ in prefetcher.steps(range(5), _shifted))
+    steps = prefetcher.steps(range(5), _shifted)
+    assert [next(steps)[0] for _ in range(3)] == [0, 1, 2]  # the third is given out though the fourth has failed already
+    prefetcher.drain()
 
 
 def test_exactly_the_next_step_is_encoded_on_another_thread_while_one_trains() -> None:
@@ -104,13 +104,13 @@ def test_exactly_the_next_step_is_encoded_on_another_thread_while_one_trains() -
         arrived.release()
         return number, torch.zeros(())
 
-    ahead = Ahead(torch.device("cpu"))
-    for number, _ in ahead.steps(range(4), encode):
+    prefetcher = FeaturePrefetcher(torch.device("cpu"))
+    for number, _ in prefetcher.steps(range(4), encode):
         assert arrived.acquire(timeout=10)
         if number < 3:
             assert arrived.acquire(timeout=10)  # the next one's turn has come before this one is done
             arrived.release()
-        ahead.settle()
+        prefetcher.drain()
         assert [n for n, _ in begun] == list(range(min(number + 2, 4)))
     assert threading.get_ident() not in {thread for _, thread in begun}
 
@@ -121,11 +121,11 @@ def test_a_step_nobody_takes_any_more_is_waited_for() -> None:
     def batches() -> Iterator[int]:
         yield from range(100)
 
-    ahead = Ahead(torch.device("cpu"))
-    for number, _ in ahead.steps(batches(), lambda n: (done.append(n) or n, torch.zeros(()))):
+    prefetcher = FeaturePrefetcher(torch.device("cpu"))
+    for number, _ in prefetcher.steps(batches(), lambda n: (done.append(n) or n, torch.zeros(()))):
         if number == 2:
             break
-    ahead.settle()
+    prefetcher.drain()
     assert done == [0, 1, 2, 3]
 
 
@@ -136,10 +136,10 @@ def test_the_wait_for_a_slow_read_is_measured_and_no_other_time(enabled: bool) -
             time.sleep(0.2)
             yield number
 
-    ahead = Ahead(torch.device("cpu"), enabled=enabled)
+    prefetcher = FeaturePrefetcher(torch.device("cpu"), enabled=enabled)
     waited = []
-    for _ in ahead.steps(batches(), lambda number: (number, torch.zeros(()))):
-        waited.append(ahead.take_waited_seconds())
+    for _ in prefetcher.steps(batches(), lambda number: (number, torch.zeros(()))):
+        waited.append(prefetcher.take_waited_seconds())
         time.sleep(0.3)
     assert waited[0] >= 0.19
     assert all(seconds < 0.15 if enabled else seconds >= 0.19 for seconds in waited[1:]), waited
@@ -148,15 +148,15 @@ def test_the_wait_for_a_slow_read_is_measured_and_no_other_time(enabled: bool) -
 @pytest.mark.requires_gpu
 def test_a_side_stream_gives_the_same_features() -> None:
     device = torch.device("cuda")
-    encoder = ReplicaEncoder(build_tower(TOWER, seed=3, dtype=torch.float32).to(device), None, False, torch.float32)
+    encoder = ShardedVisionEncoder(build_tower(TOWER, seed=3, dtype=torch.float32).to(device), None, False, torch.float32)
 
     def encode(number: int) -> tuple[int, torch.Tensor]:
         return number, encoder.encode(_pixels(40 + number), torch.zeros(40 + number, dtype=torch.bool), 40 + number)
 
     sums: dict[bool, list[float]] = {}
     for enabled in (True, False):
-        train_step = Ahead(device, enabled=enabled).steps(range(20), encode)
-        sums[enabled] = [float((features @ features.mT).sum()) for _, features in train_step]
+        steps = FeaturePrefetcher(device, enabled=enabled).steps(range(20), encode)
+        sums[enabled] = [float((features @ features.mT).sum()) for _, features in steps]
     assert sums[True] == sums[False]
 
 
@@ -187,11 +187,11 @@ def _train_each(config: Config, folder: Path) -> None:
 def test_every_placement_trains_alike(
     world_size: int, parts: tuple[Any, ...], layout: dict[str, Any], packed: bool, mixed_dataset: Path, tmp_path: Path
 ) -> None:
-    config = small_config(mixed_dataset, tmp_path, parts=parts, text_only="zero_image", steps=4, **layout)
+    config = small_config(mixed_dataset, tmp_path, parts=parts, text_only_vision="zero_image", steps=4, **layout)
     if packed:
         config = replace(
             config,
-            data=replace(config.data, pack_text_tokens=192, pack_images=6),
+            data=replace(config.data, pack_max_text_tokens=192, pack_max_images=6),
             train=replace(config.train, global_batch_packs=2),
         )
     config = replace(
@@ -212,23 +212,23 @@ def test_every_placement_trains_alike(
 def _tower_gradients(config: Config) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and the tower's gradients of one step; the gradients as every rank has them before its optimizer."""
     from himix_megatron.distributed.topology import init_distributed
-    from himix_megatron.model.himix_model import bare
+    from himix_megatron.model.himix_model import unwrap_model
     from himix_megatron.runtime import log
     from himix_megatron.training import builder, train_step
-    from himix_megatron.training.resume import begin, prepare
+    from himix_megatron.training.resume import prepare_inputs, restore_or_initialize
 
-    start = prepare(config, 1)
+    start = prepare_inputs(config, 1)
     topology = init_distributed(config.parallel, seed=config.train.seed)
     log.start(config.run_dir, topology.rank, topology.world_size)
-    run = builder.build_run(config, start, topology)
-    begin(config, start, run.checkpoints)
+    run = builder.build_components(config, start, topology)
+    restore_or_initialize(config, start, run.checkpoints)
     reader = builder.step_reader(config, start.plan, topology)
-    batch, images = next(train_step.encoded(run, [reader[next(start.plan.steps(start.end))]]))
+    batch, images = next(train_step.with_features(run, [reader[next(start.plan.steps(start.end))]]))
     for stage in run.stages:
         stage.zero_grad_buffer()
     reported = train_step.run_schedule(run, batch, images, forward_only=False)
     counts, *_ = train_step.count(config, topology, batch, reported)
-    gradients = {name: p.main_grad.clone() for name, p in bare(run.stages[0]).tower.named_parameters()}
+    gradients = {name: p.main_grad.clone() for name, p in unwrap_model(run.stages[0]).tower.named_parameters()}
     return counts.loss, gradients
 
 
@@ -238,7 +238,7 @@ def begun(mixed_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Conf
     folder = tmp_path_factory.mktemp("begun")
     config = small_config(mixed_dataset, folder, parts=("tower", "vision_kv", "language"), steps=1)
     run_ranks(train, 1, config, start_gloo=False)
-    return replace(config, checkpoint=replace(config.checkpoint, initial=str(folder)))
+    return replace(config, checkpoint=replace(config.checkpoint, init_from=str(folder)))
 
 
 @pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}, {}], ids=["tensor 2", "pipeline 2", "data 2"])

@@ -22,7 +22,7 @@ def build(parts: tuple[Any, ...], num_layers: int = 4, **options: Any) -> tuple[
     """One rank's model and its configuration."""
     from himix_megatron.distributed.fused_kernels import detect
     from himix_megatron.distributed.topology import init_distributed
-    from himix_megatron.model.himix_model import bare, build_stage
+    from himix_megatron.model.himix_model import build_stage, unwrap_model
 
     config = small_config(Path("unused"), Path("unused"), parts=parts, **options)
     config = replace(config, model=replace(config.model, num_layers=num_layers))
@@ -30,7 +30,7 @@ def build(parts: tuple[Any, ...], num_layers: int = 4, **options: Any) -> tuple[
     stages = build_stage(config, detect(), topology, torch.nn.Identity())
     for stage in stages:
         stage.zero_grad_buffer()
-    return bare(stages[0]), (config, stages)
+    return unwrap_model(stages[0]), (config, stages)
 
 
 def run(model: Any, config: Any, features_KnV: Tensor) -> Tensor:

@@ -25,14 +25,18 @@ def watched_run(tmp_path_factory: pytest.TempPathFactory) -> Config:
         recipe,
         data=replace(
             recipe.data,
-            path=(str(scenes.align), str(scenes.instruct)),
+            datasets=(str(scenes.align), str(scenes.instruct)),
             weights=(1.0, 3.0),
             validation_path=str(scenes.heldout),
-            pack_text_tokens=256,
-            pack_images=6,
+            pack_max_text_tokens=256,
+            pack_max_images=6,
         ),
         train=replace(
-            recipe.train, parts=("language", "vision_kv", "tower"), steps=40, global_batch_samples=None, global_batch_packs=4
+            recipe.train,
+            trainable_parts=("language", "vision_kv", "tower"),
+            steps=40,
+            global_batch_samples=None,
+            global_batch_packs=4,
         ),
         parallel=ParallelConfig(pipeline=2, timeout_seconds=60),
         log=replace(
@@ -40,7 +44,7 @@ def watched_run(tmp_path_factory: pytest.TempPathFactory) -> Config:
             interval_steps=10,
             validation_samples=16,
             ledger=True,
-            pictures_interval_steps=15,
+            predictions_interval_steps=15,
             peak_tflops=0.05,
             profile_steps=(35,),
         ),

@@ -19,7 +19,7 @@ from himix_megatron.data.loading.batch import MicroBatch
 from himix_megatron.data.shards.reader import ShardDataset
 from himix_megatron.model.loss import answer_loss
 from himix_megatron.monitoring.metrics import RankSums, StepCounts, fill_points, pipeline_points, source_points
-from himix_megatron.monitoring.pipeline_timers import PassClock
+from himix_megatron.monitoring.pipeline_timers import ScheduleTimers
 from tests.support import ROOT
 from tests.support.ranks import run_ranks
 from tests.support.small_runs import history, small_config, train
@@ -110,7 +110,7 @@ def test_packs_are_filled_as_the_ledger_says(watched_run: Config, run_dir: Path)
 
 @pytest.mark.parametrize(("graphs", "text", "images"), [("off", 200, 3), ("on", 256, 8)])
 def test_padding_is_what_is_computed_for_nobody(watched_run: Config, graphs: Any, text: int, images: int) -> None:
-    train = replace(watched_run.train, parts=("language",), precision="bf16", recompute="none", cuda_graphs=graphs)
+    train = replace(watched_run.train, trainable_parts=("language",), precision="bf16", recompute="none", cuda_graphs=graphs)
     config = replace(watched_run, parallel=ParallelConfig(), train=train)
     row = torch.zeros(1, 200, dtype=torch.int64)
     pack = MicroBatch(row, row, torch.tensor([100, 50]), (1, 2), ("s/a", "s/b"), packed=True)
@@ -123,7 +123,7 @@ def test_padding_is_what_is_computed_for_nobody(watched_run: Config, graphs: Any
 def test_losses_of_the_datasets_make_up_the_loss(watched_run: Config, run_dir: Path) -> None:
     found, samples = points(run_dir), ledger(run_dir, BEGIN + 1, END)
     total = tokens = 0.0
-    for path in watched_run.data.path:
+    for path in watched_run.data.datasets:
         fingerprint = ShardDataset(path).fingerprint[:16]
         own = sum(line["answer_tokens"] for line in samples if line["dataset"] == fingerprint)
         assert own > 0
@@ -162,14 +162,14 @@ def first_norms(config: Config) -> dict[str, float]:
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
     from himix_megatron.monitoring import gradient_norms
     from himix_megatron.training import builder, optimizer, train_step
-    from himix_megatron.training.resume import begin, prepare
+    from himix_megatron.training.resume import prepare_inputs, restore_or_initialize
 
     launch = check_launch(config)
-    start = prepare(config, check_ranks(config, launch.world_size))
+    start = prepare_inputs(config, check_ranks(config, launch.world_size))
     topology = init_distributed(config.parallel, seed=config.train.seed, launch=launch)
-    run = builder.build_run(config, start, topology)
-    position = begin(config, start, run.checkpoints)
-    batch, images = next(train_step.encoded(run, builder.batches_from(config, start, topology, position, {})))
+    run = builder.build_components(config, start, topology)
+    position = restore_or_initialize(config, start, run.checkpoints)
+    batch, images = next(train_step.with_features(run, builder.batches_from(config, start, topology, position, {})))
     for stage in run.stages:
         stage.zero_grad_buffer()
     run.optimizer.zero_grad()
@@ -177,7 +177,7 @@ def first_norms(config: Config) -> dict[str, float]:
     norm = optimizer.gradient_norm(run.optimizer)
     squares = torch.tensor(list(gradient_norms.squared_norms(run.stages, run.optimizer, topology.data_rank).values()))
     torch.distributed.all_reduce(squares)
-    run.ahead.settle()
+    run.prefetcher.drain()
     shutdown_distributed()
     return {"all": norm} | {
         part: math.sqrt(square) for part, square in zip(gradient_norms.PARTS, squares.tolist(), strict=True)
@@ -238,7 +238,7 @@ def test_reported_norms_are_those_before_clipping(watched_run: Config, run_dir: 
 
 
 def test_the_bubble_is_what_stages_wait_between_passes() -> None:
-    clock = PassClock(torch.device("cpu"))
+    clock = ScheduleTimers(torch.device("cpu"))
     times = iter([0.0, 1.0, 3.0, 5.0, 9.0, 10.0])
     clock._mark = lambda: next(times)  # type: ignore[method-assign, assignment]
     finalize = clock.ends_with(lambda: None)
@@ -301,7 +301,7 @@ def test_the_document_names_every_tag_and_no_other(watched_run: Config, run_dir:
     events.Reload()
     tags = {tag.removesuffix("/text_summary") for kind in ("scalars", "images", "tensors") for tag in events.Tags()[kind]}
     tags -= {"custom_scalars__config__", "_hparams_/experiment", "_hparams_/session_start_info", "_hparams_/session_end_info"}
-    names = "|".join(Path(path).name for path in watched_run.data.path)
+    names = "|".join(Path(path).name for path in watched_run.data.datasets)
     written = {re.sub(r"(stage|sample)_\d+", r"\1_N", re.sub(rf"/({names})$", "/NAME", tag)) for tag in tags}
     assert written == documented
 
@@ -313,7 +313,7 @@ def test_chosen_steps_leave_a_trace_of_each_stage(run_dir: Path) -> None:
 
 def test_a_continued_run_tells_its_steps_once(mixed_dataset: Path, tmp_path: Path) -> None:
     config = small_config(mixed_dataset, tmp_path, parts=("vision_kv",), steps=4)
-    config = replace(config, log=replace(config.log, pictures_interval_steps=2))
+    config = replace(config, log=replace(config.log, predictions_interval_steps=2))
     run_ranks(train, 1, replace(config, train=replace(config.train, steps=2)), start_gloo=False)
     run_ranks(train, 1, config, start_gloo=False)
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0, "images": 0})

@@ -20,7 +20,7 @@ PARTS = ("language", "vision_kv", "tower")
 
 
 def looking(config: Config, every: int) -> Config:
-    return replace(config, log=replace(config.log, pictures_interval_steps=every))
+    return replace(config, log=replace(config.log, predictions_interval_steps=every))
 
 
 def told(run: Path) -> list[list[str]]:
@@ -60,7 +60,7 @@ def saved_answers(config: Config) -> list[list[str]]:
     from himix_megatron.training.resume import make_plan
 
     topology = init_distributed(config.parallel, seed=1)
-    answerer = Answerer(replace(config, train=replace(config.train, parts=("vision_kv",))), detect(), topology)
+    answerer = Answerer(replace(config, train=replace(config.train, trainable_parts=("vision_kv",))), detect(), topology)
     answerer.load(find_checkpoint(str(config.run_dir)))
     tokenizer = load_tokenizer("bytes")
     asked = list(choose(config, make_plan(config, config.data)))

@@ -12,7 +12,7 @@ import pytest
 
 from himix_megatron.config import Config
 from himix_megatron.data.shards.reader import ShardDataset
-from himix_megatron.data.text.chat_template import exchanges
+from himix_megatron.data.text.chat_template import turns_of
 from himix_megatron.monitoring.tensorboard import PAGES
 from tests.support.browser import CHROMIUM, DRIVER, Browser, answers, browser
 from tests.support.ranks import free_port
@@ -57,7 +57,7 @@ def test_pictures_show_question_expected_and_given_answer(
     window.wait_for("pictures/sample_0", "pictures/sample_3", pictures=4)
     window.screenshot(tmp_path / "pictures.png")
     heldout = ShardDataset(str(watched_run.data.validation_path))
-    question, expected = exchanges(heldout.text(0))[0]
+    question, expected = turns_of(heldout.text(0))[0]
     window.open(f"{tensorboard}/#text")
     window.wait_for("pictures/answers", heldout.key(0), question, expected, "run/settings", "run/environment", "megatron-core")
     window.screenshot(tmp_path / "text.png")

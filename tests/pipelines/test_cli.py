@@ -21,13 +21,14 @@ def test_a_recipe_alone_is_the_recipes_own_config() -> None:
 
 
 def test_flags_change_the_fields_they_name_and_nothing_else() -> None:
-    flags = "--train.steps 7 --train.parts tower language --parallel.tensor=2 --parallel.sequence --vision.feature-layer -2"
+    flags = "--train.steps 7 --train.trainable-parts tower language --parallel.tensor=2 --parallel.sequence"
+    flags += " --vision.feature-layer -2"
     config = parse(
         ["tiny-align", *flags.split(), "--run.dir", "some where", "--log.no-ledger", "--data.validation-path", "None"]
     )
     assert differences(RECIPES["tiny_align"](), config) == [
         ("vision.feature_layer", -1, -2),
-        ("train.parts", ("vision_kv",), ("tower", "language")),
+        ("train.trainable_parts", ("vision_kv",), ("tower", "language")),
         ("train.steps", 200, 7),
         ("parallel.tensor", 1, 2),
         ("parallel.sequence", False, True),
@@ -57,8 +58,11 @@ def test_dashes_and_underscores_are_one() -> None:
         ("tiny_align --model.num-layers 4.5", "--model.num-layers is '4.5': wanted a whole number"),
         ("tiny_align --train.epochs many", "--train.epochs is 'many': wanted a number"),
         ("tiny_align --train.precision fp8", "--train.precision is 'fp8': wanted one of bf16, fp32"),
-        ("tiny_align --train.parts foo", "--train.parts is 'foo': wanted one of vision_kv, language, tower"),
-        ("tiny_align --train.parts", r"train.parts is \[\]: name each part"),
+        (
+            "tiny_align --train.trainable-parts foo",
+            "--train.trainable-parts is 'foo': wanted one of vision_kv, language, tower",
+        ),
+        ("tiny_align --train.trainable-parts", r"train.trainable_parts is \[\]: name each part"),
         ("tiny_align --train.steps", "--train.steps needs a value"),
         ("tiny_align --vision.pixel-mean 1 2", "--vision.pixel-mean needs 3 values"),
         ("tiny_align --train.epochs 1 2", "2 belongs to no setting"),

@@ -25,7 +25,7 @@ from tests.support.small_runs import history, small_config, train
 
 
 def settings_of(data: Path, folder: Path, **changes: Any) -> Config:
-    return small_config(data, folder, parts=("vision_kv",), text_only="zero_image", steps=4, **changes)
+    return small_config(data, folder, parts=("vision_kv",), text_only_vision="zero_image", steps=4, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_align_on_features_reads_no_image_and_runs_no_tower(
     ranks = 2 if layout else 1
     run_ranks(train, ranks, online, start_gloo=False)
     blind = without_images(mixed_dataset, tmp_path / "blind")
-    data = replace(online.data, path=(str(blind),), features=(str(cache),))
+    data = replace(online.data, datasets=(str(blind),), features=(str(cache),))
     data = replace(data, validation_path=str(blind), validation_features=str(cache))
     cached = replace(online, data=data, run=replace(online.run, dir=str(tmp_path / "cached")))
     run_ranks(train_without_a_tower, ranks, cached, start_gloo=False)
@@ -171,7 +171,7 @@ def test_features_of_another_towers_weights_are_refused(mixed_dataset: Path, cac
 def test_a_trained_tower_can_be_encoded_with(mixed_dataset: Path, tmp_path: Path) -> None:
     """Its weights lie in the checkpoint's tensors, not in a file of their own."""
     first = replace(settings_of(mixed_dataset, tmp_path / "first"))
-    first = replace(first, train=replace(first.train, parts=("tower", "vision_kv")))
+    first = replace(first, train=replace(first.train, trainable_parts=("tower", "vision_kv")))
     run_ranks(train, 1, first, start_gloo=False)
     second = settings_of(mixed_dataset, tmp_path / "second", initial=tmp_path / "first")
     out = tmp_path / "cache"

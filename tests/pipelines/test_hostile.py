@@ -36,7 +36,7 @@ SETTINGS = {
     "--train.seed -1": "train.seed is -1: wanted 0 to 4294967295",
     "--train.micro-batch-samples 0": "train.micro_batch_samples is 0",
     "--train.global-batch-samples -8": "train.global_batch_samples is -8",
-    "--train.parts language language": "train.parts is ['language', 'language']: name each part to train once",
+    "--train.trainable-parts language language": "train.trainable_parts is ['language', 'language']: name each part once",
     "--train.fp8 tensorwise": "train.fp8 is tensorwise, which keeps everything else in bf16",
     "--optimizer.learning-rate nan": "optimizer.learning_rate is nan",
     "--optimizer.learning-rate 0": "optimizer.learning_rate is 0",
@@ -58,8 +58,8 @@ SETTINGS = {
     "--data.max-bad-fraction 2": "data.max_bad_fraction is 2.0: wanted 0 to 1",
     "--data.weights 1 2": "data.weights has 2 numbers for 1 datasets",
     "--data.weights nan": "data.weights is [nan]: wanted numbers above 0",
-    "--data.pack-images 4": "packing has two budgets",
-    "--data.stream x.tar": "data.path and data.stream are both given",
+    "--data.pack-max-images 4": "packing has two budgets",
+    "--data.webdataset-urls x.tar": "data.datasets and data.webdataset_urls are both given",
     "--data.features a b": "data.features names 2 folders for 1 datasets",
     "--data.cache-gib nan": "data.cache_gib is nan",
     "--data.validation-path EMPTY": "EMPTY is not a shard dataset",
@@ -76,7 +76,7 @@ SETTINGS = {
     "--vision.num-attention-heads 3": "vision.hidden_size (128) does not divide into vision.num_attention_heads (3)",
     "--checkpoint.interval-steps 0": "checkpoint.interval_steps is 0",
     "--checkpoint.keep-last -1": "checkpoint.keep_last is -1",
-    "--checkpoint.initial FILE": "FILE holds no checkpoint",
+    "--checkpoint.init-from FILE": "FILE holds no checkpoint",
     "--log.interval-steps 0": "log.interval_steps is 0",
     "--run.dir FILE/run": "FILE",
 }
@@ -134,7 +134,7 @@ def said(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 def words_for(data: Path, tmp_path: Path, text: str = "") -> list[str]:
     (tmp_path / "EMPTY").mkdir(exist_ok=True)
     (tmp_path / "FILE").write_text("no folder")
-    usual = ["tiny_align", "--data.path", str(data), "--run.dir", "run", "--train.steps", "2"]
+    usual = ["tiny_align", "--data.datasets", str(data), "--run.dir", "run", "--train.steps", "2"]
     return [*usual, *(word.replace("␠", " ") for word in text.split())]
 
 

@@ -18,7 +18,7 @@ from tests.support.ranks import run_ranks
 from tests.support.small_runs import small_config, train
 from tools import compare_reference
 
-TINY = ["tiny_align", "--data.path"]
+TINY = ["tiny_align", "--data.datasets"]
 
 
 def message(main: object, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
@@ -47,9 +47,9 @@ MISTAKES = {
     "field": (["DATA", "--train.step", "5"], r"unknown setting --train.step: did you mean --train.steps"),
     "value": (["DATA", "--train.steps", "many"], r"--train.steps is .many.: wanted None or INT"),
     "section": (["DATA", "--parallel.sequence"], r"parallel.sequence needs parallel.tensor above 1"),
-    "parts": (["DATA", "--train.parts", "vision"], r"--train.parts.* vision"),
+    "parts": (["DATA", "--train.trainable-parts", "vision"], r"--train.trainable-parts.* vision"),
     "manifest": (["EMPTY"], r"EMPTY is not a shard dataset \(no manifest.json\): make one with python -m pipelines.preprocess"),
-    "initial": (["DATA", "--checkpoint.initial", "EMPTY"], r"EMPTY holds no checkpoint"),
+    "initial": (["DATA", "--checkpoint.init-from", "EMPTY"], r"EMPTY holds no checkpoint"),
     "attention": (["DATA", "--model.layer-spec", "te"], r"model.layer_spec is te, but .*: use --model.layer-spec torch"),
     "vocabulary": (["DATA", "--model.vocab-size", "200"], r"260 tokens, but model.vocab_size is 200"),
     "tokenizer": (["DATA", "--data.tokenizer", "EMPTY"], r"data.tokenizer is .*EMPTY"),
@@ -79,7 +79,7 @@ def test_checkpoint_of_another_architecture_names_the_field(
 ) -> None:
     config = small_config(mixed_dataset, tmp_path / "small", parts=("vision_kv",), steps=1)
     run_ranks(train, 1, config, start_gloo=False)
-    words = [*TINY, str(mixed_dataset), "--checkpoint.initial", str(tmp_path / "small"), "--run.dir", str(tmp_path / "run")]
+    words = [*TINY, str(mixed_dataset), "--checkpoint.init-from", str(tmp_path / "small"), "--run.dir", str(tmp_path / "run")]
     shown = message(pretrain.main, words, monkeypatch, capsys)
     assert "is of another architecture: model.family is qwen2 there and llama here" in shown
     # The same for a run folder whose settings changed under it.

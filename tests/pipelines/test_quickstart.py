@@ -18,7 +18,7 @@ def planned(*words: str, num_gpus: int = 0, has_ray: bool = True) -> Job:
 
 def trained(job: Job, stage: str = "instruct") -> tuple[int, Config]:
     """Ranks, and the settings that a training is given."""
-    command = pretrain(job, stage, "--checkpoint.initial", "somewhere")
+    command = pretrain(job, stage, "--checkpoint.init-from", "somewhere")
     return int(command[command.index("--nproc-per-node") + 1]), parse(command[command.index("pipelines.pretrain") + 1 :])
 
 

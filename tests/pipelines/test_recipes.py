@@ -49,7 +49,7 @@ def test_sizes_give_the_published_number_of_parameters(family: str, parameters: 
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_stages_train_the_papers_parts(name: str) -> None:
     wanted = ("vision_kv",) if name.endswith("align") else ("language", "vision_kv")
-    assert RECIPES[name]().train.parts == wanted
+    assert RECIPES[name]().train.trainable_parts == wanted
 
 
 @pytest.mark.parametrize("family", FAMILIES[1:])
@@ -60,7 +60,7 @@ def test_published_recipes_hold_the_papers_settings(family: str) -> None:
     assert 5e-4 <= align.optimizer.learning_rate <= 1e-3
     assert instruct.optimizer.learning_rate == 2e-5
     assert align.data.template == "plain"
-    assert instruct.checkpoint.initial == str(align.run_dir)
+    assert instruct.checkpoint.init_from == str(align.run_dir)
     for config in (align, instruct):
         assert (config.optimizer.schedule, config.optimizer.warmup_fraction, config.optimizer.weight_decay) == (
             "cosine",
@@ -69,7 +69,7 @@ def test_published_recipes_hold_the_papers_settings(family: str) -> None:
         )
         assert config.train.precision == "bf16"
         assert (config.vision.resize, config.vision.feature_layer, config.vision.tokens_per_image) == ("square", -2, 729)
-        assert config.model.text_only == "zero_image"
+        assert config.model.text_only_vision == "zero_image"
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))

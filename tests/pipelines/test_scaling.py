@@ -29,7 +29,7 @@ SMALL = [
 
 def words(data: Path, runs: Path, *extra: str) -> list[str]:
     """A weak series of 1, 2 and 4 ranks."""
-    return ["tiny_align", "--world-sizes", "1", "2", "4", "--runs", str(runs), "--data.path", str(data),
+    return ["tiny_align", "--world-sizes", "1", "2", "4", "--runs", str(runs), "--data.datasets", str(data),
             "--train.steps", str(STEPS), *SMALL, *extra]  # fmt: skip
 
 
@@ -156,7 +156,7 @@ MISTAKES = {
         ["--world-sizes", "2", "3", "--train.global-batch-samples", "5"],
         r"\(5\) of 2 ranks is no whole number on 3",
     ),
-    "no data": (["--data.path", "nowhere"], "with 1 rank: nowhere is not a shard dataset"),
+    "no data": (["--data.datasets", "nowhere"], "with 1 rank: nowhere is not a shard dataset"),
     "run.dir": (["--run.dir", "x"], "names its run folders itself: give --runs and --name"),
     "sizes": (["--world-sizes", "1", "1"], "--world-sizes is 1 1: wanted different numbers"),
     "nodes": (["--submit", "--gpus-per-node", "3"], "with 4 ranks: 4 GPUs are no whole number of nodes of 3"),

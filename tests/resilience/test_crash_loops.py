@@ -29,7 +29,7 @@ def test_three_starts_without_a_new_step_stop_the_run(mixed_dataset: Path, tmp_p
     with Ranks(config, 1) as ranks:
         assert ranks.codes() == [3]
     assert (tmp_path / "STOP").read_text().startswith("3 starts in a row have saved no step beyond 0")
-    with Ranks(replace(config, run=replace(config.run, resume_after_stop=True)), 1) as ranks:
+    with Ranks(replace(config, run=replace(config.run, ignore_stop_file=True)), 1) as ranks:
         assert ranks.codes() == [0]
     with Ranks(config, 1) as ranks:
         assert ranks.codes() == [0]  # it has ended: nothing is left to do
@@ -39,38 +39,38 @@ def test_other_settings_are_another_try(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.open(writes=True)
     for settings in ("a", "b", "b"):
-        journal.note("start", 5, began=0.0, settings=settings, after_stop=False)
-    assert Journal(tmp_path).fruitless_starts(5, "b") == 2
-    assert Journal(tmp_path).fruitless_starts(5, "a") == 0
-    assert Journal(tmp_path).fruitless_starts(6, "b") == 0
+        journal.record("start", 5, began=0.0, settings=settings, after_stop=False)
+    assert Journal(tmp_path).starts_without_progress(5, "b") == 2
+    assert Journal(tmp_path).starts_without_progress(5, "a") == 0
+    assert Journal(tmp_path).starts_without_progress(6, "b") == 0
 
 
 def test_a_line_cut_short_spoils_no_other(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.open(writes=True)
-    journal.note("save", 1, health={})
-    journal.note("save", 2, health={})
+    journal.record("save", 1, health={})
+    journal.record("save", 2, health={})
     content = journal.path.read_bytes()
     journal.path.write_bytes(content[:-9])
     journal = Journal(tmp_path)
     assert [event["step"] for event in journal.events] == [1]
     journal.open(writes=True)
-    journal.note("save", 3, health={})
+    journal.record("save", 3, health={})
     assert [event["step"] for event in Journal(tmp_path).events] == [1, 3]
 
 
 def test_a_journal_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     journal = Journal(tmp_path)
     journal.open(writes=True)
-    journal.note("save", 1, health={})
+    journal.record("save", 1, health={})
     journal.path.rename(tmp_path / "kept")
     journal.path.mkdir()
-    journal.note("save", 2, health={"skipped": [2]})
+    journal.record("save", 2, health={"skipped": [2]})
     assert "journal.jsonl misses a line" in caplog.text
-    assert journal.health_at(2) == {"skipped": [2]}
+    assert journal.loss_guard_state_at(2) == {"skipped": [2]}
     journal.path.rmdir()
     (tmp_path / "kept").rename(journal.path)
-    journal.note("save", 3, health={})
+    journal.record("save", 3, health={})
     assert [event["step"] for event in Journal(tmp_path).events] == [1, 3]
 
 

@@ -16,8 +16,8 @@ import torch
 from himix_megatron.config import Config, HealthConfig
 from himix_megatron.data.loading.plan import START
 from himix_megatron.resilience.journal import Journal
-from himix_megatron.resilience.loss_guard import Health
-from himix_megatron.resilience.replica_check import hash_bits
+from himix_megatron.resilience.loss_guard import LossGuard
+from himix_megatron.resilience.replica_check import bitwise_hash
 from tests.support.processes import Ranks, manners_config
 from tests.support.ranks import run_ranks
 
@@ -25,7 +25,7 @@ from tests.support.ranks import run_ranks
 def hashes_of(config: Config, poison: tuple[int, tuple[int, ...]] | None = None) -> tuple[int, list[str]]:
     """Train. `poison`: on this rank one gradient is not a number at these steps. Returns: the exit code, and the hash of
     parameters and optimizer after each step."""
-    from himix_megatron.model.himix_model import bare
+    from himix_megatron.model.himix_model import unwrap_model
     from himix_megatron.resilience.replica_check import state_hash
     from himix_megatron.training import loop, train_step
 
@@ -38,7 +38,7 @@ def hashes_of(config: Config, poison: tuple[int, tuple[int, ...]] | None = None)
         calls += 1
         if poison is not None and torch.distributed.get_rank() == poison[0] and calls in poison[1]:
             # A weight that tensor ranks all hold, so that only rank 0's counts for the norm.
-            weights = dict(bare(stages[0]).named_parameters())
+            weights = dict(unwrap_model(stages[0]).named_parameters())
             name = next(name for name in weights if name.endswith("vision_norm.weight"))
             weights[name].main_grad.view(-1)[3] = math.nan
         return norm(optimizer)
@@ -81,14 +81,14 @@ def test_too_many_steps_that_are_not_finite_stop_the_run(mixed_dataset: Path, tm
 # ---- spikes --------------------------------------------------------------------------------------------------------
 
 
-def judged(health: Health, step: int, loss: float, *, can_roll_back: bool = True) -> str:
-    health.expect(step, can_roll_back=can_roll_back)
-    return health.judge(loss, True).action
+def judged(health: LossGuard, step: int, loss: float, *, can_roll_back: bool = True) -> str:
+    health.begin_step(step, can_roll_back=can_roll_back)
+    return health.check(loss, True).action
 
 
 def test_a_spike_is_what_lies_k_deviations_above_the_recent_losses() -> None:
     for action, becomes in (("none", "update"), ("skip", "skip"), ("rollback", "rollback")):
-        health = Health(HealthConfig(spike_action=action, spike_sigmas=3, spike_window_steps=4))  # type: ignore[arg-type]
+        health = LossGuard(HealthConfig(spike_action=action, spike_sigmas=3, spike_window_steps=4))  # type: ignore[arg-type]
         assert [judged(health, step, loss) for step, loss in enumerate((9.0, 1.0, 50.0, 1.0), 1)] == ["update"] * 4
         for step, loss in enumerate((2.0, 2.2, 2.0, 2.2), 5):
             judged(health, step, loss)  # mean 2.1, deviation 0.1
@@ -100,11 +100,11 @@ def test_a_spike_is_what_lies_k_deviations_above_the_recent_losses() -> None:
 def test_rollbacks_and_skips_are_bounded() -> None:
     settings = HealthConfig(spike_action="rollback", spike_window_steps=2, max_rollbacks=2, max_skipped_steps=1)
     state = {"losses": [1.0, 1.0], "skipped": []}
-    assert judged(Health(settings, state, num_rollbacks=1), 5, 9.0) == "rollback"
-    assert judged(Health(settings, state, num_rollbacks=2), 5, 9.0) == "stop"
-    health = Health(replace(settings, spike_action="skip"), state)
+    assert judged(LossGuard(settings, state, num_rollbacks=1), 5, 9.0) == "rollback"
+    assert judged(LossGuard(settings, state, num_rollbacks=2), 5, 9.0) == "stop"
+    health = LossGuard(replace(settings, spike_action="skip"), state)
     assert [judged(health, step, 9.0) for step in (5, 6)] == ["skip", "stop"]
-    health = Health(replace(settings, spike_action="skip"), state)
+    health = LossGuard(replace(settings, spike_action="skip"), state)
     assert [judged(health, step, 9.0) for step in (5, 1006)] == ["skip", "skip"]  # forgotten after 1,000 steps
 
 
@@ -157,8 +157,8 @@ def test_a_rollback_leaves_the_spike_out_also_when_it_is_interrupted(mixed_datas
     assert re.search(r"step 8 has a loss of \S+, a spike: above .*: going back", log)
     told = [line.split('"key": "')[1].split('"')[0] for line in (tmp_path / "whole" / "ledger" / "rank-000.jsonl").open()]
     assert len(told) == 8 * (7 + 4)
-    train_step = [set(told[first : first + 8]) for first in range(0, len(told), 8)]
-    assert not train_step[7] & train_step[6]
+    steps = [set(told[first : first + 8]) for first in range(0, len(told), 8)]
+    assert not steps[7] & steps[6]
 
 
 # ---- replicas ------------------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def test_a_rollback_leaves_the_spike_out_also_when_it_is_interrupted(mixed_datas
 
 def flip(config: Config, victim: int, name: str) -> int:
     """Train; on one rank a bit of a weight flips in step 2."""
-    from himix_megatron.model.himix_model import bare
+    from himix_megatron.model.himix_model import unwrap_model
     from himix_megatron.training import loop
 
     step, calls = loop.train_step, 0
@@ -176,7 +176,7 @@ def flip(config: Config, victim: int, name: str) -> int:
         calls += 1
         result = step(config, run, *arguments)
         if calls == 2 and run.topology.rank == victim:
-            weight = dict(bare(run.stages[0]).named_parameters())[name].data
+            weight = dict(unwrap_model(run.stages[0]).named_parameters())[name].data
             weight.view(torch.int32).view(-1)[5] ^= 1
         return result
 
@@ -209,20 +209,20 @@ def test_a_flipped_bit_is_found_and_named(
 
 def test_the_hash_of_a_tensor_sees_every_bit_and_every_place() -> None:
     tensor = torch.randn(70_000, generator=torch.Generator().manual_seed(1))  # two chunks
-    seen = {int(hash_bits(tensor)), int(hash_bits(tensor.roll(1)))}
+    seen = {int(bitwise_hash(tensor)), int(bitwise_hash(tensor.roll(1)))}
     for place in (0, 1, 69_999):
         for bit in range(32):
             changed = tensor.clone()
             changed.view(torch.int32)[place] ^= torch.tensor(1, dtype=torch.int64).bitwise_left_shift(bit).to(torch.int32)
-            seen.add(int(hash_bits(changed)))
+            seen.add(int(bitwise_hash(changed)))
     swapped = tensor.clone()
     swapped[[10, 11]] = tensor[[11, 10]]
-    seen.add(int(hash_bits(swapped)))
+    seen.add(int(bitwise_hash(swapped)))
     assert len(seen) == 3 + 3 * 32
-    assert int(hash_bits(tensor)) == int(hash_bits(tensor.view(700, 100)))
+    assert int(bitwise_hash(tensor)) == int(bitwise_hash(tensor.view(700, 100)))
     for dtype in (torch.bfloat16, torch.float64, torch.uint8, torch.int64):
-        assert int(hash_bits(torch.ones(3, dtype=dtype))) != int(hash_bits(torch.zeros(3, dtype=dtype)))
-    assert int(hash_bits(torch.tensor(0.0))) != int(hash_bits(torch.tensor(-0.0)))
+        assert int(bitwise_hash(torch.ones(3, dtype=dtype))) != int(bitwise_hash(torch.zeros(3, dtype=dtype)))
+    assert int(bitwise_hash(torch.tensor(0.0))) != int(bitwise_hash(torch.tensor(-0.0)))
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------
@@ -250,5 +250,5 @@ def test_out_of_memory_names_the_settings_to_lower(mixed_dataset: Path, tmp_path
 def test_a_rollback_further_back_leaves_later_detours_behind(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     for step, samples in ((1000, 10), (1500, 20), (500, 30), (700, 40)):
-        journal.note_rollback(step, replace(START, samples=samples), "a spike")
-    assert {step: place.samples for step, place in journal.detours().items()} == {500: 30, 700: 40}
+        journal.record_rollback(step, replace(START, samples=samples), "a spike")
+    assert {step: place.samples for step, place in journal.rollback_data_offsets().items()} == {500: 30, 700: 40}

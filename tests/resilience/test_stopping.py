@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from himix_megatron.checkpoint.checkpointer import complete_checkpoints
-from tests.support.processes import Plan, Ranks, manners_config, reached
+from tests.support.processes import FaultSchedule, Ranks, manners_config, reached
 from tests.support.small_runs import history
 
 
@@ -106,7 +106,7 @@ def load_slowly_in_a_job(rank: int, point: str, count: int) -> None:
 @pytest.mark.parametrize(("plan", "code"), [(load_slowly, 85), (load_slowly_in_a_job, 84)], ids=["alone", "in a job"])
 @pytest.mark.parametrize("asked", [0, 1])
 def test_a_signal_before_the_first_step_leaves_nothing(
-    mixed_dataset: Path, tmp_path: Path, asked: int, plan: Plan, code: int
+    mixed_dataset: Path, tmp_path: Path, asked: int, plan: FaultSchedule, code: int
 ) -> None:
     with Ranks(manners_config(mixed_dataset, tmp_path), 2, plan) as ranks:
         ranks.wait_for("load")

@@ -131,16 +131,16 @@ def test_a_rank_stuck_in_native_code_shows_its_stack_too(mixed_dataset: Path, tm
 
 def watch_over(world_size: int, port: int, folder: Path) -> None:
     """Rank 0 of a run whose other ranks are played by the test."""
-    from himix_megatron.resilience.watchdog import Watch
+    from himix_megatron.resilience.watchdog import Watchdog
     from himix_megatron.resilience.watchdog_links import accept
     from himix_megatron.runtime import log
     from himix_megatron.runtime.stop_signals import StopRequest
 
     log.start(folder, 0, world_size)
     listener = socket.create_server(("127.0.0.1", port), backlog=4096)
-    watch = Watch(StopRequest(), folder, rank=0, world_size=world_size, timeout_seconds=60)
-    watch.links = accept(listener, world_size, "secret", 60)
-    with watch:
+    watchdog = Watchdog(StopRequest(), folder, rank=0, world_size=world_size, timeout_seconds=60)
+    watchdog.links = accept(listener, world_size, "secret", 60)
+    with watchdog:
         time.sleep(60)
 
 

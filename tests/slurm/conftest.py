@@ -51,7 +51,7 @@ def train(slurm: Slurm, mixed_dataset: Path, tmp_path: Path, ended_with_test: No
 
     def submit(*options: str, run: Path = tmp_path / "run", steps: int = 400, flags: tuple[str, ...] = (), **extra: str) -> Job:
         arguments = [
-            "tiny_instruct", "--run.dir", run, "--data.path", mixed_dataset, "--train.steps", steps,
+            "tiny_instruct", "--run.dir", run, "--data.datasets", mixed_dataset, "--train.steps", steps,
             "--train.global-batch-samples", 4, "--train.micro-batch-samples", 2, "--checkpoint.interval-steps", 100,
             "--log.interval-steps", 1, "--log.ledger", "--parallel.timeout-seconds", 120, *flags,
         ]  # fmt: skip

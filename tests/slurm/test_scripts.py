@@ -114,9 +114,9 @@ def scripts(tmp_path: Path) -> Scripts:
 @pytest.mark.parametrize("word", HOSTILE)
 @pytest.mark.parametrize("script", ["pretrain_himix.sh", "preprocess_ray.sh"])
 def test_words_arrive_as_they_were_written(scripts: Scripts, script: str, word: str) -> None:
-    done = scripts.run("tiny_align", "--run.dir", word, f"--data.path={word}", script=script)
+    done = scripts.run("tiny_align", "--run.dir", word, f"--data.datasets={word}", script=script)
     assert done.returncode == 0, done.stderr
-    assert scripts.arguments() == ["tiny_align", "--run.dir", word, f"--data.path={word}"]
+    assert scripts.arguments() == ["tiny_align", "--run.dir", word, f"--data.datasets={word}"]
     assert not list(scripts.root.rglob("pwned*"))
 
 
@@ -185,7 +185,7 @@ def test_submitted_from_elsewhere_is_one_line(scripts: Scripts, tmp_path: Path, 
      ["tiny_align", "--train.steps", "-1"], ["tiny_align", "--train.steps", "1e400"], ["tiny_align", "--train.steps"],
      ["tiny_align", "--;touch pwned"], ["tiny_align", "--run.dir"], ["tiny_align", "--parallel.tensor", "0x2"],
      ["tiny_align", "--train.precision", "`touch pwned`"], ["tiny_align", "touch", "pwned"],
-     ["tiny_align", "--recipe", "x"], ["tiny_align", "--train.parts", "language;touch pwned"], ["--train.steps", "5"]],
+     ["tiny_align", "--recipe", "x"], ["tiny_align", "--train.trainable-parts", "tower;touch pwned"], ["--train.steps", "5"]],
 )  # fmt: skip
 def test_hostile_settings_are_one_line(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -113,13 +113,13 @@ SAID = {
 """What the words alone say. `␠`: a space within a word."""
 
 LOOKED_UP = {
-    "--data.path EMPTY": "align: EMPTY is not a shard dataset (no manifest.json)",
-    "--instruct.data.path GONE": "instruct: GONE is not a shard dataset",
-    "--data.path FILE": "align: FILE is not a shard dataset",
+    "--data.datasets EMPTY": "align: EMPTY is not a shard dataset (no manifest.json)",
+    "--instruct.data.datasets GONE": "instruct: GONE is not a shard dataset",
+    "--data.datasets FILE": "align: FILE is not a shard dataset",
     "--align.run.dir STOPPED": "align: STOPPED/STOP says: too many bad samples",
-    "--align.checkpoint.initial EMPTY": "align: EMPTY holds no checkpoint",
-    "--align.checkpoint.initial OTHER": "align: checkpoint OTHER/checkpoints/step-00000001 is of another architecture",
-    "--stages instruct --checkpoint.initial GONE": "instruct: GONE holds no checkpoint",
+    "--align.checkpoint.init-from EMPTY": "align: EMPTY holds no checkpoint",
+    "--align.checkpoint.init-from OTHER": "align: checkpoint OTHER/checkpoints/step-00000001 is of another architecture",
+    "--stages instruct --checkpoint.init-from GONE": "instruct: GONE holds no checkpoint",
     "--instruct.model.ffn-hidden-size 256": "instruct: model.ffn_hidden_size is 256, but 384 in align, whose weights it starts",
     "--cluster.nodes 2 --instruct.parallel.tensor 2 --instruct.parallel.pipeline 2": "instruct: 2 ranks (cluster.nodes x",
     "--cluster.tasks-per-node 3": "align: train.global_batch_samples (8) is not a multiple of 3 data-parallel ranks",
@@ -145,7 +145,7 @@ def test_a_mistake_in_the_words_is_one_line(
 def test_a_mistake_in_what_the_words_name_is_one_line(
     text: str, places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    usual = f"tiny --dry-run --data.path DATA --train.global-batch-samples 8 --train.micro-batch-samples 2 {text}"
+    usual = f"tiny --dry-run --data.datasets DATA --train.global-batch-samples 8 --train.micro-batch-samples 2 {text}"
     said = refused(
         words_of(usual, places)
         + [f"--align.run.dir={tmp_path}/align"] * ("align.run.dir" not in text and "--stages" not in text),
@@ -181,7 +181,7 @@ def test_what_the_cluster_can_never_run_is_refused_before_anything_is_submitted(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    usual = "tiny --data.path DATA --align.run.dir A --instruct.run.dir B --train.global-batch-samples 24 "
+    usual = "tiny --data.datasets DATA --align.run.dir A --instruct.run.dir B --train.global-batch-samples 24 "
     said = refused(
         words_of(usual + "--train.micro-batch-samples 2 " + text, places), monkeypatch, capsys, slurm.environment["SLURM_CONF"]
     )
@@ -200,7 +200,7 @@ def test_the_batch_script_holds_what_was_asked_for_and_no_word_of_the_training(t
         partition="gpu,long", nodes=3, gpus_per_node=8, cpus_per_task=12, memory_gib=900, time_limit_minutes=720,
         save_seconds=120, account="lab", qos="high", constraint="a100|h100",
     )  # fmt: skip
-    text = script(Settings(cluster=cluster), stage(tmp_path / "run", "--data.path", "$(touch x); `touch y`"), "77")
+    text = script(Settings(cluster=cluster), stage(tmp_path / "run", "--data.datasets", "$(touch x); `touch y`"), "77")
     for line in (
         *("--partition=gpu,long", "--nodes=3", "--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=12"),
         *("--mem=900G", "--time=720", "--signal=USR1@120", "--account=lab", "--qos=high", "--constraint='a100|h100'"),
@@ -230,16 +230,16 @@ def test_jobs_run_in_the_environment_that_submits_them_or_the_one_that_is_named(
 
 
 def test_what_all_stages_start_from_is_for_the_first_only() -> None:
-    words = ["tiny", "--checkpoint.initial", "converted", "--train.steps", "7", "--instruct.train.steps=9"]
+    words = ["tiny", "--checkpoint.init-from", "converted", "--train.steps", "7", "--instruct.train.steps=9"]
     _, (align, instruct) = read(words)
-    assert (align.config.checkpoint.initial, align.config.train.steps) == ("converted", 7)
-    assert (instruct.config.checkpoint.initial, instruct.config.train.steps) == ("runs/tiny_align", 9)
+    assert (align.config.checkpoint.init_from, align.config.train.steps) == ("converted", 7)
+    assert (instruct.config.checkpoint.init_from, instruct.config.train.steps) == ("runs/tiny_align", 9)
     _, (align, instruct) = read([*words, "--align.run.dir", "else/where"])
-    assert (align.config.run_dir, instruct.config.checkpoint.initial) == (Path("else/where"), "else/where")
-    _, (_, instruct) = read([*words, "--instruct.checkpoint.initial", "mine"])
-    assert instruct.config.checkpoint.initial == "mine"
+    assert (align.config.run_dir, instruct.config.checkpoint.init_from) == (Path("else/where"), "else/where")
+    _, (_, instruct) = read([*words, "--instruct.checkpoint.init-from", "mine"])
+    assert instruct.config.checkpoint.init_from == "mine"
     _, (alone,) = read([*words, "--stages", "instruct"])
-    assert alone.config.checkpoint.initial == "converted"
+    assert alone.config.checkpoint.init_from == "converted"
 
 
 def test_stale_save_files_are_swept_and_what_jobs_printed_stays(tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_stale_save_files_are_swept_and_what_jobs_printed_stays(tmp_path: Path) 
 def command(places: dict[str, str], run: Path, *words: str, steps: int = 12) -> list[str]:
     """A small chain's command line."""
     return [
-        sys.executable, "-m", "slurm.submit", "tiny", "--data.path", places["DATA"], "--train.steps", str(steps),
+        sys.executable, "-m", "slurm.submit", "tiny", "--data.datasets", places["DATA"], "--train.steps", str(steps),
         "--train.global-batch-samples", "4", "--train.micro-batch-samples", "2", "--log.interval-steps", "1", "--log.ledger",
         "--align.run.dir", str(run / "align"), "--instruct.run.dir", str(run / "instruct"),
         "--parallel.timeout-seconds", "60", *words,
@@ -276,7 +276,7 @@ def test_a_dry_run_prints_both_batch_scripts_and_leaves_nothing(places: dict[str
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("#!/bin/bash") == 2
     assert "--dependency=afterok:JOB_OF_ALIGN" in done.stdout
-    assert f"--checkpoint.initial {tmp_path}/runs/align" in done.stdout
+    assert f"--checkpoint.init-from {tmp_path}/runs/align" in done.stdout
     assert not (tmp_path / "runs").exists()
 
 

@@ -28,7 +28,7 @@ def test_a_series_is_submitted_once_with_its_nodes_computed(
 ) -> None:
     series = [
         sys.executable, "-m", "pipelines.scaling", "tiny_align", "--world-sizes", "2", "4", "--runs", tmp_path, "--submit",
-        "--gpus-per-node", "2", "--sbatch=--time=10", "--train.steps", "3", "--data.path", mixed_dataset,
+        "--gpus-per-node", "2", "--sbatch=--time=10", "--train.steps", "3", "--data.datasets", mixed_dataset,
         "--train.global-batch-samples", "4", "--train.micro-batch-samples", "2",
     ]  # fmt: skip
     shown = slurm.run(*map(str, series)).stdout

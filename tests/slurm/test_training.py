@@ -230,13 +230,13 @@ def test_three_starts_without_a_new_step_stop_the_run_with_the_reason(train: Tra
         job.wait_for("step 2/400")
         rank_process(job, 1).kill()
         assert job.wait() == "FAILED", job.text
-    in_vain = train(steps=400, flags=rarely)
-    assert in_vain.wait() == "FAILED"
-    assert in_vain.code == 3
-    assert in_vain.field("Restarts") == "0"
+    refuse_crash_loop = train(steps=400, flags=rarely)
+    assert refuse_crash_loop.wait() == "FAILED"
+    assert refuse_crash_loop.code == 3
+    assert refuse_crash_loop.field("Restarts") == "0"
     assert "3 starts in a row have saved no step beyond 0" in (run / "STOP").read_text()
     assert train(steps=400, flags=rarely).wait() == "FAILED"
-    asked = train(steps=5, flags=("--run.resume-after-stop",))
+    asked = train(steps=5, flags=("--run.ignore-stop-file",))
     assert asked.wait() == "COMPLETED", asked.text
 
 

@@ -62,7 +62,7 @@ class Chain:
     def line(self, *words: str, steps: int = 12, stages: Sequence[str] = ("align", "instruct")) -> list[str]:
         folders = [word for stage in stages for word in (f"--{stage}.run.dir", str(self.folder / stage))]
         return [
-            sys.executable, "-m", "slurm.submit", "tiny", "--data.path", str(self.data), "--train.steps", str(steps),
+            sys.executable, "-m", "slurm.submit", "tiny", "--data.datasets", str(self.data), "--train.steps", str(steps),
             "--train.global-batch-samples", "4", "--train.micro-batch-samples", "2", "--log.interval-steps", "1",
             "--log.ledger", "--checkpoint.interval-steps", "100000", "--parallel.timeout-seconds", "60",
             "--stages", *stages, *folders, *words,

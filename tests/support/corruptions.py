@@ -41,16 +41,16 @@ def damaged(run: Path, damage: Damage) -> Callable[[], None]:
 
 def starts(config: Config, found: list[Damage]) -> list[tuple[str, str]]:
     """For each damage: the checkpoint that a start settles on, and what it says; by a rank of a world."""
-    from himix_megatron.distributed.control_group import Agreement
+    from himix_megatron.distributed.control_group import ControlGroup
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
-    from himix_megatron.training.resume import prepare, settle
+    from himix_megatron.training.resume import prepare_inputs, select_checkpoint
 
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("himix_megatron").addHandler(handler)
     init_distributed(config.parallel, seed=1)
-    ranks = Agreement(60)
+    ranks = ControlGroup(60)
     results = []
     for damage in found:
         rank = int(os.environ["RANK"])
@@ -58,7 +58,7 @@ def starts(config: Config, found: list[Damage]) -> list[tuple[str, str]]:
         torch.distributed.barrier()
         said.clear()
         try:
-            start = settle(config, replace(prepare(config, 1), ranks=ranks))
+            start = select_checkpoint(config, replace(prepare_inputs(config, 1), ranks=ranks))
             results.append((start.checkpoint.name if start.checkpoint else "", " ".join(said)))
         except ValueError as error:
             results.append(("refused", str(error)))

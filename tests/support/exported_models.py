@@ -34,7 +34,7 @@ def random_config(family: Any = "qwen2", tower: Any = "tiny", **model: Any) -> C
             feature_layer=-1 if tower == "tiny" else -2, **(CLIP_PIXELS if tower == "clip" else {}),
         ),
         data=DataConfig(template="tiny", max_text_tokens=128),
-        train=TrainConfig(parts=("vision_kv",), global_batch_samples=1, micro_batch_samples=1, precision="fp32"),
+        train=TrainConfig(trainable_parts=("vision_kv",), global_batch_samples=1, micro_batch_samples=1, precision="fp32"),
         optimizer=OptimizerConfig(learning_rate=1.0),
     )  # fmt: skip
 
@@ -76,7 +76,7 @@ def ask_elsewhere(folder: Path, dataset: ShardDataset, work: Path) -> list[str]:
             files.append(str(work / f"{sample}-{k}"))
             Path(files[-1]).write_bytes(dataset.image_bytes(sample, k))
         messages: list[dict[str, str]] = []
-        for question, answer in chat_template.exchanges(dataset.text(sample)):
+        for question, answer in chat_template.turns_of(dataset.text(sample)):
             messages.append({"role": "user", "content": question})
             asked.append({"messages": list(messages), "images": files})
             messages.append({"role": "assistant", "content": answer})

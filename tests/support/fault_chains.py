@@ -118,9 +118,9 @@ class Bench:
             parallel=replace(config.parallel, timeout_seconds=TIMEOUT_SECONDS),
             checkpoint=replace(config.checkpoint, interval_steps=INTERVAL, keep_last=3, mode=case.mode),
             # Faults follow each other more closely than trouble does: several may fall between two saves.
-            health=replace(config.health, max_fruitless_starts=LENGTH),
+            health=replace(config.health, max_starts_without_progress=LENGTH),
             log=replace(config.log, ledger=True, validation_interval_steps=5, validation_samples=8),
-            run=replace(config.run, faults=str(planned)),
+            run=replace(config.run, fault_injection=str(planned)),
         )
 
     def _damaged_data(self) -> Path:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from himix_megatron.checkpoint.manifest import NEWEST, complete_checkpoints
+from himix_megatron.checkpoint.manifest import LATEST, complete_checkpoints
 from himix_megatron.runtime.failpoints import Fault
 
 INTERVAL = 2
@@ -43,7 +43,7 @@ def delete(run: Path, draw: random.Random) -> str:
 
 def lose_tracker(run: Path, draw: random.Random) -> str:
     """The file that names the newest checkpoint is gone, or names none."""
-    newest = run / "checkpoints" / NEWEST
+    newest = run / "checkpoints" / LATEST
     if draw.random() < 0.5:
         newest.unlink()
         return "gone"

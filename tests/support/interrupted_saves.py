@@ -32,7 +32,7 @@ def saving_config(data: Path, run: Path, *, steps: int, layout: dict[str, Any] |
         model=replace(config.model, num_layers=2),
         train=replace(config.train, global_batch_samples=2, micro_batch_samples=1),
         checkpoint=replace(config.checkpoint, **({"interval_steps": 1} | checkpoint)),
-        health=replace(config.health, max_fruitless_starts=1000),
+        health=replace(config.health, max_starts_without_progress=1000),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from himix_megatron.checkpoint.manifest import complete_checkpoints, problems, step_of
+from himix_megatron.checkpoint.manifest import complete_checkpoints, step_of, verify_checkpoint
 
 from .interrupted_saves import LAYOUTS, saving_config, train_killed
 from .ranks import run_ranks
@@ -51,7 +51,7 @@ def strike(data: Path, run: Path, kill: Kill, saved: int) -> int:
     newest = step_of(found[-1]) if found else 0
     assert newest in whole_after(kill, saved), (kill, saved, newest)
     for folder in found:
-        assert problems(folder) == [], (kill, problems(folder))
+        assert verify_checkpoint(folder) == [], (kill, verify_checkpoint(folder))
     if saved:
         restored = re.findall(r"restored \S+step-(\d+)", (run / "log" / "rank-000.log").read_text())
         assert int(restored[-1]) == saved, (kill, restored)  # it began where the kill before it had left off

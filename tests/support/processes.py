@@ -21,7 +21,7 @@ from himix_megatron.config import Config
 from .ranks import free_port
 from .small_runs import small_config
 
-Plan = Callable[[int, str, int], None]
+FaultSchedule = Callable[[int, str, int], None]
 """Called at every point with this rank, the point, and how many times it has come to it; a module's function."""
 
 
@@ -36,7 +36,7 @@ def manners_config(dataset: Path, run: Path, /, *, steps: int = 6, timeout_secon
 class Ranks:
     """`with Ranks(config, 2) as ranks`: they run; what is left at the end is killed."""
 
-    def __init__(self, config: Config, world_size: int, plan: Plan | None = None, *, only: list[int] | None = None):
+    def __init__(self, config: Config, world_size: int, plan: FaultSchedule | None = None, *, only: list[int] | None = None):
         self.config = config
         context = multiprocessing.get_context("forkserver")
         self.port = free_port()
@@ -91,7 +91,7 @@ def reached(name: str) -> None:
     Path(os.environ["RUN_DIR"], f"reached-{name}").touch()
 
 
-def _rank(config: Config, rank: int, world_size: int, port: int, plan: Plan | None) -> None:
+def _rank(config: Config, rank: int, world_size: int, port: int, plan: FaultSchedule | None) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
         OMP_NUM_THREADS="1", RUN_DIR=str(config.run_dir),
@@ -109,7 +109,7 @@ def _rank(config: Config, rank: int, world_size: int, port: int, plan: Plan | No
         sys.exit(pretrain(config))
 
 
-def _counting(plan: Plan, rank: int) -> Callable[[str], None]:
+def _counting(plan: FaultSchedule, rank: int) -> Callable[[str], None]:
     counts: Counter[str] = Counter()
 
     def reach(point: str) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 from himix_megatron.config import Config
-from himix_megatron.runtime.stop_signals import REQUEUE
+from himix_megatron.runtime.stop_signals import EXIT_REQUEUE
 
 from .ranks import free_port
 
@@ -47,7 +47,7 @@ class Ended:
     @property
     def again(self) -> bool:
         """A scheduler starts the same command again: some rank asked for it or died, and none said that it would be in vain."""
-        return any(self.codes) and all(code in (0, 1, REQUEUE) or code not in (2, 3) for code in self.codes)
+        return any(self.codes) and all(code in (0, 1, EXIT_REQUEUE) or code not in (2, 3) for code in self.codes)
 
 
 class Attempt:

@@ -26,7 +26,7 @@ def small_config(
     run: Path,
     *,
     parts: tuple[Part, ...],
-    text_only: Any = "none",
+    text_only_vision: Any = "none",
     initial: Path | None = None,
     precision: Any = "fp32",
     steps: int = 10,
@@ -44,7 +44,7 @@ def small_config(
             num_attention_heads=4,
             num_query_groups=2,
             vocab_size=260,
-            text_only=text_only,
+            text_only_vision=text_only_vision,
             layer_spec="torch",
         ),
         vision=VisionConfig(
@@ -57,13 +57,18 @@ def small_config(
             ffn_hidden_size=512,  # larger than a decoder layer: replicas of the tower are cut by a distributed optimizer
             feature_layer=-1,
         ),
-        data=DataConfig(path=(str(data),), template="tiny", max_text_tokens=96, num_workers=0),
+        data=DataConfig(datasets=(str(data),), template="tiny", max_text_tokens=96, num_workers=0),
         train=TrainConfig(
-            parts=parts, steps=steps, global_batch_samples=8, micro_batch_samples=2, precision=precision, recompute=recompute
+            trainable_parts=parts,
+            steps=steps,
+            global_batch_samples=8,
+            micro_batch_samples=2,
+            precision=precision,
+            recompute=recompute,
         ),
         optimizer=OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_fraction=0.0),
         parallel=ParallelConfig(timeout_seconds=60, **layout),
-        checkpoint=CheckpointConfig(initial=None if initial is None else str(initial)),
+        checkpoint=CheckpointConfig(init_from=None if initial is None else str(initial)),
         log=LogConfig(interval_steps=1),
         run=RunConfig(dir=str(run)),
     )

@@ -37,9 +37,9 @@ def test_the_line_of_a_run_is_understood(mixed_dataset: Path, tmp_path: Path, ca
 def test_the_flags_are_those_of_the_recipe_and_memory_is_predicted(mixed_dataset: Path) -> None:
     from pipelines.cli import parse
 
-    config = parse(["qwen2_0_5b_instruct", *COMMON.split(), *TINY.split(), "--data.path", str(mixed_dataset)])
+    config = parse(["qwen2_0_5b_instruct", *COMMON.split(), *TINY.split(), "--data.datasets", str(mixed_dataset)])
     assert config.vision.path is None
-    assert config.checkpoint.initial is None
+    assert config.checkpoint.init_from is None
     assert 0 < predicted_gib(config) < 1
 
 

@@ -136,7 +136,9 @@ def test_a_slower_network_costs_data_parallelism() -> None:
 
 
 def test_packs_are_planned_too() -> None:
-    arguments = tool.Arguments(recipe="llama3_2_1b_instruct", gpus=8, global_batch=16, pack_text_tokens=4096, pack_images=12)
+    arguments = tool.Arguments(
+        recipe="llama3_2_1b_instruct", gpus=8, global_batch=16, pack_max_text_tokens=4096, pack_max_images=12
+    )
     config, sample = tool.settings(arguments)
     plan = tool.choose(config, machine_named("h100-80gb", None), 8, sample)[0]
     assert plan.config.micro_batch == 1

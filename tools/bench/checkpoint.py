@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 
 from himix_megatron.checkpoint.checkpointer import Checkpoints, Position
-from himix_megatron.checkpoint.manifest import complete_checkpoints, problems
+from himix_megatron.checkpoint.manifest import complete_checkpoints, verify_checkpoint
 from himix_megatron.config import CheckpointConfig, Config, RunConfig
 from himix_megatron.data.loading.plan import START
 from himix_megatron.distributed.fused_kernels import detect
@@ -100,7 +100,7 @@ def measure(config: Config, repetitions: int) -> tuple[dict[str, list[float]], f
         if mode == "async" and name != FIRST:
             taken[WRITTEN].append(time.perf_counter() - begun)
     newest = complete_checkpoints(config.run_dir)[-1]
-    assert not problems(newest)
+    assert not verify_checkpoint(newest)
     checkpoints.close()
     shutdown_distributed()
     return taken, float(sum(path.stat().st_size for path in newest.iterdir()))

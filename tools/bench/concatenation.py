@@ -70,7 +70,7 @@ def lines_of(arguments: Arguments, config: Config, seconds: dict[str, list[float
     count = arguments.samples
 
     def flops(text: int, vision: int, parts: tuple[Part, ...] = ("vision_kv", "language")) -> float:
-        trained = dataclasses.replace(config, train=dataclasses.replace(config.train, parts=parts))
+        trained = dataclasses.replace(config, train=dataclasses.replace(config.train, trainable_parts=parts))
         work = Work.of([text] * count, [vision] * count, head_tokens=0, causal=False)
         return step_flops(trained, work).decoder
 

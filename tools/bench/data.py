@@ -367,10 +367,10 @@ def bench_pack(arguments: Arguments) -> list[Line]:
     draw = np.random.default_rng(0)
     size = WINDOW * max(1, round(16 * arguments.scale))
     lines, rates = [], {}
-    for what, mean, text_only in (("captions", 44, 0.0), ("chats", 314, 40_688 / 665_298)):
+    for what, mean, text_only_vision in (("captions", 44, 0.0), ("chats", 314, 40_688 / 665_298)):
         normal = draw.normal(np.log(mean) - SIGMA**2 / 2, SIGMA, size)
         text_tokens = np.clip(np.exp(normal).round(), 4, PACK_TEXT_TOKENS).astype(np.int64)
-        images = (draw.random(size) >= text_only).astype(np.int64)
+        images = (draw.random(size) >= text_only_vision).astype(np.int64)
         begun = time.perf_counter()
         parts = [slice(first, first + WINDOW) for first in range(0, size, WINDOW)]
         packs = sum(len(plan_packs(text_tokens[p], images[p], PACK_TEXT_TOKENS, PACK_IMAGES)) for p in parts)

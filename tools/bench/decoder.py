@@ -53,9 +53,9 @@ class Arguments:
     """Measured ones; one more before them is not counted."""
     threads: int = 2
     """Of torch; of two tensor ranks each has half."""
-    pack_text_tokens: int = 8192
+    pack_max_text_tokens: int = 8192
     """`training`: text tokens of a pack."""
-    pack_images: int = 26
+    pack_max_images: int = 26
     """`training`: images of a pack, one a sample."""
     packs: int = 2
     """`training`: packs of a step."""
@@ -88,7 +88,7 @@ def sizes(arguments: Arguments, parts: tuple[Part, ...] = ("vision_kv", "languag
         config,
         # The embedding and the head are not run: a small vocabulary saves their memory.
         model=dataclasses.replace(config.model, num_layers=arguments.layers or 4, layer_spec="torch", vocab_size=128),
-        train=dataclasses.replace(config.train, precision=precision(), parts=parts, recompute="none"),
+        train=dataclasses.replace(config.train, precision=precision(), trainable_parts=parts, recompute="none"),
         parallel=dataclasses.replace(
             config.parallel, tensor=2 if arguments.part == "tensor" else 1, pipeline=1, sequence=False
         ),
@@ -103,11 +103,11 @@ def precision() -> Literal["bf16", "fp32"]:
 def build(config: Config, topology: Topology) -> Any:
     """The model with its gradient buffers."""
     from himix_megatron.distributed.fused_kernels import detect
-    from himix_megatron.model.himix_model import bare, build_stage
+    from himix_megatron.model.himix_model import build_stage, unwrap_model
 
     stage = build_stage(config, detect(), topology, torch.nn.Identity())[0]
     stage.zero_grad_buffer()
-    model = bare(stage)
+    model = unwrap_model(stage)
     model.wrapper = [stage]  # kept alive: it owns the buffers and the hooks that fill them
     return model
 
@@ -117,7 +117,7 @@ def layers_step(
 ) -> Callable[[], None]:
     """Forward and backward of the layers on samples of these lengths; texts of equal length, or packed."""
     from himix_megatron.model.attention.mixture_attention import normalise
-    from himix_megatron.model.attention.packed_layout import lay_out
+    from himix_megatron.model.attention.packed_layout import make_layout
 
     generator = torch.Generator().manual_seed(0)
     own = next(model.parameters())
@@ -129,7 +129,7 @@ def layers_step(
     grad = torch.randn(hidden.shape, generator=generator).to(own)
 
     def step() -> None:
-        layout = lay_out(places, lengths, visions, model.rotary_pos_emb)
+        layout = make_layout(places, lengths, visions, model.rotary_pos_emb)
         context = normalise(features, model.config.layernorm_epsilon)
         model.decoder(hidden, None, context=context, packed_seq_params=layout).backward(grad)
         hidden.grad = None

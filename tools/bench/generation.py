@@ -65,7 +65,7 @@ def sizes(arguments: Arguments) -> Config:
         config,
         model=dataclasses.replace(config.model, num_layers=arguments.layers, layer_spec="torch"),
         train=dataclasses.replace(
-            config.train, precision="bf16" if torch.cuda.is_available() else "fp32", parts=("vision_kv",)
+            config.train, precision="bf16" if torch.cuda.is_available() else "fp32", trainable_parts=("vision_kv",)
         ),
     )
 
@@ -84,10 +84,10 @@ class Himix:
 
     def __init__(self, config: Config, arguments: Arguments, topology: Topology):
         from himix_megatron.distributed.fused_kernels import detect
-        from himix_megatron.model.himix_model import bare, build_stage
+        from himix_megatron.model.himix_model import build_stage, unwrap_model
 
         self.config, self.arguments = config, arguments
-        self.model: Any = bare(build_stage(config, detect(), topology, torch.nn.Identity(), trains=False)[0]).eval()
+        self.model: Any = unwrap_model(build_stage(config, detect(), topology, torch.nn.Identity(), trains=False)[0]).eval()
         self.own = next(self.model.parameters())
         """Whose device and dtype all has."""
         self.text_ids = torch.randint(config.model.vocab_size, (arguments.images, arguments.text_tokens)).to(self.own.device)

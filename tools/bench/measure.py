@@ -47,12 +47,12 @@ def seconds_of(step: Callable[[], object]) -> float:
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     if torch.cuda.is_available():
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
+        restore_or_initialize, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        restore_or_initialize.record()
         step()
         end.record()
         torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 1000
+        return restore_or_initialize.elapsed_time(end) / 1000
     begun = time.perf_counter()
     step()
     return time.perf_counter() - begun

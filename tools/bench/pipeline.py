@@ -58,7 +58,7 @@ class Arguments:
 
     stages: tuple[int, ...] = (2, 4)
     """Pipeline sizes, one rank a stage."""
-    train_step: int = 12
+    steps: int = 12
     """Measured ones; one more before them is not counted."""
     samples: int = 16
     """Of a step, in micro-batches of 2, each with one image."""
@@ -101,9 +101,9 @@ def settings(arguments: Arguments, data: Path, folder: Path) -> Config:
             ffn_hidden_size=4 * hidden,
             feature_layer=-1,
         ),
-        data=DataConfig(path=(str(data),), template="tiny", max_text_tokens=256, num_workers=0),
+        data=DataConfig(datasets=(str(data),), template="tiny", max_text_tokens=256, num_workers=0),
         train=TrainConfig(
-            parts=("language", "vision_kv"),
+            trainable_parts=("language", "vision_kv"),
             steps=arguments.steps + 1,
             global_batch_samples=arguments.samples,
             micro_batch_samples=2,
@@ -121,11 +121,11 @@ def calibrate(config: Config) -> dict[str, Any]:
     """One rank: the width of the tower's MLP at which its forward pass costs as much CPU time as the decoder's passes."""
     from himix_megatron.model.vision_tower import build_tower
     from himix_megatron.training import builder, train_step
-    from himix_megatron.training.resume import prepare
+    from himix_megatron.training.resume import prepare_inputs
 
-    start = prepare(config, 1)
+    start = prepare_inputs(config, 1)
     topology = init_distributed(config.parallel, seed=config.train.seed)
-    run = builder.build_run(config, start, topology)
+    run = builder.build_components(config, start, topology)
     reader = builder.step_reader(config, start.plan, topology)
     batch = reader[next(start.plan.steps(start.end))]
     images = run.encoder.encode(batch.pixels, batch.blank, len(batch.blank))
@@ -163,17 +163,17 @@ def measure(config: Config, topology: Topology) -> dict[str, Any]:
     from himix_megatron.data.loading.loader import step_loader
     from himix_megatron.resilience.loss_guard import UPDATE
     from himix_megatron.training import builder, train_step
-    from himix_megatron.training.resume import prepare
+    from himix_megatron.training.resume import prepare_inputs
 
-    start = prepare(config, topology.data_size)
-    run = builder.build_run(config, start, topology)
+    start = prepare_inputs(config, topology.data_size)
+    run = builder.build_components(config, start, topology)
     reader = builder.step_reader(config, start.plan, topology, start.features)
     losses, clocks = [], []
-    for batch, images in train_step.encoded(run, step_loader(reader, start.plan.steps(start.end), 0)):
+    for batch, images in train_step.with_features(run, step_loader(reader, start.plan.steps(start.end), 0)):
         counts, _, _ = train_step.train_step(config, run, batch, images, lambda *_: UPDATE)
         losses.append(counts.loss)
         clocks.append((time.process_time(), time.perf_counter()))
-    run.ahead.settle()
+    run.prefetcher.drain()
     # The first step warmed up. Medians: four ranks on two cores are disturbed now and then.
     own = tuple(statistics.median(after - before for before, after in pairwise(clock)) for clock in zip(*clocks, strict=True))
     ranks: list[Any] = [None] * topology.world_size
@@ -197,8 +197,8 @@ def work(folder: Path) -> None:
 
 def variants(config: Config, folder: Path) -> Iterator[tuple[str, Config]]:
     """The settings to compare."""
-    for placement in PLACEMENTS:
-        yield placement, replace(config, vision=replace(config.vision, placement=placement))
+    for encoder_placement in PLACEMENTS:
+        yield encoder_placement, replace(config, vision=replace(config.vision, encoder_placement=encoder_placement))
     yield CACHED, replace(config, data=replace(config.data, features=(str(folder / "features"),)))
 
 

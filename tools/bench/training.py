@@ -102,11 +102,11 @@ def step_batch(packs: Packs, vocab_size: int) -> Any:
     micro_batches, inside = [], packs.tokens_per_image if packs.images == "inside" else 0
     for lengths in packs.text_lengths:
         ids = torch.randint(vocab_size, (1, packs.row_tokens))
-        labels, begin = torch.full_like(ids, NO_LOSS), 0
+        labels, restore_or_initialize = torch.full_like(ids, NO_LOSS), 0
         for length in lengths:
-            first, last = (begin + inside + place for place in _answer(length))
+            first, last = (restore_or_initialize + inside + place for place in _answer(length))
             labels[0, first:last] = ids[0, first + 1 : last + 1]
-            begin += inside + length
+            restore_or_initialize += inside + length
         own, images = torch.tensor(lengths) + inside, (0 if inside else 1,) * len(lengths)
         micro_batches.append(MicroBatch(ids, labels, own, images, ("made up",) * len(lengths), packed=True))
     count = 0 if inside else packs.samples
@@ -171,7 +171,7 @@ def packed(config: Config, *, text_tokens: int, images: int, packs: int) -> Conf
     return dataclasses.replace(
         config,
         data=dataclasses.replace(
-            config.data, pack_text_tokens=text_tokens, pack_images=images, path=("made up",), features=("made up",),
+            config.data, pack_max_text_tokens=text_tokens, pack_max_images=images, datasets=("made up",), features=("made up",),
             max_text_tokens=min(config.data.max_text_tokens, text_tokens),
         ),
         train=dataclasses.replace(config.train, global_batch_samples=None, global_batch_packs=packs),
@@ -191,7 +191,7 @@ def configuration(arguments: Arguments) -> Config:
         model=dataclasses.replace(config.model, num_layers=layers, layer_spec=arguments.layer_spec),
         train=dataclasses.replace(config.train, fp8=arguments.fp8, recompute=arguments.recompute),  # type: ignore[arg-type]
     )
-    config = packed(config, text_tokens=arguments.pack_text_tokens, images=arguments.pack_images, packs=arguments.packs)
+    config = packed(config, text_tokens=arguments.pack_max_text_tokens, images=arguments.pack_max_images, packs=arguments.packs)
     return dataclasses.replace(config, train=dataclasses.replace(config.train, cuda_graphs=arguments.cuda_graphs))
 
 
@@ -207,7 +207,7 @@ def training(arguments: Arguments) -> list[Line]:
     torch.set_num_threads(arguments.threads)
     topology = init_distributed(config.parallel, seed=0)
     decoder, vision = Decoder(config, topology), config.vision
-    packs = Packs.of(arguments.pack_text_tokens, arguments.pack_images, arguments.packs, vision.tokens_per_image)
+    packs = Packs.of(arguments.pack_max_text_tokens, arguments.pack_max_images, arguments.packs, vision.tokens_per_image)
     steps: dict[str, Callable[[], object]] = {"decoder": decoder.step_on(packs)}
     if not torch.cuda.is_available():
         steps["product"] = product()
@@ -224,8 +224,9 @@ def training(arguments: Arguments) -> list[Line]:
     title += (
         f"{chosen_layer_spec(config.model, kernels)}, recompute {config.train.recompute}, graphs {config.train.cuda_graphs}, "
     )
-    title += f"parts {' '.join(config.train.parts)}, {arguments.packs} packs of {arguments.pack_text_tokens} text tokens and "
-    title += f"{arguments.pack_images} images, {device_name()}{memory}"
+    title += f"parts {' '.join(config.train.trainable_parts)}, "
+    title += f"{arguments.packs} packs of {arguments.pack_max_text_tokens} text tokens "
+    title += f"and {arguments.pack_max_images} images, {device_name()}{memory}"
     report(title, lines, seconds)
     return lines
 
@@ -267,7 +268,7 @@ def lines_of(arguments: Arguments, config: Config, packs: Packs, seconds: dict[s
     time = {name: statistics.median(taken) for name, taken in seconds.items()}
     needed = packs.flops(config)
     # What is wanted is wanted of a whole model in bf16 whose packs are as large as they should be.
-    as_wanted = arguments.layers is None and arguments.pack_text_tokens >= 4096 and config.train.fp8 == "none"
+    as_wanted = arguments.layers is None and arguments.pack_max_text_tokens >= 4096 and config.train.fp8 == "none"
     wanted = WANTED_MFU.get(config.recipe.rsplit("_", 1)[0]) if known and as_wanted else None
     what = f"decoder's MFU, forward and backward, peak {peak / 1e12:.4g} TFLOP/s ({source})"
     lines = [Line(what, needed / time["decoder"] / peak, wanted)]

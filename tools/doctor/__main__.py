@@ -56,7 +56,7 @@ def main() -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch: a failure to connect is one line, ours
     own = [*software.findings(), *machine.findings(arguments.folder), *files(arguments)]
     from himix_megatron.distributed.launch import launch_from_environment
-    from himix_megatron.runtime.stop_signals import leave
+    from himix_megatron.runtime.stop_signals import exit_now
 
     try:
         launch = launch_from_environment(os.environ)
@@ -71,14 +71,14 @@ def main() -> int:
     met = meet(launch, own, arguments.folder, arguments.timeout_seconds)
     code = show(met.findings, arguments.json) if launch.rank == 0 or met.alone else met.code
     if met.alone:
-        leave(code)  # past torch: a thread of this process may be stuck in it for ever
+        exit_now(code)  # past torch: a thread of this process may be stuck in it for ever
     return code
 
 
 def files(arguments: Arguments) -> list[Finding]:
     """Datasets, tower and tokenizer that are named."""
     config = RECIPES[arguments.recipe]() if arguments.recipe else None
-    data = arguments.data or (config.data.path if config else ())
+    data = arguments.data or (config.data.datasets if config else ())
     found = [software.dataset(path) for path in data]
     if not data:
         found.append(Finding("dataset", "missing", "none was named", "--data DIR looks into one (tiny recipes make their own)"))

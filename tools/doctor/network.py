@@ -45,7 +45,7 @@ REACH = "firewall, wrong interface, or a node that hangs: try ping and ip route 
 
 
 @dataclass(frozen=True, slots=True)
-class Met:
+class NetworkReport:
     """What this rank has to say."""
 
     findings: list[Finding]
@@ -64,7 +64,7 @@ class Member:
     port: int
 
 
-class Board:
+class StoreBoard:
     """The store as a notice board: JSON under keys, each wait with an end."""
 
     def __init__(self, store: Any, seconds: float):
@@ -88,7 +88,7 @@ class Board:
         return {number: value for number, value in found.items() if value is not None}
 
 
-def meet(launch: Launch, own: list[Finding], folder: Path, seconds: float) -> Met:
+def meet(launch: Launch, own: list[Finding], folder: Path, seconds: float) -> NetworkReport:
     """Meet the other ranks and measure. `own`: what this rank found on its machine."""
     try:
         address = address_of(launch.host)
@@ -97,8 +97,8 @@ def meet(launch: Launch, own: list[Finding], folder: Path, seconds: float) -> Me
         reason = " ".join(str(error).split("\n")[0].split())
         detail = f"rank {launch.rank} of {launch.world_size} cannot meet the others at {launch.host}:{launch.port}: {reason}"
         remedy = "does rank 0 run there, is the port free, and no firewall between? MASTER_ADDR and MASTER_PORT choose"
-        return Met([*own, Finding("network", "broken", detail, remedy, needed=True)], 1, alone=True)
-    board = Board(store, seconds)
+        return NetworkReport([*own, Finding("network", "broken", detail, remedy, needed=True)], 1, alone=True)
+    board = StoreBoard(store, seconds)
     with socket.create_server(("::" if ":" in address else "", 0), family=_family(address), backlog=16) as listener:
         # Rank 0 goes by the name that the others know it by: on its own node that may be a loopback address.
         mine = local_address(address, launch.port) if launch.rank else address
@@ -150,7 +150,9 @@ def in_time(make: Callable[[], Any], seconds: float) -> Any:
 # ---- who does what -----------------------------------------------------------------------------------------------------
 
 
-def lead(board: Board, launch: Launch, here: Member, listener: socket.socket, own: list[Finding], folder: Path) -> Met:
+def lead(
+    board: StoreBoard, launch: Launch, here: Member, listener: socket.socket, own: list[Finding], folder: Path
+) -> NetworkReport:
     """Rank 0: plan, measure along, judge."""
     came = board.gather("here", range(launch.world_size))
     findings = absent(launch.world_size, came)
@@ -182,15 +184,15 @@ def lead(board: Board, launch: Launch, here: Member, listener: socket.socket, ow
     code = Finding.code(findings)
     board.put("code", code)
     board.gather("left", [rank for rank in came if rank])  # the store ends with this process
-    return Met(findings, code)
+    return NetworkReport(findings, code)
 
 
-def follow(board: Board, launch: Launch, here: Member, listener: socket.socket, folder: Path) -> Met:
+def follow(board: StoreBoard, launch: Launch, here: Member, listener: socket.socket, folder: Path) -> NetworkReport:
     """Any other rank."""
     plan = board.get("plan", 2 * board.seconds)
     if plan is None:
         detail = f"rank {launch.rank} ({here.node}) met the others' store, but rank 0 did not go on"
-        return Met([Finding("network", "broken", detail, "its own output says why", needed=True)], 1, alone=True)
+        return NetworkReport([Finding("network", "broken", detail, "its own output says why", needed=True)], 1, alone=True)
     members = [Member(**member) for member in plan["members"]]
     if here in members:
         if plan["probe"]:
@@ -201,7 +203,7 @@ def follow(board: Board, launch: Launch, here: Member, listener: socket.socket, 
         collective(board, launch)
     code = board.get("code", patience)
     board.put(f"left/{here.rank}", True)
-    return Met([], 1 if code is None else code)
+    return NetworkReport([], 1 if code is None else code)
 
 
 def leaders(ranks: Sequence[Member]) -> list[Member]:
@@ -233,7 +235,11 @@ def rounds_of(count: int) -> list[list[tuple[int, int]]]:
 
 
 def measure_rounds(
-    board: Board, members: Sequence[Member], rounds: Sequence[Sequence[Sequence[int]]], here: Member, listener: socket.socket
+    board: StoreBoard,
+    members: Sequence[Member],
+    rounds: Sequence[Sequence[Sequence[int]]],
+    here: Member,
+    listener: socket.socket,
 ) -> None:
     """Take part in the rounds; the first of each pair writes `pair/NUMBER`."""
     me, number, together = members.index(here), 0, True
@@ -322,7 +328,7 @@ def receive(link: socket.socket, size: int) -> bytes:
     return bytes(data)
 
 
-def collective(board: Board, launch: Launch) -> Finding:
+def collective(board: StoreBoard, launch: Launch) -> Finding:
     """An all-reduce over all ranks by the backend that training uses."""
     size, device = 1 << 22, torch.device("cpu")
     if torch.cuda.is_available():
@@ -430,7 +436,7 @@ def judge_probe(members: Sequence[Member], seen: dict[int, Any], folder: Path) -
     return [Finding("shared folder", "ok", f"{folder.absolute()}: what rank 0 writes, the others see")]
 
 
-def others(board: Board, own: Sequence[Finding], members: Sequence[Member]) -> list[Finding]:
+def others(board: StoreBoard, own: Sequence[Finding], members: Sequence[Member]) -> list[Finding]:
     """What other nodes found otherwise than rank 0's."""
     same = {(finding.what, finding.state) for finding in own}
     found = board.gather("own", [member.rank for member in members if member.rank])

@@ -33,7 +33,7 @@ from himix_megatron.distributed.topology import (  # noqa: E402
     init_distributed,
     shutdown_distributed,
 )
-from himix_megatron.model.attention.packed_layout import Layout, lay_out  # noqa: E402
+from himix_megatron.model.attention.packed_layout import PackedLayout, make_layout  # noqa: E402
 from himix_megatron.model.himix_model import HiMixModel  # noqa: E402
 from himix_megatron.model.layer_spec import CORES  # noqa: E402
 from pipelines.recipes import RECIPES  # noqa: E402
@@ -167,12 +167,12 @@ def core_of(spec: Core, heads: Heads, precision: Precision, device: torch.device
     return CORES.get(spec, CORES["flash"])(config, layer_number=1).to(device)
 
 
-def layout_of(batch: Batch, device: torch.device, tokens: int) -> Layout:
+def layout_of(batch: Batch, device: torch.device, tokens: int) -> PackedLayout:
     """As the model lays a micro-batch out; cores use no angles."""
     ids = torch.zeros(batch.rows, dtype=torch.long, device=device)
     lengths = batch.text if batch.packed else None
     visions = [count * tokens for count in batch.images]
-    return lay_out(ids, lengths, visions, lambda number: torch.zeros(number, 1, 1, 2, device=device))
+    return make_layout(ids, lengths, visions, lambda number: torch.zeros(number, 1, 1, 2, device=device))
 
 
 def core_inputs(batch: Batch, heads: Heads, tokens: int) -> list[Tensor]:

@@ -29,7 +29,7 @@ ACCURACY = 0.95
 """Of the quickstart's answers: a run in fp32 on a CPU gives 0.99."""
 ROWS = ("--train.global-batch-samples", "8", "--train.micro-batch-samples", "4")
 SHAPES = {
-    "packs": ("--data.pack-text-tokens", "512", "--data.pack-images", "8", "--train.global-batch-packs", "2"),
+    "packs": ("--data.pack-max-text-tokens", "512", "--data.pack-max-images", "8", "--train.global-batch-packs", "2"),
     "rows": ROWS,
 }
 HERE = "tools.gpu_check.end_to_end"
@@ -53,10 +53,10 @@ def specs(context: Context) -> tuple[str, str]:
 def training(context: Context) -> Iterator[Line]:
     """20 steps from the same weights on the CPU and under both specs, packs and rows, fp32 and bf16; as graphs; inline."""
     folder, steps = room("training"), 6 if context.tiny else 20
-    data = ("--data.path", folder / "data" / "shards")
+    data = ("--data.datasets", folder / "data" / "shards")
 
     def train(name: str, *flags: str) -> Command:
-        where = ("--checkpoint.initial", folder / "start", "--run.dir", folder / name)
+        where = ("--checkpoint.init-from", folder / "start", "--run.dir", folder / name)
         return pretrain("tiny_instruct", *data, *where, "--train.steps", str(steps), *flags)
 
     # One step at the warm-up's rate of 0: fresh weights as a checkpoint.
@@ -76,7 +76,7 @@ def training(context: Context) -> Iterator[Line]:
                 commands.append(train(run, "--model.layer-spec", spec, "--train.precision", precision, *flags))
                 others = [f"{shape} cpu fp32", *([f"{shape} torch bf16"] if (spec, precision) == ("te", "bf16") else [])]
                 compared += [(run, other, FP32_LOSS if precision == "fp32" else BF16_LOSS) for other in others]
-    inline = ("--vision.no-encode-ahead", *SHAPES["packs"])
+    inline = ("--vision.no-prefetch-features", *SHAPES["packs"])
     commands.append(train("packs torch fp32 inline", "--model.layer-spec", "torch", *inline))
     compared.append(("packs torch fp32 inline", "packs torch fp32", 0 if context.tiny else FP32_LOSS))
     if not context.tiny:
@@ -133,9 +133,9 @@ def chain(context: Context) -> Iterator[Line]:
     plan.write_text(json.dumps({"kind": "kill", "point": "step/backward", "step": KILLED_IN}) + "\n")
 
     def train(name: str, spec: str, steps: int) -> Command:
-        where = ("--data.path", data / "instruct", "--checkpoint.initial", folder / "start", "--run.dir", folder / name)
+        where = ("--data.datasets", data / "instruct", "--checkpoint.init-from", folder / "start", "--run.dir", folder / name)
         what = ("--model.layer-spec", spec, "--train.precision", "bf16", "--train.steps", str(steps), *ROWS)
-        save = ("--checkpoint.interval-steps", str(INTERVAL), "--optimizer.schedule", "constant", "--run.faults", plan)
+        save = ("--checkpoint.interval-steps", str(INTERVAL), "--optimizer.schedule", "constant", "--run.fault-injection", plan)
         return pretrain("tiny_instruct", *CONVERTED, *where, *what, *save)
 
     words = ("--language", folder / "qwen2", "--vision", folder / "siglip", "--out", folder / "start")

@@ -50,10 +50,10 @@ def beside_one_rank(context: Context, chosen: Mapping[str, tuple[str, ...]]) -> 
     """
     folder, steps = room("layouts"), 10 if context.tiny else 20
     common = ("--model.layer-spec", specs(context)[0], "--parallel.timeout-seconds", TIMEOUT_SECONDS, *sizes(context.gpus))
-    common += ("--data.path", str(folder / "data" / "shards"))
+    common += ("--data.datasets", str(folder / "data" / "shards"))
 
     def train(name: str, *flags: str) -> Command:
-        where = ("--checkpoint.initial", folder / "start", "--run.dir", folder / name)
+        where = ("--checkpoint.init-from", folder / "start", "--run.dir", folder / name)
         return pretrain("tiny_instruct", *common, *where, "--train.steps", str(steps), *flags)
 
     # One step at the warm-up's rate of 0: fresh weights as a checkpoint.

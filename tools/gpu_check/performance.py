@@ -25,7 +25,7 @@ from himix_megatron.costs.memory import FIXED_BYTES, FRAGMENTS, GIB, MicroBatch,
 from himix_megatron.distributed.fused_kernels import detect
 from himix_megatron.distributed.megatron_config import attention_core, params_dtype
 from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
-from himix_megatron.model.himix_model import bare
+from himix_megatron.model.himix_model import unwrap_model
 from pipelines.recipes import RECIPES
 from tools.bench.measure import Line, seconds_of
 from tools.bench.training import WANTED_MFU, Decoder, Packs, device_name, packed
@@ -100,7 +100,11 @@ def configuration(model: Model, context: Context, spec: Spec, fp8: str = "none")
     config = packed(config, text_tokens=text_tokens, images=samples, packs=packs)
     graphs = "on" if gpu and fp8 == "none" else "off"
     train = replace(
-        config.train, parts=("language", "vision_kv"), precision="bf16" if gpu else "fp32", fp8=fp8, cuda_graphs=graphs
+        config.train,
+        trainable_parts=("language", "vision_kv"),
+        precision="bf16" if gpu else "fp32",
+        fp8=fp8,
+        cuda_graphs=graphs,
     )  # type: ignore[arg-type]
     own = replace(config.model, layer_spec=spec if gpu else "torch")
     return replace(config, recipe=f"{model.name}_instruct", model=own, train=train)
@@ -240,7 +244,7 @@ def loss(model: Model, context: Context) -> Iterator[Line]:
     config = replace(config, model=one_layer, train=replace(config.train, cuda_graphs="off"))
     tokens, device = 32 if context.tiny else LABELLED_TOKENS, "cpu" if context.tiny else "cuda"
     with built(config) as own:
-        last = bare(own.stages[0])
+        last = unwrap_model(own.stages[0])
         last.labelled = torch.arange(tokens, device=device)
         labels = torch.randint(one_layer.vocab_size, (1, tokens), device=device)
         states = torch.randn(tokens, 1, one_layer.hidden_size, device=device, dtype=params_dtype(config), requires_grad=True)

@@ -146,7 +146,7 @@ def _start_afresh() -> None:
 
 def pretrain(recipe: str, *flags: str | Path) -> Command:
     """A training run that keeps a ledger, on one rank."""
-    quiet = ("--log.ledger", "--log.pictures-interval-steps", "0", "--data.num-workers", "0")
+    quiet = ("--log.ledger", "--log.predictions-interval-steps", "0", "--data.num-workers", "0")
     return ("pipelines.pretrain", recipe, *flags, *quiet)
 
 

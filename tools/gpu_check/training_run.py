@@ -30,12 +30,12 @@ MOST_MEMORY_ERROR = 0.10
 WORDS = (24, 86)
 """Of an answer; with question and template some 314 bytes."""
 COMMON = (
-    "--vision.path None --checkpoint.initial None --data.tokenizer bytes --data.template tiny --train.global-batch-packs 2 "
+    "--vision.path None --checkpoint.init-from None --data.tokenizer bytes --data.template tiny --train.global-batch-packs 2 "
     "--train.steps 100000 --log.interval-steps 5"
 )
-LARGE = "--data.pack-text-tokens 8192 --data.pack-images 32 --data.num-workers 8"
+LARGE = "--data.pack-max-text-tokens 8192 --data.pack-max-images 32 --data.num-workers 8"
 TINY = (
-    "--data.pack-text-tokens 2048 --data.pack-images 8 --data.max-text-tokens 1024 --data.num-workers 1 "
+    "--data.pack-max-text-tokens 2048 --data.pack-max-images 8 --data.max-text-tokens 1024 --data.num-workers 1 "
     "--model.num-layers 2 --model.hidden-size 64 --model.ffn-hidden-size 96 --model.num-attention-heads 4 "
     "--model.vocab-size 260 --vision.tower tiny --vision.image-size 48 --vision.patch-size 8 --vision.hidden-size 32 "
     "--vision.num-layers 2 --vision.num-attention-heads 2 --vision.ffn-hidden-size 64 --log.peak-tflops 1"
@@ -58,7 +58,7 @@ def train(context: Context) -> Iterator[Line]:
     plan = folder / "faults.jsonl"
     plan.write_text(json.dumps({"kind": "kill", "point": "step/begin", "step": steps + 1}) + "\n")
     words = ["qwen2_0_5b_instruct", *shlex.split(COMMON), *shlex.split(TINY if context.tiny else LARGE)]
-    words += ["--data.path", str(folder / "shards"), "--run.dir", str(folder / "run"), "--run.faults", str(plan)]
+    words += ["--data.datasets", str(folder / "shards"), "--run.dir", str(folder / "run"), "--run.fault-injection", str(plan)]
     begun = time.monotonic()
     said = python(context, "-m", "pipelines.pretrain", *words, wanted=-9)
     yield Line(f"seconds of a run of {steps} steps, start included", time.monotonic() - begun)
@@ -90,7 +90,7 @@ def predicted_gib(config: Config) -> float:
     plan = make_plan(config, config.data)
     steps = [[len(pack) for pack in step.packs] for step in islice(plan.steps(end_of(config, plan)), 20)]
     largest = MicroBatch(
-        text_tokens=float(config.data.pack_text_tokens or 0),
+        text_tokens=float(config.data.pack_max_text_tokens or 0),
         vision_tokens=max(max(step) for step in steps) * config.vision.tokens_per_image,
     )
     images = max(sum(step) for step in steps)

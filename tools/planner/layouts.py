@@ -110,13 +110,13 @@ def plan_of(config: Config, machine: Machine, data_size: int, sample: Sample) ->
     count = config.global_batch // (data_size * config.micro_batch)
     computed, real, samples = micro_batch_work(config, sample)
     images = 0.0 if config.data.features else samples * sample.images * count
-    trains = "tower" in config.train.parts
+    trains = "tower" in config.train.trainable_parts
     # A frozen tower's images are shared by the replica's ranks; one that trains runs on each of them, both ways.
     tower = images * tower_flops(vision) * (3 * parallel.tensor * parallel.pipeline if trains else 1)
     job = job_of(config, computed, count, tower)
     largest = MicroBatch(
-        text_tokens=config.data.pack_text_tokens or config.micro_batch * sample.longest_text,
-        vision_tokens=(config.data.pack_images or math.ceil(config.micro_batch * sample.images)) * vision.tokens_per_image,
+        text_tokens=config.data.pack_max_text_tokens or config.micro_batch * sample.longest_text,
+        vision_tokens=(config.data.pack_max_images or math.ceil(config.micro_batch * sample.images)) * vision.tokens_per_image,
         rows=config.micro_batch,
     )
     memory = tuple(
@@ -156,7 +156,7 @@ def layout_of(config: Config, data_size: int, *, on_gpu: bool = True) -> Layout:
         recompute=config.train.recompute,
         chunk_layers=chunk_layers(config),
         distributed_optimizer=parallel.distributed_optimizer,
-        overlap_data=on_gpu and "tower" not in config.train.parts,
+        overlap_data=on_gpu and "tower" not in config.train.trainable_parts,
     )
 
 
@@ -165,7 +165,7 @@ def job_of(config: Config, work: Work, count: int, tower: float) -> Job:
     return Job(
         model=config.model,
         vision_width=config.vision.hidden_size,
-        parts=config.train.parts,
+        parts=config.train.trainable_parts,
         micro_batch=work,
         num_micro_batches=count,
         number_bytes=2 if config.train.precision == "bf16" else 4,
@@ -178,12 +178,12 @@ def job_of(config: Config, work: Work, count: int, tower: float) -> Job:
 def micro_batch_work(config: Config, sample: Sample) -> tuple[Work, Work, float]:
     """A micro-batch as computed and without its padding, and the samples in it."""
     text, vision = sample.text_tokens, sample.images * config.vision.tokens_per_image
-    if config.data.pack_text_tokens is not None and config.data.pack_images is not None:
-        samples = PACK_FILL * config.data.pack_text_tokens / text
+    if config.data.pack_max_text_tokens is not None and config.data.pack_max_images is not None:
+        samples = PACK_FILL * config.data.pack_max_text_tokens / text
         if sample.images:
-            samples = min(samples, config.data.pack_images / sample.images)
+            samples = min(samples, config.data.pack_max_images / sample.images)
         real = _times(_one(text, vision, sample), samples)
-        return replace(real, text_tokens=float(config.data.pack_text_tokens)), real, samples
+        return replace(real, text_tokens=float(config.data.pack_max_text_tokens)), real, samples
     samples = float(config.micro_batch)
     real = _times(_one(text, vision, sample), samples)
     padded = min(text * (1 + LONGER * math.log2(samples)), max(text, sample.longest_text))

@@ -68,9 +68,10 @@ def settings(recompute: Any = "none", micro_batch: int = 2, **layout: Any) -> Co
             tower="tiny", image_size=96, patch_size=8, hidden_size=384, num_layers=2, num_attention_heads=4,
             ffn_hidden_size=768,
         ),
-        data=DataConfig(features=("made up",), path=("made up",), template="tiny", max_text_tokens=TEXT),
+        data=DataConfig(features=("made up",), datasets=("made up",), template="tiny", max_text_tokens=TEXT),
         train=TrainConfig(
-            parts=("language", "vision_kv"), global_batch_samples=BATCH, micro_batch_samples=micro_batch, precision="fp32",
+            trainable_parts=("language", "vision_kv"),
+            global_batch_samples=BATCH, micro_batch_samples=micro_batch, precision="fp32",
             recompute=recompute,
         ),
         optimizer=OptimizerConfig(learning_rate=1e-4),

@@ -26,7 +26,7 @@ from pipelines.cli import parse_settings, run_main
 from tools.scaling_report.run_rates import SUMS, Run, read_run
 
 MISSING = "-"
-MAY_DIFFER = {"recipe", "run.dir", "run.resume_after_stop", "train.global_batch_samples", "train.global_batch_packs"}
+MAY_DIFFER = {"recipe", "run.dir", "run.ignore_stop_file", "train.global_batch_samples", "train.global_batch_packs"}
 """Settings that runs of one series need not share."""
 
 

@@ -64,11 +64,11 @@ class HiMixConfig(LlamaConfig):  # type: ignore[misc]
     base_model_tp_plan = None
     base_model_pp_plan = None
 
-    def __init__(self, vision_config: Mapping[str, Any] | None = None, text_only: str = "none", **kwargs: Any):
+    def __init__(self, vision_config: Mapping[str, Any] | None = None, text_only_vision: str = "none", **kwargs: Any):
         """Args: vision_config: kind (`tower`: siglip, clip or tiny), sizes and `feature_layer`; text_only: what a sample
         without an image attends to, `zero_image` (the features of an all-zero image) or `none`."""
         self.vision_config = dict(vision_config or {})
-        self.text_only = text_only
+        self.text_only_vision = text_only_vision
         super().__init__(**kwargs)
 
     def validate_architecture(self) -> None:
@@ -454,7 +454,7 @@ class HiMixForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: 
         """Images of each sample, the blank one of `zero_image` counted."""
         given = 0 if images is None else images.shape[1]
         counts = [given] * num_samples if num_images is None or images is None else [int(count) for count in num_images]
-        return [max(count, int(self.config.text_only == "zero_image")) for count in counts]
+        return [max(count, int(self.config.text_only_vision == "zero_image")) for count in counts]
 
     def _tokens_per_image(self, image_features: Tensor | None) -> int:
         sizes = self.config.vision_config

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..text.chat_template import EncodedText
-from .plan import Place
+from .plan import DataPosition
 
 NO_LOSS = -100
 """Label of a position whose prediction does not count (torch's `ignore_index`)."""
@@ -35,7 +35,7 @@ class MicroBatch:
     keys: tuple[str, ...]
     """SHARD/KEY of each sample."""
     sources: tuple[int, ...] = ()
-    """Which dataset of `data.path` each sample is from."""
+    """Which dataset of `data.datasets` each sample is from."""
     packed: bool = False
 
     def token_sources(self) -> Tensor:
@@ -71,7 +71,7 @@ class StepBatch:
     features[K_share, n, V] that were made before, the all-zero image's where blank."""
     bad_keys: tuple[str, ...]
     """Samples that this rank could not read or decode."""
-    after: Place
+    after: DataPosition
     """Where in the data the run stands after this step."""
     is_last: bool
     """The run ends with this step."""
@@ -80,14 +80,14 @@ class StepBatch:
     bad_samples: tuple[int, ...] = ()
     """Their places, counted over micro-batches and samples; they have no loss. A damaged image is seen only by the rank that
     decodes it, a damaged text by those that read texts: where a replica has several ranks, they agree on the union and
-    apply `without_loss`."""
+    apply `mask_samples`."""
     num_cut: int = 0
     """Samples whose text was cut to data.max_text_tokens."""
     num_sources: int = 1
     """Datasets that the run reads: what `MicroBatch.sources` counts."""
 
 
-def share_of(num_images: int, replica_rank: int, replica_size: int) -> range:
+def rank_share(num_images: int, replica_rank: int, replica_size: int) -> range:
     """Which of a step's images one rank of a replica encodes: contiguous, ceil(K / R) each, the last ones fewer or none."""
     each = -(-num_images // replica_size)
     return range(min(replica_rank * each, num_images), min((replica_rank + 1) * each, num_images))
@@ -130,7 +130,7 @@ def pinned(batch: StepBatch) -> StepBatch:
     return dataclasses.replace(batch, micro_batches=micro_batches, pixels=pixels, blank=blank)
 
 
-def without_loss(batch: StepBatch, samples: Collection[int]) -> StepBatch:
+def mask_samples(batch: StepBatch, samples: Collection[int]) -> StepBatch:
     """The same step with all labels of some samples (numbered as `bad_samples`) set to -100. Their slots stay."""
     if not samples:
         return batch

@@ -27,8 +27,8 @@ from ..shards.shard_format import BadSampleError
 from ..text import chat_template
 from ..text.chat_template import EncodedText
 from ..text.tokenizer import load_tokenizer
-from .batch import StepBatch, collate, share_of, without_loss
-from .plan import Plan, StepPlan
+from .batch import StepBatch, collate, mask_samples, rank_share
+from .plan import SamplingPlan, StepPlan
 from .shuffle import Numbers
 from .vision_reader import FeatureReader, PixelReader
 
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reads:
+class ReadSpec:
     """What of each step one rank reads."""
 
     data_rank: int = 0
@@ -59,11 +59,11 @@ class StepReader(Dataset[StepBatch]):
 
     def __init__(
         self,
-        plan: Plan,
+        plan: SamplingPlan,
         *,
         vision_config: VisionConfig,
         micro_batch: int,
-        reads: Reads,
+        reads: ReadSpec,
         pad_multiple: int = 1,
         features: FeatureReader | None = None,
     ) -> None:
@@ -94,7 +94,7 @@ class StepReader(Dataset[StepBatch]):
         places = [(slot, k) for slot, count in enumerate(num_images) for k in range(count)]
         has_none = (self.datasets.images[samples] == 0).tolist()
         blank = torch.tensor([slot in bad_texts or has_none[slot] for slot, _ in places], dtype=torch.bool)
-        share = share_of(len(places), reads.image_rank, reads.image_size)
+        share = rank_share(len(places), reads.image_rank, reads.image_size)
         pixels, bad_images = self._images(
             [(samples[places[n][0]], places[n][1]) for n in share], blank[share.start : share.stop]
         )
@@ -125,7 +125,7 @@ class StepReader(Dataset[StepBatch]):
             num_cut=int((self.datasets.text_tokens[samples] > lengths).sum()),
             num_sources=len(self.datasets.parts),
         )
-        return without_loss(batch, bad)
+        return mask_samples(batch, bad)
 
     def _width(self, part: tuple[Numbers, ...]) -> int:
         """Tokens that a micro-batch needs in its longest row."""

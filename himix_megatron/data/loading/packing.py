@@ -28,14 +28,14 @@ def plan_packs(text_tokens: Numbers, images: Numbers, max_text_tokens: int, max_
     text, image = np.asarray(text_tokens).tolist(), np.asarray(images).tolist()
     assert max(text, default=0) <= max_text_tokens, "a text is longer than a pack"
     assert max(image, default=0) <= max_images, "a sample has more images than a pack"
-    shelves = _Shelves(text, image)
+    shelves = LengthBuckets(text, image)
     packs = []
     while shelves.num_samples:
         packs.append(_fill(shelves, max_text_tokens, max_images))
     return sorted((np.array(sorted(pack), np.int64) for pack in packs), key=lambda pack: int(pack[0]))
 
 
-class _Shelves:
+class LengthBuckets:
     """The samples that are left, by their number of images, each shelf sorted by length."""
 
     def __init__(self, text: list[int], image: list[int]) -> None:
@@ -57,7 +57,7 @@ def _length(item: tuple[int, int]) -> int:
     return item[0]
 
 
-def _fill(shelves: _Shelves, room: int, max_images: int) -> list[int]:
+def _fill(shelves: LengthBuckets, room: int, max_images: int) -> list[int]:
     """One pack of at most `room` text tokens and `max_images` images."""
     pack: list[int] = []
     free_images = max_images

@@ -23,7 +23,7 @@ from ..shards.shard_format import hash_of
 from ..text.tokenizer import load_tokenizer
 from . import token_counts
 from .packing import plan_packs
-from .shuffle import Mixture, Numbers, Order
+from .shuffle import Mixture, Numbers, ShuffledOrder
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ WINDOW = 8192
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class DataPosition:
     """Where in the data a run stands: the pack that comes next."""
 
     samples: int = 0
@@ -44,21 +44,21 @@ class Place:
     """Within the window."""
 
 
-START = Place()
+START = DataPosition()
 
 
 @dataclass(frozen=True, slots=True)
-class End:
+class TrainingLength:
     """How long a run is: so many steps, or so many samples."""
 
     steps: int | None
     samples: int | None
 
-    def reached(self, step: int, place: Place) -> bool:
+    def reached(self, step: int, place: DataPosition) -> bool:
         """Whether nothing is left to do after so many steps, at this place."""
         return self.progress(step, place) >= 1
 
-    def progress(self, step: int, place: Place) -> float:
+    def progress(self, step: int, place: DataPosition) -> float:
         """The part of the run that is done, 0 to 1 (more where the last step went beyond)."""
         if self.steps is not None:
             return step / self.steps
@@ -73,7 +73,7 @@ class StepPlan:
     step: int
     packs: tuple[Numbers, ...]
     """For each pack the numbers of its samples."""
-    after: Place
+    after: DataPosition
     is_last: bool
 
     @property
@@ -119,7 +119,7 @@ class Datasets:
         return dataset.key(number)
 
 
-class Plan:
+class SamplingPlan:
     """The steps of a run. `images_without`: images that a sample without one counts for (1 with text_only "zero_image").
 
     Raises: ValueError when nothing is left to train on, or too many texts have no place in the template.
@@ -148,10 +148,10 @@ class Plan:
                 "for captions, not for several turns): choose another with --data.template"
             )
         reasons = {"no_place_in_template": unspelled}
-        if config.too_long == "drop":
+        if config.overlong == "drop":
             reasons["too_long"] = datasets.text_tokens > config.max_text_tokens
-        if config.pack_images is not None:
-            reasons["too_many_images"] = self.images > config.pack_images
+        if config.pack_max_images is not None:
+            reasons["too_many_images"] = self.images > config.pack_max_images
         usable = ~np.any(list(reasons.values()), axis=0)
         if not usable.any():
             raise ValueError(f"of {len(datasets)} samples none can be read: {self.describe_left_out(reasons)}")
@@ -169,16 +169,16 @@ class Plan:
             end = min(first + WINDOW, self.epoch_samples)
             samples = self._order.take(epoch * self.epoch_samples + first, epoch * self.epoch_samples + end)
             samples = samples[self._usable[samples]]
-            if self.config.pack_text_tokens is None or self.config.pack_images is None:
+            if self.config.pack_max_text_tokens is None or self.config.pack_max_images is None:
                 packs = list(samples[:, None])
             else:
-                budgets = (self.config.pack_text_tokens, self.config.pack_images)
+                budgets = (self.config.pack_max_text_tokens, self.config.pack_max_images)
                 chosen = plan_packs(self.text_tokens[samples], self.images[samples], *budgets)
                 packs = [samples[pack] for pack in chosen]
             self._windows = {(epoch, number): packs}
         return self._windows[epoch, number]
 
-    def steps(self, end: End, place: Place = START, step: int = 0) -> Iterator[StepPlan]:
+    def steps(self, end: TrainingLength, place: DataPosition = START, step: int = 0) -> Iterator[StepPlan]:
         """The steps from a place on, of which `step` are done (so the next has this number), to the end."""
         while not end.reached(step, place):
             packs: list[Numbers] = []
@@ -187,21 +187,21 @@ class Plan:
             yield StepPlan(step, tuple(packs), place, end.reached(step + 1, place))
             step += 1
 
-    def _take(self, place: Place, packs: list[Numbers]) -> Place:
+    def _take(self, place: DataPosition, packs: list[Numbers]) -> DataPosition:
         """Take what the batch lacks from the place's window. Returns: the place after it."""
         window = self.window(place.epoch, place.window)
         end = min(len(window), place.pack + self.global_batch - len(packs))
         taken = window[place.pack : end]
         packs += taken
         if end < len(window):
-            return Place(place.samples + sum(map(len, taken)), place.epoch, place.window, end)
+            return DataPosition(place.samples + sum(map(len, taken)), place.epoch, place.window, end)
         done = min((place.window + 1) * WINDOW, self.epoch_samples)
         samples = place.epoch * self.epoch_samples + done
         if done < self.epoch_samples:
-            return Place(samples, place.epoch, place.window + 1)
-        return Place(samples, place.epoch + 1)
+            return DataPosition(samples, place.epoch, place.window + 1)
+        return DataPosition(samples, place.epoch + 1)
 
-    def expected_steps(self, end: End) -> int:
+    def expected_steps(self, end: TrainingLength) -> int:
         """About how many steps the whole run takes; exact without packing where no sample is left out."""
         if end.steps is not None:
             return end.steps
@@ -215,22 +215,22 @@ class Plan:
         """What `MicroBatch.sources` counts: the datasets' fingerprints."""
         return [part.fingerprint[:16] for part in self.datasets.parts]
 
-    def fixed(self) -> dict[str, Any]:
+    def fingerprint_fields(self) -> dict[str, Any]:
         """Everything that fixes which sample is in which step and how it is read, by the field that says it."""
         config = self.config
         tokenizer = load_tokenizer(config.tokenizer)
         return {
-            "data.path": self.sources,
+            "data.datasets": self.sources,
             "data.weights": list(config.weights),
             "data.shuffle": self.shuffle,
             "data.shuffle_shards": config.shuffle_shards if self.shuffle == "shards" else None,
             "data.tokenizer": tokenizer.fingerprint[:16],
             "data.template": config.template,
             "data.max_text_tokens": config.max_text_tokens,
-            "data.too_long": config.too_long,
-            "data.pack_text_tokens": config.pack_text_tokens,
-            "data.pack_images": config.pack_images,
-            "model.text_only": int(self.images.min()),
+            "data.overlong": config.overlong,
+            "data.pack_max_text_tokens": config.pack_max_text_tokens,
+            "data.pack_max_images": config.pack_max_images,
+            "model.text_only_vision": int(self.images.min()),
             "train.seed": self.seed,
             f"train.global_batch_{'packs' if config.packs else 'samples'}": self.global_batch,
         }
@@ -242,11 +242,11 @@ def _shuffle(datasets: Datasets, config: DataConfig) -> Literal["samples", "shar
     return "shards" if any(part.is_remote for part in datasets.parts) else "samples"
 
 
-def _order(datasets: Datasets, config: DataConfig, seed: int, shuffle: Literal["samples", "shards"]) -> Order | Mixture:
+def _order(datasets: Datasets, config: DataConfig, seed: int, shuffle: Literal["samples", "shards"]) -> ShuffledOrder | Mixture:
     at_once = config.shuffle_shards if shuffle == "shards" else None
     parts = datasets.parts
     if not config.weights:
         sizes = [size for part in parts for size in part.shard_sizes()]
         fingerprint = parts[0].fingerprint if len(parts) == 1 else hash_of([part.fingerprint for part in parts])
-        return Order(sizes, seed, fingerprint, at_once)
-    return Mixture([Order(part.shard_sizes(), seed, part.fingerprint, at_once) for part in parts], config.weights)
+        return ShuffledOrder(sizes, seed, fingerprint, at_once)
+    return Mixture([ShuffledOrder(part.shard_sizes(), seed, part.fingerprint, at_once) for part in parts], config.weights)

@@ -20,7 +20,7 @@ PATTERN = 1 << 16
 """Positions after which the pattern of a mixture repeats: a dataset's share is exact to 1 / 65,536."""
 
 
-class Order:
+class ShuffledOrder:
     """The order in which `sum(shard_sizes)` samples are read, epoch after epoch.
 
     `shards_at_once`: None shuffles all samples. A number shuffles the shards, and the samples within each group of so many
@@ -74,7 +74,7 @@ class Mixture:
     `weights`: their shares in any unit. Raises: ValueError for a share too small to be dealt out.
     """
 
-    def __init__(self, orders: Sequence[Order], weights: Sequence[float]) -> None:
+    def __init__(self, orders: Sequence[ShuffledOrder], weights: Sequence[float]) -> None:
         self._orders = list(orders)
         self.size = sum(order.size for order in orders)
         self._firsts = np.cumsum([0, *(order.size for order in orders)])[:-1]

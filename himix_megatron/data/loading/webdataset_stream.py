@@ -1,4 +1,4 @@
-"""Tar files of any WebDataset in, `StepBatch`es out: the fallback for data that was not preprocessed (`data.stream`).
+"""Tar files of any WebDataset in, `StepBatch`es out: the fallback for data that was not preprocessed (`data.webdataset_urls`).
 
 A stream is not exact. It has no index, so nothing knows how long it is or what is missing: samples behind a damaged place of a
 tar are lost, a restart reads other samples than would have come, and another number of ranks or workers reads another order.
@@ -38,9 +38,9 @@ from ..shards.shard_format import BLOCK, BadSampleError
 from ..text import chat_template
 from ..text.chat_template import EncodedText
 from ..text.tokenizer import load_tokenizer
-from .batch import StepBatch, collate, share_of, without_loss
-from .loader import Reads, worker_options
-from .plan import End, Place
+from .batch import StepBatch, collate, mask_samples, rank_share
+from .loader import ReadSpec, worker_options
+from .plan import DataPosition, TrainingLength
 
 log = logging.getLogger(__name__)
 
@@ -66,14 +66,14 @@ class StreamSample:
 
 
 class Stream:
-    """The tars of `data.stream`. `images_without`: images that a sample without one counts for.
+    """The tars of `data.webdataset_urls`. `images_without`: images that a sample without one counts for.
 
     Raises: ValueError for a scheme that is not read, a file that is not there, or a tokenizer that does not fit the template.
     """
 
     def __init__(self, config: DataConfig, *, seed: int, global_batch: int, images_without: int) -> None:
         self.config, self.seed, self.global_batch, self.images_without = config, seed, global_batch, images_without
-        self.tars = [_checked(url) for pattern in config.stream for url in braceexpand(pattern)]
+        self.tars = [_checked(url) for pattern in config.webdataset_urls for url in braceexpand(pattern)]
         self.tokenizer = load_tokenizer(config.tokenizer)
         chat_template.check_tokenizer(self.tokenizer, config.template)
 
@@ -82,7 +82,7 @@ class Stream:
         """What `MicroBatch.sources` counts: there is no fingerprint of a stream."""
         return ["stream"]
 
-    def expected_steps(self, end: End) -> int:
+    def expected_steps(self, end: TrainingLength) -> int:
         """Optimizer steps of the whole run."""
         assert end.steps is not None, "a stream has no length"
         return end.steps
@@ -92,18 +92,18 @@ class Stream:
         num_tars = len(self.tars)
         if num_tars < data_size:
             raise ValueError(
-                f"data.stream names {num_tars} tar{'s' if num_tars > 1 else ''} for {data_size} data-parallel ranks: "
+                f"data.webdataset_urls names {num_tars} tar{'s' if num_tars > 1 else ''} for {data_size} data-parallel ranks: "
                 "wanted one or more for each rank"
             )
 
-    def fixed(self) -> dict[str, Any]:
+    def fingerprint_fields(self) -> dict[str, Any]:
         """What must stay as it is for a run to go on, by the field that says it."""
         return {
-            "data.stream": list(self.config.stream),
+            "data.webdataset_urls": list(self.config.webdataset_urls),
             "data.tokenizer": self.tokenizer.fingerprint[:16],
             "data.template": self.config.template,
             "data.max_text_tokens": self.config.max_text_tokens,
-            "model.text_only": self.images_without,
+            "model.text_only_vision": self.images_without,
             "train.seed": self.seed,
             "train.global_batch": self.global_batch,
         }
@@ -114,9 +114,9 @@ def stream_steps(
     *,
     vision_config: VisionConfig,
     micro_batch: int,
-    reads: Reads,
-    end: End,
-    place: Place,
+    reads: ReadSpec,
+    end: TrainingLength,
+    place: DataPosition,
     step: int = 0,
     pad_multiple: int = 1,
 ) -> Iterator[StepBatch]:
@@ -132,7 +132,7 @@ def stream_steps(
             f"{micro_batch} in a micro-batch"
         )
     log.warning(
-        "data.stream is not exact: samples are lost where a tar is damaged, a restart reads others than would have come, and "
+        "data.webdataset_urls is not exact: samples are lost where a tar is damaged, a restart reads other samples, and "
         "another number of ranks another order (pipelines.preprocess --source webdataset makes an exact dataset of it)"
     )
     reader = _StreamReader(stream, vision_config, micro_batch, reads, end, place, step, pad_multiple)
@@ -142,9 +142,9 @@ def stream_steps(
 
 def _checked(place: str) -> str:
     """A place that may be opened. Raises: ValueError for any other scheme, and for a local file that is not there."""
-    storage.check_scheme(place, "data.stream")
+    storage.check_scheme(place, "data.webdataset_urls")
     if not storage.is_remote(place) and not storage.is_file(place):
-        raise ValueError(f"data.stream {place}: no such file")
+        raise ValueError(f"data.webdataset_urls {place}: no such file")
     return place
 
 
@@ -156,9 +156,9 @@ class _StreamReader(IterableDataset[StepBatch]):
         stream: Stream,
         vision_config: VisionConfig,
         micro_batch: int,
-        reads: Reads,
-        end: End,
-        place: Place,
+        reads: ReadSpec,
+        end: TrainingLength,
+        place: DataPosition,
         step: int,
         pad_multiple: int,
     ) -> None:
@@ -177,15 +177,15 @@ class _StreamReader(IterableDataset[StepBatch]):
                 return
             yield self._batch(step, list(itertools.islice(samples, self.stream.global_batch // self.reads.data_size)))
 
-    def _place(self, step: int) -> Place:
+    def _place(self, step: int) -> DataPosition:
         """Where the run stands before a step."""
-        return Place(self.place.samples + (step - self.first_step) * self.stream.global_batch)
+        return DataPosition(self.place.samples + (step - self.first_step) * self.stream.global_batch)
 
     def _batch(self, step: int, samples: Sequence[StreamSample]) -> StepBatch:
         num_images = [len(sample.images) or self.stream.images_without for sample in samples]
         places = [(slot, k) for slot, count in enumerate(num_images) for k in range(count)]
         blank = torch.tensor([not samples[slot].images for slot, _ in places], dtype=torch.bool)
-        share = share_of(len(places), self.reads.image_rank, self.reads.image_size)
+        share = rank_share(len(places), self.reads.image_rank, self.reads.image_size)
         pixels, bad = image_file.blank_pixels(len(share), self.vision_config), []
         for into, n in enumerate(share):
             slot, k = places[n]
@@ -218,7 +218,7 @@ class _StreamReader(IterableDataset[StepBatch]):
             bad_samples=tuple(bad),
             num_cut=sum(text.was_cut for text in texts),
         )
-        return without_loss(batch, bad)
+        return mask_samples(batch, bad)
 
 
 class _TarReader:
@@ -238,7 +238,7 @@ class _TarReader:
             for tar in order:
                 yield from self._usable(tar)
             if self.num_read == before:
-                raise RuntimeError(f"data.stream: no usable sample in {len(order)} tars ({Path(order[0]).name} ...)")
+                raise RuntimeError(f"data.webdataset_urls: no usable sample in {len(order)} tars ({Path(order[0]).name} ...)")
             if number == 0 and self.ignored:
                 log.warning("members that are neither text nor images were not read: %s", dict(self.ignored))
 
@@ -248,14 +248,14 @@ class _TarReader:
             key = f"{PurePosixPath(tar).stem}/{members['__key__']}"
             try:
                 text = self._text(members)
-                if text.was_cut and config.too_long == "drop":
+                if text.was_cut and config.overlong == "drop":
                     raise BadSampleError("too_long", f"more than {config.max_text_tokens} tokens")
             except BadSampleError as error:
                 self.num_bad += 1
                 log.warning("%s is left out: %s (%d so far)", key, error, self.num_bad)
                 if self.num_bad > config.max_bad_fraction * max(self.num_bad + self.num_read, 1000):
                     raise RuntimeError(
-                        f"{self.num_bad} of {self.num_bad + self.num_read} samples of data.stream cannot be used, more than "
+                        f"{self.num_bad} of {self.num_bad + self.num_read} samples of data.webdataset_urls are bad, more than "
                         f"data.max_bad_fraction {config.max_bad_fraction}; the last one: {error}"
                     ) from None
                 continue
@@ -264,7 +264,7 @@ class _TarReader:
 
     def _again(self, error: Exception) -> bool:
         """webdataset asks what to do with a name that is there twice: the first one is kept."""
-        log.warning("data.stream: %s", error.args[0])
+        log.warning("data.webdataset_urls: %s", error.args[0])
         return True
 
     def _text(self, members: dict[str, Any]) -> EncodedText:

@@ -103,7 +103,7 @@ class ShardDataset:
         checksums: bool = True,
     ) -> None:
         if not isinstance(location, Path):
-            storage.check_scheme(location, "data.path")
+            storage.check_scheme(location, "data.datasets")
         self.location, self.checksums = str(location).rstrip("/"), checksums
         folder = None if storage.is_remote(self.location) else storage.local_path(str(location))
         self._remote = self.location if folder is None else None

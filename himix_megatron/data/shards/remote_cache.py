@@ -47,7 +47,7 @@ def fetch(place: str, start: int | None = None, end: int | None = None) -> bytes
 
     Raises: FileNotFoundError; OSError when the store cannot be read; ValueError where s3fs is not installed.
     """
-    storage.check_scheme(place, "data.path")  # that s3fs, and botocore with it, are there
+    storage.check_scheme(place, "data.datasets")  # that s3fs, and botocore with it, are there
     from botocore.exceptions import BotoCoreError  # without credentials or a connection s3fs lets these through
 
     try:

@@ -38,7 +38,7 @@ class EncodedText:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Template:
+class ChatTemplate:
     """How a family spells a conversation: opening, then per turn: before_question, question, before_answer, answer, end."""
 
     opening: tuple[Piece, ...]
@@ -73,9 +73,9 @@ def _header_llama3(role: str) -> tuple[Piece, ...]:
 
 TEMPLATES = {
     # LLaVA's pretraining format: the caption and a newline. "start" is BOS, or EOS for a family without one (Qwen2).
-    "plain": Template(opening=(_special("start"),), end=Piece("\n", loss=True), has_questions=False),
+    "plain": ChatTemplate(opening=(_special("start"),), end=Piece("\n", loss=True), has_questions=False),
     # Vicuna v1.1 (FastChat), as LLaVA-1.5 uses it.
-    "vicuna": Template(
+    "vicuna": ChatTemplate(
         opening=(
             _special("bos"),
             _text(
@@ -89,14 +89,14 @@ TEMPLATES = {
         end=Piece("eos", special=True, loss=True),
     ),
     # Llama 3's own chat format, without a system turn.
-    "llama3": Template(
+    "llama3": ChatTemplate(
         opening=(_special("bos"),),
         before_question=_header_llama3("user"),
         before_answer=(_special("<|eot_id|>"), *_header_llama3("assistant")),
         end=Piece("<|eot_id|>", special=True, loss=True),
     ),
     # Qwen2's own chat format with its default system turn.
-    "chatml": Template(
+    "chatml": ChatTemplate(
         opening=(_special("<|im_start|>"), _text("system\nYou are a helpful assistant."), _special("<|im_end|>"), _text("\n")),
         before_question=(_special("<|im_start|>"), _text("user\n")),
         before_answer=(_special("<|im_end|>"), _text("\n"), _special("<|im_start|>"), _text("assistant\n")),
@@ -104,7 +104,7 @@ TEMPLATES = {
         between=(_text("\n"),),
     ),
     # For the built-in byte tokenizer: four tokens of overhead for a question and its answer.
-    "tiny": Template(
+    "tiny": ChatTemplate(
         opening=(_special("bos"),),
         before_question=(_special("<user>"),),
         before_answer=(_special("<assistant>"),),
@@ -136,7 +136,7 @@ def without_marks(text: str) -> str:
     return _MARK.sub("", text).strip()
 
 
-def exchanges(conversation: Conversation) -> list[tuple[str, str]]:
+def turns_of(conversation: Conversation) -> list[tuple[str, str]]:
     """(question, answer) of each turn, marks removed; the last answer is empty where the last turn is a question."""
     texts = [without_marks(turn["value"]) for turn in conversation["conversations"]]
     return list(zip(texts[::2], [*texts[1::2], ""][: len(texts[::2])], strict=True))
@@ -158,10 +158,10 @@ def encode(conversation: Conversation, tokenizer: Tokenizer, template: str, max_
     Raises: ValueError for a conversation of several turns under `plain`, which has no questions.
     """
     form = template_of(template, tokenizer)
-    turns = exchanges(conversation)
+    turns = turns_of(conversation)
     if len(turns) > 1 and not form.has_questions:
         raise ValueError(f"data.template {template} is for captions (one answer), not for {len(turns)} turns: choose another")
-    ids, loss = tokenizer.encode(_spell(form, turns))
+    ids, loss = tokenizer.encode(_render(form, turns))
     return EncodedText(np.array(ids[:max_tokens], np.int64), np.array(loss[:max_tokens], np.bool_), len(ids) > max_tokens)
 
 
@@ -172,8 +172,8 @@ def prompt(conversation: Conversation, tokenizer: Tokenizer, template: str, answ
     Returns: int64[T], a prefix of `encode`'s ids.
     """
     form = template_of(template, tokenizer)
-    turns = exchanges(conversation)
-    pieces = _spell(form, turns[:answer]) + (list(form.between) if answer else []) + _ask(form, turns[answer][0])
+    turns = turns_of(conversation)
+    pieces = _render(form, turns[:answer]) + (list(form.between) if answer else []) + _ask(form, turns[answer][0])
     return np.array(tokenizer.encode(pieces)[0], np.int64)
 
 
@@ -184,22 +184,22 @@ def end_of_turn(tokenizer: Tokenizer, template: str) -> tuple[int, ...]:
     return tuple(token for token, counts in zip(ids, is_end, strict=True) if counts)
 
 
-def template_of(name: str, tokenizer: Tokenizer) -> Template:
+def template_of(name: str, tokenizer: Tokenizer) -> ChatTemplate:
     """The named template, with `start` settled for this tokenizer."""
     form = TEMPLATES[name]
     if form.opening != (_special("start"),):
         return form
     start = "eos" if tokenizer.special_id("bos") is None else "bos"
-    return Template(opening=(_special(start),), end=form.end, has_questions=False)
+    return ChatTemplate(opening=(_special(start),), end=form.end, has_questions=False)
 
 
-def _ask(form: Template, question: str) -> list[Piece]:
+def _ask(form: ChatTemplate, question: str) -> list[Piece]:
     """A question and the header of its answer."""
     asked = [*form.before_question, _text(question)] if form.has_questions else []
     return [*asked, *form.before_answer]
 
 
-def _spell(form: Template, turns: Sequence[tuple[str, str]]) -> list[Piece]:
+def _render(form: ChatTemplate, turns: Sequence[tuple[str, str]]) -> list[Piece]:
     """Opening and whole turns."""
     pieces = list(form.opening)
     for number, (question, answer) in enumerate(turns):

@@ -3,7 +3,7 @@
 Training: `forward` takes queries, keys and values of the text, float[S, B, heads, D], keys and values of the vision, flat over
 the samples, float[T, G, 2, D], and a Layout that says which belong together. None pads vision or works across samples.
 
-Generation: `continued` takes float[L, B, G, D] keys and values of all that came before and of the text, the text last, with
+Generation: `decode` takes float[L, B, G, D] keys and values of all that came before and of the text, the text last, with
 holes where a sample has fewer (`kv_cache.py`). It is torch's for all: each token makes another number of keys, and cuDNN
 builds a graph for each number. torch wants the mask spelled out, once per pass (`mixture_mask`).
 
@@ -23,7 +23,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
 from .cpu_flash_attention import ragged_attention
-from .packed_layout import Layout
+from .packed_layout import PackedLayout
 
 
 class TorchMixtureAttention(torch.nn.Module):
@@ -40,7 +40,7 @@ class TorchMixtureAttention(torch.nn.Module):
         key_SBGD: Tensor,
         value_SBGD: Tensor,
         vision_kv_TG2D: Tensor,
-        layout: Layout,
+        layout: PackedLayout,
     ) -> Tensor:
         """float[S, B, Q*D]."""
         given = (query_SBQD, key_SBGD, value_SBGD, vision_kv_TG2D, layout, self.scale)
@@ -63,7 +63,7 @@ class TorchMixtureAttention(torch.nn.Module):
             vision = ~vision_padding_BN[:, None, None, :].expand(-1, 1, num_text, -1)
         return torch.cat((vision, text_SS.expand(vision.shape[0], 1, -1, -1)), dim=-1)
 
-    def continued(self, query_SBQD: Tensor, key_LBGD: Tensor, value_LBGD: Tensor, mask: Tensor) -> Tensor:
+    def decode(self, query_SBQD: Tensor, key_LBGD: Tensor, value_LBGD: Tensor, mask: Tensor) -> Tensor:
         """float[S, B, Q*D]."""
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBQD, key_LBGD, value_LBGD))
         repeats = query.shape[1] // key.shape[1]
@@ -80,7 +80,7 @@ class TritonMixtureAttention(TorchMixtureAttention):
     """This project's kernels in training; in generation torch's."""
 
     def forward(
-        self, query_SBQD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, vision_kv_TG2D: Tensor, layout: Layout
+        self, query_SBQD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, vision_kv_TG2D: Tensor, layout: PackedLayout
     ) -> Tensor:
         """float[S, B, Q*D]."""
         from .triton_attention import triton_attention
@@ -103,7 +103,9 @@ def has_variable_length() -> bool:
     return {"window_size", "scale"} <= variable_length_arguments()
 
 
-def _variable_length(query: Tensor, key: Tensor, value: Tensor, vision_kv: Tensor, layout: Layout, scale: float) -> Tensor:
+def _variable_length(
+    query: Tensor, key: Tensor, value: Tensor, vision_kv: Tensor, layout: PackedLayout, scale: float
+) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     # Where the argument exists, grouped heads must be announced; torch 2.11 has none, and takes them as they are.
@@ -126,7 +128,7 @@ def _variable_length(query: Tensor, key: Tensor, value: Tensor, vision_kv: Tenso
     return layout.unflat(mixed_TQD.flatten(1), len(query))
 
 
-def _one_by_one(query: Tensor, key: Tensor, value: Tensor, vision_kv: Tensor, layout: Layout, scale: float) -> Tensor:
+def _one_by_one(query: Tensor, key: Tensor, value: Tensor, vision_kv: Tensor, layout: PackedLayout, scale: float) -> Tensor:
     """Any device and dtype: one masked attention for each sample; zeros in the padding."""
     text_lengths, mixed = list(layout.text_lengths), []
     flat = [layout.flat(x)[: sum(text_lengths)] for x in (query, key, value)]
@@ -175,7 +177,7 @@ class TransformerEngineMixtureAttention(TorchMixtureAttention):
         key_SBGD: Tensor,
         value_SBGD: Tensor,
         vision_kv_TG2D: Tensor,
-        layout: Layout,
+        layout: PackedLayout,
     ) -> Tensor:
         """float[S, B, Q*D]."""
         mixed_TH: Tensor = self.core(

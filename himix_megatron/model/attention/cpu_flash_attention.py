@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .packed_layout import Layout
+from .packed_layout import PackedLayout
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def ragged_attention(
-    query_SBQD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, vision_kv_TG2D: Tensor, layout: Layout, scale: float
+    query_SBQD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, vision_kv_TG2D: Tensor, layout: PackedLayout, scale: float
 ) -> Tensor:
     """float[S, B, Q, D]; zeros in the padding of packed text."""
     given = (query_SBQD, key_SBGD, value_SBGD, vision_kv_TG2D, layout, scale)
@@ -37,7 +37,9 @@ def ragged_attention(
 
 class _Ragged(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, vision_kv: Tensor, layout: Layout, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, vision_kv: Tensor, layout: PackedLayout, scale: float
+    ) -> Tensor:
         mixed = _room_for(query, layout)
         ctx.layout, ctx.scale, kept = layout, scale, []
         for run in layout.runs():
@@ -82,7 +84,7 @@ class _Ragged(torch.autograd.Function):
         return of_query, of_key, of_value, of_vision, None, None
 
 
-def _room_for(text_SBX: Tensor, layout: Layout) -> Tensor:
+def _room_for(text_SBX: Tensor, layout: PackedLayout) -> Tensor:
     """A tensor of this shape whose padding is zero, the rest to be written."""
     room = torch.empty(text_SBX.shape, dtype=text_SBX.dtype)
     if layout.packed:

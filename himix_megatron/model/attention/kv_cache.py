@@ -74,7 +74,7 @@ class KVCache:
         """int64[B]: which of this pass's S tokens is each sample's last."""
         return self._lengths_B - 1 if self.is_new else torch.zeros_like(self._lengths_B)
 
-    def extend(
+    def append(
         self, layer: int, key_SBGD: Tensor, value_SBGD: Tensor, project_vision: Callable[[Tensor], tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor]:
         """Store a layer's keys and values of this pass's text. Returns: all so far, each float[L, B, G, D], this text's last.
@@ -96,7 +96,7 @@ class KVCache:
         """End a pass: what it stored is earlier from now on."""
         self.num_earlier += self._num_prompt if self.is_new else 1
 
-    def keep(self, samples: Sequence[int]) -> None:
+    def select(self, samples: Sequence[int]) -> None:
         """Forget all samples but these."""
         kept = torch.tensor(samples, device=self._lengths_B.device)
         self._lengths_B, self._holes_BC = self._lengths_B[kept], self._holes_BC[kept]

@@ -34,7 +34,7 @@ from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
 from .kv_cache import KVCache
-from .packed_layout import Layout
+from .packed_layout import PackedLayout
 
 
 @dataclass
@@ -75,7 +75,7 @@ class MixtureAttention(SelfAttention):  # type: ignore[misc]
         )
 
     def forward(
-        self, hidden_SBH: Tensor, attention_mask: Tensor | None, vision: Tensor | KVCache, layout: Layout | None
+        self, hidden_SBH: Tensor, attention_mask: Tensor | None, vision: Tensor | KVCache, layout: PackedLayout | None
     ) -> tuple[Tensor, Tensor | None]:
         """The attention's update of the text.
 
@@ -95,8 +95,8 @@ class MixtureAttention(SelfAttention):  # type: ignore[misc]
         key_SBGD = apply_rotary_pos_emb(key_SBGD, angles, **rotate)
 
         if isinstance(vision, KVCache):
-            key_LBGD, value_LBGD = vision.extend(self.layer_number, key_SBGD, value_SBGD, self.project_features)
-            mixed_SBH = self.core_attention.continued(query_SBQD, key_LBGD, value_LBGD, attention_mask)
+            key_LBGD, value_LBGD = vision.append(self.layer_number, key_SBGD, value_SBGD, self.project_features)
+            mixed_SBH = self.core_attention.decode(query_SBQD, key_LBGD, value_LBGD, attention_mask)
         else:
             attended = (query_SBQD, key_SBGD, value_SBGD, self.project_vision(vision))
             core_attention = partial(self.core_attention, layout=layout)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class SampleGroup:
     """b neighbouring samples of the same lengths: where they lie in text [S, B, ...] and in the flat vision [T, ...]."""
 
     num_text: int
@@ -44,7 +44,7 @@ class Run:
 
 
 @dataclass
-class Layout(PackedSeqParams):  # type: ignore[misc]
+class PackedLayout(PackedSeqParams):  # type: ignore[misc]
     """One micro-batch of n samples: the lengths on the host, and as the fused kernels want them (`cu_seqlens_*`).
 
     Keys of a sample are its vision tokens, then its text.
@@ -72,14 +72,14 @@ class Layout(PackedSeqParams):  # type: ignore[misc]
     pads_vision: bool = False
     """Whether some vision tokens belong to no sample."""
 
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[SampleGroup]:
         """All samples, neighbours of equal lengths taken together."""
         runs, sample, text, vision = [], 0, 0, 0
         for (num_text, num_vision), same in groupby(zip(self.text_lengths, self.vision_lengths, strict=True)):
             count = len(list(same))
             columns = slice(0, 1) if self.packed else slice(sample, sample + count)
             rows = slice(text, text + count * num_text) if self.packed else slice(0, num_text)
-            runs.append(Run(num_text, num_vision, columns, rows, slice(vision, vision + count * num_vision)))
+            runs.append(SampleGroup(num_text, num_vision, columns, rows, slice(vision, vision + count * num_vision)))
             sample, text, vision = sample + count, rows.stop, vision + count * num_vision
         return runs
 
@@ -146,13 +146,13 @@ class Sizes:
     """The same, of its vision."""
 
 
-def lay_out(
+def make_layout(
     text_ids: Tensor,
     packed_lengths: Sequence[int] | None,
     vision_lengths: Sequence[int],
     rotary: Callable[[int], Tensor],
     sizes: Sizes | None = None,
-) -> Layout:
+) -> PackedLayout:
     """The Layout of a micro-batch.
 
     Args:
@@ -181,7 +181,7 @@ def lay_out(
     positions, vision_places, text_places, ends_q, ends_kv, samples = _to(text_ids.device, tensors)
     # The angles of a few lengths only are ever made: megatron-core keeps the last ones.
     angles = rotary(-(-longest // 256) * 256 if packed else longest)
-    return Layout(
+    return PackedLayout(
         qkv_format="thd",
         cu_seqlens_q=ends_q.int(),
         cu_seqlens_kv=ends_kv.int(),

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .packed_layout import Layout
+from .packed_layout import PackedLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,9 @@ OF_QUERIES = {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2)}
 """By head width, for each kernel. The first two of width 64 are the fastest of nine on an H200; the others are untuned."""
 
 
-def triton_attention(query: Tensor, key: Tensor, value: Tensor, vision_kv: Tensor, layout: Layout, scale: float) -> Tensor:
+def triton_attention(
+    query: Tensor, key: Tensor, value: Tensor, vision_kv: Tensor, layout: PackedLayout, scale: float
+) -> Tensor:
     """float[S, B, Q, D], from text float[S, B, heads, D] and vision float[T, G, 2, D]."""
     mixed: Tensor = _Mixture.apply(query, key, value, vision_kv, layout, scale)  # type: ignore[no-untyped-call]
     return mixed
@@ -55,7 +57,9 @@ def triton_attention(query: Tensor, key: Tensor, value: Tensor, vision_kv: Tenso
 
 class _Mixture(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, vision_kv: Tensor, layout: Layout, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, vision_kv: Tensor, layout: PackedLayout, scale: float
+    ) -> Tensor:
         # The values are a part of what the projection gives, all of which they would keep.
         given = (query.contiguous(), key.contiguous(), value.contiguous(), vision_kv.contiguous())
         mixed, lse = forward(*given, layout, scale, _tile(FORWARD, query))
@@ -78,7 +82,7 @@ class _Mixture(torch.autograd.Function):
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, vision_kv: Tensor, layout: Layout, scale: float, tile: Tile
+    query: Tensor, key: Tensor, value: Tensor, vision_kv: Tensor, layout: PackedLayout, scale: float, tile: Tile
 ) -> tuple[Tensor, Tensor]:
     """The mixed values [S, B, Q, D], and each row's log-sum-exp in base 2, float32[Q, S, B]."""
     mixed, lse = torch.empty_like(query), query.new_empty((query.shape[2], *query.shape[:2]), dtype=torch.float32)
@@ -91,7 +95,7 @@ def forward(
 
 def backward_of_keys(
     query: Tensor, key: Tensor, value: Tensor, vision_kv: Tensor, grad: Tensor, lse: Tensor, delta: Tensor,
-    layout: Layout, scale: float, tile: Tile,
+    layout: PackedLayout, scale: float, tile: Tile,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the text's keys and values, and of the vision's. `grad`: of the mixed values; `delta`: float32[Q, S, B]."""
     of_key, of_value = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (key, value))
@@ -107,7 +111,7 @@ def backward_of_keys(
 
 def backward_of_queries(
     query: Tensor, key: Tensor, value: Tensor, vision_kv: Tensor, grad: Tensor, lse: Tensor, delta: Tensor,
-    layout: Layout, scale: float, tile: Tile,
+    layout: PackedLayout, scale: float, tile: Tile,
 ) -> Tensor:  # fmt: skip
     """Gradients of the queries; arguments as of `backward_of_keys`."""
     of_query = torch.empty_like(query)
@@ -123,17 +127,17 @@ def _tile(tiles: dict[int, Tile], query: Tensor) -> Tile:
     return tiles.get(query.shape[3], Tile(16, 16, 4, 1))
 
 
-def _row_grid(query: Tensor, key: Tensor, layout: Layout, tile: Tile) -> tuple[int, int, int]:
+def _row_grid(query: Tensor, key: Tensor, layout: PackedLayout, tile: Tile) -> tuple[int, int, int]:
     rows = layout.max_seqlen_q * (query.shape[2] // key.shape[2])
     return triton.cdiv(rows, tile.rows), key.shape[2], _samples(layout).shape[1]
 
 
-def _samples(layout: Layout) -> Tensor:
+def _samples(layout: PackedLayout) -> Tensor:
     assert layout.samples is not None
     return layout.samples
 
 
-def _sizes(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> tuple[Any, ...]:
+def _sizes(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout) -> tuple[Any, ...]:
     assert key.stride(3) == value.stride(3) == 1
     num_rows = query.shape[0] * query.shape[1]
     # A token's row is s * B + b; keys and values may be parts of a wider tensor.

@@ -11,49 +11,49 @@ from ..checkpoint.checkpointer import Position, check_architecture, position_of
 from ..config import Config
 from ..resilience.goodput import Goodput
 from ..resilience.journal import Journal, settings_of
-from ..resilience.watchdog import Watch
+from ..resilience.watchdog import Watchdog
 from ..runtime.stop_signals import StopRequest
-from .resume import Start, stop_file
+from .resume import RunInputs, stop_file
 
 
 @dataclass(frozen=True, slots=True)
-class Supervision:
+class RunContext:
     """What belongs to this start of the run."""
 
     request: StopRequest
-    watch: Watch
+    watchdog: Watchdog
     journal: Journal
     goodput: Goodput
 
 
-def saved_position(config: Config, start: Start) -> Position | None:
+def saved_position(config: Config, start: RunInputs) -> Position | None:
     """Where the run stands before this start; None: nothing of it is saved."""
     if not start.continues or start.checkpoint is None:
         return None
     return position_of(check_architecture(start.checkpoint, config))
 
 
-def in_vain(config: Config, start: Start, journal: Journal) -> str | None:
+def refuse_crash_loop(config: Config, start: RunInputs, journal: Journal) -> str | None:
     """Why another start would not help by itself; None: it may."""
     saved = saved_position(config, start)
     if saved is not None and start.end.reached(saved.step, saved.place):
         return None
     step = saved.step if saved else 0
-    fruitless = journal.fruitless_starts(step, settings_of(config))
-    if fruitless < config.health.max_fruitless_starts or stop_file(config).is_file():
+    fruitless = journal.starts_without_progress(step, settings_of(config))
+    if fruitless < config.health.max_starts_without_progress or stop_file(config).is_file():
         return None
     return (
-        f"{fruitless} starts in a row have saved no step beyond {step} (health.max_fruitless_starts): RUN/log tells why each "
-        "of them ended"
+        f"{fruitless} starts in a row have saved no step beyond {step} (health.max_starts_without_progress): RUN/log tells why "
+        "each of them ended"
     )
 
 
-def supervise(config: Config, start: Start, journal: Journal, watch: Watch, request: StopRequest) -> Supervision:
+def record_start(config: Config, start: RunInputs, journal: Journal, watchdog: Watchdog, request: StopRequest) -> RunContext:
     """Ranks have met: write down that the run is started."""
     saved = saved_position(config, start)
     goodput = Goodput(journal)
-    journal.open(writes=watch.rank == 0)
-    journal.note(
+    journal.open(writes=watchdog.rank == 0)
+    journal.record(
         "start",
         saved.step if saved else 0,
         began=round(goodput.began, 3),
@@ -61,4 +61,4 @@ def supervise(config: Config, start: Start, journal: Journal, watch: Watch, requ
         after_stop=stop_file(config).is_file(),
     )
     goodput.count_past()
-    return Supervision(request, watch, journal, goodput)
+    return RunContext(request, watchdog, journal, goodput)
