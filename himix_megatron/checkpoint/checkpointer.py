@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from ..config import Config, Part
+from ..config import Config, Part, current_fields
 from ..data.loading.plan import DataPosition
 from ..distributed.control_group import ControlGroup
 from ..model.himix_model import unwrap_model
@@ -85,7 +85,7 @@ class Position:
 def position_of(description: dict[str, Any]) -> Position:
     """Where the run stood, from a checkpoint's `himix.json`."""
     stored = description["position"]
-    return Position(step=stored["step"], place=DataPosition(**stored["place"]), data=stored["data"])
+    return Position(step=stored["step"], place=DataPosition(**stored["place"]), data=current_fields(stored["data"]))
 
 
 def architecture(config: Config) -> dict[str, Any]:

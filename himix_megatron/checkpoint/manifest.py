@@ -3,7 +3,7 @@
     RUN/checkpoints/step-00001000/manifest.json   size and SHA-256 of every other file in the folder, and of itself
                                   himix.json      what model this is, what trains, where in the data
                                   *.distcp .metadata metadata.json common.pt       megatron-core's
-    RUN/checkpoints/newest                        name of the newest one
+    RUN/checkpoints/latest                        name of the newest one
     RUN/towers/HASH.safetensors                   a frozen tower: its name is its hash
 
 A folder gets its name `step-...` by a rename when all of it is on the disk, so what has the name was whole once. Whether it
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MANIFEST, DESCRIPTION, LATEST = "manifest.json", "himix.json", "newest"
+MANIFEST, DESCRIPTION, LATEST = "manifest.json", "himix.json", "latest"
 _NAME = re.compile(r"step-(\d{8})")
 
 

@@ -17,6 +17,8 @@ from .run import (
     VisionConfig,
     check_layout,
     check_ranks,
+    current_fields,
+    current_name,
     differences,
     field_names,
     from_json,
@@ -25,6 +27,6 @@ from .run import (
 
 __all__ = [
     "CheckpointConfig", "Config", "DataConfig", "HealthConfig", "LogConfig", "ModelConfig", "OptimizerConfig", "ParallelConfig",
-    "Part", "RankError", "RunConfig", "StartError", "TrainConfig", "VisionConfig", "check_layout", "check_ranks", "differences",
-    "field_names", "from_json", "to_json",
+    "Part", "RankError", "RunConfig", "StartError", "TrainConfig", "VisionConfig", "check_layout", "check_ranks",
+    "current_fields", "current_name", "differences", "field_names", "from_json", "to_json",
 ]  # fmt: skip

@@ -239,7 +239,7 @@ class DataConfig:
     """How a conversation becomes one string: plain (captions only), Vicuna v1, Llama 3, ChatML (Qwen2), or our tiny one."""
     max_text_tokens: int
     """Most text tokens of one sample."""
-    overlong: Literal["cut", "drop"] = "cut"
+    overlong: Literal["truncate", "drop"] = "truncate"
     """What becomes of a longer sample: its text is cut to max_text_tokens, or it is left out; both are counted."""
     pack_max_text_tokens: int | None = None
     """Text tokens of a pack: several samples share one sequence, each seeing only itself and its own images.
@@ -673,28 +673,64 @@ def check_ranks(config: Config, world_size: int) -> int:
     return data_size
 
 
+VERSION = 1
+"""Of config.json. Version 0, which has no number in it, is read through `RENAMED_FIELDS` and `_RENAMED_VALUES`."""
+
+RENAMED_FIELDS = {
+    "model.attention": "model.layer_spec",
+    "model.text_only": "model.text_only_vision",
+    "vision.placement": "vision.encoder_placement",
+    "vision.encode_ahead": "vision.prefetch_features",
+    "data.path": "data.datasets",
+    "data.stream": "data.webdataset_urls",
+    "data.too_long": "data.overlong",
+    "data.pack_text_tokens": "data.pack_max_text_tokens",
+    "data.pack_images": "data.pack_max_images",
+    "train.parts": "train.trainable_parts",
+    "checkpoint.initial": "checkpoint.init_from",
+    "log.pictures_interval_steps": "log.predictions_interval_steps",
+    "log.pictures_samples": "log.predictions_samples",
+    "health.max_fruitless_starts": "health.max_starts_without_progress",
+    "run.resume_after_stop": "run.ignore_stop_file",
+    "run.faults": "run.fault_injection",
+}
+"""Fields as version 0 names them, and their names now."""
+_RENAMED_VALUES = {
+    # Transformer Engine no longer loads the state of delayed scaling.
+    ("train.fp8", "hybrid"): "tensorwise",
+    ("data.overlong", "cut"): "truncate",
+}
+
+
+def current_name(field_name: str) -> str:
+    """A dotted field name of any version as it is now."""
+    return RENAMED_FIELDS.get(field_name, field_name)
+
+
+def current_fields(stored: dict[str, Any]) -> dict[str, Any]:
+    """Values by dotted name, as any version wrote them, by the names and values of this version."""
+    named = {current_name(name): value for name, value in stored.items()}
+    return {
+        name: _RENAMED_VALUES.get((name, value), value) if isinstance(value, str) else value for name, value in named.items()
+    }
+
+
 def to_json(config: Any) -> str:
     """The tree as JSON text, two-space indented, fields in order."""
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+    return json.dumps({"version": VERSION, **dataclasses.asdict(config)}, indent=2) + "\n"
 
 
-_OLD_NAMES = {("ModelConfig", "attention"): "layer_spec"}
-"""Fields as runs of earlier versions name them, and their names now."""
-_OLD_VALUES = {("train", "fp8", "hybrid"): "tensorwise"}
-"""What fields held in runs of earlier versions, and what stands for it now (delayed scaling, whose state Transformer Engine no
-longer loads, is gone)."""
-
-
-def _build(cls: type, values: dict[str, Any]) -> Any:
+def _build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
     hints = typing.get_type_hints(cls)
     built: dict[str, Any] = {}
-    for stored, value in values.items():
-        name = _OLD_NAMES.get((cls.__name__, stored), stored)
+    named = current_fields({prefix + name: value for name, value in values.items()})
+    for dotted, value in named.items():
+        name = dotted.removeprefix(prefix)
         if name not in hints:
             raise ValueError(f"{cls.__name__} has no field {name}: written by another version?")
         hint = hints[name]
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            built[name] = _build(hint, value)
+            built[name] = _build(hint, value, f"{dotted}.")
         elif isinstance(value, list):
             built[name] = tuple(value)
         else:
@@ -703,11 +739,11 @@ def _build(cls: type, values: dict[str, Any]) -> Any:
 
 
 def from_json(text: str) -> Config:
-    """A Config from `to_json`'s text. Raises: ValueError for a field this version does not know."""
+    """A Config from `to_json`'s text. Raises: ValueError for a version or a field that this version does not know."""
     tree = json.loads(text)
-    for (section, name, old), new in _OLD_VALUES.items():
-        if tree.get(section, {}).get(name) == old:
-            tree[section][name] = new
+    version = tree.pop("version", 0)
+    if version not in (0, VERSION):
+        raise ValueError(f"config.json has version {version}: this program reads versions 0 and {VERSION}; use a newer program")
     config = _build(Config, tree)
     assert isinstance(config, Config)
     return config

@@ -208,7 +208,7 @@ class Metrics:
 
     def save_stall(self, step: int, seconds: float) -> None:
         """Note for how long a save kept training waiting."""
-        self.add(step, {"time/save_stall_seconds": seconds})
+        self.add(step, {"checkpoint/blocking_seconds": seconds})
 
     def close(self) -> None:
         """Write out what is pending."""
@@ -236,7 +236,7 @@ def interval_points(
         "time/metrics_seconds": max(rank.own_seconds for rank in ranks) / steps,
         "memory/peak_gib": max(rank.peak_gib for rank in ranks),
         "data/bad_samples": bad,
-        "data/cut_samples": sum(c.truncated_samples for c in counts),
+        "data/truncated_samples": sum(c.truncated_samples for c in counts),
     }
     rates = {
         "text_tokens": sum(c.text_tokens for c in counts),
@@ -247,7 +247,7 @@ def interval_points(
     }
     for name, number in rates.items():
         points[f"throughput/{name}_per_second"] = number / interval.seconds
-        points[f"throughput/{name}_per_second_per_gpu"] = number / interval.seconds / len(ranks)
+        points[f"throughput/{name}_per_second_per_rank"] = number / interval.seconds / len(ranks)
     points |= gradient_points(config, ranks, grad_norm)
     points |= compute_points(config, ranks, interval.seconds, peak)
     points |= fill_points(config, ranks, interval.packs)
@@ -286,7 +286,7 @@ def compute_points(config: Config, ranks: Sequence[RankSums], seconds: float, pe
     points = {"compute/model_tflops_per_second": flops.model / seconds / 1e12}
     for name, done in (("decoder", flops.language), ("model", flops.model)):
         each = done / seconds / len(ranks) / 1e12
-        points[f"compute/{name}_tflops_per_second_per_gpu"] = each
+        points[f"compute/{name}_tflops_per_second_per_rank"] = each
         if peak is not None:
             points[f"compute/{name}_mfu"] = each / peak
     return points
@@ -294,12 +294,12 @@ def compute_points(config: Config, ranks: Sequence[RankSums], seconds: float, pe
 
 def fill_points(config: Config, ranks: Sequence[RankSums], packs: int) -> dict[str, float]:
     """How much of the places for tokens and images held any, and how much of what was computed was padding."""
-    points = {"data/text_fill_fraction": sum(rank.text_tokens for rank in ranks) / sum(rank.positions for rank in ranks)}
+    points = {"data/text_packing_efficiency": sum(rank.text_tokens for rank in ranks) / sum(rank.positions for rank in ranks)}
     real = sum(rank.text_tokens + rank.vision_tokens for rank in ranks)
     points["compute/padding_fraction"] = 1 - real / sum(rank.computed_tokens for rank in ranks)
     if config.data.pack_max_images is not None:
         images = sum(rank.vision_tokens for rank in ranks) / config.vision.tokens_per_image
-        points["data/image_fill_fraction"] = images / (packs * config.data.pack_max_images)
+        points["data/image_packing_efficiency"] = images / (packs * config.data.pack_max_images)
     return points
 
 

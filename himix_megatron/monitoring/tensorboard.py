@@ -36,28 +36,28 @@ PAGES = {
     },
     "Is it fast?": {
         "tokens per second": [r"throughput/\w+_tokens_per_second$"],
-        "tokens per second and GPU": [r"throughput/\w+_tokens_per_second_per_gpu"],
+        "tokens per second and GPU": [r"throughput/\w+_tokens_per_second_per_rank"],
         "samples and images per second": ["throughput/(samples|images)_per_second$"],
-        "model TFLOP/s and GPU": [r"compute/\w+_tflops_per_second_per_gpu"],
+        "model TFLOP/s and GPU": [r"compute/\w+_tflops_per_second_per_rank"],
         "MFU": [r"compute/\w+_mfu"],
         "seconds of a step": ["time/step_seconds", "time/data_wait_seconds", r"pipeline/stage_\d+_busy_seconds"],
         "busy stages and bubble": [r"pipeline/stage_\d+_busy_fraction", "pipeline/bubble_fraction"],
-        "fill of packs or rows, share of padding": ["data/(text|image)_fill_fraction", "compute/padding_fraction"],
+        "fill of packs or rows, share of padding": ["data/(text|image)_packing_efficiency", "compute/padding_fraction"],
     },
     "Is it healthy?": {
         "wall time by cause": [r"goodput/\w+_seconds"],
         "share of the wall time that trained": ["goodput/step_fraction"],
         "peak memory, GiB": ["memory/.*"],
         "samples not read, cut, left out, quarantined": [r"data/\w+_samples"],
-        "standstill of saves, seconds": ["time/save_stall_seconds"],
+        "standstill of saves, seconds": ["checkpoint/blocking_seconds"],
         "steps without an update, rollbacks": ["health/.*"],
     },
 }
 """The custom scalars' layout: a page for a question, charts of tags (regular expressions)."""
 
 COMPARED = (
-    *("train/loss", "validation/loss", "time/step_seconds", "throughput/text_tokens_per_second_per_gpu"),
-    *("compute/model_tflops_per_second_per_gpu", "memory/peak_gib"),
+    *("train/loss", "validation/loss", "time/step_seconds", "throughput/text_tokens_per_second_per_rank"),
+    *("compute/model_tflops_per_second_per_rank", "memory/peak_gib"),
 )
 """What the hyper-parameters page shows beside them."""
 
@@ -156,7 +156,7 @@ def fixed_points(start: RunInputs) -> dict[str, float]:
     if datasets is None:
         return {}
     return {
-        "data/left_out_samples": sum(start.plan.left_out.values()),  # type: ignore[union-attr]
+        "data/dropped_samples": sum(start.plan.left_out.values()),  # type: ignore[union-attr]
         "data/quarantined_samples": sum(sum(part.manifest.quarantined.values()) for part in datasets.parts),
     }
 

@@ -46,7 +46,7 @@ def test_saved_beside_training_it_is_the_state_of_its_step(mixed_dataset: Path, 
         ]
     assert len(digests["sync"][0]) == 2
     assert digests["sync"] == digests["async"]
-    stalls = {mode: history(tmp_path / mode)["time/save_stall_seconds"] for mode in digests}
+    stalls = {mode: history(tmp_path / mode)["checkpoint/blocking_seconds"] for mode in digests}
     assert stalls["async"][0] < 1.2 <= stalls["sync"][0]
 
 
@@ -59,7 +59,7 @@ def test_a_save_waits_for_the_one_in_flight(mixed_dataset: Path, tmp_path: Path)
     config = saving_config(mixed_dataset, tmp_path, steps=4, keep_last=4)
     run_ranks(train_with_slow_writes, 1, config, start_gloo=False)
     assert saved_steps(tmp_path) == [1, 2, 3, 4]
-    assert min(history(tmp_path)["time/save_stall_seconds"][1:]) > 0.3
+    assert min(history(tmp_path)["checkpoint/blocking_seconds"][1:]) > 0.3
 
 
 @pytest.mark.parametrize("mode", ["async", "sync"])
@@ -250,7 +250,7 @@ def test_every_nth_is_kept_for_good(mixed_dataset: Path, tmp_path: Path) -> None
     config = saving_config(mixed_dataset, tmp_path, steps=9, keep_last=1, keep_every=4)
     run_ranks(train, 1, config, start_gloo=False)
     assert saved_steps(tmp_path) == [4, 8, 9]
-    assert (tmp_path / "checkpoints" / "newest").read_text() == "step-00000009\n"
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000009\n"
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def overtaken(config: Config, point: str) -> tuple[Any, Any, str]:
             published.mkdir()
             (published / "manifest.json").write_bytes((newest / "manifest.json").read_bytes())
             published.rename(home / "step-00000009")
-            (home / "newest").write_text("step-00000009\n")
+            (home / "latest").write_text("step-00000009\n")
             seen.append(listing(home))
 
     at(point, take_over)

@@ -225,7 +225,7 @@ def test_a_step_tells_what_it_did(mixed_dataset: Path, tmp_path: Path) -> None:
         ):
             assert points[tag][step] == pytest.approx(counted / seconds, rel=1e-3), tag
     wanted = {"train/loss", "train/learning_rate", "train/grad_norm", "time/step_seconds", "time/data_wait_seconds"}
-    assert wanted | {"memory/peak_gib", "data/bad_samples", "data/cut_samples"} <= points.keys()
+    assert wanted | {"memory/peak_gib", "data/bad_samples", "data/truncated_samples"} <= points.keys()
 
 
 def test_too_many_unreadable_samples_stop_the_run(tmp_path: Path) -> None:

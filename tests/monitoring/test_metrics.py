@@ -58,7 +58,7 @@ def test_rates_agree_with_the_ledger(watched_run: Config, run_dir: Path) -> None
     for name, number in expected.items():
         assert number > 0
         assert found[f"throughput/{name}_per_second"][END].value == pytest.approx(number / seconds, rel=0.01), name
-        each = found[f"throughput/{name}_per_second_per_gpu"][END].value
+        each = found[f"throughput/{name}_per_second_per_rank"][END].value
         assert each == pytest.approx(number / seconds / 2, rel=0.01), name
 
 
@@ -86,8 +86,8 @@ def test_flops_are_those_worked_out_by_hand(watched_run: Config, run_dir: Path) 
     def at(tag: str) -> float:
         return found[f"compute/{tag}"][END].value
 
-    assert at("decoder_tflops_per_second_per_gpu") == pytest.approx(decoder / seconds / 2 / 1e12, rel=0.01)
-    assert at("model_tflops_per_second_per_gpu") == pytest.approx((decoder + tower) / seconds / 2 / 1e12, rel=0.01)
+    assert at("decoder_tflops_per_second_per_rank") == pytest.approx(decoder / seconds / 2 / 1e12, rel=0.01)
+    assert at("model_tflops_per_second_per_rank") == pytest.approx((decoder + tower) / seconds / 2 / 1e12, rel=0.01)
     assert at("model_tflops_per_second") == pytest.approx((decoder + tower) / seconds / 1e12, rel=0.01)
     assert at("decoder_mfu") == pytest.approx(decoder / seconds / 2 / 1e12 / 0.05, rel=0.01)
     assert at("model_mfu") == pytest.approx((decoder + tower) / seconds / 2 / 1e12 / 0.05, rel=0.01)
@@ -104,8 +104,8 @@ def test_packs_are_filled_as_the_ledger_says(watched_run: Config, run_dir: Path)
     packs = (END - BEGIN) * watched_run.global_batch
     text = sum(line["text_tokens"] for line in samples) / (packs * 256)
     images = sum(line["vision_tokens"] for line in samples) / watched_run.vision.tokens_per_image / (packs * 6)
-    assert found["data/text_fill_fraction"][END].value == pytest.approx(text)
-    assert found["data/image_fill_fraction"][END].value == pytest.approx(images)
+    assert found["data/text_packing_efficiency"][END].value == pytest.approx(text)
+    assert found["data/image_packing_efficiency"][END].value == pytest.approx(images)
 
 
 @pytest.mark.parametrize(("graphs", "text", "images"), [("off", 200, 3), ("on", 256, 8)])

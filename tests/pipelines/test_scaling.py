@@ -108,7 +108,7 @@ def test_a_series_with_a_killed_run_goes_on_says_which_and_continues(
     assert table["2"][2] == str(STEPS - 3), "the killed start's steps are not counted beside those that repeated them"
     events = EventAccumulator(str(tmp_path / "tiny_align-weak" / "tensorboard"))
     events.Reload()
-    for tag in ("scaling/efficiency", "scaling/text_tokens_per_second_per_gpu"):
+    for tag in ("scaling/efficiency", "scaling/text_tokens_per_second_per_rank"):
         assert [point.step for point in events.Scalars(tag)] == [1, 2, 4]
     for name in ("throughput", "efficiency", "step_time"):
         assert (tmp_path / "tiny_align-weak" / f"{name}.png").read_bytes().startswith(b"\x89PNG")

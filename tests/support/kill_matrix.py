@@ -67,5 +67,5 @@ def chain(data: Path, run: Path, kills: Iterable[Kill]) -> list[dict[str, Any]]:
         saved = newest
     left = {path.name for path in (run / "checkpoints").iterdir()}
     assert sum(name.startswith("attempt-") for name in left) == 1, left
-    assert all(name.startswith(("attempt-", "step-")) or name == "newest" for name in left), left
+    assert all(name.startswith(("attempt-", "step-")) or name == "latest" for name in left), left
     return lines

@@ -268,7 +268,7 @@ def tensorboard(group: Group) -> Path:
             points = {
                 "scaling/efficiency": group.efficiency(run),
                 "scaling/text_tokens_per_second": run.means.get("text_tokens_per_second"),
-                "scaling/text_tokens_per_second_per_gpu": run.per_gpu,
+                "scaling/text_tokens_per_second_per_rank": run.per_gpu,
                 "scaling/step_seconds": run.step_seconds,
                 "scaling/mfu": run.means.get("mfu"),
                 "scaling/bubble_fraction": run.means.get("bubble"),
