@@ -40,9 +40,8 @@ def on_config(config: Any) -> Any:
 def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
     """Fill in the configuration reference; turn links to files outside docs/ into their paths."""
     if page.file.src_uri == CONFIGURATION_PAGE:
-        settings = importlib.import_module("himix_megatron.config").Config
         recipes = importlib.import_module("pipelines.recipes").RECIPES
-        markdown = _fill(markdown, SETTINGS_MARK, settings_reference(settings))
+        markdown = _fill(markdown, SETTINGS_MARK, settings_reference(config_class()))
         markdown = _fill(markdown, RECIPES_MARK, recipe_table(recipes))
     docs = Path(config.docs_dir).resolve()
     return name_outside_files(markdown, docs / page.file.src_uri, docs)
@@ -113,6 +112,15 @@ def _field_lines(path: str, field: dataclasses.Field[Any], hint: Any, about: str
     # A heading in HTML keeps over a hundred fields out of the page's table of contents, and has a link of its own.
     heading = f'<h3 id="{name}"><code>{name}</code><a class="headerlink" href="#{name}" title="Permanent link">&para;</a></h3>'
     return [heading, "", facts, "", _escape_outside_code(inspect.cleandoc(about)), ""]
+
+
+def config_class() -> type:
+    """`Config`, from a module `himix_megatron.config` or from the file `run.py` of a package of that name."""
+    module: Any = importlib.import_module("himix_megatron.config")
+    if not hasattr(module, "Config"):
+        module = importlib.import_module("himix_megatron.config.run")
+    found: type = module.Config
+    return found
 
 
 def walk_sections(config: type, path: str = "") -> Iterator[tuple[str, type]]:
