@@ -23,7 +23,7 @@ find_python = $(shell for python in $(1); do \
     "$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, $(2)))' 2>/dev/null && echo "$$python" && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help newcomer setup quickstart test lint test-py312 campaign-convert-7b campaign-data campaign-faults campaign-saves bench-checkpoint bench-data bench-model bench-pipeline tensorboard clean campaign-slurm bench-plan gpu-check
+.PHONY: help newcomer setup quickstart test lint test-py312 campaign-convert-7b campaign-data campaign-faults campaign-saves bench-checkpoint bench-data bench-model bench-pipeline tensorboard clean campaign-slurm bench-plan gpu-check docs docs-serve
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -84,6 +84,12 @@ bench-plan: $(VENV)/complete ## Measure this CPU and 13 layouts on it, beside th
 
 tensorboard: $(VENV)/complete ## TensorBoard over all runs, on this machine only
 	$(VENV)/bin/tensorboard --logdir runs --host 127.0.0.1
+
+docs: $(VENV)/complete ## The documentation as a site, in build/docs; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
+
+docs-serve: $(VENV)/complete ## The same site on 127.0.0.1:8000, built again when a page changes
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs serve --strict --dev-addr 127.0.0.1:8000
 
 clean: ## Remove environments and caches; runs and data stay
 	rm -rf .venv .venv-py312 .venv-bench .mypy_cache .ruff_cache .pytest_cache build *.egg-info
