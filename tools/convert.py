@@ -243,7 +243,7 @@ def _config(model: ModelConfig, vision: VisionConfig, recipe: Config | None, fol
     if recipe is None:
         made = _plain_config(model, vision, _template(model) if tokenizer else "tiny", dtype)
     else:
-        kept = {name: getattr(recipe.model, name) for name in ("layer_spec", "attention_core", "text_only")}
+        kept = {name: getattr(recipe.model, name) for name in ("layer_spec", "attention_core", "text_only_vision")}
         made = dataclasses.replace(recipe, model=dataclasses.replace(model, **kept), vision=vision)
         for name, wanted in architecture(recipe).items():
             if architecture(made)[name] != wanted:

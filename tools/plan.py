@@ -98,14 +98,14 @@ def check(arguments: Arguments) -> None:
         "longest_text",
         "show",
         "price_per_gpu_hour",
-        "pack_text_tokens",
-        "pack_images",
+        "pack_max_text_tokens",
+        "pack_max_images",
     ):
         value = getattr(arguments, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be above 0")
     if (arguments.pack_max_text_tokens is None) != (arguments.pack_max_images is None):
-        raise ValueError("packing has two budgets: give both --pack-text-tokens and --pack-images, or neither")
+        raise ValueError("packing has two budgets: give both --pack-max-text-tokens and --pack-max-images, or neither")
     if not 0 <= arguments.images < math.inf:
         raise ValueError(f"--images is {arguments.images}: wanted 0 or more")
     if not 0 < arguments.label_share <= 1:
@@ -131,7 +131,7 @@ def settings(arguments: Arguments) -> tuple[Config, Sample]:
             max_text_tokens=longest,
         )
         if batch is None and not config.data.packs:
-            raise ValueError("--pack-text-tokens packs samples: give the batch in packs, --global-batch")
+            raise ValueError("--pack-max-text-tokens packs samples: give the batch in packs, --global-batch")
     field = "global_batch_packs" if data.packs else "global_batch_samples"
     if batch is not None:
         config = replace(config, data=data, train=replace(config.train, **{field: batch}))

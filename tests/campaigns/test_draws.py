@@ -22,7 +22,7 @@ from tests.support.data_fixtures import VISION, data_config, encoded, make, pict
 
 FOREVER = TrainingLength(1 << 40, None)
 BATCH = 64
-PACKED = {"pack_text_tokens": 256, "pack_images": 6}
+PACKED = {"pack_max_text_tokens": 256, "pack_max_images": 6}
 NUM_SAMPLES = (4_000, 1_000)
 
 

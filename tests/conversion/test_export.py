@@ -38,10 +38,10 @@ def answer(out: Path, model: Any, questions: list[tuple[str, list[Any]]], **opti
 
 MODELS: dict[str, Any] = {
     "tiny tower, qwen2": {},
-    "tiny tower, llama, zero image": {"family": "llama", "text_only": "zero_image"},
+    "tiny tower, llama, zero image": {"family": "llama", "text_only_vision": "zero_image"},
     "siglip, llama, tied, Llama 3's rope, wide heads": {
         "family": "llama", "tower": "siglip", "tie_embeddings": True, "rope_scaling_factor": 8.0, "rope_theta": 5e5,
-        "head_dim": 24, "text_only": "zero_image",
+        "head_dim": 24, "text_only_vision": "zero_image",
     },
     "clip, qwen2, a head each": {"tower": "clip", "num_query_groups": 4},
 }  # fmt: skip

@@ -86,7 +86,7 @@ def test_a_batch_that_does_not_divide_is_refused(folder):
 
 
 @pytest.mark.parametrize("replica_size", [2, 3, 8])
-@pytest.mark.parametrize("text_only", ["zero_image", "none"])
+@pytest.mark.parametrize("text_only_vision", ["zero_image", "none"])
 def test_a_replicas_ranks_decode_each_image_once(folder, replica_size, text_only_vision):
     whole = Steps(folder, text_only_vision=text_only_vision)[1]
     parts = [

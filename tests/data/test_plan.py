@@ -38,7 +38,7 @@ class _Part:
         return self.size
 
 
-PACKED = {"pack_text_tokens": 200, "pack_images": 6}
+PACKED = {"pack_max_text_tokens": 200, "pack_max_images": 6}
 
 
 def plan_of(datasets, batch=8, without=0, **config):
@@ -71,7 +71,7 @@ def test_a_weighted_mixture_reads_each_dataset_epoch_by_epoch(packing):
     assert abs((read < 300).mean() - 0.25) < 0.02
 
 
-@pytest.mark.parametrize("config", [{}, PACKED, {**PACKED, "path": ("a", "b"), "weights": (1.0, 2.0)}], ids=str)
+@pytest.mark.parametrize("config", [{}, PACKED, {**PACKED, "datasets": ("a", "b"), "weights": (1.0, 2.0)}], ids=str)
 def test_from_any_place_it_goes_on_as_if_never_stopped(config):
     datasets = Numbers(5_000, 700)
     whole = list(itertools.islice(plan_of(datasets, **config).steps(FOREVER), 1500))

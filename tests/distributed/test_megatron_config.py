@@ -219,7 +219,7 @@ def test_cuda_graphs_are_refused_where_they_cannot_be_recorded() -> None:
         ("parallel", {"tensor": 2}),
         ("parallel", {"pipeline": 2}),
         ("parallel", {"overlap": "on"}),
-        ("train", {"parts": ("vision_kv", "language", "tower")}),
+        ("train", {"trainable_parts": ("vision_kv", "language", "tower")}),
         ("train", {"recompute": "full"}),
         ("train", {"fp8": "tensorwise"}),
     ):

@@ -79,7 +79,7 @@ def test_packed_training_of_a_tower_equals_unpacked(start: Path, mixed_dataset: 
     found = []
     for packed in (False, True):
         run = tmp_path / str(packed)
-        options = {"parts": (*TRAINED, "tower"), "initial": start, "text_only": "none"}
+        options = {"parts": (*TRAINED, "tower"), "initial": start, "text_only_vision": "none"}
         run_ranks(train, 1, config_for(mixed_dataset, run, packed=packed, **options), start_gloo=False)
         found.append(history(run))
     assert_same(found[1], found[0])

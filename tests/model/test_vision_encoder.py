@@ -163,9 +163,9 @@ def test_a_side_stream_gives_the_same_features() -> None:
 # ---- training ----------------------------------------------------------------------------------------------------------
 
 PLACEMENTS: dict[str, dict[str, Any]] = {
-    "replicated": {"placement": "replicated"},
-    "first_stage": {"placement": "first_stage"},
-    "not ahead": {"encode_ahead": False},
+    "replicated": {"encoder_placement": "replicated"},
+    "first_stage": {"encoder_placement": "first_stage"},
+    "not ahead": {"prefetch_features": False},
 }
 
 
