@@ -1,4 +1,7 @@
-"""House rules that no linter knows: who imports whom, what lies at the top, and that documents name things that exist."""
+"""Rules that no linter knows: who imports whom, what lies at the top, and that documents name things that exist.
+
+python -m tests.test_architecture        prints the levels of the library, its arrows, cycles and largest folder
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,33 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.support import ROOT
+
 TOP_LEVEL = {
-    *("himix_megatron", "pipelines", "slurm", "tools", "tests", "docs", ".ci"),
+    *("mkdocs.yml", "himix_megatron", "pipelines", "slurm", "tools", "tests", "docs", ".ci"),
     *("pyproject.toml", "README.md", "Makefile", "constraints.txt", "LICENSE", ".gitignore"),
 }
+# The library's folders, from the lowest level up: a folder imports from lower ones only.
+LEVELS = (
+    ("config", "runtime"),
+    ("costs", "data"),
+    ("distributed",),
+    ("model",),
+    ("checkpoint",),
+    ("inference",),
+    ("conversion", "evaluation", "monitoring"),
+    ("resilience",),
+    ("training",),
+)
+MAX_ARROWS, MAX_MODULES = 55, 16
+# Where names that megatron-core keeps to itself may be used: what adapts it, and the copy of its optimizer's state.
+MEGATRON_ADAPTERS = ("himix_megatron/distributed/", "himix_megatron/checkpoint/distributed_optimizer.py")
 # The folders in which people and build farms keep their work; one of these in a tracked file points at one machine.
 MACHINE_PATH = re.compile(rb"(?:^|[^A-Za-z0-9_.~}])/(?:work|root|farm|opt/wheels|home/[a-z]+|Users/[A-Za-z]+|tmp/[a-z])/")
 REGISTRY_HOST = re.compile(rb"(?:pypi|pythonhosted|npmjs|debian)\.org")
@@ -68,15 +89,71 @@ def test_settings_and_the_shard_contract_import_neither_torch_nor_ray(module: st
 
 
 def test_ray_is_imported_only_by_pipelines() -> None:
-    assert {file.parts[0] for file in importers("ray")} <= {"pipelines"}
+    """The benchmarks aside, which compare with it."""
+    assert {file.parts[0] for file in importers("ray") if file.parts[:2] != ("tools", "bench")} <= {"pipelines"}
 
 
 def test_submitit_is_imported_only_by_slurm() -> None:
     assert {file.parts[0] for file in importers("submitit")} <= {"slurm"}
 
 
-def test_data_does_not_import_the_model() -> None:
-    assert not [file for file in importers("himix_megatron.model") if file.parts[:2] == ("himix_megatron", "data")]
+def arrows() -> dict[tuple[str, str], set[str]]:
+    """Who imports whom among the library's folders, and the files that do."""
+    found: dict[tuple[str, str], set[str]] = {}
+    for file in tracked():
+        if file.suffix == ".py" and file.parts[0] == "himix_megatron" and len(file.parts) > 2:
+            for name in imports(file):
+                parts = name.split(".")
+                if parts[0] == "himix_megatron" and len(parts) > 1 and parts[1] != file.parts[1]:
+                    found.setdefault((file.parts[1], parts[1]), set()).add(str(file))
+    return found
+
+
+def cycles(edges: Collection[tuple[str, str]]) -> list[list[str]]:
+    """Groups of folders that import each other, directly or by way of others."""
+    nodes = sorted({node for edge in edges for node in edge})
+    reach = {node: {b for a, b in edges if a == node} for node in nodes}
+    for middle in nodes:
+        for node in nodes:
+            if middle in reach[node]:
+                reach[node] |= reach[middle]
+    return [group for node in nodes if (group := sorted(o for o in reach[node] if node in reach[o])) and group[0] == node]
+
+
+def folder_sizes() -> Counter[str]:
+    """Modules of each folder that holds code."""
+    return Counter(
+        str(file.parent)
+        for file in tracked()
+        if file.suffix == ".py" and file.parts[0] != "tests" and file.name != "__init__.py"
+    )
+
+
+def test_every_folder_of_the_library_has_a_level() -> None:
+    folders = {file.parts[1] for file in tracked() if file.parts[0] == "himix_megatron" and len(file.parts) > 2}
+    assert sorted(folders) == sorted(folder for level in LEVELS for folder in level)
+
+
+def test_imports_point_down() -> None:
+    level = {folder: number for number, folders in enumerate(LEVELS) for folder in folders}
+    assert {edge: files for edge, files in arrows().items() if level[edge[0]] <= level[edge[1]]} == {}
+    assert cycles(arrows()) == []
+    assert len(arrows()) <= MAX_ARROWS
+
+
+def test_no_folder_holds_too_many_modules() -> None:
+    assert {folder: size for folder, size in folder_sizes().items() if size > MAX_MODULES} == {}
+
+
+def test_private_names_of_megatron_core_stay_with_its_adapters() -> None:
+    private = [
+        f"{file}: {name}"
+        for file in tracked()
+        if file.suffix == ".py" and file.parts[0] == "himix_megatron" and not str(file).startswith(MEGATRON_ADAPTERS)
+        for name in imports(file)
+        if name.startswith("megatron.") and any(part.startswith("_") for part in name.split("."))
+    ]
+    assert private == []
 
 
 def test_the_library_imports_none_of_its_users() -> None:
@@ -128,8 +205,17 @@ def test_commands_in_documents_exist() -> None:
         for target in re.findall(r"\bmake ([a-z0-9-]+)", shown):
             if target not in targets:
                 missing.append(f"{document}: make {target}")
-        for module in re.findall(r"python -m ((?:pipelines|tools|slurm)\.[a-z_]+)", shown):
+        for module in re.findall(r"python -m ((?:pipelines|tools|slurm)\.[a-z_.]*[a-z_])", shown):
             place = ROOT / module.replace(".", "/")
             if not (place.with_suffix(".py").is_file() or (place / "__main__.py").is_file()):
                 missing.append(f"{document}: python -m {module}")
     assert not missing
+
+
+if __name__ == "__main__":
+    for number, folders in reversed(list(enumerate(LEVELS, 1))):
+        print(f"level {number}: {', '.join(folders)}")
+    found = arrows()
+    print(f"{len(LEVELS)} levels, {len(found)} arrows, {len(cycles(found))} cycles")
+    folder, size = folder_sizes().most_common(1)[0]
+    print(f"largest folder: {folder}, {size} modules")

@@ -2,7 +2,7 @@
 
 Flows in: micro-batches of packed text, padded to a few sizes; out: their loss and what is reported of it, the gradients added
 up in the parameters' `main_grad`. A decoder of narrow layers is bound by the host: Qwen2-0.5B's 24 layers take it twice as
-long as they take an H100 at 8,192 text tokens (docs/log.md). A graph is recorded when a size comes for the second time, so that
+long as they take an H100 at 8,192 text tokens (docs/results.md). A graph is recorded when a size comes again, so that
 the first micro-batch has everything compiled and chosen; all graphs share one pool of memory, since one runs at a time.
 
 Everything that differs between two micro-batches of one size is in tensors: what text and vision lengths decide is in the

@@ -31,7 +31,12 @@ KINDS = ("qwen2", "llama")
 def config_for(kind: str, **layout: Any) -> Config:
     """A model whose answers depend on every image and word: at the usual deviation of weights they would hardly."""
     config = small_config(Path("none"), Path("none"), parts=("vision_kv",), **layout)
-    other: dict[str, Any] = {"family": "llama", "num_query_groups": 4, "text_only_vision": "zero_image", "rope_scaling_factor": 8.0}
+    other: dict[str, Any] = {
+        "family": "llama",
+        "num_query_groups": 4,
+        "text_only_vision": "zero_image",
+        "rope_scaling_factor": 8.0,
+    }
     changes = other if kind == "llama" else {"tie_embeddings": True}
     return replace(config, model=replace(config.model, init_std=0.3, **changes))
 

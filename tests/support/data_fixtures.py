@@ -91,5 +91,11 @@ def data_config(**changes: Any) -> DataConfig:
 
 def train_config(**changes: Any) -> TrainConfig:
     """Steps of 8 samples in micro-batches of 2."""
-    values = {"trainable_parts": ("vision_kv",), "global_batch_samples": 8, "micro_batch_samples": 2, "precision": "fp32", **changes}
+    values = {
+        "trainable_parts": ("vision_kv",),
+        "global_batch_samples": 8,
+        "micro_batch_samples": 2,
+        "precision": "fp32",
+        **changes,
+    }
     return TrainConfig(**values)

@@ -81,7 +81,9 @@ def read_run(folder: Path, warmup_steps: int, known: dict[str, Any] | None = Non
     if (folder / "config.json").is_file():
         run.settings = json.loads((folder / "config.json").read_text())
         train = run.settings["train"]
-        run.global_batch = train["global_batch_packs" if run.settings["data"]["pack_max_text_tokens"] else "global_batch_samples"]
+        run.global_batch = train[
+            "global_batch_packs" if run.settings["data"]["pack_max_text_tokens"] else "global_batch_samples"
+        ]
         run.planned_steps = train["steps"]
     log = folder / "log" / "rank-000.log"
     lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
