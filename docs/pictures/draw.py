@@ -1,0 +1,222 @@
+"""Draws this folder's SVG pictures: `python docs/pictures/draw.py [NAME ...]`. Needs nothing but Python.
+
+Each picture is a function below, whose docstring is its title and, for those who cannot see it, its description. Colours have
+one meaning in all pictures, and follow the reader's light or dark mode. packages.svg has its own script, which reads imports.
+"""
+
+from __future__ import annotations
+
+import sys
+from html import escape
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+WIDTH = 960
+LATEST, LOCK, DAMAGED = "latest", "attempt-000007", "damaged-step-00001000"
+"""Names in a run folder."""
+
+KINDS = {  # kind: (fill, stroke, text) in light mode, the same in dark mode
+    "plain": ("#ffffff", "#8a94a0", "#1f2937", "#262c34", "#7b8794", "#e6e9ed"),
+    "muted": ("#eef0f3", "#a7b0ba", "#5b6470", "#2b323b", "#5f6b78", "#a9b3be"),
+    "text": ("#dbe8fb", "#2f6fbf", "#174a8c", "#1b3352", "#6ea8ee", "#a9ccf8"),
+    "vision": ("#fde6cf", "#c06a13", "#85450a", "#4a3018", "#eda455", "#f6c48c"),
+    "both": ("#ebe3fa", "#7448b8", "#54309a", "#34274f", "#b392ee", "#d0bcf6"),
+    "state": ("#dcf1e0", "#2c8447", "#1c6135", "#1b3a26", "#67c184", "#9fdcb2"),
+    "alarm": ("#fbdfdd", "#bf3d33", "#9c2a21", "#4a211f", "#f0867c", "#f7b1aa"),
+}
+"""text; vision; both: where they meet, and where ranks agree; state: what is kept; alarm."""
+
+
+def _style() -> str:
+    light, dark = (
+        [".page{fill:#fff}.panel{fill:#f6f7f9;stroke:#d5dae0}"],
+        [".page{fill:#14181d}.panel{fill:#1b2026;stroke:#39424d}"],
+    )
+    for rules, first in ((light, 0), (dark, 3)):
+        for kind, colours in KINDS.items():
+            fill, stroke, text = colours[first : first + 3]
+            rules.append(f".b-{kind}{{fill:{fill};stroke:{stroke}}}.l-{kind}{{stroke:{stroke}}}.h-{kind}{{fill:{stroke}}}")
+            rules.append(f".t-{kind}{{fill:{text}}}")
+    shared = "text{font-family:Helvetica,Arial,'Liberation Sans',sans-serif}.line{fill:none}.dash{stroke-dasharray:5 4}"
+    return f"{shared}{''.join(light)}@media (prefers-color-scheme:dark){{{''.join(dark)}}}"
+
+
+class Picture:
+    """One SVG, `WIDTH` pixels wide. A text's y is its baseline; in texts of several lines, one that begins with * is bold."""
+
+    def __init__(self, name: str, about: str) -> None:
+        """`about`: the title, an empty line, and the description."""
+        self.name, self.height = name, 0
+        self.title, _, self.description = about.strip().partition("\n\n")
+        self.parts: list[str] = []
+
+    def save(self) -> None:
+        size = f'viewBox="0 0 {WIDTH} {self.height}" width="{WIDTH}" height="{self.height}"'
+        head = [
+            f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-labelledby="title description">',
+            f'<title id="title">{escape(self.title)}</title>',
+            f'<desc id="description">{escape(" ".join(self.description.split()))}</desc>',
+            f"<style>{_style()}</style>",
+            f'<rect class="page" width="{WIDTH}" height="{self.height}" rx="8"/>',
+        ]
+        (FOLDER / f"{self.name}.svg").write_text("\n".join([*head, *self.parts, "</svg>"]) + "\n", encoding="utf-8")
+
+    def text(
+        self, x: float, y: float, words: str, size: int = 14, kind: str = "plain", at: str = "start", gap: float = 1.28
+    ) -> None:
+        for number, line in enumerate(words.split("\n")):
+            more = ("" if at == "start" else f' text-anchor="{at}"') + (' font-weight="bold"' if line[:1] == "*" else "")
+            where = f'x="{x:g}" y="{y + number * size * gap:g}"'
+            line = escape(line.removeprefix("*"))
+            self.parts.append(f'<text class="t-{kind}" {where} font-size="{size}"{more}>{line}</text>')
+
+    def box(
+        self, x: float, y: float, w: float, h: float, words: str = "", kind: str = "plain", size: int = 14, *, r: int = 5
+    ) -> None:
+        """A box with text in its middle; r: of its corners."""
+        where = f'x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="{r}"'
+        self.parts.append(f'<rect class="b-{kind}" {where} stroke-width="1.5"/>')
+        if words:
+            self.text(x + w / 2, y + h / 2 + size * (0.35 - 0.625 * words.count("\n")), words, size, kind, "middle", 1.25)
+
+    def panel(self, x: float, y: float, w: float, h: float, title: str = "", where: str = "", *, below: bool = False) -> None:
+        """A quiet background; `where`: the code, beside its title or below it."""
+        self.parts.append(f'<rect class="panel" x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="8"/>')
+        if title:
+            self.text(x + 14, y + 26, f"*{title}", 17)
+        if where:
+            self.text(*((x + 14, y + 45) if below else (x + w - 14, y + 26)), where, 13, "muted", "start" if below else "end")
+
+    def line(self, *points: tuple[float, float], kind: str = "plain", dash: bool = False, width: float = 2) -> None:
+        path = "M" + "L".join(f"{x:g} {y:g}" for x, y in points)
+        self.parts.append(f'<path class="line l-{kind}{" dash" * dash}" d="{path}" stroke-width="{width:g}"/>')
+
+    def arrow(self, *points: tuple[float, float], kind: str = "plain", dash: bool = False) -> None:
+        """A line through points, with a head at the last one."""
+        (x0, y0), (x1, y1) = points[-2:]
+        length = ((x1 - x0) ** 2 + (y1 - y0) ** 2) ** 0.5
+        ux, uy = (x1 - x0) / length, (y1 - y0) / length
+        self.line(*points[:-1], (x1 - 8 * ux, y1 - 8 * uy), kind=kind, dash=dash)
+        head = ((x1, y1), *((x1 - 11 * ux - side * uy, y1 - 11 * uy + side * ux) for side in (5, -5)))
+        self.parts.append(f'<polygon class="h-{kind}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in head)}"/>')
+
+    def brace(self, left: float, right: float, y: float) -> None:
+        """A bracket open to what is above it."""
+        self.line((left, y - 6), (left, y), (right, y), (right, y - 6), kind="muted")
+
+
+# ---- architecture ----------------------------------------------------------------------------------------------------
+
+
+def architecture(p: Picture) -> None:
+    """A HiMix model, one of its layers, what a query sees, and the cut over pipeline stages
+
+    Only text goes through the decoder. In every layer the text's queries attend to vision keys and text keys together.
+    Vision keys and values come from the frozen tower's features, through the layer's own norm weight and projections. Over
+    pipeline stages only text states travel; every stage has the features.
+    """
+    p.height = 800
+    _model(p)
+    _layer(p)
+    _mask(p)
+    _stages(p)
+
+
+def _model(p: Picture) -> None:
+    p.panel(16, 16, 292, 524, "(a) The model", "model/himix_model.py, vision_tower.py", below=True)
+    text, vision = 92, 232
+    p.text(text, 522, "text tokens", 15, "text", "middle")
+    p.text(vision, 522, "images", 15, "vision", "middle")
+    for start, end in ((504, 484), (452, 368), (336, 309), (242, 221), (188, 158), (126, 104)):
+        p.arrow((text, start), (text, end), kind="text")
+    p.box(34, 452, 116, 32, "embedding", "text", 15)
+    for y, words in ((336, "layer 1"), (276, "layer 2"), (188, "layer L")):
+        p.box(34, y, 116, 32, words, "both", 15)
+        p.arrow((vision, y + 16), (152, y + 16), kind="vision")
+    p.line((text, 276), (text, 262), kind="text")
+    p.text(text, 252, "*...", 20, "text", "middle")
+    p.box(34, 126, 116, 32, "norm, head", "text", 15)
+    p.text(34, 92, "loss on the answer's tokens", 14, "text")
+    for start, end in ((504, 484), (436, 416)):
+        p.arrow((vision, start), (vision, end), kind="vision")
+    p.box(174, 436, 116, 48, "vision tower,\nfrozen", "vision", 15)
+    p.box(174, 380, 116, 36, "u = v / rms(v)", "vision", 15)
+    p.line((vision, 380), (vision, 204), kind="vision")
+    p.text(180, 138, "the same u\ngoes into\nevery layer", 14, "vision")
+
+
+def _layer(p: Picture) -> None:
+    p.panel(322, 16, 306, 524, "(b) One decoder layer", "model/attention/mixture_attention.py", below=True)
+    text, vision = 404, 551
+    p.text(text, 522, "text states x", 15, "text", "middle")
+    p.text(vision, 522, "features u", 15, "vision", "middle")
+    for x, kind in ((text, "text"), (vision, "vision")):
+        for start, end in ((504, 472), (442, 420), (372, 346)):
+            p.arrow((x, start), (x, end), kind=kind)
+    for start, end in ((282, 258), (228, 180), (132, 96)):
+        p.arrow((text, start), (text, end), kind="text")
+    p.box(354, 442, 106, 30, "norm", "text", 15)
+    p.box(354, 372, 106, 48, "q, k, v\nRoPE on q, k", "text", 15)
+    p.box(488, 442, 126, 30, "own norm: w * u", "vision")
+    p.box(488, 372, 126, 48, "own projection:\nk, v of vision", "vision")
+    p.box(354, 282, 260, 64, "*Mixture Attention\nq over [vision keys; text keys]", "both", 15)
+    p.box(354, 228, 106, 30, "output, add", "text", 15)
+    p.box(354, 132, 106, 48, "norm, MLP,\nadd", "text", 15)
+    for y, add in ((492, 243), (208, 156)):
+        p.arrow((text, y), (338, y), (338, add), (354, add), kind="text")
+    p.text(340, 86, "text states to the next layer", 14, "text")
+    p.text(480, 172, "Vision ends here:\nno queries, no MLP,\nno next state.\nIts keys carry no\nposition.", 14, "vision")
+
+
+def _mask(p: Picture) -> None:
+    p.panel(642, 16, 302, 524, "(c) What a query sees", "model/attention/packed_layout.py", below=True)
+    x, y, cell, high = 662, 134, 20, 28
+    for sample, top, queries in ((1, y, 4), (2, y + 4 * high, 3)):
+        left = x
+        for kind, of, keys in (("vision", 1, 4), ("text", 1, 4), ("vision", 2, 2), ("text", 2, 3)):
+            p.box(left, top, keys * cell, queries * high, "", "plain" if of == sample else "muted", r=0)
+            for query in range(queries if of == sample else 0):
+                for key in range(keys if kind == "vision" else query + 1):
+                    p.box(left + key * cell, top + query * high, cell, high, "", kind, r=2)
+            left += keys * cell
+    for middle, words, kind in ((2, "vision", "vision"), (6, "text", "text"), (9, "vis.", "vision"), (11.5, "text", "text")):
+        p.text(x + middle * cell, y - 10, words, 14, kind, "middle")
+    p.text(x + 4 * cell, y - 34, "keys of sample 1", at="middle")
+    p.text(x + 10.5 * cell, y - 34, "of sample 2", at="middle")
+    said = "Rows are the text's queries of\ntwo samples packed together.\nA query sees all vision of its\n"
+    p.text(x, y + 228, f"{said}own sample, the text up to\nitself, and nothing else.", 15)
+    for top, kind in ((478, "vision"), (504, "text")):
+        p.box(x, top, 16, 16, "", kind)
+        p.text(x + 24, top + 13, f"{kind} keys that it sees", 14, kind)
+
+
+def _stages(p: Picture) -> None:
+    p.panel(16, 554, 928, 230, "(d) Cut over pipeline stages", "model/schedule.py")
+    for i, words in enumerate(("embedding,\nlayers 1 to 8", "layers 9 to 16", "layers 17 to 24,\nhead, loss")):
+        x = 150 + i * 272
+        p.box(x, 604, 190, 62, f"*stage {i}\n{words}", "both", 15)
+        p.arrow((x + 95, 706), (x + 95, 668), kind="vision")
+        if i < 2:
+            p.arrow((x + 190, 635), (x + 272, 635), kind="text")
+            p.text(x + 231, 624, "text", 14, "text", "middle")
+    p.text(34, 632, "text\ntokens", 15, "text")
+    p.arrow((92, 635), (148, 635), kind="text")
+    p.box(150, 706, 734, 30, "features of all images, on every stage (who makes them: step.svg)", "vision", 15)
+    said = "Only text states travel between stages; features never enter the pipeline."
+    p.text(34, 766, f"{said} A tower that trains runs on every stage.")
+
+
+PICTURES = (architecture,)
+
+
+def main() -> None:
+    for make in PICTURES:
+        if len(sys.argv) == 1 or make.__name__ in sys.argv[1:]:
+            assert make.__doc__ is not None
+            p = Picture(make.__name__, make.__doc__)
+            make(p)
+            p.save()
+
+
+if __name__ == "__main__":
+    main()
