@@ -206,7 +206,132 @@ def _stages(p: Picture) -> None:
     p.text(34, 766, f"{said} A tower that trains runs on every stage.")
 
 
-PICTURES = (architecture,)
+# ---- step ------------------------------------------------------------------------------------------------------------
+
+LANE, GAP, LEFT, OTHER, OTHER_WIDTH = 96, 6, 150, 776, 156
+LANES = [LEFT + i * (LANE + GAP) for i in range(6)]
+REPLICA_WIDTH = LANES[-1] + LANE - LEFT
+
+
+def step(p: Picture) -> None:
+    """The life of a training step on tensor 2 x pipeline 3 x data 2 ranks
+
+    Loader workers read each rank's texts and its share of the images. All ranks agree whether to stop, encode their shares
+    of the images, gather the features in the replica, run the pipeline schedule over the micro-batches, sum gradients over
+    data ranks, check, clip and update, report, and now and then save.
+    """
+    p.height = 1170
+    p.panel(LEFT - 8, 16, REPLICA_WIDTH + 16, 1098)
+    p.panel(OTHER - 6, 16, OTHER_WIDTH + 12, 1098)
+    p.text(LEFT + REPLICA_WIDTH / 2, 40, "*replica 0 (data rank 0)", 17, at="middle")
+    p.text(OTHER + OTHER_WIDTH / 2, 40, "*replica 1", 17, at="middle")
+    p.text(OTHER + OTHER_WIDTH / 2, 62, "the same on ranks\n2, 3, 6, 7, 10, 11", at="middle")
+    for i, rank in enumerate((0, 1, 4, 5, 8, 9)):
+        p.text(LANES[i] + LANE / 2, 86, f"rank {rank}\ntensor {i % 2}", at="middle")
+        if i % 2 == 0:
+            p.text(LANES[i] + LANE + GAP / 2, 64, f"*stage {i // 2}", 15, at="middle")
+    for y, words in (
+        (144, "*1  Read\ndata/loading/,\nworker processes,\nsteps ahead"),
+        (252, "*2  Agree\ntraining/\ntrain_step.py"),
+        (344, "*3  Encode\nmodel/\nvision_encoder.py,\none step ahead"),
+        (464, "*4  Train\nmodel/schedule.py\n(megatron-core's\n1F1B) over the\nmicro-batches"),
+        (662, "*5  Sum\nafter the last\nmicro-batch, or\nwithin it"),
+        (760, "*6  Check\nresilience/\nloss_guard.py; the\nhost waits here"),
+        (852, "*7  Update\noptimizer.py"),
+        (910, "*8  Report\nmonitoring/, at\nintervals"),
+        (1004, "*9  Save\ncheckpoint/, at\nintervals, the last\nstep, a new best\nvalidation loss"),
+    ):
+        title, _, rest = words.partition("\n")
+        p.text(16, y, title, 17)
+        p.text(16, y + 18, rest, 13, "muted")
+    _read_and_encode(p)
+    _train(p)
+    _update_and_save(p)
+
+
+def _each(p: Picture, y: float, h: float, words: str, kind: str, there: str) -> None:
+    """A box for each rank of replica 0, and one for replica 1."""
+    for x in LANES:
+        p.box(x, y, LANE, h, words, kind)
+    p.box(OTHER, y, OTHER_WIDTH, h, there, kind)
+
+
+def _all(p: Picture, y: float, words: str, kind: str, there: str | None = None) -> None:
+    """One box over a replica's ranks, with its like in replica 1; or one over all ranks."""
+    p.box(LEFT, y, REPLICA_WIDTH if there else OTHER + OTHER_WIDTH - LEFT, 34, words, kind, 15)
+    if there:
+        p.box(OTHER, y, OTHER_WIDTH, 34, there, kind, 15)
+
+
+def _read_and_encode(p: Picture) -> None:
+    for i, x in enumerate(LANES):
+        reads = i not in (2, 3)
+        p.box(x, 130, LANE, 40, "texts" if reads else "lengths only,\nfrom index", "text" if reads else "muted")
+    p.box(OTHER, 130, OTHER_WIDTH, 40, "its own\nmicro-batches", "text")
+    _each(p, 176, 40, "decodes 1/6\nof images", "vision", "1/6 each of its\nown images")
+    _all(p, 236, "all-reduce over all ranks: has anyone been asked to stop?", "both")
+    _all(p, 276, "union of unreadable samples: they keep their slots, without loss", "both", "the same")
+    _each(p, 328, 40, "tower on its\n1/6, frozen", "vision", "1/6 each")
+    for middle in (*(x + LANE / 2 for x in LANES), OTHER + 40, OTHER + OTHER_WIDTH - 40):
+        p.arrow((middle, 368), (middle, 392), kind="vision")
+    _all(p, 392, "all-gather in the replica: each rank has all its replica's features", "vision", "all-gather")
+
+
+def _train(p: Picture) -> None:
+    first, top = LEFT + 66, 452
+    unit = (LEFT + REPLICA_WIDTH - first) / 18.0
+    for stage, passes in enumerate(schedule_1f1b(stages=3, micro_batches=4)):
+        p.text(LEFT, top + 23 + stage * 42, f"stage {stage}")
+        for start, backward, number in passes:
+            width, kind = (2 * unit, "both") if backward else (unit, "text")
+            p.box(first + start * unit, top + stage * 42, width - 2, 34, str(number + 1), kind)
+    p.box(OTHER, top, OTHER_WIDTH, 118, "the same schedule\nover its own\nmicro-batches")
+    said = "Time goes to the right: forward (blue), backward (violet) of micro-batches 1 to 4.\n"
+    p.text(LEFT, top + 142, f"{said}Stages pass on text states and their gradients; features are on each rank.")
+
+
+def schedule_1f1b(stages: int, micro_batches: int) -> list[list[tuple[float, bool, int]]]:
+    """For each stage (start, is backward, micro-batch); a forward pass takes 1, a backward pass 2."""
+    left = []
+    for stage in range(stages):
+        warm = min(stages - 1 - stage, micro_batches)
+        steady = [one for n in range(micro_batches - warm) for one in ((False, warm + n), (True, n))]
+        left.append(
+            [(False, n) for n in range(warm)] + steady + [(True, n) for n in range(micro_batches - warm, micro_batches)]
+        )
+    ends: dict[tuple[int, bool, int], float] = {}
+    done: list[list[tuple[float, bool, int]]] = [[] for _ in range(stages)]
+    free = [0.0] * stages
+    while any(left):
+        for stage in (stage for stage in range(stages) if left[stage]):
+            backward, n = left[stage][0]
+            source = stage + 1 if backward else stage - 1
+            ready = ends.get((source, backward, n)) if 0 <= source < stages else 0.0
+            if ready is not None:
+                start = max(free[stage], ready)
+                free[stage] = ends[stage, backward, n] = start + (2 if backward else 1)
+                done[stage].append((start, *left[stage].pop(0)))
+    return done
+
+
+def _update_and_save(p: Picture) -> None:
+    _each(p, 646, 36, "gradients", "state", "gradients")
+    for ends in ((LEFT + REPLICA_WIDTH + 2, OTHER - 2), (OTHER - 2, LEFT + REPLICA_WIDTH + 2)):
+        p.arrow(*((x, 664) for x in ends), kind="state")
+    _all(p, 688, "sum over data ranks (0+2, 1+3, 4+6, ...), divided by the global batch's number of answer tokens", "state")
+    _all(p, 744, "all-reduce over all ranks: loss, tokens, norm, is all finite?", "both")
+    _all(p, 784, "LossGuard, alike on every rank: update, skip, roll back, or stop (exit 3)", "both")
+    _all(p, 836, "clip by the global norm, then AdamW (with a distributed optimizer each data rank its part)", "state")
+    _all(p, 894, "gather the ranks' sums: rank 0 writes the log line and TensorBoard; ledger", "muted")
+    _all(p, 934, "too many unreadable samples: stop (exit 3); validation loss; sample predictions", "muted")
+    _all(p, 986, "compare the replicas' weights bit for bit: a difference stops the run", "both")
+    _each(p, 1026, 40, "copies its\npart", "state", "only what no\nother rank saves")
+    _all(p, 1072, "written by a background thread while the next steps train (save.svg)", "state")
+    said = "Then the next step, whose features were gathered meanwhile. On CPU ranks 3 runs on a thread, before the\n"
+    p.text(LEFT, 1136, f"{said}question of 2. With stored features (data.features) workers read those, and 3 only gathers.")
+
+
+PICTURES = (architecture, step)
 
 
 def main() -> None:
