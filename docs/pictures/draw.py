@@ -331,7 +331,88 @@ def _update_and_save(p: Picture) -> None:
     p.text(LEFT, 1136, f"{said}question of 2. With stored features (data.features) workers read those, and 3 only gathers.")
 
 
-PICTURES = (architecture, step)
+# ---- save ------------------------------------------------------------------------------------------------------------
+
+POINTS = (  # name, height, whose work, what happens
+    ("begin", 54, "", "A save in flight is waited for. Replicas have been\ncompared: they hold the same bits."),
+    ("snapshot", 72, "", "Each rank copies its part into host memory, kept\nfrom save to save (pinned beside a GPU).\n"
+     "Training waits for this alone."),
+    ("tensors", 90, "all ranks", f"Rank 0 makes {LOCK}/step-.../. A distributed\n"
+     "optimizer's parts are gathered over data ranks.\nEach rank writes its *.distcp; rank 0 .metadata,\n"
+     "common.pt, metadata.json."),
+    ("description", 54, "rank 0", "himix.json (model, position, what trained), and the\n"
+     "frozen tower: once, in towers/HASH.safetensors."),
+    ("sync", 54, "all ranks", "Each rank: fsync of its files, and SHA-256\nof what it reads back from them."),
+    ("manifest", 54, "rank 0", "manifest.json: every file's size and hash, its own\n"
+     "too. The last file; fsync of file and folder."),
+    ("rename", 72, "rank 0", f"The run lock is still ours? Then {LOCK}/step-...\n"
+     "becomes checkpoints/step-..., one durable rename:\nfsync of checkpoints/."),
+    ("tracker", 62, "rank 0", f"{LATEST}: written in the lock's folder, fsync,\nrenamed over the old one."),
+    ("prune", 72, "rank 0", "Beyond keep_last, the best and keep_every: renamed\n"
+     "into the lock's folder, then removed. So a name\nstep-... never stands for half a checkpoint."),
+)  # fmt: skip
+LEFT_BEHIND = (  # from which point to which, and what a kill there leaves
+    ("begin", "snapshot", "plain", "*The earlier checkpoints.\nThis one has no folder yet."),
+    ("tensors", "manifest", "plain", f"*The earlier checkpoints\nas they were, and a folder\nin {LOCK}/ that does\n"
+     "not have its name yet. The\nnext launch takes the lock's\nfolder away, with all in it."),
+    ("rename", "rename", "state", "*One or the other:\nthe folder has its name or\nnot, and is whole."),
+    ("tracker", "tracker", "state", f"*The new one.\n{LATEST} is whole, old or new;\na launch goes by the folders."),
+    ("prune", "prune", "state", "*The new one,\nand perhaps an old one too\nmany, until the next save."),
+)  # fmt: skip
+AGREEMENT = (
+    "*Agreement\n"
+    "From tensors to prune no rank passes a point alone: each tells all, in a gloo group that only saves use, what it has\n"
+    "done, or why it could not. Then the save fails on all: rank 0 removes the unfinished folder, earlier checkpoints stay,\n"
+    "training goes on (checkpoint.max_failures in a row, but the last save must succeed). A launch verifies every byte;\n"
+    f"a damaged checkpoint is quarantined as {DAMAGED}. In mode sync training waits until all is done."
+)
+
+
+def save(p: Picture) -> None:
+    """How a checkpoint is saved, and what a kill at each point leaves
+
+    The training thread copies the state into host memory and trains on. A background thread writes tensors, himix.json and
+    hashes, then manifest.json, and renames the folder: from then on the checkpoint counts. Then the file latest is replaced
+    and old checkpoints are removed. Between points all ranks agree. A kill before the rename leaves the earlier
+    checkpoints.
+    """
+    p.height = 944
+    train, saves, point, what, leaves = 20, 98, 192, 298, 704
+    for x, words in ((train + 34, "*training\n*thread"), (saves + 34, "*save's\n*thread")):
+        p.text(x, 34, words, at="middle")
+    for x, words in ((point, "*point"), (what, "*what happens"), (leaves, "*a kill here leaves")):
+        p.text(x, 52, words, 15)
+    p.text(what + 392, 52, "checkpoint/async_save.py, snapshot.py", 13, "muted", "end")
+    y, span = 70.0, {}
+    for name, height, who, words in POINTS:
+        span[name] = (y, y + height)
+        p.panel(what - 118, y, 510, height)
+        p.text(point, y + height / 2 + 5, f"*{name}", 15)
+        p.text(what, y + height / 2 - words.count("\n") * 9 + 5, words)
+        if who:
+            p.box(saves, y, 68, height, who, "both" if who == "all ranks" else "state")
+        y += height + (44 if name == "rename" else 14)
+    for first, last, kind, words in (
+        ("begin", "snapshot", "alarm", "step n\nis done:\nstands\nstill"),
+        ("tensors", "tensors", "text", "step\nn + 1"),
+        ("description", "manifest", "text", "step\nn + 2"),
+        ("rename", "prune", "text", "step\nn + 3"),
+    ):
+        p.box(train, span[first][0], 68, span[last][1] - span[first][0], words, kind)
+    hand_over = span["snapshot"][1] - 20
+    p.arrow((train + 68, hand_over), (saves + 34, hand_over), (saves + 34, span["tensors"][0] - 2), kind="state")
+    for first, last, kind, words in LEFT_BEHIND:
+        top, end = span[first][0], span[last][1]
+        p.box(leaves, top, 240, end - top, "", kind)
+        p.text(leaves + 10, (top + end) / 2 - words.count("\n") * 9 + 5, words, 14, kind)
+    cut = span["rename"][1] + 15
+    p.line((what - 118, cut), (944, cut), kind="state", width=3)
+    p.text(what, cut + 20, "Above this line the earlier checkpoint is the newest, below it the new one.", 14, "state")
+    p.panel(16, y, 928, 118)
+    p.text(30, y + 28, AGREEMENT)
+
+
+PICTURES = (architecture, step, save)
 
 
 def main() -> None:
