@@ -412,7 +412,116 @@ def save(p: Picture) -> None:
     p.text(30, y + 28, AGREEMENT)
 
 
-PICTURES = (architecture, step, save)
+# ---- stop ------------------------------------------------------------------------------------------------------------
+
+
+BEYOND = (
+    "*Where that does not reach\n"
+    "Rank 0 is lost: each rank sees its own connection close, or gets no answer, and exits. A node loses power: TCP keepalive\n"
+    "closes its connections within half a minute. Native code holds Python's lock: a timer in C writes that rank's stacks and\n"
+    "ends it 7 s after the timeout. After any of these the same command resumes from the newest checkpoint."
+)
+
+
+def stop(p: Picture) -> None:
+    """How a run stops when it is asked to, and how ranks notice that one of them died or hangs
+
+    A signal is recorded and passed through rank 0 to all ranks, which agree at the next step boundary, save, and exit with
+    85; the batch script requeues the job. A rank that dies closes its connection to rank 0, one that hangs gives no
+    heartbeat: the cause is named, stacks are written to the log, and all ranks exit with 1.
+    """
+    p.height = 1102
+    _asked_to_stop(p)
+    _dies(p)
+    _hangs(p)
+    p.panel(16, 982, 928, 104)
+    p.text(30, 1008, BEYOND)
+
+
+def _lifelines(p: Picture, top: float, *lives: tuple[str, float, float]) -> None:
+    """Dashed lines down from named boxes. `lives`: name, x, where it ends."""
+    for name, x, bottom in lives:
+        p.line((x, top + 28), (x, bottom), kind="muted", dash=True, width=1.5)
+        p.box(x - 55, top, 110, 28, name)
+
+
+def _message(p: Picture, y: float, start: float, end: float, words: str, kind: str = "text", *, dash: bool = False) -> None:
+    p.arrow((start, y), (end, y), kind=kind, dash=dash)
+    p.text((start + end) / 2, y - 7, words, 14, kind, "middle")
+
+
+def _asked_to_stop(p: Picture) -> None:
+    p.panel(16, 16, 928, 508, "(a) Asked to stop", "runtime/stop_signals.py, resilience/watchdog.py, training/train_step.py")
+    slurm, rank, zero, others, batch = 88, 322, 504, 686, 874
+    exits = 410
+    _lifelines(p, 52, ("Slurm", slurm, 504), ("rank 3", rank, exits), ("rank 0", zero, exits), ("other ranks", others, exits))
+    _lifelines(p, 52, ("batch script", batch, 440))
+    left, wide = rank - 66, others - rank + 132
+    _message(p, 114, slurm, rank, "TERM, USR1, USR2", "alarm")
+    p.text(slurm + 10, 136, "before the time limit,\nat a preemption, by\nhand: to any one rank", 14, "muted")
+    p.box(left, 124, 132, 44, "StopRequest:\nrecorded")
+    _message(p, 192, rank, zero, "stop requested")
+    _message(p, 216, zero, others, "stop")
+    p.arrow((zero, 216), (rank, 216), kind="text")
+    p.text(
+        others + 12, 120, 'Before step 1 rank 0\nsays "leave" instead:\nall exit at once, with\nnothing to save.', 14, "muted"
+    )
+    p.box(left, 234, wide, 46, '*next step boundary\nall-reduce of "stop requested?"; waits for data are broken off', "both")
+    p.box(
+        left,
+        290,
+        wide,
+        46,
+        "*CheckpointPolicy.save_before_exit\nthe step whose data all ranks have is finished and saved",
+        "state",
+    )
+    p.box(left, 346, wide, 30, "goodbye to the peers, so that nobody takes it for a death", "muted")
+    _message(p, exits, others, batch, "exit 85")
+    p.line((rank, exits), (others, exits), kind="text")
+    _message(p, 440, batch, slurm, "scontrol requeue")
+    p.arrow((slurm, 488), (left - 2, 488), kind="state")
+    p.text((slurm + left) / 2, 481, "when nodes are free", 14, "state", "middle")
+    p.box(left, 472, wide, 32, "the same command goes on with the next step: none is lost", "state")
+
+
+def _dies(p: Picture) -> None:
+    p.panel(16, 538, 456, 430, "(b) A rank dies or fails", "resilience/watchdog.py")
+    dead, zero, other = 92, 244, 396
+    _lifelines(p, 578, ("rank 2", dead, 760), ("rank 0", zero, 856), ("rank 1", other, 856))
+    p.box(dead - 62, 620, 124, 30, "killed", "alarm")
+    _message(p, 676, dead, zero, "connection closes", "alarm")
+    p.text((dead + zero) / 2, 694, "without goodbye", 14, "alarm", "middle")
+    p.box(dead - 62, 706, 124, 30, "or: an exception", "alarm")
+    _message(p, 760, dead, zero, "failed: reason", "alarm")
+    p.box(zero - 68, 768, 136, 44, "0.2 s: who else?\nnames the cause", "both")
+    _message(p, 836, zero, other, "end: rank 2 died")
+    for x in (zero, other):
+        p.box(x - 50, 856, 100, 28, "exit 1", "alarm")
+    said = "All ranks end within 2 s, whatever they do. srun ends\nthe job step; a failed job is not requeued, but a job\n"
+    p.text(30, 914, f"{said}that lost a node waits for Slurm to requeue it.")
+
+
+def _hangs(p: Picture) -> None:
+    p.panel(488, 538, 456, 430, "(c) A rank hangs", "resilience/watchdog.py")
+    hung, zero, other = 564, 716, 868
+    _lifelines(p, 578, ("rank 2", hung, 856), ("rank 0", zero, 856), ("rank 1", other, 856))
+    p.box(hung - 62, 620, 124, 44, "hangs: others\nwait for it", "alarm")
+    p.box(zero - 66, 620, 284, 44, "no heartbeat (step/forward, ...) on a\nrank for parallel.timeout_seconds", "both")
+    _message(p, 690, other, zero, "stuck", "alarm")
+    p.box(hung - 62, 728, 428, 28, "each writes its threads' stacks to RUN/log/rank-NNN.log")
+    for x in (other, hung):
+        _message(p, 716, zero, x, "show")
+        _message(p, 844, zero, x, "end")
+    _message(p, 784, other, zero, "position")
+    _message(p, 784, hung, zero, "position, if it can", "alarm", dash=True)
+    p.box(zero - 66, 794, 284, 28, "all answers, or 2 s: who is behind?", "both")
+    for x in (hung, zero, other):
+        p.box(x - 50, 856, 100, 28, "exit 1", "alarm")
+    said = '"rank 2 is the farthest behind, at step/backward", or\n"rank 2 does not answer". A collective would give\n'
+    p.text(502, 914, f"{said}up 15 s later, and could not say who hung.")
+
+
+PICTURES = (architecture, step, save, stop)
 
 
 def main() -> None:
