@@ -521,7 +521,133 @@ def _hangs(p: Picture) -> None:
     p.text(502, 914, f"{said}up 15 s later, and could not say who hung.")
 
 
-PICTURES = (architecture, step, save, stop)
+# ---- data order ------------------------------------------------------------------------------------------------------
+
+EPOCH = (1, 2, 12, 23, 29, 9, 8, 7, 11, 24, 21, 20, 18, 3, 4, 28, 10, 27, 14, 30, 19, 15, 25, 31, 16, 17, 26, 6, 5, 13, 22, 0)
+PACKS = (
+    *((1, 9), (2, 29), (12, 21), (23, 8, 11), (7, 3), (24, 18, 4), (20, 28)),
+    *((10, 26), (27, 30, 16), (14, 17), (19, 6), (15, 25, 13), (31, 5), (22, 0)),
+)
+TEXTS = (6, 4, 4, 6, 3, 5, 5, 2, 1, 2, 2, 5, 6, 1, 3, 5, 2, 5, 1, 3, 5, 2, 2, 2, 4, 2, 6, 3, 3, 3, 3, 3)
+IMAGES = (1, 2, 2, 1, 1, 1, 1, 2, 1, 1, 2, 0, 2, 1, 0, 0, 1, 0, 0, 1, 2, 1, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1)
+"""What data/loading/ makes of 4 shards of 8 samples with so many text tokens and images (seed 1234, fingerprint "example") in
+windows of 16 samples, the first 7 packs from one and the others from the next: at most 8 text tokens and 3 images a pack."""
+CELL, FIRST = 26, 112
+PITCH = 16 * CELL / 7
+"""From a pack to the next."""
+
+
+def data_order(p: Picture) -> None:
+    """From shards to the steps of each rank: epoch, window, pack, step
+
+    Each epoch is a permutation of all samples by seed, epoch and dataset fingerprint. It is cut into windows, whose samples
+    are put into packs within two budgets. A step takes the next packs; data ranks take them in turn; a replica's ranks
+    share the images. Where a run stands is four numbers.
+    """
+    p.height = 974
+    for y, words in (
+        (40, "*shards\ndata/shards/"),
+        (132, "*epoch 0\ndata/loading/\nshuffle.py"),
+        (262, "*packs\ndata/loading/\npacking.py"),
+        (428, "*steps\ndata/loading/\nplan.py"),
+        (528, "*ranks\ndata/loading/\nloader.py,\nbatch.py"),
+    ):
+        title, _, rest = words.partition("\n")
+        p.text(16, y, title, 16)
+        p.text(16, y + 19, rest, 13, "muted")
+    _samples(p)
+    _packs_and_steps(p)
+    _shares(p)
+    _position(p)
+
+
+def _samples(p: Picture) -> None:
+    for y, order in ((34, tuple(range(32))), (118, EPOCH)):
+        for place, sample in enumerate(order):
+            p.box(FIRST + place * CELL, y, CELL, CELL, str(sample), "state" if sample < 8 else "plain", r=0)
+    for shard in range(4):
+        x = FIRST + shard * 8 * CELL
+        p.text(x, 27, f"shard {shard}")
+        p.line((x, 30), (x, 64), width=3)
+    p.text(FIRST, 84, "Samples of all datasets, numbered through. Shard 0 is green, to follow it.", 14, "muted")
+    for window in range(2):
+        left = FIRST + window * 16 * CELL
+        p.brace(left + 3, left + 16 * CELL - 3, 152)
+        p.text(left + 8 * CELL, 180, f"window {window}: here 16 samples, really 8,192", at="middle")
+    said = "A permutation drawn from (seed, epoch, dataset fingerprint): nothing to store. Samples that cannot be used\n"
+    p.text(FIRST, 204, f"{said}(too long, no place in the template) are left out, window by window.", 14, "muted")
+
+
+def _packs_and_steps(p: Picture) -> None:
+    for i, pack in enumerate(PACKS):
+        _pack(p, FIRST + i * PITCH + 3, 252, pack, "both" if i % 2 else "text")
+    p.line((FIRST + 7 * PITCH, 244), (FIRST + 7 * PITCH, 374), dash=True)
+    said = "A pack is full at either budget: text tokens (height, here 8) or images (orange, here 3)."
+    p.text(FIRST, 392, f"{said} Packs never cross a window.", 14, "muted")
+    for first, end, words in ((0, 4, "step 0"), (4, 8, "*step 1"), (8, 12, "step 2"), (12, 14, "step 3, and on")):
+        p.brace(FIRST + first * PITCH + 4, FIRST + end * PITCH - 4, 412)
+        p.text(FIRST + (first + end) / 2 * PITCH, 438, words, at="middle")
+    said = "A step takes the next packs, here 4, of the same window or the next. Data ranks take them in turn (blue, violet),\n"
+    p.text(FIRST, 464, f"{said}so any number of data ranks that divides the batch reads the same global batches.", 14, "muted")
+
+
+def _pack(p: Picture, x: float, top: float, samples: tuple[int, ...], kind: str) -> None:
+    """A pack: its samples' texts from the bottom up, 14 pixels high for each token, and an orange square an image."""
+    p.box(x, top, 52, 114, "", "muted", r=0)
+    bottom = top + 113.0
+    for sample in samples:
+        height = TEXTS[sample] * 14
+        middle = bottom - height / 2
+        p.box(x + 1, bottom - height, 50, height, "", kind, r=2)
+        p.text(x + 5, middle + 5, str(sample), 14 if height > 14 else 12, kind)
+        for k in range(IMAGES[sample]):
+            p.box(x + 27 + k * 12, middle - 4.5, 9, 9, "", "vision", r=0)
+        bottom -= height
+
+
+def _shares(p: Picture) -> None:
+    p.panel(FIRST - 8, 504, 500, 454, "Step 1 on its ranks")
+    for data_rank, kind in ((0, "text"), (1, "both")):
+        x, packs = FIRST + 8 + data_rank * 246, PACKS[4 + data_rank : 8 : 2]
+        p.text(x, 560, f"*data rank {data_rank}", 15, kind)
+        for number, pack in enumerate(packs):
+            p.text(x + number * 112, 584, f"micro-batch {number}")
+            _pack(p, x + number * 112 + 18, 594, pack, kind)
+        p.text(x, 736, "texts: first and last stage", 14, "text")
+        p.text(x, 762, "images: a share for each rank", 14, "vision")
+        images = [f"{sample}.{k}" for pack in packs for sample in pack for k in range(IMAGES[sample])]
+        for i, name in enumerate(images):
+            p.box(x + i * 37, 774, 35, 28, name, "vision", 13, r=2)
+        for rank in range(3):
+            p.brace(x + rank * 74 + 2, x + rank * 74 + 70, 810)
+            p.text(x + rank * 74 + 37, 832, f"replica\nrank {rank}", at="middle")
+    said = "Shares are contiguous, one n-th of the images each (here a\nreplica of 3 ranks). A rank decodes only "
+    p.text(FIRST + 8, 896, f"{said}what it encodes:\nimage k of sample s is s.k.", 14, "muted")
+
+
+def _position(p: Picture) -> None:
+    p.panel(626, 504, 318, 454, "DataPosition after step 1")
+    values = (
+        ("epoch", 0, "which permutation"),
+        ("window", 1, "within the epoch"),
+        ("pack", 1, "within the window: next"),
+        ("samples", 18, "behind it, for schedules"),
+    )
+    for i, (name, value, words) in enumerate(values):
+        y = 548 + i * 40
+        p.text(642, y + 20, f"*{name}", 15)
+        p.box(716, y, 40, 30, str(value), "state", 15)
+        p.text(766, y + 20, words, 14, "muted")
+    said = (
+        "Four numbers, in each checkpoint's\nhimix.json. Every rank computes the\nsame plan from them: none tells\n"
+        "another what to read. A resume\ncontinues at this pack, with any\nnumber of data ranks that divides\nthe batch. "
+        "What else fixes the order\n(SamplingPlan.fingerprint_fields:\ndata, seed, batch, tokenizer,\n"
+        "template, budgets) must be what\nit was."
+    )
+    p.text(642, 742, said)
+
+
+PICTURES = (architecture, step, save, stop, data_order)
 
 
 def main() -> None:
