@@ -647,7 +647,80 @@ def _position(p: Picture) -> None:
     p.text(642, 742, said)
 
 
-PICTURES = (architecture, step, save, stop, data_order)
+# ---- run folder ------------------------------------------------------------------------------------------------------
+
+RUN_FOLDER = (  # depth, name, kind, what is in it, who writes it, who reads it
+    (0, "RUN/", "plain", "", "", ""),
+    (1, "config.json", "text", "all settings", "rank 0, once restored",
+     "the next launch names what differs;\nevaluate, generate, serve, tools"),
+    (1, "checkpoints/", "state", "", "", ""),
+    (2, "step-00001000/", "state", "one checkpoint", "all ranks (save.svg)",
+     "the next launch, at any layout;\nevaluate, generate, serve, convert"),
+    (3, "manifest.json", "state", "size, SHA-256 of each file", "rank 0, last", "whoever opens the checkpoint, first"),
+    (3, "himix.json", "state", "model, position, what trains", "rank 0", "whoever opens the checkpoint"),
+    (3, ".metadata, *.distcp, ...", "state", "weights, optimizer", "each rank its part", "megatron-core, once verified"),
+    (2, LATEST, "state", "name of the newest", "rank 0", "people, other tools"),
+    (2, f"{LOCK}/", "state", "run lock: whose folder it is;\nsaves under way", "rank 0 of launch 7;\ntouched every 4 s",
+     "another launch: refused while\nthe owner lives, else takes over"),
+    (2, f"{DAMAGED}/", "alarm", "a checkpoint that failed its\nverification", "a launch that finds it",
+     "people, who then delete it"),
+    (1, "towers/HASH.safetensors", "vision", "a frozen tower, once", "rank 0, first save", "every checkpoint that names it"),
+    (1, "journal.jsonl", "both", "launches, saves, rollbacks,\nends, with time by cause", "rank 0",
+     "the next launch: crash loops,\nrollbacks, goodput"),
+    (1, "STOP", "alarm", "why it stopped by itself", "rank 0, with exit code 3",
+     "the next launch refuses;\nslurm, scaling report, people"),
+    (1, "log/rank-000.log, ...", "plain", "the story; stacks of threads", "each rank its own",
+     "people; rank 0's: slurm, scaling"),
+    (1, "tensorboard/", "plain", "metrics, predictions, scores", "rank 0; evaluate", "TensorBoard; scaling report"),
+    (1, "evaluation/", "plain", "answers and scores", "pipelines.evaluate", "itself, to resume; people"),
+    (1, "ledger/*.jsonl", "muted", "each step's samples, loss", "first rank of a replica", "audits (with log.ledger)"),
+    (1, "profile/*.json.gz", "muted", "traces of chosen steps", "a rank of each stage", "Perfetto (with log.profile-steps)"),
+    (1, "slurm/", "muted", "job script, what jobs print", "slurm.submit, Slurm", "slurm.submit --watch, people"),
+)  # fmt: skip
+LAUNCH = (
+    ("both", "*A launch reads,\nbefore ranks meet:",
+     ("STOP?", "newest intact\ncheckpoint", "config.json:\nearlier settings", "journal.jsonl:\ncrash loop?")),
+    ("state", "*then owns and\nwrites:",
+     ("run lock", "every byte\nverified", "restored at\nthis layout", "config.json written,\nSTOP removed")),
+)  # fmt: skip
+
+
+def run_folder(p: Picture) -> None:
+    """What a run folder holds, who writes it and who reads it
+
+    A table in the shape of a folder tree: config.json, checkpoints, towers, journal.jsonl, STOP, log, tensorboard,
+    evaluation, and on request ledger, profile and slurm. Below it, in which order a launch reads and then writes them.
+    """
+    p.height = 1030
+    columns = (16, 246, 470, 656)
+    for x, words in zip(columns, ("*file or folder", "*what is in it", "*who writes it", "*who reads it"), strict=True):
+        p.text(x, 34, words, 15)
+    y = 46.0
+    parents: dict[int, float] = {}
+    for number, (depth, name, kind, *cells) in enumerate(RUN_FOLDER):
+        height = 36 + 18 * max(cell.count("\n") for cell in cells)
+        if number % 2:
+            p.parts.append(f'<rect class="panel" stroke-width="0" x="8" y="{y:g}" width="944" height="{height:g}"/>')
+        middle, x = y + 19, columns[0] + depth * 18
+        if depth:
+            p.line((x - 12, parents[depth - 1]), (x - 12, middle - 5), (x - 4, middle - 5), kind="muted", width=1.5)
+        parents[depth] = middle + 6
+        p.text(x, middle, f"*{name}" if name.endswith("/") and depth < 2 else name, 14, kind)
+        for column, cell in zip(columns[1:], cells, strict=True):
+            p.text(column, middle, cell)
+        y += height
+    y += 14
+    p.panel(8, y, 944, 158)
+    for row, (kind, title, steps) in enumerate(LAUNCH):
+        top = y + 12 + row * 72
+        p.text(20, top + 26, title)
+        for i, words in enumerate(steps):
+            p.box(160 + i * 200, top, 168, 56, words, kind)
+            if i:
+                p.arrow((128 + i * 200, top + 28), (158 + i * 200, top + 28))
+
+
+PICTURES = (architecture, step, save, stop, data_order, run_folder)
 
 
 def main() -> None:
