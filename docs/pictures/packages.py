@@ -223,7 +223,7 @@ def draw(root: Path) -> Picture:
             beside = y_of[a] + box_height / 2 + 10 * side
             points = [(at[a] + side * widths[a] / 2, beside), (at[b] - side * (widths[b] / 2 + 1), beside)]
             if abs(at[a] - at[b]) > 1.5 * widths[a]:  # over the boxes between
-                over, out, into = y_of[a] - 6 - 3 * side, at[a] + 20 * side, at[b] - 20 * side
+                over, out, into = y_of[a] - 18 - 3 * side, at[a] + 20 * side, at[b] - 20 * side
                 points = [(out, y_of[a]), (out, over), (into, over), (into, y_of[b])]
         p.arrow(*points, kind="alarm" if cycle else "plain")
     for name, own in files.items():
