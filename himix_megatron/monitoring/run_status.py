@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from ..config import StartError
+from ..runtime.errors import StartError
 from ..runtime.stop_signals import EXIT_REQUEUE, EXIT_STOPPED, FAILED
 
 logger = logging.getLogger(__name__)
