@@ -10,8 +10,9 @@ import resource
 import shutil
 from pathlib import Path
 
-from ..config import CheckpointConfig, StartError
+from ..config import CheckpointConfig
 from ..distributed.control_group import ControlGroup, SaveError
+from ..runtime.errors import StartError
 from .manifest import complete_checkpoints, write_synced
 from .run_lock import RunLock
 
