@@ -12,8 +12,9 @@ from pathlib import Path
 
 from ..config import CheckpointConfig
 from ..distributed.control_group import ControlGroup, SaveError
+from ..runtime.durable_files import write_synced
 from ..runtime.errors import StartError
-from .manifest import complete_checkpoints, write_synced
+from .manifest import complete_checkpoints
 from .run_lock import RunLock
 
 _PROBE = bytes(range(256)) * 16

@@ -12,7 +12,6 @@ import time
 from dataclasses import dataclass, replace
 
 from ..checkpoint.checkpointer import Position
-from ..checkpoint.manifest import publish
 from ..config import Config, check_ranks
 from ..data.loading.plan import DataPosition
 from ..distributed.launch import check_launch
@@ -28,6 +27,7 @@ from ..resilience.loss_guard import LossGuard
 from ..resilience.replica_check import check_replica_weights
 from ..resilience.watchdog import Watchdog
 from ..runtime import failpoints, log, progress
+from ..runtime.durable_files import publish
 from ..runtime.stop_signals import EXIT_REQUEUE, EXIT_STOPPED, StopRequest, exit_now
 from .builder import TrainingComponents, batches_from, build_components, describe
 from .optimizer import Schedule, apply_settings
