@@ -14,27 +14,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import tyro
 
-from himix_megatron.checkpoint.checkpointer import check_architecture
 from himix_megatron.checkpoint.manifest import find_checkpoint
 from himix_megatron.config import Config, ParallelConfig
 from himix_megatron.data.errors import BadSampleError
 from himix_megatron.data.images import image_file
 from himix_megatron.data.text import chat_template
 from himix_megatron.data.text.tokenizer import Tokenizer, load_tokenizer
-from himix_megatron.distributed.fused_kernels import detect
 from himix_megatron.distributed.launch import ensure_ranks
-from himix_megatron.distributed.topology import Topology, init_distributed, shutdown_distributed
-from himix_megatron.inference.generator import Answerer, Prompt
-from himix_megatron.inference.sampling import Sampling
 from himix_megatron.inference.text_stream import TextStream
-from himix_megatron.runtime import log
 from pipelines.cli import parse_settings, run_main
-from pipelines.evaluate import load_config
+from pipelines.evaluate import load_config, start
+
+if TYPE_CHECKING:
+    from himix_megatron.distributed.topology import Topology
+    from himix_megatron.inference.sampling import Sampling
 
 A_DAY_SECONDS = 86400.0
 """How long the other ranks wait for the next question."""
@@ -79,6 +76,9 @@ class Job:
 
 def prepare(arguments: Arguments) -> Job:
     """Find what is wrong before any rank starts. Raises: ValueError."""
+    from himix_megatron.checkpoint.checkpointer import check_architecture
+    from himix_megatron.inference.sampling import Sampling
+
     if arguments.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens is {arguments.max_new_tokens}: wanted 1 or more")
     TextStream(load_tokenizer("bytes"), arguments.stop)  # refuses an empty stop text
@@ -101,6 +101,7 @@ def prepare(arguments: Arguments) -> Job:
 
 def read_image(path: Path, config: Config) -> image_file.Pixels:
     """The tower's pixels of an image file. Raises: ValueError naming the file, when it is no image or a damaged one."""
+
     try:
         return image_file.decode(path.read_bytes(), config.vision)
     except BadSampleError as error:
@@ -112,6 +113,8 @@ def questions(asked: str | None, topology: Topology) -> Iterator[str]:
     if asked is not None:
         yield asked
         return
+    import torch
+
     while True:
         line: list[Any] = [None]
         if topology.rank == 0:
@@ -127,11 +130,12 @@ def questions(asked: str | None, topology: Topology) -> Iterator[str]:
 
 def generate(arguments: Arguments, job: Job) -> list[str]:
     """Answer, writing to standard output on rank 0. Returns: the answers, on every rank."""
-    config, template = job.config, job.config.data.template
-    topology = init_distributed(config.parallel, seed=config.train.seed)
-    log.start(None, topology.rank, topology.world_size)
-    answerer = Answerer(config, detect(), topology)
-    answerer.load(job.checkpoint)
+    from himix_megatron.distributed.topology import shutdown_distributed
+    from himix_megatron.inference.generator import Prompt
+
+    template = job.config.data.template
+    answerer = start(job.config, job.checkpoint)
+    topology = answerer.topology
     stops = chat_template.end_of_turn(job.tokenizer, template)
     write = partial(print, end="", flush=True) if topology.rank == 0 else None
     turns: list[dict[str, str]] = []
@@ -156,7 +160,9 @@ def generate(arguments: Arguments, job: Job) -> list[str]:
 
 
 def main() -> None:
+    """The command line."""
     arguments = parse_settings(Arguments, sys.argv[1:], "python -m pipelines.generate")
+
     job = prepare(arguments)
     layout = arguments.parallel
     ensure_ranks(layout.tensor * layout.pipeline, "pipelines.generate", sys.argv[1:])

@@ -22,21 +22,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from himix_megatron.data.errors import BadSampleError
 from himix_megatron.data.images import image_file
 from himix_megatron.data.text import chat_template
-from himix_megatron.distributed.fused_kernels import detect
-from himix_megatron.distributed.topology import init_distributed
-from himix_megatron.inference.generator import Answerer, Prompt
-from himix_megatron.inference.sampling import Sampling
 from himix_megatron.inference.text_stream import TextStream
 from himix_megatron.runtime import log
 from pipelines import generate
 from pipelines.cli import parse_settings, run_main
+from pipelines.evaluate import start
+
+if TYPE_CHECKING:
+    from himix_megatron.inference.sampling import Sampling
 
 logger = logging.getLogger("pipelines.serve")
 
@@ -75,6 +75,8 @@ class Request:
 
 def read_request(body: Any, most_tokens: int) -> Request:
     """A request's JSON. Raises: ValueError with one line for the client."""
+    from himix_megatron.inference.sampling import Sampling
+
     messages = body.get("messages") if isinstance(body, dict) else None
     if not isinstance(messages, list) or not messages:
         raise ValueError('"messages" is missing: wanted a list of {"role": ..., "content": ...}')
@@ -137,15 +139,16 @@ class Model:
     """The loaded run; answers one request at a time."""
 
     def __init__(self, job: generate.Job):
+
         self.job, self.vision, self.template = job, job.config.vision, job.config.data.template
-        topology = init_distributed(job.config.parallel, seed=job.config.train.seed)
-        self.answerer = Answerer(job.config, detect(), topology)
-        self.answerer.load(job.checkpoint)
+        self.answerer = start(job.config, job.checkpoint)
         self.ends = chat_template.end_of_turn(job.tokenizer, self.template)
         self.lock = threading.Lock()
 
     def answer(self, request: Request, write: Callable[[str], object] | None) -> tuple[str, int, int, str]:
         """Text, tokens of the question, tokens of the answer, and why it ended. Raises: ValueError for a broken image."""
+        from himix_megatron.inference.generator import Prompt
+
         try:
             pixels = tuple(image_file.decode(data, self.vision) for data in request.images)
         except BadSampleError as error:
@@ -243,6 +246,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def main() -> None:
+    """The command line."""
     arguments = parse_settings(Arguments, sys.argv[1:], "python -m pipelines.serve", __doc__)
     if arguments.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens is {arguments.max_new_tokens}: wanted 1 or more")
