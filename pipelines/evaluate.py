@@ -22,8 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import tyro
-
 from himix_megatron.checkpoint.manifest import find_checkpoint
 from himix_megatron.config import Config, ParallelConfig, from_json
 from himix_megatron.data.shards.reader import ShardDataset
@@ -31,6 +29,7 @@ from himix_megatron.data.text.tokenizer import Piece, load_tokenizer
 from himix_megatron.distributed.launch import ensure_ranks
 from himix_megatron.runtime import log
 from pipelines.cli import parse_settings, run_main
+from pipelines.flags import Word
 
 if TYPE_CHECKING:
     from himix_megatron.inference.generator import Answerer
@@ -45,7 +44,7 @@ MAX_NEW_TOKENS = 32
 class Arguments:
     """Exact-match accuracy of a run over a shard dataset, with its images and with shuffled ones; or a benchmark's scores."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, Word("RUN")]
     """The run folder."""
     data: Path | None = None
     """The shard dataset whose questions are asked."""

@@ -16,8 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import tyro
-
 from himix_megatron.checkpoint.manifest import find_checkpoint
 from himix_megatron.config import Config, ParallelConfig
 from himix_megatron.data.errors import BadSampleError
@@ -28,6 +26,7 @@ from himix_megatron.distributed.launch import ensure_ranks
 from himix_megatron.inference.text_stream import TextStream
 from pipelines.cli import parse_settings, run_main
 from pipelines.evaluate import load_config, start
+from pipelines.flags import Word
 
 if TYPE_CHECKING:
     from himix_megatron.distributed.topology import Topology
@@ -41,7 +40,7 @@ A_DAY_SECONDS = 86400.0
 class Arguments:
     """Answer questions about images with a run's model."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, Word("RUN")]
     """The run folder."""
     question: str | None = None
     """What to ask; None: questions are read from standard input, one a line."""

@@ -27,9 +27,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import tyro
+from typing import Any, Literal
 
 from himix_megatron.data.images import image_file
 from himix_megatron.data.ingest import shard_writer
@@ -47,7 +45,6 @@ from pipelines.launchers.task_engine import Engine, engine_started
 PARTS = ("shards", "receipts", "quarantine")
 PROGRESS_SECONDS = 5.0
 RATE_SECONDS = 60.0
-_PLACE = tyro.conf.arg(metavar="PLACE")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,11 +54,11 @@ class Settings:
     source: Literal["llava", "parquet", "img2dataset", "webdataset"] = "llava"
     """Layout of the source: LLaVA's JSON list of {id, image, conversations} beside a folder of images; parquet files with the
     images in them; what img2dataset wrote; tars of any WebDataset."""
-    annotations: Annotated[str | Path | None, _PLACE] = None
+    annotations: str | Path | None = None
     """llava: the JSON file (or .jsonl: one object a line)."""
-    images: Annotated[str | Path | None, _PLACE] = None
+    images: str | Path | None = None
     """llava: the folder that image names start from."""
-    input: Annotated[tuple[str | Path, ...], tyro.conf.arg(metavar="PLACE ...")] = ()
+    input: tuple[str | Path, ...] = ()
     """The other sources: files, or folders of them (their files in the order of their names)."""
     image_column: str | None = None
     """parquet: bytes, {bytes, path}, or lists of them; None: images, image, jpg, png or webp."""
@@ -69,7 +66,7 @@ class Settings:
     """parquet: LLaVA's turns, or captions; None: conversations, text or caption."""
     id_column: str | None = None
     """parquet: None: id or key, where there is one."""
-    out: Annotated[str | Path, _PLACE]
+    out: str | Path
     """The dataset folder to write."""
     name: str | None = None
     """Shards are called NAME-000000.tar; None: the annotation file's name, or the first input's."""

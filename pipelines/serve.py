@@ -24,8 +24,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import tyro
-
 from himix_megatron.data.errors import BadSampleError
 from himix_megatron.data.images import image_file
 from himix_megatron.data.text import chat_template
@@ -34,6 +32,7 @@ from himix_megatron.runtime import log
 from pipelines import generate
 from pipelines.cli import parse_settings, run_main
 from pipelines.evaluate import start
+from pipelines.flags import Word
 
 if TYPE_CHECKING:
     from himix_megatron.inference.sampling import Sampling
@@ -48,7 +47,7 @@ MOST_BYTES = 64 << 20
 class Arguments:
     """Answer questions about images over HTTP."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, Word("RUN")]
     """The run folder."""
     checkpoint: Path | None = None
     """A checkpoints/step-... folder; None: the run's newest."""

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import tyro
 from torch import Tensor
 
 from himix_megatron.checkpoint.checkpointer import architecture
@@ -64,6 +63,7 @@ from himix_megatron.distributed.topology import Topology, init_distributed, shut
 from himix_megatron.model.vision_tower import build_tower
 from himix_megatron.runtime import log
 from pipelines.cli import parse_settings, run_main
+from pipelines.flags import Word
 from pipelines.recipes import RECIPES
 
 PROGRAM = "python -m tools.convert"
@@ -98,7 +98,7 @@ class HfToHimix:
 class HimixToHf:
     """A checkpoint to a folder that transformers loads without this package, with tokenizer, processor and generation."""
 
-    checkpoint: Annotated[Path, tyro.conf.Positional]
+    checkpoint: Annotated[Path, Word("RUN")]
     """Run folder or checkpoints/step-... folder."""
     out: Path
     """Folder to make."""
@@ -110,7 +110,7 @@ class HimixToHf:
 class HimixToAuthors:
     """A checkpoint to the layout of the published implementation."""
 
-    checkpoint: Annotated[Path, tyro.conf.Positional]
+    checkpoint: Annotated[Path, Word("RUN")]
     """Run folder or checkpoints/step-... folder."""
     out: Path
     """Folder to make."""
@@ -120,7 +120,7 @@ class HimixToAuthors:
 class AuthorsToHimix:
     """Weights in the layout of the published implementation to a checkpoint."""
 
-    weights: Annotated[Path, tyro.conf.Positional]
+    weights: Annotated[Path, Word("WEIGHTS")]
     """Folder with config.json and safetensors, or one safetensors file whose metadata holds the sizes."""
     out: Path
     """Run folder to make; give it to --checkpoint.init-from."""

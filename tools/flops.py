@@ -18,12 +18,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
-
 from himix_megatron.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from himix_megatron.costs.flops import StepFlops, Work, forward_flops, step_flops, tower_flops
 from himix_megatron.costs.memory import GIB, MicroBatch, RankMemory, model_parameters, rank_memory
 from pipelines.cli import parse_settings, run_main
+from pipelines.flags import Word
 from pipelines.recipes import RECIPES, clip_large_336, siglip_so400m_384
 
 PAPER = {
@@ -51,7 +50,7 @@ SIZES = {
 class Arguments:
     """What a model costs: parameters, FLOPs, memory."""
 
-    recipe: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")] = None
+    recipe: Annotated[str | None, Word("RECIPE")] = None
     """A recipe; sizes given beside it take the place of its own."""
     paper: bool = False
     """The paper's five models at 64 text tokens and one image, and nothing else."""

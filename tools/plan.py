@@ -20,11 +20,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-
 from himix_megatron.config import Config
 from himix_megatron.costs.memory import GIB, RankMemory
 from pipelines.cli import parse_settings, run_main
+from pipelines.flags import Word
 from pipelines.recipes import RECIPES
 from tools.planner.layouts import Plan, Sample, plans
 from tools.planner.machine import Machine, machine_named, machine_of_file
@@ -44,7 +43,7 @@ REMEDIES = {
 class Arguments:
     """List layouts that fit, the fastest first, and print the command of the best one."""
 
-    recipe: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")] = None
+    recipe: Annotated[str | None, Word("RECIPE")] = None
     """A recipe of pipelines.pretrain."""
     gpus: int | None = None
     """How many."""

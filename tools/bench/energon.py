@@ -21,10 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import tyro
-
 from himix_megatron.data.shards.reader import ShardDataset
 from pipelines.cli import parse_settings, run_main
+from pipelines.flags import Word
 
 META = ".nv-meta"
 CRUDE = "__module__: megatron.energon\n__class__: CrudeWebdataset\n"
@@ -36,7 +35,7 @@ NOTHING = "(?!)"
 class Arguments:
     """Write megatron-energon's metadata for a shard dataset."""
 
-    dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    dir: Annotated[Path, Word("DIR")]
     """The dataset: the folder with manifest.json."""
     num_workers: int | None = None
     """Processes that read the tars; None: one a core."""

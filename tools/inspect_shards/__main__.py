@@ -20,11 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
 from himix_megatron.data.ingest.verify import Report, verify_dataset
 from himix_megatron.data.shards.reader import ShardDataset
 from pipelines.cli import parse_settings, run_main
+from pipelines.flags import Word
 from tools.inspect_shards.histogram import drawn, histogram, summary
 from tools.inspect_shards.statistics import Numbers, Statistics, draw, statistics
 
@@ -35,7 +34,7 @@ PROGRESS_SECONDS = 0.2
 class Arguments:
     """Look into a shard dataset, or verify it."""
 
-    dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    dir: Annotated[Path, Word("DIR")]
     """The dataset: the folder with manifest.json."""
     verify: bool = False
     """Compare every byte with what was written, and print only that."""

@@ -20,9 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import tyro
-
 from pipelines.cli import parse_settings, run_main
+from pipelines.flags import Word
 from tools.scaling_report.run_rates import SUMS, Run, read_run
 
 MISSING = "-"
@@ -34,7 +33,7 @@ MAY_DIFFER = {"recipe", "run.dir", "run.ignore_stop_file", "train.global_batch_s
 class Arguments:
     """Report how runs of growing size scale."""
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUNS")]
+    runs: Annotated[tuple[Path, ...], Word("RUNS")]
     """Run folders, series folders, or folders that hold series."""
     out: Path | None = None
     """Where the report goes, a folder for each series; None: into the series' own folder."""
