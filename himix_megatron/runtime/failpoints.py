@@ -1,8 +1,8 @@
 """Failpoints: named points of a run, at which faults are injected and from which the watchdog sees progress.
 
 Flows in: the points that the code passes (`failpoint("save/manifest")`), and with `--run.fault-injection` a schedule; out:
-calls of listeners, and real faults of this process: a signal, a crash, a cut network, a full disk. A schedule is a file with one JSON
-object per line:
+calls of listeners, and real faults of this process: a signal, a crash, a cut network, a full disk. A schedule is a file with
+one JSON object per line:
 
     {"kind": "kill", "point": "step/backward", "step": 7, "rank": 1}
 
