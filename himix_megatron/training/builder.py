@@ -22,9 +22,10 @@ from ..data.loading.vision_reader import FeatureReader
 from ..data.loading.webdataset_stream import Stream, stream_steps
 from ..distributed.megatron_config import kernel_lines, overlaps, params_dtype, text_multiple
 from ..distributed.topology import Topology
+from ..model.feature_prefetch import FeaturePrefetcher
 from ..model.himix_model import build_stage, finalize_gradients
 from ..model.micro_batch_graphs import MicroBatchGraphs
-from ..model.vision_encoder import FeaturePrefetcher, ShardedVisionEncoder, encoder_share
+from ..model.vision_encoder import ShardedVisionEncoder, encoder_share
 from ..model.vision_tower import build_tower
 from ..monitoring.pipeline_timers import ScheduleTimers
 from .optimizer import build_optimizer
