@@ -15,9 +15,13 @@ from .flops import chunk_layers
 
 GIB = 2**30
 VOCAB_MULTIPLE = 128
-"""As in adapter.py, which takes torch."""
-HEAD_CHUNK_LOGITS, HEAD_GPU_CHUNK_LOGITS, HEAD_MAX_LOGITS = 2**26, 2**28, 2**31
-"""As in loss.py, which takes torch."""
+"""The embedding's rows are padded to a multiple of this and of the tensor ranks."""
+CHUNK_LOGITS, GPU_CHUNK_LOGITS = 2**26, 2**28
+"""Most logits of a rank that exist at once where the head runs in chunks, on a CPU and on a GPU: 256 MiB and 1 GiB in fp32.
+Each chunk writes a gradient of the head's whole weight and adds it to the sum."""
+MAX_LOGITS = 2**31
+"""Most logits of a rank that are kept for the backward pass where the cross-entropy needs nothing beside them and writes its
+gradient over them: 4 GiB in bf16. Above, chunks of an eighth of this."""
 FIXED_BYTES = 2.5 * GIB
 """CUDA context, NCCL's buffers and cuBLAS's workspaces: an allowance, not measured here."""
 FRAGMENTS = 0.05
@@ -178,10 +182,10 @@ def rank_memory(
     if stage == parallel.pipeline - 1:
         rows = padded_vocab(config) / parallel.tensor
         tokens = micro_batch.text_tokens if micro_batch.labelled_tokens is None else micro_batch.labelled_tokens
-        logits = 12 * min(HEAD_GPU_CHUNK_LOGITS if on_gpu else HEAD_CHUNK_LOGITS, tokens * rows)
+        logits = 12 * min(GPU_CHUNK_LOGITS if on_gpu else CHUNK_LOGITS, tokens * rows)
         if on_gpu:
             # With Transformer Engine's loss, whatever the layers are: all logits once, and the weight's gradient beside them.
-            chunk = tokens * rows if tokens * rows <= HEAD_MAX_LOGITS else HEAD_MAX_LOGITS / 8
+            chunk = tokens * rows if tokens * rows <= MAX_LOGITS else MAX_LOGITS / 8
             kept = size * (chunk + ("language" in train.trainable_parts) * rows * config.model.hidden_size)
             logits = kept if config.model.layer_spec != "torch" else max(logits, kept)
         logits += 3 * size * text

@@ -80,7 +80,7 @@ def counted_step(config: Config, packed: bool) -> tuple[int, int]:
         with sdpa_kernel(SDPBackend.MATH):
             return backends._one_by_one(*given).unflatten(2, (config.model.num_attention_heads, -1))
 
-    backends.ragged_attention = by_products
+    backends.cpu_flash_attention = by_products
     topology = init_distributed(config.parallel, seed=1)
     tower = build_tower(config.vision, seed=0, dtype=torch.float32)
     stages = build_stage(config, detect(), topology, tower)

@@ -151,6 +151,6 @@ def test_constants_are_those_of_the_model() -> None:
     from himix_megatron.distributed import megatron_config
     from himix_megatron.model import loss
 
-    assert memory.VOCAB_MULTIPLE == megatron_config.VOCAB_MULTIPLE
-    assert (memory.HEAD_CHUNK_LOGITS, memory.HEAD_GPU_CHUNK_LOGITS) == (loss.CHUNK_LOGITS, loss.GPU_CHUNK_LOGITS)
-    assert memory.HEAD_MAX_LOGITS == loss.MAX_LOGITS
+    assert megatron_config.padded_vocab is memory.padded_vocab
+    assert (memory.CHUNK_LOGITS, memory.GPU_CHUNK_LOGITS) == (loss.CHUNK_LOGITS, loss.GPU_CHUNK_LOGITS)
+    assert memory.MAX_LOGITS == loss.MAX_LOGITS
