@@ -36,7 +36,7 @@ from himix_megatron.data.shards import shard_format
 from himix_megatron.data.shards.reader import ShardDataset
 from himix_megatron.data.shards.storage import LocalFolder
 from himix_megatron.distributed import cpu_backend
-from himix_megatron.model.vision_tower import build_tower
+from himix_megatron.model.towers import build_tower
 from himix_megatron.runtime.durable_files import file_digest
 from pipelines.cli import parse, parse_settings, run_main
 from pipelines.launchers.task_engine import ray_started

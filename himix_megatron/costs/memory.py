@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass, fields, replace
 
 from ..config import Config
+from ..config.families import FAMILIES
+from ..config.towers import TOWERS
 from .flops import chunk_layers
 
 GIB = 2**30
@@ -90,13 +92,11 @@ def tower_parameters(config: Config) -> int:
     vision = config.vision
     width, inner = vision.hidden_size, vision.ffn_hidden_size
     layer = 4 * (width * width + width) + 2 * width * inner + inner + width + 4 * width
-    patch = 3 * vision.patch_size**2 * width
-    shared = {
-        "siglip": patch + width + vision.tokens_per_image * width,
-        "clip": patch + width + (vision.tokens_per_image + 1) * width + 2 * width,
-        "tiny": patch + width + vision.tokens_per_image * width + (2 * width if vision.feature_layer == -1 else 0),
-    }[vision.tower]
-    return layer * (vision.num_layers + 1 + vision.feature_layer) + shared
+    kind = TOWERS[vision.tower]
+    positions = (vision.num_patches + kind.class_tokens) * kind.learned_positions
+    norms = 2 * kind.norm_before + 2 * (kind.norm_after and vision.feature_layer == -1)
+    vectors = kind.patch_bias + kind.class_tokens + positions + norms
+    return layer * (vision.num_layers + 1 + vision.feature_layer) + 3 * vision.patch_size**2 * width + vectors * width
 
 
 def layer_parameters(config: Config, tensor: int = 1) -> Parameters:
@@ -107,7 +107,8 @@ def layer_parameters(config: Config, tensor: int = 1) -> Parameters:
     vision_split = 2 * key_value * width
     if model.has_qkv_bias:
         split, vision_split = split + query + 2 * key_value, vision_split + 2 * key_value
-    return Parameters(split / tensor + 2 * model.hidden_size, vision_split / tensor + width, 0.0)
+    whole = 2 * model.hidden_size + sum(getattr(model, weight.length) for weight in FAMILIES[model.family].layer_weights)
+    return Parameters(split / tensor + whole, vision_split / tensor + width, 0.0)
 
 
 def model_parameters(config: Config) -> Parameters:

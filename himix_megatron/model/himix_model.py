@@ -86,6 +86,7 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
                 backend,
                 core,
                 config.vision.hidden_size,
+                family=config.model.family,
                 vision_is_frozen=tower is None,
                 chunk=chunk,
                 stage=topology.pipeline_rank,

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from ..data.loading.batch import rank_share
 from ..distributed.topology import Topology
 from ..runtime.background_thread import BackgroundThread, WaitInterruptedError, wait_or_interrupt
-from .vision_tower import Tower
+from .towers import Tower
 
 Placement = Literal["replica_sharded", "replicated", "first_stage"]
 Batch = TypeVar("Batch")

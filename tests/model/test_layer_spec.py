@@ -22,7 +22,7 @@ def names_and_shapes(attention: str) -> dict[str, tuple[int, ...]]:
     from himix_megatron.checkpoint.checkpointer import _model_state
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
     from himix_megatron.model.himix_model import build_stage
-    from himix_megatron.model.vision_tower import build_tower
+    from himix_megatron.model.towers import build_tower
 
     config = small_config(Path("unused"), Path("unused"), parts=("language", "vision_kv"))
     config = replace(config, model=replace(config.model, layer_spec=attention))

@@ -39,7 +39,7 @@ def cache(mixed_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_cached_features_equal_online_ones_rounded(mixed_dataset: Path, cache: Path) -> None:
-    from himix_megatron.model.vision_tower import build_tower
+    from himix_megatron.model.towers import build_tower
 
     config, dataset = settings_of(mixed_dataset, cache), ShardDataset(mixed_dataset)
     tower = build_tower(config.vision, seed=config.train.seed, dtype=torch.float32)
@@ -130,7 +130,7 @@ def without_images(data: Path, folder: Path) -> Path:
 
 def train_without_a_tower(config: Config) -> None:
     """Train with a tower that cannot run."""
-    from himix_megatron.model.vision_tower import TinyTower
+    from himix_megatron.model.towers.tiny import TinyTower
 
     def forward(*_: Any) -> None:
         raise AssertionError("the tower runs")
