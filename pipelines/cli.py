@@ -22,7 +22,8 @@ from typing import Any, NoReturn, TypeVar
 
 import tyro
 
-from himix_megatron.config import Config, RankError, field_names
+from himix_megatron.config import Config, field_names
+from himix_megatron.runtime.errors import RankError
 from pipelines.recipes import RECIPES
 
 log = logging.getLogger(__name__)

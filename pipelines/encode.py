@@ -37,6 +37,7 @@ from himix_megatron.data.shards.reader import ShardDataset
 from himix_megatron.data.shards.storage import LocalFolder
 from himix_megatron.distributed import cpu_backend
 from himix_megatron.model.vision_tower import build_tower
+from himix_megatron.runtime.durable_files import file_digest
 from pipelines.cli import parse, parse_settings, run_main
 from pipelines.launchers.task_engine import ray_started
 from pipelines.preprocess import Progress, attempt_in
@@ -113,7 +114,7 @@ class Encoder:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         tower = build_tower(config.vision, seed=config.train.seed, dtype=dtype)
-        if shard_format.file_digest(tower_file).sha256 != tower_file.stem:
+        if file_digest(tower_file).sha256 != tower_file.stem:
             raise RuntimeError(f"{tower_file} is damaged: its content does not have the hash that is its name")
         tower.load_state_dict(load_file(tower_file), strict=True)
         self.tower = tower.to(self.device).eval().requires_grad_(False)

@@ -29,10 +29,10 @@ import tyro
 from himix_megatron.checkpoint.checkpointer import check_architecture
 from himix_megatron.checkpoint.manifest import find_checkpoint
 from himix_megatron.config import Config, ParallelConfig, VisionConfig, from_json
+from himix_megatron.data.errors import BadSampleError
 from himix_megatron.data.images import image_file
 from himix_megatron.data.loading.shuffle import permutation
 from himix_megatron.data.shards.reader import ShardDataset
-from himix_megatron.data.shards.shard_format import BadSampleError
 from himix_megatron.data.text import chat_template
 from himix_megatron.data.text.tokenizer import Piece, load_tokenizer
 from himix_megatron.distributed.fused_kernels import detect

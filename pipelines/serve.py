@@ -26,8 +26,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from himix_megatron.data.errors import BadSampleError
 from himix_megatron.data.images import image_file
-from himix_megatron.data.shards.shard_format import BadSampleError
 from himix_megatron.data.text import chat_template
 from himix_megatron.distributed.fused_kernels import detect
 from himix_megatron.distributed.topology import init_distributed

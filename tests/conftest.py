@@ -1,4 +1,4 @@
-"""What all tests share: one thread per process; a GPU is for the tests that are marked as needing one.
+"""What all tests share: one thread per process; a GPU is for the tests that are marked as needing one; `--fast`.
 
 Where there is none these skip. Where there is one they come first, and all others run on the CPU, as on a machine without one:
 their ranks may be more than its GPUs, and they compare to the last bit.
@@ -15,8 +15,29 @@ from typing import Any
 
 import pytest
 
+from tests import support
+
 # Before torch starts: several ranks share few cores, and sums must not depend on the number of threads.
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+
+
+SLOW_FOLDERS = ("campaigns", "integration", "resilience", "slurm")
+"""What `--fast` does not even import: nearly all of their tests start ranks, jobs or commands."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--fast`: what a contributor runs at every save."""
+    parser.addoption("--fast", action="store_true", help="only tests that start no ranks, no Ray, no Slurm and no browser")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tell the helpers that start such things to skip the test that calls them."""
+    support.is_fast = config.getoption("--fast")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out whole folders in a fast run."""
+    return True if config.getoption("--fast") and collection_path.name in SLOW_FOLDERS else None
 
 
 def pytest_sessionstart() -> None:
@@ -37,6 +58,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put first what is marked `requires_gpu`, and skip it where torch sees no CUDA device."""
     import torch
 
+    if support.is_fast:
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: not in a fast run"))
     if torch.cuda.is_available():
         # What follows may redirect this process to the CPU for good (himix_megatron/distributed/cpu_backend.py).
         items.sort(key=needs_gpu, reverse=True)

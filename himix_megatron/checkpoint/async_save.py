@@ -31,10 +31,9 @@ from pathlib import Path
 import torch
 
 from ..config import CheckpointConfig
-from ..data.shards.shard_format import FileDigest
-from ..data.shards.storage import sync_folder
 from ..distributed.control_group import ControlGroup, SaveError
 from ..runtime import failpoints, progress
+from ..runtime.durable_files import FileDigest, publish, sync_folder
 from . import manifest
 from .run_lock import RunLock
 from .snapshot import Snapshot, own_files, write
@@ -118,10 +117,8 @@ class CheckpointWriter:
         shutil.rmtree(self.run_lock.folder / f"{final.name}.replaced", ignore_errors=True)
 
     def _track(self, name: str) -> None:
-        beside = self.run_lock.folder / manifest.LATEST
-        manifest.write_synced(beside, f"{name}\n".encode())
-        beside.replace(self._home / manifest.LATEST)
-        sync_folder(self._home)
+        partial = self.run_lock.folder / manifest.LATEST  # a writer whose lock was taken finds no such folder
+        publish(self._home / manifest.LATEST, f"{name}\n".encode(), partial=partial)
 
     def _prune(self) -> None:
         """Through the attempt's folder, so that no half of a checkpoint ever has its name."""

@@ -36,6 +36,7 @@ from ..data.loading.plan import DataPosition
 from ..distributed.control_group import ControlGroup
 from ..model.himix_model import unwrap_model
 from ..runtime import progress
+from ..runtime.durable_files import publish, write_synced
 from .async_save import AsyncSaves, CheckpointWriter
 from .distributed_optimizer import DistributedOptimizerCopy, divided_part
 from .manifest import (
@@ -43,13 +44,11 @@ from .manifest import (
     DamagedError,
     complete_checkpoints,
     latest_intact,
-    publish,
     quarantine,
     read_description,
     tower_path,
     validation_loss,
     verify_distributed,
-    write_synced,
 )
 from .preflight import check_disk_space
 from .run_lock import RunLock, acquire_on_all_ranks

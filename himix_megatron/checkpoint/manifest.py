@@ -25,8 +25,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.shards.shard_format import FileDigest, file_digest
-from ..data.shards.storage import sync_folder
+from ..runtime.durable_files import FileDigest, file_digest, sync_folder, write_synced
 
 if TYPE_CHECKING:
     from ..distributed.control_group import ControlGroup
@@ -38,23 +37,6 @@ _NAME = re.compile(r"step-(\d{8})")
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
-
-
-def publish(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all, also after a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.writing")
-    write_synced(beside, data)
-    beside.replace(path)
-    sync_folder(path.parent)
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a file into a folder that is there, and bring it to the disk."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def sync_and_digest(folder: Path, names: Iterable[str]) -> dict[str, FileDigest]:

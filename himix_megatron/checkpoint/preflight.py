@@ -10,9 +10,11 @@ import resource
 import shutil
 from pathlib import Path
 
-from ..config import CheckpointConfig, StartError
+from ..config import CheckpointConfig
 from ..distributed.control_group import ControlGroup, SaveError
-from .manifest import complete_checkpoints, write_synced
+from ..runtime.durable_files import write_synced
+from ..runtime.errors import StartError
+from .manifest import complete_checkpoints
 from .run_lock import RunLock
 
 _PROBE = bytes(range(256)) * 16

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..distributed.control_group import ControlGroup
-from .manifest import write_synced
+from ..runtime.durable_files import write_synced
 
 logger = logging.getLogger(__name__)
 

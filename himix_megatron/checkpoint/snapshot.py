@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.planner import SavePlan
 
 from ..distributed.control_group import ControlGroup, SaveError
 from ..runtime import failpoints
-from .manifest import write_synced
+from ..runtime.durable_files import write_synced
 
 COMMON, CONFIG = "common.pt", "metadata.json"
 """megatron-core's names."""

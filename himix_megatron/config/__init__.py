@@ -1,32 +1,14 @@
 """Every setting of a run as one frozen tree of dataclasses. Imports no torch, so it can be built and checked anywhere."""
 
-from .run import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    HealthConfig,
-    LogConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    Part,
-    RankError,
-    RunConfig,
-    StartError,
-    TrainConfig,
-    VisionConfig,
-    check_layout,
-    check_ranks,
-    current_fields,
-    current_name,
-    differences,
-    field_names,
-    from_json,
-    to_json,
-)
+from .data import DataConfig
+from .model import ModelConfig, VisionConfig
+from .operations import CheckpointConfig, HealthConfig, LogConfig, RunConfig
+from .run import Config, check_layout, check_ranks
+from .serialization import current_fields, current_name, differences, field_names, from_json, to_json
+from .training import OptimizerConfig, ParallelConfig, Part, TrainConfig
 
 __all__ = [
     "CheckpointConfig", "Config", "DataConfig", "HealthConfig", "LogConfig", "ModelConfig", "OptimizerConfig", "ParallelConfig",
-    "Part", "RankError", "RunConfig", "StartError", "TrainConfig", "VisionConfig", "check_layout", "check_ranks",
+    "Part", "RunConfig", "TrainConfig", "VisionConfig", "check_layout", "check_ranks",
     "current_fields", "current_name", "differences", "field_names", "from_json", "to_json",
 ]  # fmt: skip

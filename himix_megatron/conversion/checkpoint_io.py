@@ -18,12 +18,12 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 
 from ..checkpoint.checkpointer import Position, check_architecture, read_tower, store_tower, write_description
-from ..checkpoint.manifest import LATEST, publish, sync_and_digest, write_manifest
+from ..checkpoint.manifest import LATEST, sync_and_digest, write_manifest
 from ..checkpoint.snapshot import describe_state, own_files, write
 from ..config import Config, ModelConfig, from_json, to_json
 from ..data.loading.plan import START
-from ..data.shards.storage import sync_folder
 from ..distributed.control_group import ControlGroup
+from ..runtime.durable_files import publish, sync_folder
 from .authors_layout import join, layout
 from .safetensors_io import Scratch
 from .sharding import TE_NAMES

@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ..config import Config, RankError, check_ranks
+from ..config import Config, check_ranks
+from ..runtime.errors import RankError
 
 _LOOPBACK = "127.0.0.1"
 

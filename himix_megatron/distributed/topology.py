@@ -15,7 +15,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ..config import ParallelConfig, RankError, check_layout
+from ..config import ParallelConfig, check_layout
+from ..runtime.errors import RankError
 from . import cpu_backend, fused_kernels
 from .launch import Launch, address_of, launch_from_environment
 

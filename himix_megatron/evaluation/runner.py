@@ -22,11 +22,12 @@ from typing import Any
 import torch
 
 from ..config import Config
+from ..data.errors import BadSampleError
 from ..data.images import image_file
-from ..data.shards.shard_format import BadSampleError
 from ..data.text import chat_template
 from ..data.text.tokenizer import load_tokenizer
 from ..inference.generator import Answerer, Prompt
+from ..runtime.durable_files import append_synced, publish
 from ..runtime.log import clock
 from . import questions as read
 from .scoring import gqa, mme, mmmu, mmvet, pope, textvqa, vqav2
@@ -156,9 +157,7 @@ class AnswerFolder:
                 logger.warning("%s: starting anew, the answers there are of another %s", self.folder, changed)
             for file in files:
                 file.unlink()
-            beside = path.with_suffix(".writing")
-            beside.write_text(json.dumps(settings, indent=2) + "\n")
-            beside.replace(path)
+            publish(path, (json.dumps(settings, indent=2) + "\n").encode())
             return {}
         found: dict[str, str] = {}
         for file in files:
@@ -171,11 +170,8 @@ class AnswerFolder:
 
     def append(self, data_rank: int, answers: Sequence[tuple[Question, str]]) -> None:
         """Add answers, on the disk when this returns."""
-        with (self.folder / f"answers-{data_rank:03d}.jsonl").open("a", encoding="utf-8") as file:
-            for question, answer in answers:
-                file.write(json.dumps({"id": question.id, "asked": asked(question), "answer": answer}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        rows = ({"id": question.id, "asked": asked(question), "answer": answer} for question, answer in answers)
+        append_synced(self.folder / f"answers-{data_rank:03d}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def asked(question: Question) -> str:

@@ -25,6 +25,7 @@ from ..data.loading.batch import StepBatch
 from ..distributed.topology import Topology
 from ..model.micro_batch_graphs import padded_sizes
 from .gradient_norms import PARTS, squared_norms, whole
+from .run_status import RunStatusWriter
 
 if TYPE_CHECKING:
     from ..training.builder import TrainingComponents
@@ -127,9 +128,10 @@ def peak_tflops(config: Config, device: torch.device) -> float | None:
 class Metrics:
     """Adds up the steps of an interval and reports them; call `data_ready` and `step_done` once a step."""
 
-    def __init__(self, config: Config, start: RunInputs, run: TrainingComponents, first_step: int):
+    def __init__(self, config: Config, start: RunInputs, run: TrainingComponents, first_step: int, status: RunStatusWriter):
         """`first_step`: steps done so far; points of later ones, which a killed run left behind, are taken back."""
         self.config, self.run, self.topology, self.first_step = config, run, run.topology, first_step
+        self.status = status
         self.report: TensorBoardReporter | None = None
         if run.topology.rank == 0:
             from .tensorboard import TensorBoardReporter  # TensorBoard takes a second to import: one rank alone pays it
@@ -175,7 +177,7 @@ class Metrics:
                 points = {"train/learning_rate": learning_rate, "train/grad_norm": grad_norm}
                 points |= interval_points(self.config, self.topology, interval, ranks, grad_norm, self.peak_tflops)
                 points |= source_points(source_names(self.config.data.datasets), interval.counts)
-                self.report.step(step, points, at)
+                self.report.step(step, points, at, self.status.record_interval(step, points))
         self._interval.sums.own_seconds += time.perf_counter() - now
         return due
 

@@ -17,9 +17,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ..config import Config
+from ..data.errors import BadSampleError
 from ..data.images import image_file
 from ..data.loading.plan import SamplingPlan
-from ..data.shards.shard_format import BadSampleError
 from ..data.text import chat_template
 from ..data.text.tokenizer import load_tokenizer
 from ..inference.generator import Answerer, Prompt

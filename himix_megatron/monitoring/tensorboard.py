@@ -69,7 +69,6 @@ class TensorBoardReporter:
         self.config, self.first_step = config, first_step
         self.total_steps = start.plan.expected_steps(start.end)
         self.fixed = fixed_points(start)
-        self._recent_seconds: list[float] = []
         begins, self._ends = _hyper_parameters(config, topology)
         self._writer: SummaryWriter | None = None
         self._purge_step = first_step + 1 if first_step else None
@@ -103,11 +102,9 @@ class TensorBoardReporter:
         values = [scalar(tag, value).value[0] for tag, value in points.items()]  # type: ignore[no-untyped-call]
         self._write(lambda writer: _add(writer, Summary(value=values), step, at))
 
-    def step(self, step: int, points: dict[str, float], at: float) -> None:
+    def step(self, step: int, points: dict[str, float], at: float, seconds_left: float) -> None:
         """An interval's numbers; a line of them on the log. `at`: when its last step ended."""
         self.points(step, points | self.fixed, at)
-        self._recent_seconds = [*self._recent_seconds[-9:], points["time/step_seconds"]]
-        remaining = max(0, self.total_steps - step) * sum(self._recent_seconds) / len(self._recent_seconds)
         mfu = f"  MFU {100 * points['compute/model_mfu']:.1f} %" if "compute/model_mfu" in points else ""
         logger.info(
             "step %d/%d  loss %.6f  lr %.3e  grad norm %.4f  %.3f s/step  data wait %.3f s  text %.0f tok/s  "
@@ -115,7 +112,7 @@ class TensorBoardReporter:
             step, self.total_steps, points["train/loss"], points["train/learning_rate"], points["train/grad_norm"],
             points["time/step_seconds"], points["time/data_wait_seconds"], points["throughput/text_tokens_per_second"],
             points["throughput/vision_tokens_per_second"], points["compute/model_tflops_per_second"], mfu,
-            points["memory/peak_gib"], clock(remaining),
+            points["memory/peak_gib"], clock(seconds_left),
         )  # fmt: skip
 
     def validation(self, step: int, loss: float) -> None:

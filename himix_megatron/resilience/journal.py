@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 from ..config import Config, RunConfig, to_json
 from ..data.loading.plan import DataPosition
 from ..data.shards.shard_format import hash_of
+from ..runtime.durable_files import append_synced
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +49,7 @@ class Journal:
         """A full disk costs the line, not the run."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("\n" * self._is_torn + text)
-                file.flush()
-                os.fsync(file.fileno())
+            append_synced(self.path, "\n" * self._is_torn + text)
             self._is_torn = False
         except OSError as error:
             self._is_torn = True

@@ -23,9 +23,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ..config import Config, StartError
+from ..config import Config
 from ..distributed.topology import Topology
 from ..runtime import progress
+from ..runtime.errors import StartError
 from ..runtime.stop_signals import FAILED, StopRequest, exit_now, exit_without_saving
 from .watchdog_links import PeerLink, connect_ranks
 

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from ..config import RankError
 from ..distributed.launch import address_of
 from ..distributed.topology import Topology
+from ..runtime.errors import RankError
 
 SEND_SECONDS = 2.0
 """A peer that takes nothing in for so long is not waited for."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..config import StartError
+from .errors import StartError
 
 _FORMAT = "%(asctime)s [%(rank)d/%(world_size)d] %(levelname)s %(name)s: %(message)s"
 # Libraries speak from WARNING on; ours from INFO. A program started with -m is named __main__.

@@ -8,16 +8,17 @@ and then save.
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass, replace
 
 from ..checkpoint.checkpointer import Position
-from ..checkpoint.manifest import publish
 from ..config import Config, check_ranks
 from ..data.loading.plan import DataPosition
 from ..distributed.launch import check_launch
 from ..distributed.topology import init_distributed
 from ..monitoring.metrics import Metrics, StepCounts
 from ..monitoring.profiler import profiled
+from ..monitoring.run_status import RunStatusWriter
 from ..monitoring.sample_ledger import Ledger
 from ..monitoring.sample_predictions import SamplePredictions
 from ..resilience import out_of_memory
@@ -26,11 +27,12 @@ from ..resilience.loss_guard import LossGuard
 from ..resilience.replica_check import check_replica_weights
 from ..resilience.watchdog import Watchdog
 from ..runtime import failpoints, log, progress
+from ..runtime.durable_files import publish
 from ..runtime.stop_signals import EXIT_REQUEUE, EXIT_STOPPED, StopRequest, exit_now
 from .builder import TrainingComponents, batches_from, build_components, describe
 from .optimizer import Schedule, apply_settings
 from .resume import RunInputs, lock_run_dir, prepare_inputs, restore_or_initialize, select_checkpoint, stop_file
-from .startup import RunContext, record_start, refuse_crash_loop
+from .startup import RunContext, record_start, refuse_crash_loop, status_writer
 from .train_step import synced_batches, train_step
 from .validation import Validation
 
@@ -43,21 +45,23 @@ def pretrain(config: Config, request: StopRequest | None = None) -> int:
     Returns: 0 at the last step; 85 (`EXIT_REQUEUE`) if it was asked to stop and saved; 3 (`EXIT_STOPPED`) if it gave up on
     purpose, with the reason in RUN/STOP. Raises: ValueError for a user's mistake, before ranks meet.
     """
-    request = request or StopRequest()
+    started_at, request = time.time(), request or StopRequest()
     launch = check_launch(config)
     failpoints.plan(config.run.fault_injection, launch.rank)
     start = prepare_inputs(config, check_ranks(config, launch.world_size))
     journal = Journal(config.run_dir)
     if reason := refuse_crash_loop(config, start, journal):
         request.ignore_signals()
-        return stop_run(config, reason, launch.rank)
+        return stop_run(config, reason, status_writer(config, start, started_at, launch))
     topology = init_distributed(config.parallel, seed=config.train.seed, launch=launch)
     start = lock_run_dir(config, start)
     log.start(config.run_dir, topology.rank, topology.world_size)
     start = select_checkpoint(config, start)
     watchdog = Watchdog.over(config, topology, launch.host, request)
-    with log.failures(), watchdog, out_of_memory.explained(config):
-        context = record_start(config, start, journal, watchdog, request)
+    status = status_writer(config, start, started_at, launch)
+    with log.failures(), status.failures(), watchdog, out_of_memory.explained(config):
+        context = record_start(config, start, journal, watchdog, request, status)
+        status.record_state("starting")
         progress.at("start/load")
         run = build_components(config, start, topology)
         describe(config, start, run)
@@ -66,6 +70,8 @@ def pretrain(config: Config, request: StopRequest | None = None) -> int:
         apply_settings(config, run.optimizer)
         code = train_with_rollbacks(config, start, run, position, context)
         run.checkpoints.close()
+        if code != EXIT_STOPPED:
+            status.record_end(code)
     if not run.prefetcher.drain(seconds=2):
         exit_now(code)  # a read or a peer of the next step is stuck, and nobody needs that step
     return code
@@ -76,6 +82,7 @@ def train_with_rollbacks(
 ) -> int:
     """From a position to the last step; each rollback begins anew from an earlier position. Returns: the exit code."""
     context.watchdog.begin_steps()
+    context.status.record_state("training", step=position.step)
     while not isinstance(end := train_loop(config, start, run, position, context), int):
         position = roll_back(config, run, context, end)
     return end
@@ -97,7 +104,7 @@ def train_loop(
     request, goodput, journal = context.request, context.goodput, context.journal
     rollback_data_offsets = journal.rollback_data_offsets()
     schedule = Schedule(config, run.optimizer)
-    metrics = Metrics(config, start, run, position.step)
+    metrics = Metrics(config, start, run, position.step, context.status)
     pictures = SamplePredictions(config, start, run)
     ledger = Ledger(config, start.plan.sources, run.topology)
     validation = Validation(config, start, run, context)
@@ -124,6 +131,7 @@ def train_loop(
             end = Rollback(batch.after, decision.reason)
             break
         position = replace(position, step=position.step + 1, place=batch.after)
+        context.status.record_step(position.step, counts.loss)
         if metrics.step_done(position.step, counts, learning_rate, grad_norm, last=batch.is_last):
             metrics.add(position.step, goodput.points() | health.points())
             goodput.record_alive(position.step)
@@ -139,7 +147,7 @@ def train_loop(
                 metrics.pictures(position.step, pictures.maybe_predict(position.step, last=batch.is_last))
             reason = policy.maybe_save(position, loss, due=batch.is_last or validation.is_best(loss))
         if reason:
-            end = stop_run(config, reason, run.topology.rank)
+            end = stop_run(config, reason, context.status)
             break
         metrics.resume_clock()
         progress.at("step/end")
@@ -149,7 +157,7 @@ def train_loop(
             break
     if request.is_agreed and end != EXIT_STOPPED:
         reason = policy.save_before_exit(position)
-        end = stop_run(config, reason, run.topology.rank) if reason else EXIT_REQUEUE
+        end = stop_run(config, reason, context.status) if reason else EXIT_REQUEUE
     with goodput.doing("save"):
         if isinstance(end, Rollback) or end == EXIT_STOPPED:
             run.checkpoints.wait()  # there is an older one to go back to, or to go on from
@@ -238,9 +246,10 @@ class BadSampleBudget:
         )
 
 
-def stop_run(config: Config, reason: str, rank: int) -> int:
+def stop_run(config: Config, reason: str, status: RunStatusWriter) -> int:
     """Stop on purpose: say why in RUN/STOP. Nothing is saved, so going on starts from the last good checkpoint."""
-    if rank == 0:
+    if status.writes:
         logger.error("stopped: %s", reason)
         publish(stop_file(config), f"{reason}\n".encode())
+        status.record_end(EXIT_STOPPED, reason)
     return EXIT_STOPPED

@@ -20,7 +20,6 @@ from ..checkpoint.manifest import (
     complete_checkpoints,
     first_intact,
     latest_intact,
-    publish,
     quarantine,
     resolve_checkpoints,
 )
@@ -35,6 +34,7 @@ from ..distributed.control_group import ControlGroup
 from ..distributed.fused_kernels import Kernels, detect
 from ..distributed.megatron_config import attention_core, check_fp8, check_graphs
 from ..runtime import failpoints
+from ..runtime.durable_files import publish
 
 logger = logging.getLogger(__name__)
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from ..checkpoint.checkpointer import Position, check_architecture, position_of
 from ..config import Config
+from ..distributed.launch import Launch
+from ..monitoring.run_status import RunStatus, RunStatusWriter
 from ..resilience.goodput import Goodput
 from ..resilience.journal import Journal, settings_of
 from ..resilience.watchdog import Watchdog
@@ -24,6 +26,7 @@ class RunContext:
     watchdog: Watchdog
     journal: Journal
     goodput: Goodput
+    status: RunStatusWriter
 
 
 def saved_position(config: Config, start: RunInputs) -> Position | None:
@@ -48,7 +51,25 @@ def refuse_crash_loop(config: Config, start: RunInputs, journal: Journal) -> str
     )
 
 
-def record_start(config: Config, start: RunInputs, journal: Journal, watchdog: Watchdog, request: StopRequest) -> RunContext:
+def status_writer(config: Config, start: RunInputs, started_at: float, launch: Launch) -> RunStatusWriter:
+    """Of this launch, which has not yet written anything."""
+    saved = saved_position(config, start)
+    status = RunStatus(
+        recipe=config.recipe,
+        state="starting",
+        step=saved.step if saved else 0,
+        planned_steps=start.plan.expected_steps(start.end),
+        world_size=launch.world_size,
+        global_batch=config.global_batch,
+        started_at=round(started_at, 3),
+        updated_at=round(started_at, 3),
+    )
+    return RunStatusWriter(config.run_dir, status, writes=launch.rank == 0)
+
+
+def record_start(
+    config: Config, start: RunInputs, journal: Journal, watchdog: Watchdog, request: StopRequest, status: RunStatusWriter
+) -> RunContext:
     """Ranks have met: write down that the run is started."""
     saved = saved_position(config, start)
     goodput = Goodput(journal)
@@ -61,4 +82,4 @@ def record_start(config: Config, start: RunInputs, journal: Journal, watchdog: W
         after_stop=stop_file(config).is_file(),
     )
     goodput.count_past()
-    return RunContext(request, watchdog, journal, goodput)
+    return RunContext(request, watchdog, journal, goodput, status)

@@ -21,7 +21,7 @@ from himix_megatron.checkpoint.manifest import (
     write_manifest,
 )
 from himix_megatron.config import Config
-from himix_megatron.data.shards.shard_format import file_digest
+from himix_megatron.runtime.durable_files import file_digest
 from tests.support.corruptions import check, damaged, damages, starts
 from tests.support.interrupted_saves import saving_config
 from tests.support.ranks import run_ranks

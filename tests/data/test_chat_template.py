@@ -6,7 +6,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from himix_megatron.data.shards.shard_format import BadSampleError
+from himix_megatron.data.errors import BadSampleError
 from himix_megatron.data.text.chat_template import (
     TEMPLATES,
     check_conversation,

@@ -11,10 +11,10 @@ import sys
 import numpy as np
 import pytest
 
+from himix_megatron.data.errors import BadSampleError
 from himix_megatron.data.ingest.verify import verify_dataset
 from himix_megatron.data.loading.token_counts import make_column
 from himix_megatron.data.shards.reader import DamagedShardError, ShardDataset
-from himix_megatron.data.shards.shard_format import BadSampleError
 from tests.support.data_fixtures import encoded, make, picture, row
 from tools.inspect_shards.statistics import statistics
 

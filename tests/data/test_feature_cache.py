@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 from himix_megatron.config import Config
+from himix_megatron.data.errors import BadSampleError
 from himix_megatron.data.ingest.feature_writer import FeatureJob, images_of, make_features, pack, write_manifest
 from himix_megatron.data.loading import feature_cache
 from himix_megatron.data.loading.feature_cache import FeatureCache, FeatureManifest, feature_key
 from himix_megatron.data.loading.vision_reader import FeatureReader, PixelReader
 from himix_megatron.data.shards import shard_format
 from himix_megatron.data.shards.reader import ShardDataset
-from himix_megatron.data.shards.shard_format import BadSampleError
 from himix_megatron.data.shards.storage import LocalFolder
 from tests.support.data_fixtures import mixed
 from tests.support.small_runs import small_config

@@ -20,7 +20,7 @@ from himix_megatron.data.shards.reader import ShardDataset
 from pipelines import preprocess
 from pipelines.launchers import task_engine
 from pipelines.preprocess import Settings
-from tests.support import ROOT
+from tests.support import ROOT, skip_if_fast
 from tests.support.data_fixtures import EMOJI, encoded, make, mixed_source, picture, row
 
 
@@ -32,6 +32,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def ray():
     """One Ray for this file's tests."""
+    skip_if_fast("Ray")
     with task_engine.ray_started(num_workers=2):
         yield
 

@@ -7,9 +7,9 @@ import tarfile
 import pytest
 import webdataset
 
+from himix_megatron.data.errors import BadSampleError
 from himix_megatron.data.shards import shard_format
 from himix_megatron.data.shards.reader import DamagedShardError, ShardDataset, load_receipt, verify_shard
-from himix_megatron.data.shards.shard_format import BadSampleError
 from tests.support.data_fixtures import EMOJI, make, mixed, mixed_source
 
 

@@ -19,6 +19,7 @@ from himix_megatron.data.ingest.sources.webdataset import TarReader
 from himix_megatron.data.shards.reader import ShardDataset
 from pipelines.launchers import task_engine
 from pipelines.preprocess import Settings, preprocess
+from tests.support import skip_if_fast
 from tests.support.data_fixtures import encoded, make, mixed_source, picture, row
 
 from .test_preprocess import contents
@@ -28,6 +29,7 @@ FORMS = (("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"))
 
 @pytest.fixture(scope="module")
 def ray():
+    skip_if_fast("Ray")
     with task_engine.ray_started(num_workers=2):
         yield
 

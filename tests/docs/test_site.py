@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from himix_megatron.config import field_names
-from tests.observe.browser import CHROMIUM, DRIVER, Browser, browser
+from tests.support.browser import CHROMIUM, DRIVER, Browser, browser
 
 ROOT = Path(__file__).parents[2]
 needs_browser = pytest.mark.skipif(

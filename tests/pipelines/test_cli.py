@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from himix_megatron.config import RankError, differences
+from himix_megatron.config import differences
+from himix_megatron.runtime.errors import RankError
 from pipelines.cli import parse, parse_settings, run_main
 from pipelines.recipes import RECIPES
 from tests.support import ROOT

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.support import skip_if_fast
+
 from .ranks import free_port
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
@@ -98,6 +100,7 @@ class Browser:
 @contextmanager
 def browser(folder: Path, size: tuple[int, int] = (1400, 1000)) -> Iterator[Browser]:
     """A window with a new profile in `folder`; everything that was started is ended."""
+    skip_if_fast("a browser")
     assert DRIVER is not None
     port = free_port()
     with subprocess.Popen([DRIVER, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as driver:

@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from himix_megatron.data.shards import shard_format
+from himix_megatron.runtime.durable_files import file_digest
 from tests.support import ROOT
 
 RUN_SECONDS = 300
@@ -84,7 +84,7 @@ def run(source: Source, out: Path, engine: str = "local") -> None:
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file of a dataset, by name."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(path.relative_to(folder)): shard_format.file_digest(path).sha256 for path in files}
+    return {str(path.relative_to(folder)): file_digest(path).sha256 for path in files}
 
 
 def undisturbed(source: Source, folder: Path, engines: tuple[str, ...] = ("local", "ray")) -> Undisturbed:

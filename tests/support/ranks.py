@@ -19,6 +19,8 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from tests.support import skip_if_fast
+
 
 def free_port() -> int:
     """A TCP port that nobody listens on now: below those that Linux hands out by itself, so that none of gloo's sockets comes
@@ -44,6 +46,8 @@ def run_ranks(
 
     Raises: RuntimeError with the traceback of the first rank that failed, TimeoutError naming the ranks still running.
     """
+    if world_size > 1:
+        skip_if_fast("several ranks")
     # Forked from a server that has torch and megatron-core loaded: they take 3 seconds of a core to import, for each rank.
     context = multiprocessing.get_context("forkserver")  # started by conftest.py
     port = free_port()

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from himix_megatron.config import RankError
+from himix_megatron.runtime.errors import RankError
 from pipelines.cli import parse_settings, run_main
 from pipelines.recipes import RECIPES
 from tools.doctor import machine, software

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+from himix_megatron.runtime.durable_files import sync_folder, write_synced
 from tools.doctor.finding import Finding
 
 PORTS = range(16384, 32768)
@@ -120,14 +121,9 @@ def writable(folder: Path) -> Finding:
     content = secrets.token_bytes(1 << 20)
     started = time.perf_counter()
     try:
-        with probe.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        write_synced(probe, content)
         probe.rename(renamed)
-        handle = os.open(folder, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+        sync_folder(folder)
         same = renamed.read_bytes() == content
     except OSError as error:
         detail = f"{folder.absolute()} ({file_system(folder)}): {error.strerror}"

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from himix_megatron.config import RankError
 from himix_megatron.distributed.launch import Launch, address_of
+from himix_megatron.runtime.errors import RankError
 from tools.doctor.finding import Finding
 
 ALL_PAIRS = 8

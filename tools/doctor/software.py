@@ -244,8 +244,8 @@ def browser() -> Finding:
 
 def dataset(location: str) -> Finding:
     """A shard dataset, shallowly: manifest, sizes of the files, first and last sample against their checksums."""
+    from himix_megatron.data.errors import BadSampleError
     from himix_megatron.data.shards.reader import DamagedShardError, ShardDataset
-    from himix_megatron.data.shards.shard_format import BadSampleError
 
     deep = f"python -m tools.inspect_shards {location} --verify"
     try:

@@ -14,9 +14,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from himix_megatron.data.errors import BadSampleError
 from himix_megatron.data.images import image_file
 from himix_megatron.data.shards.reader import ShardDataset
-from himix_megatron.data.shards.shard_format import BadSampleError
 from tools.inspect_shards.histogram import Bar
 
 COLUMNS = 4

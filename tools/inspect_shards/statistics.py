@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from himix_megatron.data.errors import BadSampleError
 from himix_megatron.data.loading.token_counts import read_column
 from himix_megatron.data.shards import shard_format
 from himix_megatron.data.shards.reader import ShardDataset
-from himix_megatron.data.shards.shard_format import BadSampleError, Receipt, Records
+from himix_megatron.data.shards.shard_format import Receipt, Records
 
 Numbers = npt.NDArray[np.int64]
 

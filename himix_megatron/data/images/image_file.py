@@ -20,7 +20,7 @@ import simplejpeg
 from PIL import Image
 
 from ...config import VisionConfig
-from ..shards.shard_format import BadSampleError
+from ..errors import BadSampleError
 
 SUFFIXES = {"JPEG": "jpg", "PNG": "png", "GIF": "gif", "WEBP": "webp", "BMP": "bmp"}
 """Formats that are read, by Pillow's name, and the member suffix each gets, whatever the file was called."""

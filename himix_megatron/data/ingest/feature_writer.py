@@ -17,14 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...runtime.durable_files import file_digest, sync_file, write_synced
+from ..errors import BadSampleError
 from ..loading import feature_cache
 from ..loading.feature_cache import BLANK, MANIFEST, Dtype, FeatureManifest, FeatureReceipt, Layout
 from ..loading.vision_reader import PixelReader
-from ..shards import shard_format
 from ..shards.reader import ShardDataset
-from ..shards.shard_format import BadSampleError
 from ..shards.storage import LocalFolder
-from .shard_writer import sync, write_synced
 
 log = logging.getLogger(__name__)
 
@@ -175,7 +174,7 @@ def _write(
                 checksums.append(zlib.crc32(own_scales, zlib.crc32(own)))
         file.write(b"".join(scales))
         file.write(np.array(checksums, "<i8").tobytes())
-        sync(file)
+        sync_file(file)
     return FeatureReceipt(
         features_version=feature_cache.FEATURES_VERSION,
         name=name,
@@ -185,7 +184,7 @@ def _write(
         damaged=tuple(damaged),
         squared_error=error,
         squared=squared,
-        file=shard_format.file_digest(path),
+        file=file_digest(path),
     )
 
 

@@ -21,10 +21,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ...runtime.durable_files import FileDigest, bytes_digest, sync_file, write_synced
+from ..errors import BadSampleError
 from ..images import image_file
 from ..loading import token_counts
 from ..shards import shard_format
-from ..shards.shard_format import BadSampleError, FileDigest, Manifest, Receipt
+from ..shards.shard_format import Manifest, Receipt
 from ..shards.storage import Folder, LocalFolder
 from ..text.tokenizer import load_tokenizer
 from .sources.base import BadRow, Part, Sample
@@ -131,12 +133,17 @@ def write_shard(job: ShardJob, part: Part) -> Receipt:
             num_images=len(images),
             quarantined=dict(sorted(Counter(line["reason"] for line in rejected).items())),
             tar=FileDigest(tar.offset, tar.digest.hexdigest()),
-            index=write_synced(partial.index, index),
-            quarantine=write_synced(partial.quarantine, lines) if lines else None,
+            index=_write(partial.index, index),
+            quarantine=_write(partial.quarantine, lines) if lines else None,
         )
         write_synced(partial.receipt, shard_format.to_json(receipt).encode())
         _publish(partial, job.folder, receipt)
     return receipt
+
+
+def _write(path: Path, data: bytes) -> FileDigest:
+    write_synced(path, data)
+    return bytes_digest(data)
 
 
 def write_manifest(folder: Folder, manifest: Manifest, attempt: Path) -> None:
@@ -234,7 +241,7 @@ class _TarWriter:
         self._put(shard_format.TAR_END)
         self._syncing.result()
         self._thread.shutdown()
-        sync(self._file)
+        sync_file(self._file)
 
     def _put(self, data: bytes) -> None:
         self._file.write(data)
@@ -257,17 +264,3 @@ def _members(
     facts = [look(data) for data in outcome.images]
     pictures = [(f"{key}.{k}.{fact.suffix}", data) for k, (fact, data) in enumerate(zip(facts, outcome.images, strict=True))]
     return [(f"{key}.json", text), *pictures], facts
-
-
-def write_synced(path: Path, data: bytes) -> FileDigest:
-    """Write a file and bring it to the disk."""
-    with path.open("wb") as file:
-        file.write(data)
-        sync(file)
-    return FileDigest(len(data), hashlib.sha256(data).hexdigest())
-
-
-def sync(file: Any) -> None:
-    """Bring what was written to the disk."""
-    file.flush()
-    os.fsync(file.fileno())

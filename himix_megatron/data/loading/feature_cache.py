@@ -28,9 +28,10 @@ import torch
 from torch import Tensor
 
 from ...config import Config
+from ...runtime.durable_files import FileDigest
+from ..errors import BadSampleError
 from ..shards import shard_format
 from ..shards.reader import ShardDataset
-from ..shards.shard_format import BadSampleError, FileDigest
 
 FEATURES_VERSION = 1
 MANIFEST = "manifest.json"

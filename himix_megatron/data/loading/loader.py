@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ...config import VisionConfig
 from ...runtime import failpoints
-from ..shards.shard_format import BadSampleError
+from ..errors import BadSampleError
 from ..text import chat_template
 from ..text.chat_template import EncodedText
 from ..text.tokenizer import load_tokenizer

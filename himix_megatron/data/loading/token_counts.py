@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ...runtime.durable_files import publish
 from ..shards import shard_format
 from ..shards.reader import DamagedShardError, ShardDataset
 from ..shards.shard_format import Receipt
@@ -65,13 +66,9 @@ def make_column(folder: Path, receipt: Receipt, tokenizer: str, template: str) -
 
 def _write(folder: Path, receipt: Receipt, column: str, lengths: Lengths) -> None:
     path = shard_format.lengths_path(folder, column, receipt.name)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    # The process's own partial file: without file locks several processes may count the same shard.
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("wb") as file:
-        file.write(shard_format.encode_lengths(lengths, receipt.tar))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    publish(path, shard_format.encode_lengths(lengths, receipt.tar), partial=partial)
 
 
 def read_column(folder: Path, receipt: Receipt, column: str) -> Lengths | None:

@@ -32,9 +32,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from ...config import DataConfig, VisionConfig
+from ..errors import BadSampleError
 from ..images import image_file
 from ..shards import storage
-from ..shards.shard_format import BLOCK, BadSampleError
+from ..shards.shard_format import BLOCK
 from ..text import chat_template
 from ..text.chat_template import EncodedText
 from ..text.tokenizer import load_tokenizer

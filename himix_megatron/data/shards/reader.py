@@ -20,9 +20,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ...runtime.durable_files import file_digest
+from ..errors import BadSampleError
 from . import remote_cache, shard_format, storage
 from .remote_cache import DamagedFileError, ShardCache
-from .shard_format import BadSampleError, Manifest, Receipt
+from .shard_format import Manifest, Receipt
 
 MAX_OPEN_SHARDS = 64
 """Per dataset and process; the one opened first is closed. A run may mix several datasets, and the usual limit of open files
@@ -75,7 +77,7 @@ def verify_shard(folder: Path, receipt: Receipt) -> list[str]:
     wrong = []
     for path, wanted in ((paths.tar, receipt.tar), (paths.index, receipt.index), (paths.quarantine, receipt.quarantine)):
         try:
-            found = shard_format.file_digest(path)
+            found = file_digest(path)
         except FileNotFoundError:
             found = None
         if found != wanted:

@@ -23,10 +23,9 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
 
+from ...runtime.durable_files import FileDigest, bytes_digest, publish, sync_file
 from . import storage
-from .shard_format import FileDigest
 
 DEFAULT_FOLDER = Path("~/.cache/himix-megatron/shards")
 DEFAULT_BYTES = 50 << 30
@@ -86,16 +85,10 @@ class ShardCache:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / "lock"):
             missing = {name: digest.bytes for name, digest in wanted.items() if _size(folder / name) != digest.bytes}
-            for parent in {(folder / name).parent for name in missing}:
-                parent.mkdir(parents=True, exist_ok=True)
             for name, data in _fetch_many(url, missing):
-                if FileDigest(len(data), hashlib.sha256(data).hexdigest()) != wanted[name]:
+                if bytes_digest(data) != wanted[name]:
                     raise DamagedFileError(f"{url}/{name} is not the file that the manifest names")
-                partial = folder / f"{name}.partial"
-                with partial.open("wb") as file:
-                    file.write(data)
-                    _sync(file)
-                os.replace(partial, folder / name)
+                publish(folder / name, data)
 
     def open(self, url: str, folder: Path, name: str, digest: FileDigest) -> int:
         """An open descriptor of a large file, which is fetched first unless it is here. It counts as used just now.
@@ -170,7 +163,7 @@ def _download(url: str, partial: Path, name: str, digest: FileDigest) -> None:
             file.write(chunk)
             sha256.update(chunk)
             done += len(chunk)
-        _sync(file)
+        sync_file(file)
     if FileDigest(done, sha256.hexdigest()) != digest:
         raise DamagedFileError(f"{url}/{name} is not the file that the manifest names")
 
@@ -180,12 +173,6 @@ def _fetch_many(url: str, sizes: dict[str, int]) -> Iterator[tuple[str, bytes]]:
     with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
         found = pool.map(lambda name: fetch(f"{url}/{name}", 0, sizes[name]), sizes)
         yield from zip(sizes, found, strict=True)
-
-
-def _sync(file: IO[bytes]) -> None:
-    """Before a rename: after a power cut a file under its final name is whole."""
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def mark_used(descriptor: int) -> int:

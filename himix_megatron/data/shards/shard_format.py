@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ...runtime.durable_files import FileDigest
+
 SCHEMA_VERSION = 1
 
 INDEX_MAGIC = b"HIMIXIDX"
@@ -45,25 +47,6 @@ BLOCK = 512
 """Bytes of a tar block: headers take one, contents are padded to a multiple."""
 
 Records = npt.NDArray[np.void]
-
-
-class BadSampleError(Exception):
-    """One sample cannot be used. `reason` is a fixed word that is counted, `detail` says more (never a path or an address)."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
-
-    def __reduce__(self) -> tuple[type[BadSampleError], tuple[str, str]]:
-        return type(self), (self.reason, self.detail)
-
-
-@dataclass(frozen=True, slots=True)
-class FileDigest:
-    """Size and SHA-256 of one file."""
-
-    bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +97,6 @@ class Manifest:
 def hash_of(value: Any) -> str:
     """SHA-256 of a JSON value in its one canonical spelling."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> FileDigest:
-    """Raises: FileNotFoundError."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileDigest(file.tell(), digest)
 
 
 def shard_name(name: str, number: int) -> str:

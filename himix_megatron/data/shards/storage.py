@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 from urllib.parse import unquote
 
-from .shard_format import FileDigest
+from ...runtime.durable_files import FileDigest, file_digest, sync_folder
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 CHUNK = 8 << 20
@@ -178,9 +178,7 @@ class LocalFolder:
     def digest(self, name: str) -> FileDigest | None:
         """As Folder says."""
         try:
-            with (self.path / name).open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-                return FileDigest(file.tell(), digest)
+            return file_digest(self.path / name)
         except FileNotFoundError:
             return None
 
@@ -254,12 +252,3 @@ class RemoteFolder:
 def folder_at(place: str) -> LocalFolder | RemoteFolder:
     """The folder of a place."""
     return RemoteFolder(place.rstrip("/")) if is_remote(place) else LocalFolder(local_path(place).absolute())
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring renames to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

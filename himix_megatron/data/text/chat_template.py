@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..shards.shard_format import BadSampleError
+from ..errors import BadSampleError
 from .tokenizer import Piece, Tokenizer
 
 IMAGE_MARK = "<image>"

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ...shards.shard_format import BadSampleError
+from ...errors import BadSampleError
 from ...text.chat_template import IMAGE_MARK, check_conversation
 
 MAX_SAMPLE_BYTES = 128 << 20

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from ...errors import BadSampleError
 from ...shards import storage
-from ...shards.shard_format import BadSampleError
 from .base import MAX_SAMPLE_BYTES, MAX_TEXT_BYTES, BadRow, Sample, digest_id
 from .file_list import FileReader, FileScan, find_files, scanned
 from .llava import read_image

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from ...errors import BadSampleError
 from ...shards import storage
-from ...shards.shard_format import BadSampleError
 from .base import (
     MAX_SAMPLE_BYTES,
     Ambiguous,

@@ -15,8 +15,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ...shards import shard_format, storage
-from ...shards.shard_format import BadSampleError
+from ....runtime.durable_files import file_digest
+from ...errors import BadSampleError
+from ...shards import storage
 from .base import (
     MAX_SAMPLE_BYTES,
     MAX_TEXT_BYTES,
@@ -75,7 +76,7 @@ class ParquetReader:
         if storage.is_remote(place):
             identity = storage.remote_identity(place)
         else:
-            digest = shard_format.file_digest(storage.local_path(place))
+            digest = file_digest(storage.local_path(place))
             identity = {"bytes": digest.bytes, "sha256": digest.sha256}
         with _opened(place) as file:
             columns = self._columns(file, place)

@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from ...errors import BadSampleError
 from ...shards import storage
-from ...shards.shard_format import BadSampleError
 from .base import (
     MAX_SAMPLE_BYTES,
     MAX_TEXT_BYTES,

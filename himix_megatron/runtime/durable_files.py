@@ -1,0 +1,73 @@
+"""Files that survive a crash: a file under its final name is complete, also after a power cut.
+
+Flows in: paths and bytes; out: files that are on the disk when the call returns, and their digests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+
+@dataclass(frozen=True, slots=True)
+class FileDigest:
+    """Size and SHA-256 of one file."""
+
+    bytes: int
+    sha256: str
+
+
+def bytes_digest(data: bytes) -> FileDigest:
+    """The digest of a file with this content."""
+    return FileDigest(len(data), hashlib.sha256(data).hexdigest())
+
+
+def file_digest(path: Path) -> FileDigest:
+    """Raises: FileNotFoundError."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileDigest(file.tell(), digest)
+
+
+def publish(path: Path, data: bytes, *, partial: Path | None = None) -> None:
+    """Write or replace a file atomically: readers see all of it or none.
+
+    Args: `partial`: where it is written first, on the same file system; default: beside it, with the suffix `.writing`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial or path.with_name(f"{path.name}.writing")
+    write_synced(partial, data)
+    partial.replace(path)
+    sync_folder(path.parent)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file into an existing folder and flush it to the disk; a crash meanwhile leaves a part of it."""
+    with path.open("wb") as file:
+        file.write(data)
+        sync_file(file)
+
+
+def append_synced(path: Path, text: str) -> None:
+    """Append to a file in an existing folder and flush it to the disk; a crash meanwhile leaves a part of the text."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+        sync_file(file)
+
+
+def sync_file(file: IO[bytes] | IO[str]) -> None:
+    """Flush what was written to an open file to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to the disk: files created, renamed and removed in it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
