@@ -190,10 +190,10 @@ def test_the_command_line_takes_the_trainings_flags(
         ["--out", "x", "--data", "y"],
     )
     program = [sys.executable, "-m", "pipelines.encode"]
-    words = ["tiny_align", "--data", str(mixed_dataset), "--engine", "local", "--data.features-dtype", "fp8_image"]
+    words = ["tiny_align", "--data", str(mixed_dataset), "--engine", "local", "--data.features-dtype", "fp8_token"]
     done = subprocess.run([*program, *words, "--out", str(tmp_path / "c")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "fp8_image features, relative error" in done.stdout
+    assert "fp8_token features, relative error" in done.stdout
     monkeypatch.setattr(sys, "argv", ["encode", *words])
     with pytest.raises(ValueError, match=r"^--out must be given"):
         main()

@@ -96,11 +96,11 @@ def _variable_length(
     grouped: dict[str, Any] = (
         {"enable_gqa": query.shape[2] != key.shape[2]} if "enable_gqa" in variable_length_arguments() else {}
     )
-    key_TGD, value_TGD = layout.interleave_kv(vision_kv, key, value)
-    mixed_TQD: Any = varlen_attn(
+    key_LGD, value_LGD = layout.interleave_kv(vision_kv, key, value)
+    mixed_MQD: Any = varlen_attn(
         layout.flatten_text(query),
-        key_TGD,
-        value_TGD,
+        key_LGD,
+        value_LGD,
         layout.cu_seqlens_q,
         layout.cu_seqlens_kv,
         layout.max_seqlen_q,
@@ -109,7 +109,7 @@ def _variable_length(
         window_size=(-1, 0),  # causal: flash attention aligns it to the bottom right
         **grouped,
     )
-    return layout.unflatten_text(mixed_TQD.flatten(1), len(query))
+    return layout.unflatten_text(mixed_MQD.flatten(1), len(query))
 
 
 def _one_by_one(query: Tensor, key: Tensor, value: Tensor, vision_kv: Tensor, layout: PackedLayout, scale: float) -> Tensor:
@@ -118,17 +118,17 @@ def _one_by_one(query: Tensor, key: Tensor, value: Tensor, vision_kv: Tensor, la
     flat = [layout.flatten_text(x)[: sum(text_lengths)] for x in (query, key, value)]
     parts = (torch.split(x, text_lengths) for x in flat)
     visions = torch.split(vision_kv, list(layout.vision_lengths))
-    for query_sQD, key_sGD, value_sGD, seen_nG2D in zip(*parts, visions, strict=True):
-        key_lGD, value_lGD = (torch.cat((seen_nG2D[:, :, i], own)) for i, own in enumerate((key_sGD, value_sGD)))
-        mask = TorchMixtureAttention.mixture_mask(len(query_sQD), len(seen_nG2D), None, query.device)
+    for query_sQD, key_sGD, value_sGD, seen_tG2D in zip(*parts, visions, strict=True):
+        key_lGD, value_lGD = (torch.cat((seen_tG2D[:, :, i], own)) for i, own in enumerate((key_sGD, value_sGD)))
+        mask = TorchMixtureAttention.mixture_mask(len(query_sQD), len(seen_tG2D), None, query.device)
         query_QsD, key_GlD, value_GlD = (x.transpose(0, 1)[None] for x in (query_sQD, key_lGD, value_lGD))
         mixed_QsD = torch.nn.functional.scaled_dot_product_attention(
             query_QsD, key_GlD, value_GlD, attn_mask=mask, scale=scale, enable_gqa=query_QsD.shape[1] != key_GlD.shape[1]
         )[0]
         mixed.append(mixed_QsD.transpose(0, 1).flatten(1))
-    mixed_TX = torch.cat(mixed)
-    padding = query.shape[0] * query.shape[1] - len(mixed_TX)
-    return layout.unflatten_text(torch.nn.functional.pad(mixed_TX, (0, 0, 0, padding)), len(query))
+    mixed_MX = torch.cat(mixed)
+    padding = query.shape[0] * query.shape[1] - len(mixed_MX)
+    return layout.unflatten_text(torch.nn.functional.pad(mixed_MX, (0, 0, 0, padding)), len(query))
 
 
 class TransformerEngineMixtureAttention(TorchMixtureAttention):
@@ -164,7 +164,7 @@ class TransformerEngineMixtureAttention(TorchMixtureAttention):
         layout: PackedLayout,
     ) -> Tensor:
         """float[S, B, Q*D]."""
-        mixed_TH: Tensor = self.core(
+        mixed_MX: Tensor = self.core(
             layout.flatten_text(query_SBQD).contiguous(),
             *layout.interleave_kv(vision_kv_TG2D, key_SBGD, value_SBGD),
             qkv_format="thd",
@@ -174,4 +174,4 @@ class TransformerEngineMixtureAttention(TorchMixtureAttention):
             max_seqlen_q=layout.max_seqlen_q,
             max_seqlen_kv=layout.max_seqlen_kv,
         )
-        return layout.unflatten_text(mixed_TH.flatten(1), len(query_SBQD))
+        return layout.unflatten_text(mixed_MX.flatten(1), len(query_SBQD))

@@ -10,7 +10,7 @@ No work is done across samples, nor in padding.
 Source of the merge: Online softmax, arXiv 1805.02867; as parts of one attention: FlashAttention, arXiv 2205.14135, appendix B.
 
 Shape letters: S text tokens of the micro-batch, B its columns, T vision tokens of all samples, Q query heads, G key/value
-heads, R = Q / G, D head width; b samples of equal lengths that are taken together, s text and n vision tokens of each.
+heads, R = Q / G, D head width; b samples of equal lengths that are taken together, s text and t vision tokens of each.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class _CpuFlashAttention(torch.autograd.Function):
         for group in layout.sample_groups():
             query_bGRsD = _by_group(group.of_text(query), key.shape[2])
             key_bGsD, value_bGsD = group.of_text(key).transpose(1, 2), group.of_text(value).transpose(1, 2)
-            key_bGnD, value_bGnD = _heads_first(group.of_vision(vision_kv))
+            key_bGtD, value_bGtD = _heads_first(group.of_vision(vision_kv))
             causal = _causal(query_bGRsD, key_bGsD, value_bGsD, scale)
-            full = _full(query_bGRsD, key_bGnD, value_bGnD, scale) if group.num_vision else None
+            full = _full(query_bGRsD, key_bGtD, value_bGtD, scale) if group.num_vision else None
             mixed_bGRsD, lse_bGRs = _merge(causal, full)
             group.of_text(mixed).copy_(_by_token(mixed_bGRsD))
             queries.append(query_bGRsD)
@@ -78,11 +78,11 @@ class _CpuFlashAttention(torch.autograd.Function):
                 group.of_text(of_value).copy_(of_value_bGsD.transpose(1, 2))
                 parts.append(part)
             if group.num_vision:
-                part, of_key_bGnD, of_value_bGnD = _full_backward(*given, *_heads_first(group.of_vision(vision_kv)))
-                of_vision_bnG2D = group.of_vision(of_vision)
-                of_vision_bnG2D[..., 0, :], of_vision_bnG2D[..., 1, :] = (
-                    of_key_bGnD.transpose(1, 2),
-                    of_value_bGnD.transpose(1, 2),
+                part, of_key_bGtD, of_value_bGtD = _full_backward(*given, *_heads_first(group.of_vision(vision_kv)))
+                of_vision_btG2D = group.of_vision(of_vision)
+                of_vision_btG2D[..., 0, :], of_vision_btG2D[..., 1, :] = (
+                    of_key_bGtD.transpose(1, 2),
+                    of_value_bGtD.transpose(1, 2),
                 )
                 parts.append(part)
             if text_counts:
@@ -110,15 +110,15 @@ def _by_token(groups_bGRsD: Tensor) -> Tensor:
     return groups_bGRsD.flatten(1, 2).transpose(1, 2)
 
 
-def _heads_first(kv_bnG2D: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values [b, G, n, D], contiguous: the kernels read them many times."""
-    key, value = kv_bnG2D.permute(3, 0, 2, 1, 4).contiguous()
+def _heads_first(kv_btG2D: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [b, G, t, D], contiguous: the kernels read them many times."""
+    key, value = kv_btG2D.permute(3, 0, 2, 1, 4).contiguous()
     return key, value
 
 
-def _full(query_bGRsD: Tensor, key_bGnD: Tensor, value_bGnD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _full(query_bGRsD: Tensor, key_bGtD: Tensor, value_bGtD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Every query over every key: [b, G, R, s, D] and log-sum-exp [b, G, R, s]."""
-    mixed, lse = _flash_forward(query_bGRsD.flatten(2, 3), key_bGnD, value_bGnD, 0.0, False, scale=scale)
+    mixed, lse = _flash_forward(query_bGRsD.flatten(2, 3), key_bGtD, value_bGtD, 0.0, False, scale=scale)
     return mixed.reshape(query_bGRsD.shape), lse.reshape(query_bGRsD.shape[:-1])
 
 

@@ -87,11 +87,11 @@ class PackedLayout(PackedSeqParams):  # type: ignore[misc]
         """[S, B, ...] text as [S * B, ...], sample by sample; what pads a packed row stays at its end."""
         return text_SBX.squeeze(1) if self.packed else text_SBX.transpose(0, 1).flatten(0, 1)
 
-    def unflatten_text(self, flat_TX: Tensor, num_text: int) -> Tensor:
+    def unflatten_text(self, text_MX: Tensor, num_text: int) -> Tensor:
         """The opposite: [S, B, X]."""
         if self.packed:
-            return flat_TX.unsqueeze(1)
-        return flat_TX.view(-1, num_text, flat_TX.shape[1]).transpose(0, 1).contiguous()
+            return text_MX.unsqueeze(1)
+        return text_MX.view(-1, num_text, text_MX.shape[1]).transpose(0, 1).contiguous()
 
     def interleave_kv(self, vision_kv_TG2D: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> tuple[Tensor, Tensor]:
         """All keys, and all values, each float[num_keys, G, D]: by sample, its vision first, then its text."""
