@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ..data.loading.batch import rank_share
 from ..distributed.topology import Topology
-from .vision_tower import Tower
+from .towers import Tower
 
 Placement = Literal["replica_sharded", "replicated", "first_stage"]
 

@@ -25,8 +25,8 @@ from ..distributed.topology import Topology
 from ..model.feature_prefetch import FeaturePrefetcher
 from ..model.himix_model import build_stage, finalize_gradients
 from ..model.micro_batch_graphs import MicroBatchGraphs
+from ..model.towers import build_tower
 from ..model.vision_encoder import ShardedVisionEncoder, encoder_share
-from ..model.vision_tower import build_tower
 from ..monitoring.pipeline_timers import ScheduleTimers
 from .optimizer import build_optimizer
 from .resume import RunInputs

@@ -15,8 +15,8 @@ import torch
 from himix_megatron.config import Config, VisionConfig
 from himix_megatron.data.loading.batch import rank_share
 from himix_megatron.model.feature_prefetch import FeaturePrefetcher
+from himix_megatron.model.towers import build_tower
 from himix_megatron.model.vision_encoder import ShardedVisionEncoder
-from himix_megatron.model.vision_tower import build_tower
 from tests.support.ranks import run_ranks
 from tests.support.small_runs import history, small_config, train
 
