@@ -14,7 +14,6 @@ import importlib
 import inspect
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -45,11 +44,18 @@ def parse(argv: Sequence[str], program: str = "python -m pipelines.pretrain") ->
         raise SystemExit(0)
     if argv[0].startswith("-"):
         raise ValueError(f"{argv[0]} comes before the recipe: use {program} RECIPE --section.field value ...")
-    if any(re.match(r"--recipe(=|$)", flag) for flag in argv[1:]):
+    if any(word.split("=")[0] == "--recipe" for word in argv[1:]):
         raise ValueError("--recipe is not a flag: the recipe is the first word")
     make = load_recipe(argv[0])
     recipe = make()
-    given = read_flags(Config, argv[1:], f"{program} {recipe.recipe}", description=inspect.getdoc(make) or "", defaults=recipe)
+    given = read_flags(
+        Config,
+        argv[1:],
+        f"{program} {recipe.recipe}",
+        description=inspect.getdoc(make) or "",
+        defaults=recipe,
+        without="recipe",
+    )
     changed: Config = with_changes(recipe, given)
     return changed
 

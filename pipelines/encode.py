@@ -5,7 +5,7 @@
 
 Recipe and flags are those of the training (`python -m pipelines.pretrain RECIPE --help` lists them), so that tower,
 preprocessing and precision are the same: the tower comes from --checkpoint.init-from where that is given, else from
---vision.path. --data.features-dtype fp8_token or fp8_image halves the size, at an error that is printed. Training refuses
+--vision.path. --data.features-dtype fp8_token halves the size, at an error that is printed. Training refuses
 features of another tower, preprocessing, dtype or dataset.
 
 Each GPU (each core, where there is none) is a Ray actor that holds the tower and makes one feature file at a time. Run the
@@ -23,12 +23,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from himix_megatron.config import Config, ParallelConfig
+from himix_megatron.config import Config, Count, ParallelConfig
 from himix_megatron.data.shards import shard_format
 from himix_megatron.data.shards.reader import ShardDataset
 from himix_megatron.data.shards.storage import LocalFolder
 from himix_megatron.runtime.durable_files import file_digest
-from pipelines.cli import parse, parse_settings, run_main
+from pipelines.cli import parse, parse_settings, run_main, split_recipe_flags
 from pipelines.launchers.task_engine import ray_started
 from pipelines.preprocess import Progress, attempt_in
 
@@ -54,16 +54,10 @@ class Settings:
     """The folder of features to write."""
     engine: Literal["ray", "local"] = "ray"
     """`local` encodes in this process, without Ray."""
-    num_workers: int | None = None
+    num_workers: Count | None = None
     """Actors; None: one for each GPU, or core where there is none (of the cluster, with RAY_ADDRESS)."""
-    decode_threads: int = 4
+    decode_threads: Count = 4
     """Threads of each actor that decode images."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_workers", "decode_threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}: wanted 1 or more")
 
 
 def encode(config: Config, settings: Settings) -> FeatureManifest:
@@ -113,7 +107,7 @@ class Encoder:
         from safetensors.torch import load_file
 
         from himix_megatron.data.loading.vision_reader import PixelReader
-        from himix_megatron.model.vision_tower import build_tower
+        from himix_megatron.model.towers import build_tower
 
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
@@ -177,7 +171,7 @@ def _store_tower(config: Config, folder: Path) -> Path:
     from himix_megatron.checkpoint.manifest import find_checkpoint
     from himix_megatron.distributed.megatron_config import params_dtype
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
-    from himix_megatron.model.vision_tower import build_tower
+    from himix_megatron.model.towers import build_tower
 
     tower = build_tower(config.vision, seed=config.train.seed, dtype=params_dtype(config))
     if config.checkpoint.init_from is not None:
@@ -209,21 +203,9 @@ def _with_progress(made: Iterator[tuple[FeatureReceipt, bool]], dataset: ShardDa
         progress.show(receipt.num_images, not was_written, len(receipt.damaged))
 
 
-def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """A command's words for `parse` (the recipe, and flags with a dot in their name) and for Settings (the other flags)."""
-    recipe: list[str] = []
-    own: list[str] = []
-    current = recipe
-    for word in words:
-        if word.startswith("--"):
-            current = recipe if "." in word.split("=", 1)[0] else own
-        current.append(word)
-    return recipe, own
-
-
 def main() -> None:
     """The command line."""
-    recipe, own = split_words(sys.argv[1:])
+    recipe, own = split_recipe_flags(sys.argv[1:])
     settings = parse_settings(Settings, own, f"{PROGRAM} RECIPE", __doc__)
     config = parse(recipe, PROGRAM)
     manifest = encode(config, settings)

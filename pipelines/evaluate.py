@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from himix_megatron.checkpoint.manifest import find_checkpoint
-from himix_megatron.config import Config, ParallelConfig, from_json
+from himix_megatron.config import Config, Count, Fraction, ParallelConfig, check_known, from_json
 from himix_megatron.data.shards.reader import ShardDataset
 from himix_megatron.data.text.tokenizer import Piece, load_tokenizer
 from himix_megatron.distributed.launch import ensure_ranks
@@ -48,8 +48,8 @@ class Arguments:
     """The run folder."""
     data: Path | None = None
     """The shard dataset whose questions are asked."""
-    benchmark: Literal["vqav2", "gqa", "textvqa", "pope", "mme", "mmmu", "mmvet"] | None = None
-    """Ask this benchmark's questions instead."""
+    benchmark: str | None = None
+    """Ask this benchmark's questions instead: vqav2, gqa, textvqa, pope, mme, mmmu or mmvet."""
     questions: Path | None = None
     """The benchmark's question file, or the folder of its question files (docs/evaluation.md)."""
     images: Path | None = None
@@ -58,15 +58,15 @@ class Arguments:
     """The benchmark's answers, where they are not in its question file."""
     name: str | None = None
     """Of a benchmark's results, RUN/evaluation/NAME; None: the benchmark's."""
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: Fraction = 0.01
     """A benchmark's questions whose image cannot be read count as wrong; above this share the evaluation fails."""
     checkpoint: Path | None = None
     """A checkpoints/step-... folder; None: the run's newest."""
-    max_samples: int | None = None
+    max_samples: Count | None = None
     """Samples (of a benchmark: questions) to ask; None: all."""
-    batch_questions: int = 64
+    batch_questions: Count = 64
     """Questions answered at once on each replica."""
-    max_new_tokens: int | None = None
+    max_new_tokens: Count | None = None
     """An answer that goes on longer is cut; None: 32, and each benchmark's own number."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Layout of the ranks that are started."""
@@ -74,17 +74,14 @@ class Arguments:
     def __post_init__(self) -> None:
         if (self.data is None) == (self.benchmark is None):
             raise ValueError("give either --data, a shard dataset, or --benchmark with --questions and --images")
+        if self.benchmark is not None:
+            from himix_megatron.evaluation.runner import BENCHMARKS
+
+            check_known("--benchmark", self.benchmark, BENCHMARKS)
         if self.benchmark and self.questions is None:
             raise ValueError(f"--questions must be given: the question file of {self.benchmark} (docs/evaluation.md)")
         if self.data is not None and (self.questions or self.images or self.annotations or self.name):
             raise ValueError("--questions, --images, --annotations and --name belong to --benchmark, not to --data")
-        for flag, number in (
-            ("--batch-questions", self.batch_questions),
-            ("--max-new-tokens", self.max_new_tokens),
-            ("--max-samples", self.max_samples),
-        ):
-            if number is not None and number < 1:
-                raise ValueError(f"{flag} is {number}: wanted 1 or more")
 
 
 def load_config(run: Path, layout: ParallelConfig) -> Config:

@@ -49,15 +49,18 @@ def parse_settings(cls: type[Settings], argv: Sequence[str], program: str, descr
     return made
 
 
-def read_flags(cls: type, argv: Sequence[str], program: str, *, description: str = "", defaults: Any = None) -> dict[str, Any]:
+def read_flags(
+    cls: type, argv: Sequence[str], program: str, *, description: str = "", defaults: Any = None, without: str = ""
+) -> dict[str, Any]:
     """The values that words give, by dotted field name. `defaults`: an instance, whose values the help shows.
+    `without`: a field that has no flag.
 
     Raises: ValueError (one line); SystemExit(0) after `--help`.
     """
     if any(word in ("-h", "--help") for word in argv):
-        print(help_text(cls, program, description, defaults))
+        print(help_text(cls, program, description, defaults, without))
         raise SystemExit(0)
-    hints = leaf_hints(cls)
+    hints = {name: hint for name, hint in leaf_hints(cls).items() if name != without}
     switches = {name for name, hint in hints.items() if hint is bool}
     off = {_off(name): name for name in switches}
     words_by_place = [name for name, hint in hints.items() if _word(hint)]
@@ -104,8 +107,8 @@ def split_flags(words: Sequence[str], group: Callable[[str], Group]) -> dict[Gro
     found: dict[Group, list[str]] = {}
     current = group("")
     for word in words:
-        if word.startswith("--"):
-            current = group(word[2:].split("=", 1)[0].replace("-", "_"))
+        if word.startswith("--") or word == "-h":
+            current = group(word.lstrip("-").split("=", 1)[0].replace("-", "_"))
         found.setdefault(current, []).append(word)
     return found
 
@@ -225,22 +228,24 @@ def _nearest(name: str, known: list[str]) -> str:
 # ---- help ------------------------------------------------------------------------------------------------------------
 
 
-def help_text(cls: type, program: str, description: str, defaults: Any = None) -> str:
+def help_text(cls: type, program: str, description: str, defaults: Any = None, without: str = "") -> str:
     """Usage, description, and every field with its type, meaning and default, a paragraph for each section."""
-    width = min(MAX_WIDTH, shutil.get_terminal_size().columns)
+    width = min(MAX_WIDTH, shutil.get_terminal_size((MAX_WIDTH, 24)).columns)
     places = [f" {_word(hint)}" for hint in leaf_hints(cls).values() if _word(hint)]
-    own, sections = _fields_help(cls, "", defaults, width)
+    own, sections = _fields_help(cls, "", defaults, width, without)
     return "\n".join(
         [f"usage: {program}{''.join(places)} [--name value ...]", "", *prose(description, width), "", *own, *sections]
     )
 
 
-def _fields_help(cls: type, prefix: str, defaults: Any, width: int) -> tuple[list[str], list[str]]:
+def _fields_help(cls: type, prefix: str, defaults: Any, width: int, without: str = "") -> tuple[list[str], list[str]]:
     """Lines of a class's own fields, and of its sections."""
     hints, docs = typing.get_type_hints(cls, include_extras=True), field_docs(cls)
     own: list[str] = []
     sections: list[str] = []
     for item in dataclasses.fields(cls):
+        if item.name == without:
+            continue
         name, hint = prefix + item.name, hints[item.name]
         default = _default(item) if defaults is None else getattr(defaults, item.name)
         if dataclasses.is_dataclass(hint):

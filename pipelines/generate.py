@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from himix_megatron.checkpoint.manifest import find_checkpoint
-from himix_megatron.config import Config, ParallelConfig
+from himix_megatron.config import Config, Count, ParallelConfig
 from himix_megatron.data.errors import BadSampleError
 from himix_megatron.data.images import image_file
 from himix_megatron.data.text import chat_template
@@ -48,7 +48,7 @@ class Arguments:
     """Image files that the first question is about, in order."""
     checkpoint: Path | None = None
     """A checkpoints/step-... folder; None: the run's newest."""
-    max_new_tokens: int = 256
+    max_new_tokens: Count = 256
     """An answer that goes on longer is cut."""
     temperature: float = 0.0
     """0: always the most likely token; 1: drawn as the model weighs them."""
@@ -78,8 +78,6 @@ def prepare(arguments: Arguments) -> Job:
     from himix_megatron.checkpoint.checkpointer import check_architecture
     from himix_megatron.inference.sampling import Sampling
 
-    if arguments.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens is {arguments.max_new_tokens}: wanted 1 or more")
     TextStream(load_tokenizer("bytes"), arguments.stop)  # refuses an empty stop text
     layout = arguments.parallel
     if arguments.question is None:

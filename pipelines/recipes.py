@@ -247,8 +247,9 @@ def tiny_align() -> Config:
 
     Command: python -m pipelines.pretrain tiny_align (or torchrun --nproc-per-node 2 ... --parallel.tensor 2)
     Hardware: a CPU; about a minute on one core.
-    Expected: the loss falls, but not far: what trains is what the paper trains, and here neither tower nor language model knows anything yet (`--train.trainable-parts tower language vision_kv` trains it
-    all). The data is rendered on first use under data/scenes when data.datasets is not given.
+    Expected: the loss falls, but not far: what trains is what the paper trains, and here neither tower nor language model
+    knows anything yet (`--train.trainable-parts tower language vision_kv` trains it all).
+    Data: rendered on first use under data/scenes when data.datasets is not given.
     """
     return _tiny("tiny_align", ("vision_kv",), steps=200)
 
@@ -260,8 +261,8 @@ def tiny_instruct() -> Config:
     Hardware: a CPU; 3 minutes on one core.
     Expected: the form of the answers is learned; with `--train.trainable-parts tower
     language vision_kv` the answers too (seen after 400 steps from nothing: 359 of 360 held-out questions, 60 with shuffled
-    images; a learning rate of 2e-3 is too much). The data is rendered on first use under data/scenes when data.datasets is
-    not given.
+    images; a learning rate of 2e-3 is too much).
+    Data: rendered on first use under data/scenes when data.datasets is not given.
     """
     return _tiny("tiny_instruct", ("language", "vision_kv"), steps=400)
 

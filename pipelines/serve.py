@@ -24,6 +24,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from himix_megatron.config import Count
 from himix_megatron.data.errors import BadSampleError
 from himix_megatron.data.images import image_file
 from himix_megatron.data.text import chat_template
@@ -55,7 +56,7 @@ class Arguments:
     """Address to listen on; 0.0.0.0 lets every machine that reaches this one ask."""
     port: int = 8000
     """TCP port; 0: any free one, which the first line of the log names."""
-    max_new_tokens: int = 1024
+    max_new_tokens: Count = 1024
     """Most tokens of an answer, whatever a request asks for."""
 
 
@@ -247,8 +248,6 @@ class Handler(BaseHTTPRequestHandler):
 def main() -> None:
     """The command line."""
     arguments = parse_settings(Arguments, sys.argv[1:], "python -m pipelines.serve", __doc__)
-    if arguments.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens is {arguments.max_new_tokens}: wanted 1 or more")
     job = generate.prepare(generate.Arguments(run=arguments.run, checkpoint=arguments.checkpoint))
     try:
         server = ThreadingHTTPServer((arguments.host, arguments.port), Handler)

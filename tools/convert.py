@@ -39,6 +39,7 @@ from himix_megatron.config import (
     TrainConfig,
     VisionConfig,
 )
+from himix_megatron.config.families import FAMILIES
 from himix_megatron.conversion.authors_folder import read_authors, write_authors
 from himix_megatron.conversion.authors_layout import AsAuthors
 from himix_megatron.conversion.checkpoint_io import StoredWeights, read_config, stored_tower, write_run
@@ -60,11 +61,10 @@ from himix_megatron.conversion.parity import (
 )
 from himix_megatron.distributed.launch import Launch
 from himix_megatron.distributed.topology import Topology, init_distributed, shutdown_distributed
-from himix_megatron.model.vision_tower import build_tower
+from himix_megatron.model.towers import build_tower
 from himix_megatron.runtime import log
-from pipelines.cli import parse_settings, run_main
+from pipelines.cli import load_recipe, parse_settings, run_main
 from pipelines.flags import Word
-from pipelines.recipes import RECIPES
 
 PROGRAM = "python -m tools.convert"
 ChatTemplate = Literal["chatml", "llama3", "vicuna", "tiny"]
@@ -221,9 +221,7 @@ def himix_to_hf(arguments: HimixToHf) -> None:
 
 
 def _recipe(name: str | None) -> Config | None:
-    if name is not None and name not in RECIPES:
-        raise ValueError(f"--recipe is {name}: wanted one of {', '.join(RECIPES)}")
-    return None if name is None else RECIPES[name]()
+    return None if name is None else load_recipe(name)()
 
 
 def _read_tower(folder: Path, feature_layer: int | None, recipe: Config | None) -> tuple[VisionConfig, dict[str, Tensor]]:
@@ -253,9 +251,9 @@ def _config(model: ModelConfig, vision: VisionConfig, recipe: Config | None, fol
 
 def _template(model: ModelConfig) -> ChatTemplate:
     """The conversations' wording of a family, as the recipes have it."""
-    if model.family == "qwen2":
-        return "chatml"
-    return "llama3" if model.rope_scaling_factor is not None or model.vocab_size == 128256 else "vicuna"
+    if model.family == "llama" and (model.rope_scaling_factor is not None or model.vocab_size == 128256):
+        return "llama3"
+    return FAMILIES[model.family].template
 
 
 def _plain_config(model: ModelConfig, vision: VisionConfig, template: ChatTemplate, dtype: torch.dtype) -> Config:

@@ -4,8 +4,6 @@
     python -m tools.plan vicuna_7b_instruct --gpus 8 --gpu a100-80gb --price-per-gpu-hour 1.8
     python -m tools.plan vicuna_7b_instruct --gpus 8 --machine-file DIR/machine.json    at rates that were measured here
     python -m tools.plan --compare published        the model beside published speeds of text-only GPTs, row by row
-    python -m tools.plan --compare cpu              and beside layouts that were measured on a CPU
-    python -m tools.plan --measure                  measure this machine's CPU and its layouts (three minutes, alone)
 
 The model is described in docs/planner.md. It is arithmetic: believe its order more than its seconds. Memory is that of a
 micro-batch of the longest texts; time that of usual ones.
@@ -13,16 +11,15 @@ micro-batch of the longest texts; time that of usual ones.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from himix_megatron.config import Config
+from himix_megatron.config import Config, Count, Positive, ZeroOrMore
 from himix_megatron.costs.memory import GIB, RankMemory
-from pipelines.cli import parse_settings, run_main
+from pipelines.cli import load_recipe, parse_settings, run_main
 from pipelines.flags import Word
 from pipelines.recipes import RECIPES
 from tools.planner.layouts import Plan, Sample, plans
@@ -45,68 +42,46 @@ class Arguments:
 
     recipe: Annotated[str | None, Word("RECIPE")] = None
     """A recipe of pipelines.pretrain."""
-    gpus: int | None = None
+    gpus: Count | None = None
     """How many."""
     gpu: str = "h100-80gb"
-    """Which: a100-40gb, a100-80gb, h100-80gb, h100-80gb-pcie, h100-94gb-nvl, h200-141gb, b200-180gb; cpu is what --measure
-    measured."""
+    """Which: a100-40gb, a100-80gb, h100-80gb, h100-80gb-pcie, h100-94gb-nvl, h200-141gb, b200-180gb."""
     machine_file: Path | None = None
     """Measured rates, which tools.gpu_check writes as DIR/machine.json, in place of --gpu's assumed ones."""
     interconnect: str | None = None
     """Between nodes: ib-hdr-200, ib-ndr-400, ethernet-100, ethernet-400; None: what such GPUs usually come with."""
-    gpus_per_node: int = 8
+    gpus_per_node: Count = 8
     """GPUs that share a node's fast links."""
-    global_batch: int | None = None
+    global_batch: Count | None = None
     """Samples (packs, with packing) of a step; None: the recipe's."""
-    pack_max_text_tokens: int | None = None
+    pack_max_text_tokens: Count | None = None
     """Text tokens of a pack; None: as the recipe says."""
-    pack_max_images: int | None = None
+    pack_max_images: Count | None = None
     """Images of a pack."""
-    text_tokens: float | None = None
+    text_tokens: Positive | None = None
     """Of a usual sample; None: the recipe's."""
-    longest_text: int | None = None
+    longest_text: Count | None = None
     """Of the longest sample; None: the recipe's data.max_text_tokens."""
-    images: float = 1.0
+    images: ZeroOrMore = 1.0
     """Of a usual sample."""
     label_share: float = 0.5
     """Of the text tokens, how many have a label."""
-    price_per_gpu_hour: float = 2.0
+    price_per_gpu_hour: Positive = 2.0
     """In any currency."""
-    show: int = 10
+    show: Count = 10
     """Layouts to list."""
-    compare: Literal["published", "cpu"] | None = None
-    """Show the model's predictions beside published step times, or beside measured ones, and nothing else."""
-    measure: bool = False
-    """Measure this CPU and its layouts into docs/planner_cpu.json; leave the machine alone meanwhile. Exit code 1: their order
-    is not the predicted one (Kendall's tau below 0.7)."""
+    compare: Literal["published"] | None = None
+    """Print the predictions beside published step times, and nothing else."""
 
 
 def check(arguments: Arguments) -> None:
     """Raises: ValueError naming the flag."""
     if arguments.recipe is None:
-        raise ValueError(f"no recipe given: there are {', '.join(RECIPES)}; or --compare published, --compare cpu, --measure")
-    if arguments.recipe.replace("-", "_") not in RECIPES:
-        raise ValueError(f"unknown recipe {arguments.recipe}: there are {', '.join(RECIPES)}")
+        raise ValueError(f"no recipe given: there are {', '.join(RECIPES)}; or --compare published")
     if arguments.gpus is None:
         raise ValueError("--gpus must be given: how many GPUs there are")
-    for name in (
-        "gpus",
-        "gpus_per_node",
-        "global_batch",
-        "text_tokens",
-        "longest_text",
-        "show",
-        "price_per_gpu_hour",
-        "pack_max_text_tokens",
-        "pack_max_images",
-    ):
-        value = getattr(arguments, name)
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be above 0")
     if (arguments.pack_max_text_tokens is None) != (arguments.pack_max_images is None):
         raise ValueError("packing has two budgets: give both --pack-max-text-tokens and --pack-max-images, or neither")
-    if not 0 <= arguments.images < math.inf:
-        raise ValueError(f"--images is {arguments.images}: wanted 0 or more")
     if not 0 < arguments.label_share <= 1:
         raise ValueError(f"--label-share is {arguments.label_share}: wanted above 0, at most 1")
     if arguments.gpus > arguments.gpus_per_node and arguments.gpus % arguments.gpus_per_node:
@@ -119,7 +94,7 @@ def check(arguments: Arguments) -> None:
 def settings(arguments: Arguments) -> tuple[Config, Sample]:
     """The recipe with the batch given, and what its samples are like."""
     assert arguments.recipe is not None
-    config = RECIPES[arguments.recipe.replace("-", "_")]()
+    config = load_recipe(arguments.recipe)()
     batch, data = arguments.global_batch, config.data
     if arguments.pack_max_text_tokens is not None:
         longest = min(data.max_text_tokens, arguments.pack_max_text_tokens)
@@ -149,7 +124,7 @@ def choose(config: Config, machine: Machine, gpus: int, sample: Sample) -> list[
     Raises: ValueError, one line, where none does: what is too big, by how much, what to change.
     """
     found = list(plans(config, machine, gpus, sample))
-    room = machine.memory_gib if machine.cores is None else machine.memory_gib / gpus
+    room = machine.memory_gib
     fitting = sorted((plan for plan in found if plan.peak_gib <= room), key=lambda plan: (plan.seconds, plan.peak_gib))
     if fitting:
         return fitting
@@ -265,19 +240,10 @@ def plan(arguments: Arguments) -> None:
 def main() -> int:
     """The command line."""
     arguments = parse_settings(Arguments, sys.argv[1:], "python -m tools.plan", __doc__)
-    if arguments.measure:
-        from tools.planner.measured import measure
-
-        return 0 if measure(print) else 1
-    elif arguments.compare == "published":
+    if arguments.compare == "published":
         from tools.planner.published import compared
 
         for line in compared():
-            print(line)
-    elif arguments.compare == "cpu":
-        from tools.planner.measured import compared as compared_with_measured
-
-        for line in compared_with_measured():
             print(line)
     else:
         plan(arguments)

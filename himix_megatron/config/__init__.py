@@ -1,7 +1,7 @@
 """Every setting of a run as one frozen tree of dataclasses. Imports no torch, so it can be built and checked anywhere."""
 
 from .data import DataConfig
-from .limits import Count, CountOrZero, Fraction, Limit, Positive, ZeroOrMore, check_limits
+from .limits import Count, CountOrZero, Fraction, Limit, Positive, ZeroOrMore, check_known, check_limits
 from .model import ModelConfig, VisionConfig
 from .operations import CheckpointConfig, HealthConfig, LogConfig, RunConfig
 from .run import Config, check_batch, check_layout, check_ranks
@@ -11,6 +11,6 @@ from .training import OptimizerConfig, ParallelConfig, Part, TrainConfig
 __all__ = [
     "CheckpointConfig", "Config", "DataConfig", "HealthConfig", "LogConfig", "ModelConfig", "OptimizerConfig", "ParallelConfig",
     "Part", "RunConfig", "TrainConfig", "VisionConfig", "check_batch", "check_layout", "check_ranks",
-    "Count", "CountOrZero", "Fraction", "Limit", "Positive", "ZeroOrMore", "check_limits",
+    "Count", "CountOrZero", "Fraction", "Limit", "Positive", "ZeroOrMore", "check_known", "check_limits",
     "current_fields", "current_name", "differences", "field_names", "from_json", "to_json",
 ]  # fmt: skip

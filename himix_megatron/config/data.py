@@ -23,8 +23,8 @@ class DataConfig:
     does not run. Empty: images are read and encoded in training."""
     validation_features: str | None = None
     """Folder of the features of validation_path; None: its images are read and encoded."""
-    features_dtype: Literal["bf16", "fp8_token", "fp8_image"] = "bf16"
-    """Storage format of such features. bf16; or fp8 (e4m3), half the size, with one scale per token or per image."""
+    features_dtype: Literal["bf16", "fp8_token"] = "bf16"
+    """Storage format of such features. bf16; or fp8 (e4m3), half the size, with one scale per token."""
     tokenizer: str = "bytes"
     """Folder of a Hugging Face tokenizer; `bytes`: the built-in byte-level one."""
     template: Literal["plain", "vicuna", "llama3", "chatml", "tiny"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -49,6 +50,12 @@ def check_limits(settings: Any, section: str | None = None) -> None:
             if number is not None and not limit.allows(number):
                 shown = f"{section}.{name}" if section else f"--{name.replace('_', '-')}"
                 raise ValueError(f"{shown} is {number}: wanted {limit}")
+
+
+def check_known(field: str, value: str, names: Iterable[str]) -> None:
+    """Raises: ValueError for a value that is not among the names."""
+    if value not in (known := list(names)):
+        raise ValueError(f"{field} is {value}: wanted one of {', '.join(known)}")
 
 
 @functools.cache

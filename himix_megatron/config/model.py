@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .limits import Count, Positive, check_limits
+from .families import FAMILIES
+from .limits import Count, Positive, check_known, check_limits
+from .towers import TOWERS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """The language decoder, and how vision enters it."""
 
-    family: Literal["llama", "qwen2"]
-    """Architecture of the decoder. llama: no biases; qwen2: biases on q, k and v, the vision k and v included."""
+    family: str
+    """Language family: llama, or qwen2 (biases on q, k and v, those of the vision included)."""
     num_layers: Count
     """Number of decoder layers."""
     hidden_size: Count
@@ -50,6 +52,7 @@ class ModelConfig:
     vision tokens."""
 
     def __post_init__(self) -> None:
+        check_known("model.family", self.family, FAMILIES)
         check_limits(self, "model")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
@@ -72,14 +75,14 @@ class ModelConfig:
     @property
     def has_qkv_bias(self) -> bool:
         """Whether q, k and v (text and vision) carry biases."""
-        return self.family == "qwen2"
+        return FAMILIES[self.family].qkv_bias
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VisionConfig:
     """The vision tower and its input pixels."""
 
-    tower: Literal["tiny", "siglip", "clip"]
+    tower: str
     """Architecture of the tower. siglip and clip: from transformers; tiny: a small ViT that can be trained from scratch."""
     path: str | None = None
     """Folder with the tower's config.json and safetensors; None: random weights (tests, quickstart)."""
@@ -114,6 +117,7 @@ class VisionConfig:
     """Whether the next step's images are encoded while this step trains. Results do not depend on it."""
 
     def __post_init__(self) -> None:
+        check_known("vision.tower", self.tower, TOWERS)
         check_limits(self, "vision")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
@@ -122,7 +126,7 @@ class VisionConfig:
             )
         if self.image_size < self.patch_size:
             raise ValueError(f"vision.image_size ({self.image_size}) is below vision.patch_size ({self.patch_size})")
-        if self.tower == "tiny" and self.image_size % self.patch_size:
+        if TOWERS[self.tower].whole_patches and self.image_size % self.patch_size:
             raise ValueError(
                 f"vision.image_size ({self.image_size}) is not a multiple of vision.patch_size ({self.patch_size})"
             )
@@ -131,5 +135,10 @@ class VisionConfig:
 
     @property
     def tokens_per_image(self) -> int:
-        """Patch tokens that one image contributes (N of one image)."""
+        """Vision tokens of one image (n)."""
+        return TOWERS[self.tower].tokens_per_image(self.image_size // self.patch_size)
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one image, which the tower's layers see."""
         return (self.image_size // self.patch_size) ** 2

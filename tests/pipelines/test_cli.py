@@ -55,10 +55,12 @@ def test_dashes_and_underscores_are_one() -> None:
         ("tiny_align --learning_rate 3", "unknown setting --learning_rate: did you mean --optimizer.learning-rate[?]"),
         ("tiny_align --paralel.tensr=2", "did you mean --parallel.tensor[?]"),
         ("tiny_align --zzzz 2", "unknown setting --zzzz: no setting has a name like it"),
-        ("tiny_align --train.steps abc", "--train.steps is 'abc': wanted None or INT"),
+        ("tiny_align --train.steps abc", "--train.steps is 'abc': wanted a whole number or None"),
         ("tiny_align --model.num-layers 4.5", "--model.num-layers is '4.5': wanted a whole number"),
         ("tiny_align --train.epochs many", "--train.epochs is 'many': wanted a number"),
         ("tiny_align --train.precision fp8", "--train.precision is 'fp8': wanted one of bf16, fp32"),
+        ("tiny_align --model.family lama", "model.family is lama: wanted one of llama, qwen2"),
+        ("tiny_align --vision.tower siglp", "vision.tower is siglp: wanted one of tiny, siglip, clip"),
         (
             "tiny_align --train.trainable-parts foo",
             "--train.trainable-parts is 'foo': wanted one of vision_kv, language, tower",
@@ -69,7 +71,7 @@ def test_dashes_and_underscores_are_one() -> None:
         ("tiny_align --train.epochs 1 2", "2 belongs to no setting"),
         ("tiny_align stray", "stray belongs to no setting"),
         ("tiny_align --log.ledger True", "--log.ledger takes no value"),
-        ("tiny_align --train.steps 0", "train.steps is 0: it must be above 0"),
+        ("tiny_align --train.steps 0", "train.steps is 0: wanted 1 or more"),
         ("tiny_align --parallel.tensor 3", r"model.num_attention_heads \(4\) does not divide .*: use --parallel.tensor 1 or 2"),
         ("tiny_align --parallel.sequence", "parallel.sequence needs parallel.tensor above 1"),
     ],
@@ -95,10 +97,14 @@ def test_help_with_a_recipe_teaches_its_facts_and_fields(capsys: pytest.CaptureF
     with pytest.raises(SystemExit) as caught:
         parse(["llama3_2_1b_instruct", "--help"])
     assert caught.value.code == 0
-    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 100
+    assert {line.split(":")[0] for line in printed.splitlines()} >= {"Command", "Hardware", "Expected", "model", "run"}
+    shown = " ".join(printed.split())
     assert "meta-llama/Llama-3.2-1B" in shown
-    assert "--train.global-batch-samples {None}|INT Samples per optimizer step, over all ranks." in shown
+    assert "--train.global-batch-samples INT|None Samples per optimizer step, over all ranks." in shown
     assert "(default: 128)" in shown
+    assert "--recipe" not in shown
 
 
 @dataclass(frozen=True, kw_only=True)

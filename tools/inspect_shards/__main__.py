@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from himix_megatron.config import Count
 from himix_megatron.data.ingest.verify import Report, verify_dataset
 from himix_megatron.data.shards.reader import ShardDataset
 from pipelines.cli import parse_settings, run_main
@@ -40,22 +41,19 @@ class Arguments:
     """Compare every byte with what was written, and print only that."""
     sheet: Path | None = None
     """A PNG to write: random samples with their texts, and the histograms."""
-    sheet_samples: int = 12
+    sheet_samples: Count = 12
     """Samples on the sheet."""
-    texts: int = 10_000
+    texts: Count = 10_000
     """Samples whose texts are read for the numbers about texts and formats, drawn at random."""
     seed: int = 0
     """Of what is drawn."""
-    num_workers: int | None = None
+    num_workers: Count | None = None
     """Processes that verify; None: one a core."""
 
 
 def main() -> int:
     """The command line."""
     arguments = parse_settings(Arguments, sys.argv[1:], "python -m tools.inspect_shards", __doc__)
-    for name in ("sheet_samples", "texts", "num_workers"):
-        if (value := getattr(arguments, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}: wanted 1 or more")
     if not arguments.dir.is_dir():
         raise ValueError(f"{arguments.dir}: no such folder")
     if arguments.verify:

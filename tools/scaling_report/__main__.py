@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from himix_megatron.config import Count
 from pipelines.cli import parse_settings, run_main
 from pipelines.flags import Word
 from tools.scaling_report.run_rates import SUMS, Run, read_run
@@ -37,12 +38,8 @@ class Arguments:
     """Run folders, series folders, or folders that hold series."""
     out: Path | None = None
     """Where the report goes, a folder for each series; None: into the series' own folder."""
-    warmup_steps: int = 3
+    warmup_steps: Count = 3
     """First steps of each start of a run, not counted."""
-
-    def __post_init__(self) -> None:
-        if self.warmup_steps < 1:
-            raise ValueError(f"--warmup-steps is {self.warmup_steps}: wanted 1 or more (the first step starts everything)")
 
 
 @dataclass(frozen=True, slots=True)
