@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 STEP_SECONDS = "time/step_seconds"
 SUMS = {"text_tokens_per_second": "throughput/text_tokens_per_second", "mfu": "compute/model_mfu",
@@ -103,6 +102,8 @@ def read_run(folder: Path, warmup_steps: int, known: dict[str, Any] | None = Non
 
 def read_starts(folder: Path, notes: list[str]) -> list[list[Point]]:
     """The points of each start, in the order of starts."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # imports a second of other packages
+
     starts = []
     for file in sorted((folder / "tensorboard").glob("events.out.tfevents.*")):
         events = EventAccumulator(str(file), size_guidance={"scalars": 0}, purge_orphaned_data=False)
