@@ -91,7 +91,7 @@ class Series:
     """series.json: what belongs together, and how each run ended. Written after every change."""
 
     def __init__(self, settings: Settings, recipe: str, flags: Sequence[str]):
-        self.name = settings.name or f"{recipe}-{settings.mode}"
+        self.name = settings.name or f"{recipe.replace(':', '.')}-{settings.mode}"
         self.folder = settings.runs / self.name
         self.file = self.folder / "series.json"
         self.content: dict[str, Any] = {"recipe": recipe, "mode": settings.mode, "flags": list(flags), "runs": {}}
@@ -166,7 +166,7 @@ def plan(settings: Settings, recipe: str, flags: Sequence[str]) -> list[Member]:
             f"{given.recipe} runs for {given.train.epochs:g} epochs, and every size of the series would: give --train.steps, "
             "e.g. 60"
         )
-    sizes, name = sorted(settings.world_sizes), settings.name or f"{given.recipe}-{settings.mode}"
+    sizes, name = sorted(settings.world_sizes), settings.name or f"{given.recipe.replace(':', '.')}-{settings.mode}"
     batch_flag = f"--{given.batch_flags[0].replace('_', '-')}"
     members = []
     for size in sizes:

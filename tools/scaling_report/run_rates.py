@@ -7,15 +7,16 @@ steps since the point before it, and is weighted by them.
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from himix_megatron.config import from_json
 
 STEP_SECONDS = "time/step_seconds"
 SUMS = {"text_tokens_per_second": "throughput/text_tokens_per_second", "mfu": "compute/model_mfu",
@@ -78,12 +79,8 @@ def read_run(folder: Path, warmup_steps: int, known: dict[str, Any] | None = Non
     known = known or {}
     run = Run(folder=folder, global_batch=known.get("global_batch"), num_gpus=known.get("world_size"))
     if (folder / "config.json").is_file():
-        run.settings = json.loads((folder / "config.json").read_text())
-        train = run.settings["train"]
-        run.global_batch = train[
-            "global_batch_packs" if run.settings["data"]["pack_max_text_tokens"] else "global_batch_samples"
-        ]
-        run.planned_steps = train["steps"]
+        config = from_json((folder / "config.json").read_text())  # of any version
+        run.settings, run.global_batch, run.planned_steps = asdict(config), config.global_batch, config.train.steps
     log = folder / "log" / "rank-000.log"
     lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
     sizes = list(dict.fromkeys(int(found[1]) for line in lines if (found := LOG_RANKS.search(line))))
