@@ -1,7 +1,7 @@
 """The ranks of a run on this machine, started and waited for as a scheduler does it; and chains of runs.
 
-Flows in: a command and the number of ranks; out: how the run ended. As with torchrun (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR,
-MASTER_PORT), but the exit code of the rank that ended the run is kept: torchrun makes 1 of every code.
+Flows in: a command and the number of ranks; out: how the run ended. As with torchrun (RANK, LOCAL_RANK, WORLD_SIZE,
+MASTER_ADDR, MASTER_PORT), but the exit code of the rank that ended the run is kept: torchrun makes 1 of every code.
 """
 
 from __future__ import annotations
