@@ -142,7 +142,7 @@ def text_multiple(config: Config) -> int:
 
 
 def overlaps(config: Config) -> bool:
-    """Whether data-parallel communication runs beside the passes."""
+    """Whether data-parallel communication overlaps the passes."""
     if config.parallel.overlap == "auto":
         return torch.cuda.is_available() and "tower" not in config.train.trainable_parts and config.train.cuda_graphs == "off"
     return config.parallel.overlap == "on"
