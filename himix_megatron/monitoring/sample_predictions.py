@@ -24,7 +24,7 @@ from ..data.text import chat_template
 from ..data.text.tokenizer import load_tokenizer
 from ..inference.generator import Answerer, Prompt
 from ..model.himix_model import unwrap_model
-from ..runtime import progress
+from ..runtime.failpoints import failpoint
 
 if TYPE_CHECKING:
     from ..training.builder import TrainingComponents
@@ -94,7 +94,7 @@ class SamplePredictions:
         """The samples and what the model answers now; none of them when it is not time."""
         if not self.questions or not (last or step % self.config.log.predictions_interval_steps == 0):
             return []
-        progress.at("validation/pictures")
+        failpoint("validation/pictures", progress=True)
         for stage in self.run.stages:
             if stage.ddp_config.overlap_param_gather:
                 stage.start_param_sync(force_sync=True)  # else they are gathered in the next forward pass

@@ -26,8 +26,9 @@ from ..resilience.journal import Journal
 from ..resilience.loss_guard import LossGuard
 from ..resilience.replica_check import check_replica_weights
 from ..resilience.watchdog import Watchdog
-from ..runtime import failpoints, log, progress
+from ..runtime import failpoints, log
 from ..runtime.durable_files import publish
+from ..runtime.failpoints import failpoint
 from ..runtime.stop_signals import EXIT_REQUEUE, EXIT_STOPPED, StopRequest, exit_now
 from .builder import TrainingComponents, batches_from, build_components, describe
 from .optimizer import Schedule, apply_settings
@@ -47,7 +48,7 @@ def pretrain(config: Config, request: StopRequest | None = None) -> int:
     """
     started_at, request = time.time(), request or StopRequest()
     launch = check_launch(config)
-    failpoints.plan(config.run.fault_injection, launch.rank)
+    failpoints.schedule_faults(config.run.fault_injection, launch.rank)
     start = prepare_inputs(config, check_ranks(config, launch.world_size))
     journal = Journal(config.run_dir)
     if reason := refuse_crash_loop(config, start, journal):
@@ -62,7 +63,7 @@ def pretrain(config: Config, request: StopRequest | None = None) -> int:
     with log.failures(), status.failures(), watchdog, out_of_memory.explained(config):
         context = record_start(config, start, journal, watchdog, request, status)
         status.record_state("starting")
-        progress.at("start/load")
+        failpoint("start/load", progress=True)
         run = build_components(config, start, topology)
         describe(config, start, run)
         run.checkpoints.check_disk_space()
@@ -119,7 +120,7 @@ def train_loop(
         metrics.data_ready(batch)
         goodput.switch("step")
         failpoints.begin_step(position.step + 1)
-        progress.at("step/begin")
+        failpoint("step/begin", progress=True)
         position = replace(position, place=rollback_data_offsets.get(position.step, position.place))
         learning_rate = schedule.set(start.end.progress(position.step, position.place))
         health.begin_step(
@@ -150,7 +151,7 @@ def train_loop(
             end = stop_run(config, reason, context.status)
             break
         metrics.resume_clock()
-        progress.at("step/end")
+        failpoint("step/end", progress=True)
         context.watchdog.heartbeat("waiting for data")
         goodput.switch("data")
         if batch.is_last or request.is_agreed:

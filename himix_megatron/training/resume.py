@@ -33,8 +33,8 @@ from ..data.text.tokenizer import load_tokenizer
 from ..distributed.control_group import ControlGroup
 from ..distributed.fused_kernels import Kernels, detect
 from ..distributed.megatron_config import attention_core, check_fp8, check_graphs
-from ..runtime import failpoints
 from ..runtime.durable_files import publish
+from ..runtime.failpoints import failpoint
 
 logger = logging.getLogger(__name__)
 
@@ -246,7 +246,7 @@ def restore_or_initialize(config: Config, start: RunInputs, checkpoints: Checkpo
     Returns: where the run stands.
     """
     position = Position(step=0, place=START, data=start.plan.fingerprint_fields())
-    failpoints.reach("start/restore")
+    failpoint("start/restore")
     if start.continues:
         assert start.checkpoint is not None
         position = checkpoints.restore(start.checkpoint, verified=True)
@@ -258,7 +258,7 @@ def restore_or_initialize(config: Config, start: RunInputs, checkpoints: Checkpo
         checkpoints.load_weights(start.checkpoint, verified=True)
     elif "language" not in config.train.trainable_parts:
         logger.warning("the language model is fresh and frozen: give pretrained weights with --checkpoint.init-from")
-    failpoints.reach("start/restored")
+    failpoint("start/restored")
     check_tower(start, checkpoints)
     if torch.distributed.get_rank() == 0:
         publish(config.run_dir / "config.json", to_json(config).encode())

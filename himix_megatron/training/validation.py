@@ -9,7 +9,7 @@ import torch
 from ..config import Config
 from ..data.loading.loader import step_loader
 from ..data.loading.plan import SamplingPlan, StepPlan, TrainingLength
-from ..runtime import progress
+from ..runtime.failpoints import failpoint
 from .builder import TrainingComponents, step_reader
 from .resume import RunInputs
 from .startup import RunContext
@@ -42,7 +42,7 @@ class Validation:
         total = tokens = 0.0
         batches = step_loader(self.reader, self._steps(self.plan), self.config.data.num_workers)
         for batch, images in synced_batches(self.run, batches, self.context.request):
-            progress.at("validation/step")
+            failpoint("validation/step", progress=True)
             reported = run_schedule(self.run, batch, images, forward_only=True)
             counts, _, _ = count(self.config, self.run.topology, batch, reported)
             if counts.answer_tokens:
