@@ -30,6 +30,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from himix_megatron.config import Config, check_ranks
+from himix_megatron.monitoring.run_status import read_status
 from himix_megatron.runtime.stop_signals import EXIT_REQUEUE
 from pipelines.cli import parse, parse_settings, run_main
 from pipelines.launchers.local_ranks import run_ranks
@@ -37,7 +38,6 @@ from pipelines.pretrain import with_data
 
 PROGRAM = "python -m pipelines.scaling"
 BATCH_SCRIPT = Path("slurm/pretrain_himix.sh")
-STEP_LINE = re.compile(r"step (\d+)/(\d+) +loss .*")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -286,33 +286,32 @@ def run_one(series: Series, member: Member, title: str, request: Asked) -> str |
 
 
 class Progress:
-    """How far a run is, from its log: one line that is written over on a terminal, elsewhere one every 30 s."""
+    """How far a run is, from its status.json: one line that is rewritten on a terminal, elsewhere one every 30 s."""
 
     def __init__(self, title: str, run_dir: Path):
-        self.title, self.log = title, run_dir / "log" / "rank-000.log"
+        self.title, self.run_dir, self.started_at = title, run_dir, time.time()
         self.is_terminal = sys.stdout.isatty()
         self.interval_seconds = 1.0 if self.is_terminal else 30.0
         self.next = time.monotonic() + self.interval_seconds
-        self.begin = self.log.stat().st_size if self.log.is_file() else 0  # what an earlier start wrote is not news
 
     def show(self) -> None:
         """Print if it is time to."""
         if time.monotonic() >= self.next:
             self.next = time.monotonic() + self.interval_seconds
-            line = f"{self.title}: {self._last() or 'starting'}"
+            line = f"{self.title}: {self._progress()}"
             width = shutil.get_terminal_size().columns - 1
             print(f"\r{line[:width]:<{width}}" if self.is_terminal else line, end="" if self.is_terminal else "\n", flush=True)
 
-    def _last(self) -> str | None:
-        if not self.log.is_file():
-            return None
-        with self.log.open("rb") as file:
-            file.seek(max(self.begin, file.seek(0, os.SEEK_END) - 8192))
-            found = [line.group() for line in STEP_LINE.finditer(file.read().decode(errors="replace"))]
-        return found[-1] if found else None
+    def _progress(self) -> str:
+        status = read_status(self.run_dir)
+        if status is None or status.started_at < self.started_at or not status.step:  # of an earlier launch, or no step yet
+            return "starting"
+        rate = "" if status.step_seconds is None else f"  {status.step_seconds:.3f} s/step"
+        loss = "" if status.loss is None else f"  loss {status.loss:.6f}"
+        return f"step {status.step}/{status.planned_steps}{loss}{rate}"
 
     def end(self, line: str) -> None:
-        """The last word on this run."""
+        """Print the last line of this run."""
         width = shutil.get_terminal_size().columns - 1
         print(f"\r{line:<{width}}" if self.is_terminal else line, flush=True)
 

@@ -1,6 +1,6 @@
-"""The doctor between nodes: do the ranks meet, how fast is each pair, are versions and the folder the same, do collectives work.
+"""The doctor between nodes: do the ranks meet, how fast is each pair, do versions and the folder agree, does all-reduce work.
 
-Ranks meet at a store, like those of a run. One rank per node (all ranks, if there is one node) then measures its peers by plain
+Ranks meet at a store, like those of a run. One rank per node (all ranks, if there is one node) then measures its peers by
 TCP, at the address by which it reaches rank 0's node: all pairs of up to 8 nodes, a ring of more. Every wait has a limit.
 """
 
