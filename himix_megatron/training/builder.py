@@ -22,10 +22,11 @@ from ..data.loading.vision_reader import FeatureReader
 from ..data.loading.webdataset_stream import Stream, stream_steps
 from ..distributed.megatron_config import kernel_lines, overlaps, params_dtype, text_multiple
 from ..distributed.topology import Topology
+from ..model.feature_prefetch import FeaturePrefetcher
 from ..model.himix_model import build_stage, finalize_gradients
 from ..model.micro_batch_graphs import MicroBatchGraphs
-from ..model.vision_encoder import FeaturePrefetcher, ShardedVisionEncoder, encoder_share
-from ..model.vision_tower import build_tower
+from ..model.towers import build_tower
+from ..model.vision_encoder import ShardedVisionEncoder, encoder_share
 from ..monitoring.pipeline_timers import ScheduleTimers
 from .optimizer import build_optimizer
 from .resume import RunInputs

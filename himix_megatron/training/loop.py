@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 def pretrain(config: Config, request: StopRequest | None = None) -> int:
     """Train one run to its last step, or continue it. `request`: where it has been listened for longer already.
 
-    Returns: 0 at the last step; 85 (`EXIT_REQUEUE`) if it was asked to stop and saved; 3 (`EXIT_STOPPED`) if it gave up on
+    Returns: 0 at the last step; 85 (`EXIT_REQUEUE`) after a stop request, saved; 3 (`EXIT_STOPPED`) if it gave up on
     purpose, with the reason in RUN/STOP. Raises: ValueError for a user's mistake, before ranks meet.
     """
     started_at, request = time.time(), request or StopRequest()
@@ -165,7 +165,7 @@ def train_loop(
         else:
             run.checkpoints.finish()
     if end == EXIT_REQUEUE:
-        logger.info("asked to stop (%s): step %d is saved", request.received, policy.step)
+        logger.info("stop requested (%s): step %d is saved", request.received, policy.step)
     metrics.close()
     ledger.close()
     if isinstance(end, int):

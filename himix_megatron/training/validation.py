@@ -33,7 +33,7 @@ class Validation:
     def measure(self, step: int, *, last: bool) -> float | None:
         """Mean loss over the answer tokens of the set's first samples, in its own fixed order.
 
-        None: not now, no answers, or asked to stop meanwhile.
+        None: not now, no answers, or a stop request meanwhile.
         """
         if self.plan is None or self.reader is None:
             return None
