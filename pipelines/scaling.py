@@ -233,8 +233,8 @@ def nodes_of(world_size: int, gpus_per_node: int) -> tuple[int, int]:
 
 def run(series: Series, members: Sequence[Member]) -> int:
     """Run one size after the other on this machine. Returns: the exit code."""
-    request = StopRequest(COMMAND_STOP_SIGNALS)
-    request.on_request(lambda _: None)  # `watch` sees it, and lets the ranks save first
+    request = StopRequest(COMMAND_STOP_SIGNALS, on_request=lambda _: None)  # `watch` sees it, and lets the ranks save first
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for one rank too: sizes are to be compared
     unfinished: list[str] = []
     for number, member in enumerate(members, 1):
         title = f"[{number}/{len(members)}] {member}"
@@ -264,7 +264,7 @@ def run_one(series: Series, member: Member, title: str, request: StopRequest) ->
         progress.show()
         return request.received is not None
 
-    ending = run_ranks(command, member.world_size, output, watch)
+    ending = run_ranks(command, member.world_size, watch, output)
     seconds = time.monotonic() - started
     outcome = None if ending.code == 0 and member.finished else str(ending)
     series.note(member, state=outcome or "finished", exit_code=ending.code, seconds=round(seconds, 1))

@@ -18,8 +18,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from himix_megatron.runtime.process import free_port
 from tests.support import ROOT
-from tests.support.ranks import free_port
 from tools.doctor import __main__ as doctor
 from tools.doctor import machine, network, software
 from tools.doctor.finding import Finding
