@@ -25,7 +25,7 @@ find_python = $(shell for python in $(1); do \
     "$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, $(2)))' 2>/dev/null && echo "$$python" && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help newcomer setup quickstart test test-fast lint test-py312 python-py312 campaign-convert-7b campaign-data campaign-faults campaign-saves bench-checkpoint bench-data bench-model bench-pipeline tensorboard clean campaign-slurm bench-plan gpu-check docs docs-serve
+.PHONY: help newcomer setup quickstart test test-fast lint test-py312 python-py312 campaign-convert-7b campaign-data campaign-faults campaign-saves bench-checkpoint bench-data bench-model bench-pipeline tensorboard clean campaign-slurm gpu-check docs docs-serve
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -87,9 +87,6 @@ bench-pipeline: $(VENV)/complete ## How evenly pipeline stages work, by where th
 
 gpu-check: $(VENV)/complete ## Is it right on the GPU of this machine? Without one: the same checks, tiny (3 minutes on 2 cores)
 	$(VENV)/bin/python -m tools.gpu_check --stage correctness --out runs/gpu-check $(GPU_CHECK_ARGS)
-
-bench-plan: $(VENV)/complete ## Measure this CPU and 13 layouts on it, beside the planner's predictions (3 minutes, alone on 2 cores)
-	$(VENV)/bin/python -m tools.plan --measure
 
 tensorboard: $(VENV)/complete ## TensorBoard over all runs, on this machine only
 	$(VENV)/bin/tensorboard --logdir runs --host 127.0.0.1

@@ -4,8 +4,6 @@
     python -m tools.plan vicuna_7b_instruct --gpus 8 --gpu a100-80gb --price-per-gpu-hour 1.8
     python -m tools.plan vicuna_7b_instruct --gpus 8 --machine-file DIR/machine.json    at rates that were measured here
     python -m tools.plan --compare published        the model beside published speeds of text-only GPTs, row by row
-    python -m tools.plan --compare cpu              and beside layouts that were measured on a CPU
-    python -m tools.plan --measure                  measure this machine's CPU and its layouts (three minutes, alone)
 
 The model is described in docs/planner.md. It is arithmetic: believe its order more than its seconds. Memory is that of a
 micro-batch of the longest texts; time that of usual ones.
@@ -49,8 +47,7 @@ class Arguments:
     gpus: int | None = None
     """How many."""
     gpu: str = "h100-80gb"
-    """Which: a100-40gb, a100-80gb, h100-80gb, h100-80gb-pcie, h100-94gb-nvl, h200-141gb, b200-180gb; cpu is what --measure
-    measured."""
+    """Which: a100-40gb, a100-80gb, h100-80gb, h100-80gb-pcie, h100-94gb-nvl, h200-141gb, b200-180gb."""
     machine_file: Path | None = None
     """Measured rates, which tools.gpu_check writes as DIR/machine.json, in place of --gpu's assumed ones."""
     interconnect: str | None = None
@@ -75,17 +72,14 @@ class Arguments:
     """In any currency."""
     show: int = 10
     """Layouts to list."""
-    compare: Literal["published", "cpu"] | None = None
-    """Show the model's predictions beside published step times, or beside measured ones, and nothing else."""
-    measure: bool = False
-    """Measure this CPU and its layouts into docs/planner_cpu.json; leave the machine alone meanwhile. Exit code 1: their order
-    is not the predicted one (Kendall's tau below 0.7)."""
+    compare: Literal["published"] | None = None
+    """Print the predictions beside published step times, and nothing else."""
 
 
 def check(arguments: Arguments) -> None:
     """Raises: ValueError naming the flag."""
     if arguments.recipe is None:
-        raise ValueError(f"no recipe given: there are {', '.join(RECIPES)}; or --compare published, --compare cpu, --measure")
+        raise ValueError(f"no recipe given: there are {', '.join(RECIPES)}; or --compare published")
     if arguments.recipe.replace("-", "_") not in RECIPES:
         raise ValueError(f"unknown recipe {arguments.recipe}: there are {', '.join(RECIPES)}")
     if arguments.gpus is None:
@@ -150,7 +144,7 @@ def choose(config: Config, machine: Machine, gpus: int, sample: Sample) -> list[
     Raises: ValueError, one line, where none does: what is too big, by how much, what to change.
     """
     found = list(plans(config, machine, gpus, sample))
-    room = machine.memory_gib if machine.cores is None else machine.memory_gib / gpus
+    room = machine.memory_gib
     fitting = sorted((plan for plan in found if plan.peak_gib <= room), key=lambda plan: (plan.seconds, plan.peak_gib))
     if fitting:
         return fitting
@@ -266,19 +260,10 @@ def plan(arguments: Arguments) -> None:
 def main() -> int:
     """The command line."""
     arguments = parse_settings(Arguments, sys.argv[1:], "python -m tools.plan", __doc__)
-    if arguments.measure:
-        from tools.planner.measured import measure
-
-        return 0 if measure(print) else 1
-    elif arguments.compare == "published":
+    if arguments.compare == "published":
         from tools.planner.published import compared
 
         for line in compared():
-            print(line)
-    elif arguments.compare == "cpu":
-        from tools.planner.measured import compared as compared_with_measured
-
-        for line in compared_with_measured():
             print(line)
     else:
         plan(arguments)

@@ -1,6 +1,6 @@
 """Saves of a run, one at a time: the steps of the protocol, in the background or not, and what happens when one fails.
 
-On every rank a save passes these points, in this order (`faults.reach`):
+On every rank a save passes these points, in this order (`failpoint`):
 
     save/begin        nothing has happened yet                                                            the training thread
     save/snapshot     the state has been copied (async), or lies where it is (sync)                         "
@@ -32,8 +32,8 @@ import torch
 
 from ..config import CheckpointConfig
 from ..distributed.control_group import ControlGroup, SaveError
-from ..runtime import failpoints, progress
 from ..runtime.durable_files import FileDigest, publish, sync_folder
+from ..runtime.failpoints import failpoint
 from . import manifest
 from .run_lock import RunLock
 from .snapshot import Snapshot, own_files, write
@@ -80,7 +80,7 @@ class CheckpointWriter:
         """Rank 0 does its part; every rank comes to the point."""
 
         def reach_and_do() -> None:
-            failpoints.reach(f"save/{point}")
+            failpoint(f"save/{point}")
             if self.ranks.rank == 0:
                 part()
 
@@ -101,7 +101,7 @@ class CheckpointWriter:
 
     def _sync(self, writing: Path) -> dict[str, FileDigest]:
         def part() -> dict[str, FileDigest]:
-            failpoints.reach("save/sync")
+            failpoint("save/sync")
             return manifest.sync_and_digest(writing, own_files(writing, self.ranks.rank))
 
         return {name: digest for own in self.ranks.on_all_ranks(part) for name, digest in own.items()}
@@ -180,7 +180,9 @@ class AsyncSaves:
         if self._flight is None:
             return
         while not self._flight.done():
-            progress.at("wait/save")  # this rank waits, and does not hang: the watch here knows for how long it may
+            failpoint(
+                "wait/save", progress=True
+            )  # this rank waits, and does not hang: the watch here knows for how long it may
             left = self._started + self.settings.timeout_seconds - time.monotonic()
             if left <= 0:
                 self._give_up()

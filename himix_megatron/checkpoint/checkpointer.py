@@ -35,8 +35,8 @@ from ..config import Config, Part, current_fields
 from ..data.loading.plan import DataPosition
 from ..distributed.control_group import ControlGroup
 from ..model.himix_model import unwrap_model
-from ..runtime import progress
 from ..runtime.durable_files import publish, write_synced
+from ..runtime.failpoints import failpoint
 from .async_save import AsyncSaves, CheckpointWriter
 from .distributed_optimizer import DistributedOptimizerCopy, divided_part
 from .manifest import (
@@ -291,7 +291,7 @@ class Checkpoints:
 
     def _snapshot(self) -> Callable[[], Snapshot]:
         """This rank's state as of now. An error of this rank is kept for all to agree on."""
-        failure = _error_of(lambda: progress.at("save/begin"))
+        failure = _error_of(lambda: failpoint("save/begin", progress=True))
         for stage in self.stages:
             if stage.ddp_config.overlap_param_gather:
                 stage.start_param_sync(force_sync=True)  # else they are gathered in the next forward pass
@@ -312,7 +312,7 @@ class Checkpoints:
 
         if mode == "async":
             failure = failure or _error_of(copy)
-        failure = failure or _error_of(lambda: progress.at("save/snapshot"))
+        failure = failure or _error_of(lambda: failpoint("save/snapshot", progress=True))
         return partial(_or_raise, snapshot, failure)
 
     @cached_property
@@ -353,11 +353,11 @@ class Checkpoints:
         """
         self._verify(folder, verified)
         description = check_architecture(folder, self.config)
-        progress.at("restore/read")
+        failpoint("restore/read", progress=True)
         state = _model_state(self.stages)
         state["optimizer"] = _optimizer_state(self.optimizer, state, loading=True)
         loaded = dist_checkpointing.load(state, str(folder))
-        progress.at("restore/put")
+        failpoint("restore/put", progress=True)
         self._put(loaded)
         assert self.optimizer is not None
         _load_optimizer(self.optimizer, loaded["optimizer"])
@@ -371,7 +371,7 @@ class Checkpoints:
         Raises: DamagedError if none is; RuntimeError as `poll`.
         """
         self.saves.wait()
-        progress.at("recovery/verify")
+        failpoint("recovery/verify", progress=True)
         folders = self.ranks.on_rank_zero(lambda: complete_checkpoints(self.run_dir)[::-1])
         folder = latest_intact(folders, self.ranks)
         self.ranks.on_rank_zero(lambda: quarantine(folders[: folders.index(folder)]))

@@ -35,8 +35,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import SavePlan
 
 from ..distributed.control_group import ControlGroup, SaveError
-from ..runtime import failpoints
 from ..runtime.durable_files import write_synced
+from ..runtime.failpoints import failpoint
 
 COMMON, CONFIG = "common.pt", "metadata.json"
 """megatron-core's names."""
@@ -134,7 +134,7 @@ class _Writer(torch_checkpoint.FileSystemWriter):  # type: ignore[misc]
         return plan
 
     def write_data(self, plan: SavePlan, planner: MCoreSavePlanner) -> Any:
-        failpoints.reach("save/tensors")
+        failpoint("save/tensors")
         try:
             # One thread: torch loses the errors of further ones, and the tensors with them.
             return super().write_data(plan, planner)

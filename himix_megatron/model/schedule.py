@@ -13,7 +13,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from ..runtime import progress
+from ..runtime.failpoints import failpoint
 from .loss import answer_loss
 from .micro_batch_graphs import MicroBatchGraphs
 from .stage_input import StageInput
@@ -64,15 +64,15 @@ def _run(
     def forward_step(iterator: Iterator[StageInput], stage: DistributedDataParallel) -> tuple[Tensor, Any]:
         given = next(iterator)
         if not forward_only:
-            progress.at("step/forward")
+            failpoint("step/forward", progress=True)
         if graphs is not None:
             loss = graphs.run(given, lambda own, losses: report(own)(losses))
-            progress.at("step/backward")
+            failpoint("step/backward", progress=True)
             # Its backward pass is done: what the schedule goes back through is this number alone.
             return loss[0].requires_grad_(), lambda total: (total, *loss[1:])
         output = given.through(stage)
         if output.requires_grad:
-            output.register_hook(lambda _: progress.at("step/backward"))  # type: ignore[no-untyped-call]
+            output.register_hook(lambda _: failpoint("step/backward", progress=True))  # type: ignore[no-untyped-call]
         return output, report(given)
 
     num_samples, length = inputs[0].text_ids.shape

@@ -2,9 +2,9 @@
 a line of the log, in TensorBoard and in status.json.
 
 What a step processed is known on all ranks (`StepCounts`). The rest is added up on each rank and gathered once an interval.
-Rates count real tokens, samples and images over the time of the steps: they exclude padding, samples that could not be read, and
-the time of saves and validations. FLOPs are the model's (costs/flops.py): they exclude recomputation, count causal attention as
-causal, and frozen parts as forward only.
+Rates count real tokens, samples and images over the time of the steps: they exclude padding, samples that could not be read,
+and the time of saves and validations. FLOPs are the model's (costs/flops.py): they exclude recomputation, count causal attention
+as causal, and frozen parts as forward only.
 """
 
 from __future__ import annotations
@@ -333,8 +333,8 @@ def fill_points(config: Config, ranks: Sequence[RankSums], packs: int) -> dict[s
 
 
 def pipeline_points(topology: Topology, ranks: Sequence[RankSums], seconds: float, steps: int) -> dict[str, float]:
-    """How long each stage computes in a step. With several stages also the bubble: the share of a schedule, up to the end of its
-    last pass, in which a stage is idle, averaged over stages."""
+    """How long each stage computes in a step. With several stages also the bubble: the share of a schedule, up to the end of
+    its last pass, in which a stage is idle, averaged over stages."""
     T, D, P = topology.tensor_size, topology.data_size, topology.pipeline_size
     # A replica's schedule takes as long as that of its slowest stage (rank = t + T x (d + D x p)).
     spans = [max(ranks[t + T * (d + D * p)].schedule_seconds for p in range(P) for t in range(T)) for d in range(D)]

@@ -1,8 +1,8 @@
 """How long a pipeline stage computes, and how long it waits for other stages, from the timers of megatron-core's schedules.
 
 Flows in: the schedule's calls at the start and end of each forward and backward pass of a micro-batch; out: the seconds within
-passes, and from the schedule's start to the end of its last pass. The time between passes is the bubble. On a GPU the times come
-from CUDA events, so queued work counts when it runs.
+passes, and from the schedule's start to the end of its last pass. The time between passes is the bubble. On a GPU the times
+come from CUDA events, so queued work counts when it runs.
 """
 
 from __future__ import annotations

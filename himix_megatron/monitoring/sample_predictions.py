@@ -28,7 +28,7 @@ from ..distributed.topology import Topology
 from ..inference.generator import Answerer, Prompt
 from ..model.himix_model import unwrap_model
 from ..model.vision_tower import Tower
-from ..runtime import progress
+from ..runtime.failpoints import failpoint
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class SamplePredictions:
         """The samples with the model's answers now; empty unless it is time."""
         if not self.questions or not (last or step % self.config.log.predictions_interval_steps == 0):
             return []
-        progress.at("validation/pictures")
+        failpoint("validation/pictures", progress=True)
         for stage in self.stages:
             if stage.ddp_config.overlap_param_gather:
                 stage.start_param_sync(force_sync=True)  # else they are gathered in the next forward pass

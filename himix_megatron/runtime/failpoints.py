@@ -1,13 +1,14 @@
-"""Faults on purpose, at named points, so that recovery is proven by real ones. Off without `--run.fault-injection`.
+"""Failpoints: named points of a run, at which faults are injected and from which the watchdog sees progress.
 
-Flows in: the points that the product passes (`reach("save/manifest")`), and a plan; out: nothing, or a real fault of this
-process: a signal, a crash, a cut network, a full disk. A plan is a file of one JSON object a line:
+Flows in: the points that the code passes (`failpoint("save/manifest")`), and with `--run.fault-injection` a schedule; out:
+calls of listeners, and real faults of this process: a signal, a crash, a cut network, a full disk. A schedule is a file with
+one JSON object per line:
 
     {"kind": "kill", "point": "step/backward", "step": 7, "rank": 1}
 
-Each happens once, when its rank first comes to its point in that step or a later one, and not before all lines above it have
-happened; PLAN.done/ remembers that over restarts. A setting, not a variable of the environment, plans them: config.json and the
-log then show it, and nobody inherits it unawares.
+Each fault happens once, when its rank first reaches its point in that step or a later one, and only after all lines above it
+have happened; FILE.done/ records that over restarts. A setting and not an environment variable names the schedule, so that
+config.json and the log show it and no other run inherits it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -35,20 +36,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fault:
-    """One line of a plan."""
+    """One line of a schedule."""
 
     kind: str
     """A key of `KINDS`."""
     point: str
-    """Where, e.g. `step/backward`; `save/*` is any point of a save."""
+    """Name of a failpoint, e.g. `step/backward`; `save/*` matches any point of a save."""
     step: int = 0
-    """The earliest optimizer step; 0: from the start on, before the first step as well."""
+    """The earliest optimizer step; 0: any time, also before the first step."""
     rank: int = 0
-    """Of the process that it happens to."""
+    """The rank of the process that it happens to."""
     delay_seconds: float = 0.0
-    """How long after the point it happens, wherever the process is then."""
+    """Delay after the point, wherever the process is then."""
     once: bool = True
-    """False: in that step alone, but each time that it is done, as with a bad batch; lines below do not wait for it."""
+    """False: only in that step, but each time the step is executed (as with a bad batch); lines below do not wait for it."""
 
     def __post_init__(self) -> None:
         for name, wanted in get_type_hints(Fault).items():
@@ -57,63 +58,64 @@ class Fault:
                 raise TypeError(f"{name} is {value!r}")
 
 
-def reach(point: str) -> None:
-    """Say that this process has come to a named point, such as `step/backward` or `save/rename`."""
-    if _plan is not None:
-        _plan.reach(point)
+listeners: list[Callable[[str, bool], None]] = []
+"""Called at every failpoint of this process, on its thread, with the name and whether it is progress."""
 
 
-def spoil(point: str, *tensors: Any) -> None:
-    """The same where a fault may change numbers: `tensors`."""
-    if _plan is not None:
-        _plan.reach(point, *tensors)
+def failpoint(name: str, tensors: Iterable[Any] = (), *, progress: bool = False) -> None:
+    """This process has reached a named point, such as `step/backward` or `save/rename`.
+
+    Args: `tensors`: values that a fault may corrupt here; `progress`: the point is on the main thread, and reaching it means
+    that this rank does not hang.
+    """
+    for listener in listeners:
+        listener(name, progress)
+    if _schedule is not None:
+        _schedule.reach(name, tensors)
 
 
 def begin_step(step: int) -> None:
-    """Say which optimizer step this process is about to take."""
-    if _plan is not None:
-        _plan.step = step
+    """This process begins an optimizer step."""
+    if _schedule is not None:
+        _schedule.step = step
 
 
-def plan(file: str | None, rank: int) -> None:
-    """Plan the faults of this process, or none. Raises: ValueError for a line that is no fault."""
-    global _plan
-    _plan = None
-    if file is not None:
-        _plan = FaultSchedule(read_plan(Path(file)), Path(file), rank)
+def schedule_faults(file: str | None, rank: int) -> None:
+    """Schedule the faults of this process, or none. Raises: ValueError for a line that is not a fault."""
+    global _schedule
+    _schedule = None if file is None else FaultSchedule(read_faults(Path(file)), Path(file), rank)
 
 
-def read_plan(file: Path) -> list[Fault]:
-    """The lines of a plan. Raises: ValueError naming one that is no fault."""
+def read_faults(file: Path) -> list[Fault]:
+    """The lines of a schedule. Raises: ValueError naming one that is not a fault."""
     faults = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        where = f"run.fault_injection {file}, line {number}"
         try:
             fault = Fault(**json.loads(line))
         except (TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"run.fault_injection {file}, line {number} is no fault: {error}") from error
+            raise ValueError(f"{where} is not a fault: {error}") from error
         if fault.kind not in KINDS:
-            raise ValueError(
-                f"run.fault_injection {file}, line {number}: kind is {fault.kind}: wanted one of {', '.join(KINDS)}"
-            )
+            raise ValueError(f"{where}: kind is {fault.kind}: wanted one of {', '.join(KINDS)}")
         faults.append(fault)
     return faults
 
 
 class FaultSchedule:
-    """What is to happen to this process, and what of it has."""
+    """The faults of this process, and a folder with a marker for each that has happened."""
 
     def __init__(self, faults: list[Fault], file: Path, rank: int) -> None:
         self.faults, self.rank, self.step = faults, rank, 0
         self.done = file.with_name(f"{file.name}.done")
         self.done.mkdir(exist_ok=True)
 
-    def reach(self, point: str, *tensors: Any) -> None:
+    def reach(self, point: str, tensors: Iterable[Any]) -> None:
         for number, fault in enumerate(self.faults):
             if fnmatchcase(point, fault.point) and fault.rank == self.rank and self._is_due(number, fault):
-                logger.warning("planned fault %d: %s at %s, step %d", number, fault.kind, point, self.step)
+                logger.warning("injected fault %d: %s at %s, step %d", number, fault.kind, point, self.step)
                 happen = KINDS[fault.kind]
                 if fault.delay_seconds:
-                    threading.Timer(fault.delay_seconds, happen, tensors).start()
+                    threading.Timer(fault.delay_seconds, happen, tuple(tensors)).start()
                 else:
                     happen(*tensors)
 
@@ -123,7 +125,7 @@ class FaultSchedule:
         if self.step < fault.step or any(not self._mark(i).exists() for i in range(number) if self.faults[i].once):
             return False
         try:
-            self._mark(number).touch(exist_ok=False)  # before it happens: afterwards there may be nobody to say so
+            self._mark(number).touch(exist_ok=False)  # before it happens: afterwards this process may be gone
         except FileExistsError:
             return False
         return True
@@ -132,7 +134,7 @@ class FaultSchedule:
         return self.done / f"{number:03d}"
 
 
-_plan: FaultSchedule | None = None
+_schedule: FaultSchedule | None = None
 
 
 # ---- kinds ---------------------------------------------------------------------------------------------------------
@@ -155,7 +157,7 @@ def _exit(*_: Any) -> None:
 
 
 def _error(*_: Any) -> None:
-    raise RuntimeError("a planned error")
+    raise RuntimeError("an injected error")
 
 
 def _out_of_memory(*_: Any) -> None:
@@ -224,4 +226,4 @@ KINDS: dict[str, Callable[..., None]] = {
     "slow": lambda *_: time.sleep(2.0),
     "nan": _nan,
 }
-"""What can happen. `..._node`: to the whole process group, of which a launcher is the head; `note`: a line in the log only."""
+"""Kinds of faults. `..._node`: of the whole process group (a launcher and its ranks); `note`: only a line in the log."""

@@ -1,7 +1,7 @@
 """Training: from a configuration to a trained run folder, at any layout of ranks.
 
-`pretrain` is the table of contents; `TrainLoop` runs the steps. A step: wait for the batch and its features, run megatron-core's
-schedule over the micro-batches, clip, update, report; at intervals validate, show predictions and save.
+`pretrain` is the table of contents; `TrainLoop` runs the steps. A step: wait for the batch and its features, run
+megatron-core's schedule over the micro-batches, clip, update, report; at intervals validate, show predictions and save.
 """
 
 from __future__ import annotations
@@ -135,9 +135,7 @@ def roll_back(config: Config, run: TrainingComponents, context: RunContext, spik
 class TrainLoop:
     """Takes steps from a position to the last step, a stop or a rollback."""
 
-    def __init__(
-        self, config: Config, inputs: RunInputs, run: TrainingComponents, position: Position, context: RunContext
-    ):
+    def __init__(self, config: Config, inputs: RunInputs, run: TrainingComponents, position: Position, context: RunContext):
         self.config, self.inputs, self.components, self.position, self.context = config, inputs, run, position, context
         self.request, self.goodput = context.request, context.goodput
         journal, topology, stages = context.journal, run.topology, run.stages
@@ -212,9 +210,7 @@ class TrainLoop:
         learning_rate = self.schedule.set(length.progress(self.position.step, place))
         data_remains = not length.reached(self.policy.saved_step, batch.after)
         self.loss_guard.begin_step(step, can_roll_back=self.policy.can_roll_back and data_remains)
-        with profiled(
-            self.config.run_dir, self.components.topology, enabled=step in self.config.log.profile_steps, step=step
-        ):
+        with profiled(self.config.run_dir, self.components.topology, enabled=step in self.config.log.profile_steps, step=step):
             counts, grad_norm, decision = train_step(self.config, self.components, batch, images, self.loss_guard.check)
         if decision.action == "rollback":
             self.position = replace(self.position, place=place)
@@ -252,9 +248,7 @@ class TrainLoop:
         return end
 
 
-def _metrics(
-    config: Config, inputs: RunInputs, run: TrainingComponents, first_step: int, status: RunStatusWriter
-) -> Metrics:
+def _metrics(config: Config, inputs: RunInputs, run: TrainingComponents, first_step: int, status: RunStatusWriter) -> Metrics:
     reporter = None
     if run.topology.rank == 0:
         from ..monitoring.tensorboard import TensorBoardReporter  # importing TensorBoard takes a second

@@ -1,7 +1,7 @@
 """Where a launch continues: the checkpoint it starts from, its lock on the run folder, and whether starting helps at all.
 
-Flows in: Config and RunInputs; out: a `ResumePoint`, then a Position. The run folder stays as it is until the launch is known to
-be able to start.
+Flows in: Config and RunInputs; out: a `ResumePoint`, then a Position. The run folder stays as it is until the launch is known
+to be able to start.
 """
 
 from __future__ import annotations

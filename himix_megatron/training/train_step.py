@@ -20,7 +20,7 @@ from ..model.schedule import run_losses
 from ..model.stage_input import stage_inputs
 from ..monitoring.metrics import StepCounts
 from ..resilience.loss_guard import StepDecision
-from ..runtime import failpoints, progress
+from ..runtime.failpoints import failpoint
 from ..runtime.stop_signals import StopRequest
 from .builder import TrainingComponents
 from .optimizer import gradient_norm, update
@@ -47,7 +47,7 @@ def _read(batches: Iterable[StepBatch], device: torch.device) -> Iterator[StepBa
     """The steps, ready to be copied to the device; they are read, and made ready, on a thread beside the training."""
     source = iter(batches)
     while True:
-        failpoints.reach("data/wait")
+        failpoint("data/wait")
         if (batch := next(source, None)) is None:
             return
         yield pinned(batch) if device.type != "cpu" else batch
@@ -85,13 +85,13 @@ def train_step(
         stage.zero_grad_buffer()
     run.optimizer.zero_grad()
     reported = run_schedule(run, batch, images, forward_only=False)
-    failpoints.spoil("step/gradient", *(buffer.grad_data for stage in run.stages for buffer in stage.buffers))
+    failpoint("step/gradient", (buffer.grad_data for stage in run.stages for buffer in stage.buffers))
     own_norm, own_finite = gradient_norm(run.optimizer), has_finite_gradients(run)
-    progress.at("step/collective")
+    failpoint("step/collective", progress=True)
     counts, finite, norm = count(config, run.topology, batch, reported, finite=own_finite, norm=own_norm)
     decision = check(counts.loss, finite)
     if decision.action == "update":
-        progress.at("step/optimizer")
+        failpoint("step/optimizer", progress=True)
         update(run.optimizer, norm, config.optimizer.clip_norm)
     return counts, norm, decision
 

@@ -24,7 +24,7 @@ SEED = 318
 def plan(tmp_path: Path) -> Iterator[Path]:
     """A file for a plan; nothing is planned any more when the test has ended."""
     yield tmp_path / "plan.jsonl"
-    failpoints.plan(None, rank=0)
+    failpoints.schedule_faults(None, rank=0)
 
 
 def write(file: Path, *planned: Fault) -> str:
@@ -34,7 +34,7 @@ def write(file: Path, *planned: Fault) -> str:
 
 def happens(point: str) -> bool:
     try:
-        failpoints.reach(point)
+        failpoints.failpoint(point)
     except RuntimeError:
         return True
     return False
@@ -42,24 +42,24 @@ def happens(point: str) -> bool:
 
 def test_a_fault_happens_once_at_its_point_on_its_rank_and_not_before_its_step(plan: Path) -> None:
     file = write(plan, Fault(kind="error", point="step/forward", step=3, rank=1))
-    failpoints.plan(file, rank=0)
+    failpoints.schedule_faults(file, rank=0)
     failpoints.begin_step(3)
     assert not happens("step/forward")
-    failpoints.plan(file, rank=1)
+    failpoints.schedule_faults(file, rank=1)
     failpoints.begin_step(2)
     assert not happens("step/forward")
     failpoints.begin_step(4)  # it does not matter that step 3 has gone by
     assert not happens("step/backward")
     assert happens("step/forward")
     assert not happens("step/forward")
-    failpoints.plan(file, rank=1)  # as after a restart
+    failpoints.schedule_faults(file, rank=1)  # as after a restart
     failpoints.begin_step(4)
     assert not happens("step/forward")
 
 
 def test_faults_wait_for_those_above_them(plan: Path) -> None:
     planned = Fault(kind="error", point="save/begin", step=5), Fault(kind="error", point="start/restore")
-    failpoints.plan(write(plan, *planned), rank=0)
+    failpoints.schedule_faults(write(plan, *planned), rank=0)
     assert not happens("start/restore")
     failpoints.begin_step(5)
     assert happens("save/begin")
@@ -67,43 +67,43 @@ def test_faults_wait_for_those_above_them(plan: Path) -> None:
 
 
 def test_a_lasting_fault_happens_each_time_in_its_step(plan: Path) -> None:
-    failpoints.plan(write(plan, Fault(kind="nan", point="step/gradient", step=2, once=False)), rank=0)
+    failpoints.schedule_faults(write(plan, Fault(kind="nan", point="step/gradient", step=2, once=False)), rank=0)
     found = []
     for step in (1, 2, 3, 2):
         gradient = torch.ones(2, 2)
         failpoints.begin_step(step)
-        failpoints.spoil("step/gradient", gradient)
+        failpoints.failpoint("step/gradient", [gradient])
         found.append(int(gradient.isnan().sum()))
     assert found == [0, 1, 0, 1]
 
 
 def test_a_pattern_is_the_first_of_several_points(plan: Path) -> None:
-    failpoints.plan(write(plan, Fault(kind="error", point="save/*")), rank=0)
+    failpoints.schedule_faults(write(plan, Fault(kind="error", point="save/*")), rank=0)
     assert [happens(point) for point in ("step/end", "save/begin", "save/end")] == [False, True, False]
 
 
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("nonsense", "line 1 is no fault: Expecting value"),
-        ('{"kind": "kill"}', "line 1 is no fault: .*point"),
-        ('{"kind": "kill", "point": "a/b", "when": 3}', "line 1 is no fault: .*when"),
-        ('{"kind": "kill", "point": "a/b", "step": "3"}', "line 1 is no fault: step is '3'"),
-        ("[1]", "line 1 is no fault: "),
+        ("nonsense", "line 1 is not a fault: Expecting value"),
+        ('{"kind": "kill"}', "line 1 is not a fault: .*point"),
+        ('{"kind": "kill", "point": "a/b", "when": 3}', "line 1 is not a fault: .*when"),
+        ('{"kind": "kill", "point": "a/b", "step": "3"}', "line 1 is not a fault: step is '3'"),
+        ("[1]", "line 1 is not a fault: "),
         ('{"kind": "flood", "point": "a/b"}', "line 1: kind is flood: wanted one of kill, "),
     ],
 )
 def test_a_plan_that_says_nothing_is_refused(plan: Path, line: str, said: str) -> None:
     plan.write_text(line + "\n")
     with pytest.raises(ValueError, match=said):
-        failpoints.plan(str(plan), rank=0)
+        failpoints.schedule_faults(str(plan), rank=0)
 
 
 def test_a_run_without_a_plan_passes_all_points() -> None:
     gradient = torch.ones(1)
     failpoints.begin_step(1)
-    failpoints.reach("step/forward")
-    failpoints.spoil("step/gradient", gradient)
+    failpoints.failpoint("step/forward")
+    failpoints.failpoint("step/gradient", [gradient])
     assert gradient.item() == 1
 
 

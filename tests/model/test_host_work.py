@@ -93,7 +93,7 @@ def _count(config: Any, topology: Any) -> Counter[str]:
 
     from himix_megatron.model.attention.mixture_attention import normalise
     from himix_megatron.model.attention.packed_layout import make_layout
-    from tools.bench.decoder import build
+    from tools.bench.decoder_setup import build
 
     model = build(config, topology)
     ids = torch.zeros(1, SAMPLES * TEXT, dtype=torch.long)

@@ -120,12 +120,13 @@ def spiking(config: Config, die_at: int | None = None) -> tuple[int, list[str]]:
         counts, *others = count(config, topology, batch, *arguments, **options)
         return (replace(counts, loss=100 * counts.loss) if batch.after.samples == 64 else counts), *others
 
-    def reach(point: str) -> None:
+    def die(point: str, _: bool) -> None:
         journal = config.run_dir / "journal.jsonl"
         if point == "step/end" and die_at is not None and '"rollback"' in journal.read_text():
             os.kill(os.getpid(), signal.SIGKILL)
 
-    train_step.count, failpoints.reach = count_with_spike, reach
+    train_step.count = count_with_spike
+    failpoints.listeners.append(die)
     return hashes_of(config)
 
 

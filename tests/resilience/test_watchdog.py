@@ -100,7 +100,7 @@ def test_a_stopped_rank_is_named_and_the_others_show_their_stacks(mixed_dataset:
         assert ranks.codes(timeout_seconds=30, but=1) == [1, None, 1]
         for rank in (0, 2):
             assert "no progress for 4 s: rank 1 does not answer" in ranks.log(rank)
-            assert "steps.py" in ranks.log(rank)
+            assert "train_step.py" in ranks.log(rank)
             assert "most recent call first" in ranks.log(rank)
 
 

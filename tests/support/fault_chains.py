@@ -151,7 +151,7 @@ class Bench:
             reached: dict[str, list[int]] = {}
             for rank in range(ranks):
                 log = (run / "log" / f"rank-{rank:03d}.log").read_text()
-                for point in sorted(set(re.findall(r"planned fault \d+: note at (\S+),", log))):
+                for point in sorted(set(re.findall(r"injected fault \d+: note at (\S+),", log))):
                     reached.setdefault(point, []).append(rank)
             self._references[case] = Reference(steps_of(run), samples_of(run), final_state(run), reached)
         return self._references[case]

@@ -40,14 +40,13 @@ def at(point: str, action: Callable[[int], None], rank: int | None = None) -> No
     """Let this process, if it is that rank, call `action(times)` each time that it comes to a point of a save."""
     if rank is not None and int(os.environ["RANK"]) != rank:
         return
-    times, before = itertools.count(1), failpoints.reach
+    times = itertools.count(1)
 
-    def reach(reached: str, *rest: Any) -> None:
+    def act(reached: str, _: bool) -> None:
         if reached == f"save/{point}":
             action(next(times))
-        before(reached, *rest)
 
-    failpoints.reach = reach
+    failpoints.listeners.append(act)
 
 
 def train_killed(config: Config, point: str, rank: int, save: int) -> None:

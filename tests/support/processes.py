@@ -104,16 +104,16 @@ def _rank(config: Config, rank: int, world_size: int, port: int, plan: FaultSche
 
     torch.set_num_threads(1)
     if plan is not None:
-        failpoints.reach = _counting(plan, rank)
+        failpoints.listeners.append(_counting(plan, rank))
     with contextlib.suppress(KeyboardInterrupt):
         sys.exit(pretrain(config))
 
 
-def _counting(plan: FaultSchedule, rank: int) -> Callable[[str], None]:
+def _counting(plan: FaultSchedule, rank: int) -> Callable[[str, bool], None]:
     counts: Counter[str] = Counter()
 
-    def reach(point: str) -> None:
+    def act(point: str, _: bool) -> None:
         counts[point] += 1
         plan(rank, point, counts[point])
 
-    return reach
+    return act

@@ -15,15 +15,15 @@ from tests.support.data_fixtures import make
 from tools.bench.data import (
     BATCH,
     Arguments,
-    Line,
     bench_pack,
-    in_turns,
     normalised,
     our_pixels,
+    rate_of,
     tars_of,
     their_pixels,
     times,
 )
+from tools.bench.measure import Line, take_turns
 from tools.bench.photos import WANTED_BYTES, photo, write_source
 
 
@@ -38,10 +38,10 @@ def test_pictures_are_as_large_as_photographs_and_the_same_on_every_run():
 
 
 def test_a_line_is_held_from_its_number_on():
-    assert Line("ratio", 3.0, 3).is_held
-    assert not Line("ratio", 2.99, 3).is_held
-    assert Line("levels", 2, 2, at_most=True).is_held
-    assert not Line("levels", 3, 2, at_most=True).is_held
+    assert Line("ratio", 3.0, 3).holds
+    assert not Line("ratio", 2.99, 3).holds
+    assert Line("levels", 2, 2, at_most=True).holds
+    assert not Line("levels", 3, 2, at_most=True).holds
 
 
 def test_candidates_take_turns_and_the_first_turn_is_not_counted():
@@ -54,15 +54,15 @@ def test_candidates_take_turns_and_the_first_turn_is_not_counted():
 
         return ready
 
-    rates = in_turns({"a": candidate("a"), "b": candidate("b")}, 3)
+    rates = take_turns({"a": candidate("a"), "b": candidate("b")}, 3, measure=rate_of)
     assert turns == ["a", "b"] * 4
     assert {name: len(values) for name, values in rates.items()} == {"a": 3, "b": 3}
-    assert times({"a": [6.0, 1.0, 100.0], "b": [2.0, 2.0, 9.0]}, "a", "b", 3).found == 3
+    assert times({"a": [6.0, 1.0, 100.0], "b": [2.0, 2.0, 9.0]}, "a", "b", 3).value == 3
 
 
 def test_packing_holds_its_lines():
     lines = bench_pack(Arguments(only=("pack",), scale=0.05))
-    assert [line.is_held for line in lines] == [True, True]
+    assert [line.holds for line in lines] == [True, True]
 
 
 def test_both_sides_of_the_decoding_deliver_the_same_pictures(tmp_path):
@@ -81,7 +81,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 def test_the_command_prints_ratios_and_help_teaches():
     done = run("--only", "pack", "--scale", "0.05")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "2 of 2 lines are held" in done.stdout
+    assert "2 of 2 lines hold" in done.stdout
     assert "make bench-data" in run("--help").stdout
 
 

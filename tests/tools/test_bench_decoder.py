@@ -19,9 +19,8 @@ cpu_backend.activate_if_needed()
 from himix_megatron.costs.flops import Work, step_flops  # noqa: E402
 from tools.bench import generation, padding  # noqa: E402
 from tools.bench.concatenation import lines_of, vanilla  # noqa: E402
-from tools.bench.decoder import Arguments, layers_step, sizes  # noqa: E402
+from tools.bench.decoder_setup import Arguments, layers_step, sizes  # noqa: E402
 from tools.bench.measure import Line  # noqa: E402
-from tools.bench.padded_decoder import PlainDecoder  # noqa: E402
 
 
 def bench(*flags: str) -> subprocess.CompletedProcess[str]:
@@ -104,7 +103,7 @@ def test_concatenation_and_padding_are_given_what_lies_on_their_device(monkeypat
 
     seen = []
 
-    class Noting(PlainDecoder):
+    class Noting(padding.PlainDecoder):
         def forward(self, text_BSH: Tensor, vision_BNV: Tensor, lengths: list[int]) -> Tensor:
             seen.extend([next(self.parameters()).device, text_BSH.device, vision_BNV.device])
             return super().forward(text_BSH, vision_BNV, lengths)
@@ -129,7 +128,7 @@ def test_answers_are_made_of_what_lies_on_the_models_device(monkeypatch: pytest.
         return SimpleNamespace(advance=lambda: None)
 
     monkeypatch.setattr("himix_megatron.model.himix_model.build_stage", lambda *_, **__: [Answering()])
-    monkeypatch.setattr("himix_megatron.model.himix_model.bare", lambda stage: stage)
+    monkeypatch.setattr("himix_megatron.model.himix_model.unwrap_model", lambda stage: stage)
     monkeypatch.setattr("himix_megatron.model.attention.kv_cache.KVCache", cache)
     arguments = generation.Arguments(images=2, text_tokens=3, vision_tokens=4, new_tokens=1)
     for kind in (generation.Himix, generation.Concatenating):

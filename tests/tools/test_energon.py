@@ -43,7 +43,7 @@ def test_webdataset_reads_every_byte(dataset):
 
 def test_megatron_energon_reads_every_byte_and_disturbs_nothing(dataset):
     energon = pytest.importorskip("megatron.energon", reason="megatron-energon is not installed")
-    from tools.bench.energon import export
+    from tools.bench.data import export_energon as export
 
     before = {path: path.read_bytes() for path in dataset.path.rglob("*") if path.is_file()}
     for _ in range(2):  # over its own files, too
@@ -81,7 +81,7 @@ def test_megatron_energon_reads_every_byte_and_disturbs_nothing(dataset):
 
 def test_a_shard_without_samples_is_left_out_of_the_export(tmp_path):
     pytest.importorskip("megatron.energon", reason="megatron-energon is not installed")
-    from tools.bench.energon import export
+    from tools.bench.data import export_energon as export
 
     (tmp_path / "0.png").write_bytes(encoded(picture(), "PNG"))
     rows = [row(i, "missing.png" if i < 2 else "0.png") for i in range(6)]
@@ -93,10 +93,14 @@ def test_a_shard_without_samples_is_left_out_of_the_export(tmp_path):
 
 
 def export_command(folder, *before):
-    script = f"{'; '.join(before)}\nimport runpy; runpy.run_module('tools.bench.energon', run_name='__main__', alter_sys=True)"
+    script = f"{'; '.join(before)}\nimport runpy; runpy.run_module('tools.bench.data', run_name='__main__', alter_sys=True)"
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     return subprocess.run(
-        [sys.executable, "-c", script, str(folder)], capture_output=True, text=True, check=False, env=environment
+        [sys.executable, "-c", script, "--export-energon", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
     )
 
 

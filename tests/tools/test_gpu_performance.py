@@ -17,9 +17,9 @@ from tools import plan as tool
 from tools.bench.measure import Line
 from tools.bench.training import Decoder, Packs, inputs_of, lengths_of
 from tools.gpu_check import performance, profiles, rates, training_run
+from tools.gpu_check.performance import predicted_seconds
 from tools.gpu_check.reference import Heads
 from tools.gpu_check.runner import Context
-from tools.planner.decoder import predicted_seconds
 from tools.planner.machine import Machine, machine_named, machine_of_file
 
 ON_GPU = Context(Path(), tiny=False, deadline=math.inf)
@@ -189,7 +189,7 @@ def test_a_bad_machine_file_is_one_line(tmp_path: Path, text: str | None, said: 
         if "lacks" not in said:
             values = json.loads(text)["machine"] if '{"machine"' in text else None
             if values is not None:
-                full = {name: value for name, value in dataclasses.asdict(made_machine()).items() if name != "cores"}
+                full = dataclasses.asdict(made_machine())
                 file.write_text(json.dumps({"machine": full | values}))
     with pytest.raises(ValueError, match="--machine-file") as refused:
         machine_of_file(file)

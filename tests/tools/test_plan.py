@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import subprocess
 import sys
@@ -15,10 +14,10 @@ from himix_megatron.costs.hardware import DEVICES, device_of
 from pipelines.cli import parse
 from pipelines.recipes import RECIPES
 from tools import plan as tool
-from tools.planner import measured, published
-from tools.planner.cost import Layout, step_time
+from tools.planner import published
+from tools.planner.cost import step_time
 from tools.planner.layouts import Plan, Sample, job_of, layout_of, micro_batch_work, plans
-from tools.planner.machine import CPU_FILE, EFFICIENCY, machine_named
+from tools.planner.machine import EFFICIENCY, machine_named
 
 SAMPLE = Sample(text_tokens=314, longest_text=2048, images=1, label_share=0.5)
 
@@ -57,25 +56,6 @@ def test_every_published_row_says_what_it_counts_and_where_it_is_from() -> None:
     lines = list(published.compared())
     assert len(lines) == 1 + len(published.ROWS) + 1 + len({row.source for row in published.ROWS})
     assert all("recomputation" in line for line in lines[1 : 1 + len(published.ROWS)])
-
-
-# ---- measured ----------------------------------------------------------------------------------------------------------
-
-
-def test_measured_layouts_are_ordered_as_predicted() -> None:
-    """Recorded on a CPU of 2 cores by `make bench-plan`, which measures again; the file says under which conditions."""
-    recorded = json.loads(CPU_FILE.read_text())
-    assert "cores" in recorded["conditions"]
-    assert len(recorded["seconds"]) >= 6
-    assert measured.tau_of() >= 0.7
-
-
-def test_kendalls_tau() -> None:
-    assert measured.kendall([1, 2, 3, 4], [10, 20, 30, 40]) == 1
-    assert measured.kendall([1, 2, 3, 4], [4, 3, 2, 1]) == -1
-    # One of six pairs the other way round; then one of them a tie.
-    assert measured.kendall([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(4 / 6)
-    assert measured.kendall([1, 2, 3, 4], [1, 2, 2, 4]) == pytest.approx(5 / 6)
 
 
 # ---- the model ---------------------------------------------------------------------------------------------------------
@@ -146,19 +126,6 @@ def test_packs_are_planned_too() -> None:
     assert plan.samples == pytest.approx(16 * 12)
     words = shlex.split(tool.command(plan, 8))
     assert parse(words[words.index("llama3_2_1b_instruct") :]) == plan.config
-
-
-def test_ranks_that_share_cores_do_not_add_up() -> None:
-    """Two ranks halve a step on two cores; four do no better."""
-    config, machine = measured.settings(), replace(machine_named("cpu", None), cores=2)
-    work, _, _ = micro_batch_work(config, measured.SAMPLE)
-
-    def seconds(data: int) -> float:
-        layout: Layout = replace(layout_of(config, data, on_gpu=False), data=data)
-        return step_time(machine, layout, job_of(config, work, 4 // data, 0.0)).compute
-
-    assert seconds(2) == pytest.approx(seconds(1) / 2, rel=0.2)
-    assert seconds(4) >= 0.95 * seconds(2)
 
 
 # ---- the command -------------------------------------------------------------------------------------------------------

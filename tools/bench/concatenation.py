@@ -24,7 +24,7 @@ from himix_megatron.distributed import cpu_backend
 from himix_megatron.distributed.launch import ensure_ranks
 from himix_megatron.distributed.topology import Topology, init_distributed, shutdown_distributed
 from pipelines.cli import parse_settings, run_main
-from tools.bench.decoder import Arguments, build, layers_step, sizes
+from tools.bench.decoder_setup import Arguments, build, layers_step, sizes
 from tools.bench.measure import Line, OtherProcess, product, report, serve, take_turns
 
 Steps = dict[str, Callable[[], object]]

@@ -1,20 +1,21 @@
-"""How fast is the data room beside webdataset, megatron-energon and Ray Data? All in one run on one machine.
+"""Reading, decoding, preprocessing and packing, beside webdataset, megatron-energon and Ray Data, in one run on one machine.
 
     make bench-data
     make bench-data BENCH_ARGS="--only read pack --scale 0.1"
+    python -m tools.bench.data --export-energon DIR      let megatron-energon read a shard dataset
 
-It makes its own environment with the others in it, and its own data: photo-like JPEGs of about 640x480 pixels and 64 KB, each
-with a conversation, as shards of 512 (550 MB at --scale 1). Repetitions of the candidates take turns, after one of each that
-is not counted and brings the files into the page cache. Ratios are of medians. Exit code 1 when a line is missed.
+The target builds an environment that has the others, and its own data: photo-like JPEGs of about 640x480 pixels and 64 KB, each
+with a conversation, in shards of 512 (550 MB at --scale 1). Repetitions take turns after one uncounted round, which brings the
+files into the page cache. Ratios are of medians. Exit code 1 if a stated ratio is missed.
 
-- read: samples a second into one process, in order, nothing decoded; ours with and without checksums, webdataset on the same
+- read: samples per second into one process, in order, without decoding: ours with and without checksums, webdataset on the same
   tars, megatron-energon on the same tars with its own index.
-- decode: one core; ours reads, decodes and resizes to 384x384 as uint8; webdataset reads, and Pillow decodes and resizes
-  (bicubic), and torch normalises to fp32. How far ours are from Pillow's pixels is counted in levels of 255.
-- preprocess: JSON and images to shards; ours by Ray, ours in one process, and Ray Data's `map_batches` with `write_webdataset`
-  and the same checks (and with Pillow's decoding, for comparison). Ray is up already. Ours syncs every shard to the disk and
-  hashes it, Ray Data's does neither.
-- pack: how full packs of 2,048 text tokens and 46 images are, of the budget that binds, on lengths like LLaVA's.
+- decode: one core; ours reads, decodes and resizes to 384x384 as uint8; webdataset reads, Pillow decodes and resizes (bicubic),
+  torch normalises to fp32. The distance of our pixels from Pillow's is counted in levels of 255.
+- preprocess: JSON and images to shards: ours with Ray, ours in one process, and Ray Data's `map_batches` with
+  `write_webdataset` and the same checks (also with Pillow's decoding). Ray runs already. Ours syncs every shard to the disk and
+  hashes it, Ray Data does neither.
+- pack: how full packs of 2,048 text tokens and 46 images are, of the budget that binds, for lengths like LLaVA's.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import json
 import os
 import shutil
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,12 +38,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from himix_megatron.config import VisionConfig
 from himix_megatron.data.images import image_file
 from himix_megatron.data.loading.packing import plan_packs
 from himix_megatron.data.loading.plan import WINDOW
 from himix_megatron.data.shards.reader import ShardDataset
 from pipelines.cli import parse_settings, run_main
+from pipelines.recipes import siglip_so400m_384
+from tools.bench.measure import Line, report, take_turns
 from tools.bench.photos import write_source
 
 NUM_SAMPLES = 8192
@@ -49,6 +52,7 @@ SAMPLES_PER_SHARD = 512
 DECODED = 1024
 """Samples of the decoding section."""
 BATCH = 64
+ENERGON_META = ".nv-meta"
 Section = Literal["read", "decode", "preprocess", "pack"]
 PEERS: dict[Section, tuple[str, ...]] = {
     "read": ("webdataset", "megatron-energon"),
@@ -56,15 +60,7 @@ PEERS: dict[Section, tuple[str, ...]] = {
     "preprocess": ("ray", "pyarrow"),
     "pack": (),
 }
-VISION = VisionConfig(  # SigLIP's input; nothing else of it matters here
-    tower="siglip",
-    image_size=384,
-    patch_size=14,
-    hidden_size=1152,
-    num_layers=27,
-    num_attention_heads=16,
-    ffn_hidden_size=4304,
-)
+VISION = siglip_so400m_384()
 PACK_TEXT_TOKENS, PACK_IMAGES = 2048, 46
 SIGMA = 0.6
 """Of the logarithm of text lengths."""
@@ -72,18 +68,20 @@ SIGMA = 0.6
 
 @dataclass(frozen=True)
 class Arguments:
-    """Compare the data room with webdataset, megatron-energon and Ray Data."""
+    """Compare reading, decoding, preprocessing and packing with webdataset, megatron-energon and Ray Data."""
 
     only: tuple[Section, ...] = tuple(PEERS)
-    """Which sections."""
+    """Sections to run."""
     scale: float = 1.0
-    """Of the amount of data: 1 is 8,192 samples, 550 MB. Lines are meant for 1."""
+    """Amount of data; 1 is 8,192 samples (550 MB), for which the wanted ratios are meant."""
     repetitions: int = 5
-    """Counted ones; preprocessing, which takes longest, does half of them, rounded up."""
+    """Counted repetitions; preprocessing does half as many, rounded up."""
     workers: int = 2
-    """Of preprocessing."""
+    """Worker processes of preprocessing and of --export-energon."""
     work: Path | None = None
-    """Folder for the data, 3 GB at --scale 1, emptied at the end; None: one in the system's temporary folder."""
+    """Folder for the data (3 GB at --scale 1), emptied at the end. None: the system's temporary folder."""
+    export_energon: Path | None = None
+    """Write megatron-energon's metadata beside the shards of this dataset, and nothing else."""
 
     def __post_init__(self) -> None:
         if not 0.005 <= self.scale <= 10:
@@ -96,61 +94,24 @@ class Arguments:
 
     @property
     def num_samples(self) -> int:
-        """Of the data set."""
+        """Samples of the generated dataset."""
         return int(NUM_SAMPLES * self.scale)
 
 
-@dataclass(frozen=True)
-class Line:
-    """One thing that is promised."""
-
-    text: str
-    found: float
-    wanted: float
-    at_most: bool = False
-
-    @property
-    def is_held(self) -> bool:
-        """Whether it is kept."""
-        return self.found <= self.wanted if self.at_most else self.found >= self.wanted
-
-    def __str__(self) -> str:
-        bound = "at most" if self.at_most else "at least"
-        return f"{'  ok    ' if self.is_held else '  MISSED'} {self.text}: {self.found:.3g} (wanted {bound} {self.wanted:g})"
-
-
-Rates = dict[str, list[float]]
 Work = Callable[[], Iterator[int]]
-"""Makes ready, which is not timed, and returns what works while it is run through: it yields numbers of samples done."""
+"""Prepares (not timed) and returns an iterator that does the work; it yields numbers of finished samples."""
 
 
-def in_turns(candidates: dict[str, Work], repetitions: int) -> Rates:
-    """Samples a second of each candidate's repetitions."""
-    rates: Rates = {name: [] for name in candidates}
-    for number in range(repetitions + 1):
-        for name, ready in candidates.items():
-            work = ready()
-            begun = time.perf_counter()
-            num_samples = sum(work)
-            if number:
-                rates[name].append(num_samples / (time.perf_counter() - begun))
-    return rates
+def rate_of(prepare: Work) -> float:
+    """Samples per second of one repetition."""
+    work = prepare()
+    begun = time.perf_counter()
+    return sum(work) / (time.perf_counter() - begun)
 
 
-def times(rates: Rates, ours: str, theirs: str, wanted: float) -> Line:
-    """How many times faster one is than another."""
-    ratio = statistics.median(rates[ours]) / statistics.median(rates[theirs])
-    return Line(f"{ours}, times {theirs}", ratio, wanted)
-
-
-def show(title: str, lines: list[Line], rates: Rates, also: Sequence[Line] = ()) -> None:
-    """Ratios first, then medians with the smallest and largest. `also`: ratios that nothing depends on."""
-    print(f"\n{title}, load {os.getloadavg()[0]:.1f}", *lines, sep="\n", flush=True)
-    for line in also:
-        print(f"         {line.text}: {line.found:.3g}")
-    for name, values in rates.items():
-        low, middle, high = min(values), statistics.median(values), max(values)
-        print(f"           {name:<44}{middle:>10,.0f} samples/s  ({low:,.0f} to {high:,.0f})", flush=True)
+def times(rates: dict[str, list[float]], ours: str, theirs: str, wanted: float | None) -> Line:
+    """How many times faster one candidate is than another."""
+    return Line(f"{ours}, times {theirs}", statistics.median(rates[ours]) / statistics.median(rates[theirs]), wanted)
 
 
 # ---- read ----------------------------------------------------------------------------------------------------------
@@ -168,23 +129,64 @@ def bench_read(shards: Path, arguments: Arguments) -> list[Line]:
         "webdataset": lambda: counted(webdataset.WebDataset(tars, shardshuffle=False)),
         "megatron-energon": energon_reader(shards),
     }
-    rates = in_turns(candidates, arguments.repetitions)
+    rates = take_turns(candidates, arguments.repetitions, measure=rate_of)
     lines = [
         times(rates, "ours", "webdataset", 3),
         times(rates, "ours with checksums", "webdataset", 2.3),
         times(rates, "ours", "megatron-energon", 8),
     ]
-    show(f"read: {len(with_checks)} samples, one process, page cache warm, nothing decoded", lines, rates)
+    report(f"read: {len(with_checks)} samples, one process, page cache warm, nothing decoded", lines, rates, unit="samples/s")
     return lines
 
 
+def export_energon(folder: Path, num_workers: int = 1) -> int:
+    """Let megatron-energon write its own metadata, over an earlier export: FOLDER/.nv-meta with the index of samples, the split
+    (all shards are `train`) and a dataset.yaml, and one NAME.tar.idx beside each tar. The shards do not change; our reader and
+    `tools.inspect_shards --verify` accept the files. To undo the export, delete them. For energon the dataset is a
+    CrudeWebdataset: a sample is a dict of `json`, `0.jpg`, `1.png` ..., which a Cooker of your TaskEncoder converts.
+
+    Returns: the number of samples in it. Raises: ValueError if megatron-energon is not installed or counts other samples.
+    """
+    energon = _energon()
+    # megatron-energon cannot take a shard without samples (whose rows were all bad).
+    shards = {
+        f"shards/{shard.name}.tar": shard.num_samples for shard in ShardDataset(folder).manifest.shards if shard.num_samples
+    }
+    nothing = "(?!)"  # a regular expression that no name matches
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints a line for every file it writes
+        energon.BaseWebdatasetFactory.prepare_dataset(
+            folder.absolute(),
+            list(shards),
+            split_parts_patterns=[("train", ".*"), ("val", nothing), ("test", nothing)],
+            workers=num_workers,
+        )
+    found = json.loads((folder / ENERGON_META / ".info.json").read_text(encoding="utf-8"))["shard_counts"]
+    for name, num_samples in shards.items():
+        if found.get(name) != num_samples:
+            raise ValueError(
+                f"{folder / name}: megatron-energon found {found.get(name, 0)} samples, not {num_samples}: "
+                f"see python -m tools.inspect_shards {folder} --verify"
+            )
+    (folder / ENERGON_META / "dataset.yaml").write_text(
+        "__module__: megatron.energon\n__class__: CrudeWebdataset\n", encoding="utf-8"
+    )
+    return sum(shards.values())
+
+
+def _energon() -> Any:
+    try:
+        from megatron import energon
+    except ImportError as error:
+        if (error.name or "").startswith("megatron"):
+            raise ValueError("megatron-energon is not installed: pip install megatron-energon") from None
+        raise
+    return energon
+
+
 def energon_reader(shards: Path) -> Work:
-    """megatron-energon over the same tars: its own index, no shuffling, no decoding, no workers."""
-    from megatron import energon
-
-    from tools.bench.energon import export
-
-    export(shards)
+    """megatron-energon on the same tars: its own index, without shuffling, decoding or workers."""
+    energon = _energon()
+    export_energon(shards, os.cpu_count() or 1)
 
     @energon.stateless
     def unchanged(sample: Any) -> Any:
@@ -236,13 +238,13 @@ def bench_decode(shards: Path, arguments: Arguments) -> list[Line]:
         "ours, normalised to fp32 here too": lambda: counted(map(normalised, our_pixels(dataset, num_samples)), BATCH),
         "webdataset + Pillow + fp32": lambda: counted(their_pixels(tars_of(dataset), num_samples), BATCH),
     }
-    rates = in_turns(candidates, arguments.repetitions)
+    rates = take_turns(candidates, arguments.repetitions, measure=rate_of)
     largest, mean = level_differences(dataset, min(num_samples, 256))
     lines = [
         times(rates, "ours, uint8", "webdataset + Pillow + fp32", 2.5),
         Line(f"largest difference to Pillow in levels of 255 (mean {mean:.4f})", largest, 2, at_most=True),
     ]
-    show(f"decode: {num_samples} images to 384x384, one core, batches of {BATCH}", lines, rates)
+    report(f"decode: {num_samples} images to 384x384, one core, batches of {BATCH}", lines, rates, unit="samples/s")
     return lines
 
 
@@ -329,17 +331,15 @@ def bench_preprocess(annotations: Path, images: Path, work: Path, arguments: Arg
         "ours in one process, full decode": ours(engine="local", num_workers=1, check="decode"),
     }
     with ray_data_baseline.ray_with_room(workers):
-        rates = in_turns(candidates, (arguments.repetitions + 1) // 2)
+        rates = take_turns(candidates, (arguments.repetitions + 1) // 2, measure=rate_of)
     lines = [
         times(rates, "ours, header check", "Ray Data, header check", 2.5),
         times(rates, "ours, full decode", "Ray Data, full decode", 1.4),
         times(rates, "ours, full decode", "ours in one process, full decode", 1.7),
+        times(rates, "ours, header check", "Ray Data, header check by Pillow", None),
+        times(rates, "ours, full decode", "Ray Data, full decode by Pillow", None),
     ]
-    also = [
-        times(rates, "ours, header check", "Ray Data, header check by Pillow", 0),
-        times(rates, "ours, full decode", "Ray Data, full decode by Pillow", 0),
-    ]
-    show(f"preprocess: {arguments.num_samples} rows, {workers} Ray workers, Ray started", lines, rates, also)
+    report(f"preprocess: {arguments.num_samples} rows, {workers} Ray workers, Ray started", lines, rates, unit="samples/s")
     return lines
 
 
@@ -381,7 +381,7 @@ def bench_pack(arguments: Arguments) -> list[Line]:
         means = f"mean {text_tokens.mean():.0f} text tokens, {images.mean():.2f} images"
         text = f"fill by {binds} of packed {what} ({means}; batches of 16, padded, fill {padded:.2f} of their text)"
         lines.append(Line(text, float(fills[binds]), 0.98))
-    show(f"pack: {size} samples in windows of {WINDOW}, log-normal lengths of sigma {SIGMA}", lines, rates)
+    report(f"pack: {size} samples in windows of {WINDOW}, log-normal lengths of sigma {SIGMA}", lines, rates, unit="samples/s")
     return lines
 
 
@@ -426,12 +426,16 @@ def describe(arguments: Arguments) -> str:
 
 def main() -> int:
     arguments = parse_settings(Arguments, sys.argv[1:], "python -m tools.bench.data", __doc__)
+    if arguments.export_energon is not None:
+        num_samples = export_energon(arguments.export_energon, arguments.workers)
+        print(f"{arguments.export_energon / ENERGON_META}: megatron-energon reads {num_samples} samples as CrudeWebdataset")
+        return 0
     print(describe(arguments))
     with tempfile.TemporaryDirectory(prefix="bench-data-", dir=arguments.work) as work:
         lines = run(arguments, Path(work))
-    missed = [line for line in lines if not line.is_held]
-    print(f"\n{len(lines) - len(missed)} of {len(lines)} lines are held", *missed, sep="\n")
-    return 1 if missed else 0
+    missed = [line for line in lines if not line.holds]
+    print(f"{len(lines) - len(missed)} of {len(lines)} lines hold", *missed, sep="\n")
+    return Line.code(lines)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,19 @@
-"""How much sooner does a HiMix model answer than one that puts the image into the text?
+"""How much sooner does a HiMix model answer than one with the images inside the text?
 
     python -m tools.bench.generation
 
 Two models of the same Megatron layers, sizes, torch attention and key/value cache: HiMix, and the usual design in which each
-image is so many more tokens in front of the text (`concatenating`). Of both, the time to the first token and from one token
-to the next. Left out on both sides: the vision tower, and what brings its features to the text's width in front of a
-concatenating model. Repetitions take turns. Exit code 1 when HiMix's first token is less than 5 times faster.
+image is a number of tokens in front of the text. Measured are the time to the first token and the time per token after it,
+without the vision tower and without the projection of its features to the text's width. Repetitions take turns. Exit code 1 if
+HiMix's first token is less than 5 times faster.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,35 +24,37 @@ from himix_megatron.config import Config
 from himix_megatron.distributed.topology import Topology, init_distributed, shutdown_distributed
 from pipelines.cli import parse_settings, run_main
 from pipelines.recipes import RECIPES
+from tools.bench.decoder_setup import precision
+from tools.bench.measure import Line, report, take_turns
 
 WANTED_RATIO = 5.0
-"""Of the concatenating model's time to the first token to HiMix's."""
+"""Least ratio of the concatenating model's time to the first token to HiMix's."""
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Compare HiMix with a concatenating model: first token, and time per token after it."""
+    """Compare HiMix with a concatenating model: time to the first token, and per token after it."""
 
     recipe: str = "qwen2_0_5b_instruct"
-    """Whose sizes are taken; weights are random."""
+    """Recipe whose sizes are used; weights are random."""
     layers: int = 4
-    """Decoder layers that are built. Few of them flatter the concatenating model: the head costs both the same."""
+    """Number of decoder layers. Few layers favour the concatenating model: the head costs both the same."""
     images: int = 8
     """Samples of a batch, each with one image."""
     text_tokens: int = 64
-    """Of each prompt."""
+    """Text tokens of each prompt."""
     vision_tokens: int = 729
-    """Of each image."""
+    """Vision tokens of each image."""
     new_tokens: int = 8
-    """Tokens after the first, over which the time per token is taken."""
+    """Tokens after the first, over which the time per token is measured."""
     repetitions: int = 5
-    """Measured ones; one more before them is not counted."""
+    """Counted repetitions, after one uncounted one."""
     threads: int = 2
-    """Of torch."""
+    """Threads of torch."""
 
 
 def sizes(arguments: Arguments) -> Config:
-    """The recipe, with as many layers, on one rank; on a CPU in fp32. Raises: ValueError for an unknown recipe."""
+    """The recipe with this number of layers on one rank; fp32 on a CPU. Raises: ValueError for a bad argument."""
     if arguments.recipe not in RECIPES:
         raise ValueError(f"--recipe is {arguments.recipe}: wanted one of {', '.join(RECIPES)}")
     for name in ("layers", "images", "text_tokens", "vision_tokens", "new_tokens", "repetitions", "threads"):
@@ -64,21 +64,19 @@ def sizes(arguments: Arguments) -> Config:
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, num_layers=arguments.layers, layer_spec="torch"),
-        train=dataclasses.replace(
-            config.train, precision="bf16" if torch.cuda.is_available() else "fp32", trainable_parts=("vision_kv",)
-        ),
+        train=dataclasses.replace(config.train, precision=precision(), trainable_parts=("vision_kv",)),
     )
 
 
 def _now() -> float:
-    """Seconds, when all work begun so far is done."""
+    """The clock in seconds, after all queued work has finished."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 class Himix:
-    """Text through the decoder, images beside it."""
+    """Text goes through the decoder, images beside it."""
 
     name = "himix"
 
@@ -89,12 +87,11 @@ class Himix:
         self.config, self.arguments = config, arguments
         self.model: Any = unwrap_model(build_stage(config, detect(), topology, torch.nn.Identity(), trains=False)[0]).eval()
         self.own = next(self.model.parameters())
-        """Whose device and dtype all has."""
         self.text_ids = torch.randint(config.model.vocab_size, (arguments.images, arguments.text_tokens)).to(self.own.device)
         self.vision_NBV = torch.randn(arguments.vision_tokens, arguments.images, config.vision.hidden_size).to(self.own)
 
     def cache(self) -> Any:
-        """Room for one answer; the images' features are in it."""
+        """A cache for one answer; it holds the images' features."""
         return self._cache(self.vision_NBV, self.text_ids.shape[1])
 
     def _cache(self, vision_NBV: Tensor, num_prompt: int) -> Any:
@@ -105,7 +102,7 @@ class Himix:
 
     @torch.no_grad()
     def answer(self) -> tuple[float, float]:
-        """One batch of answers. Returns: seconds to the first token, and per token after it."""
+        """Answer one batch. Returns: seconds to the first token, and per token after it."""
         cache = self.cache()
         begun = _now()
         ids = self._next(self.text_ids, cache)
@@ -121,7 +118,7 @@ class Himix:
 
 
 class Concatenating(Himix):
-    """The same layers, without vision beside the text: each image's tokens are embeddings in front of its prompt."""
+    """The same layers without vision beside the text: each image's tokens are embeddings in front of its prompt."""
 
     name = "concatenating"
 
@@ -140,50 +137,41 @@ class Concatenating(Himix):
         self.model.embedding.register_forward_hook(put_in_front)
 
     def cache(self) -> Any:
-        """Room for one answer; all of the prompt goes through the layers."""
+        """A cache for one answer; the whole prompt goes through the layers."""
         return self._cache(self.vision_NBV[:0], self.text_ids.shape[1])
 
 
-def measure(models: list[Himix], repetitions: int) -> dict[str, list[tuple[float, float]]]:
-    """(first token, per token) seconds of each model's repetitions, taken in turns; the first of each is not counted."""
-    taken: dict[str, list[tuple[float, float]]] = {model.name: [] for model in models}
-    for number in range(repetitions + 1):
-        for model in models:
-            seconds = model.answer()
-            if number:
-                taken[model.name].append(seconds)
-    return taken
+def measure(models: list[Himix], repetitions: int) -> dict[str, list[float]]:
+    """Seconds of each model's repetitions, to the first token and per token after it."""
+    taken = take_turns({model.name: model.answer for model in models}, repetitions, measure=lambda answer: answer())
+    return {
+        f"{what}, {name}": list(column)
+        for name, pairs in taken.items()
+        for what, column in zip(("first token", "per token"), zip(*pairs, strict=True), strict=True)
+    }
 
 
-def report(
-    arguments: Arguments, config: Config, taken: dict[str, list[tuple[float, float]]], say: Callable[[str], None]
-) -> float:
-    """Ratios first, then medians with the smallest and largest. Returns: the ratio of the first tokens."""
-    columns = {name: list(zip(*seconds, strict=True)) for name, seconds in taken.items()}
-    median = {name: [statistics.median(column) for column in pair] for name, pair in columns.items()}
-    ratios: list[float] = [slow / fast for slow, fast in zip(median["concatenating"], median["himix"], strict=True)]
-    say(f"HiMix's first token is {ratios[0]:.1f} times faster (wanted {WANTED_RATIO:.0f}), the following ones {ratios[1]:.2f}")
-    say(
-        f"{arguments.recipe}, {arguments.layers} layers, {config.train.precision}, {arguments.images} samples of "
-        f"{arguments.vision_tokens} vision and {arguments.text_tokens} text tokens, {arguments.threads} threads, "
-        f"{arguments.repetitions} repetitions in turns, load {os.getloadavg()[0]:.1f}"
-    )
-    say(f"{'milliseconds':<16}{'first token':>30}{'per token':>30}")
-    for name, pair in columns.items():
-        cells = [f"{1000 * statistics.median(c):.0f} ({1000 * min(c):.0f} to {1000 * max(c):.0f})" for c in pair]
-        say(f"{name:<16}{cells[0]:>30}{cells[1]:>30}")
-    return ratios[0]
+def lines_of(seconds: dict[str, list[float]]) -> list[Line]:
+    """Ratios of medians."""
+    median = {name: statistics.median(taken) for name, taken in seconds.items()}
+    return [
+        Line(f"{what}: concatenation's time over HiMix's", median[f"{what}, concatenating"] / median[f"{what}, himix"], wanted)
+        for what, wanted in (("first token", WANTED_RATIO), ("per token", None))
+    ]
 
 
 def main() -> int:
-    arguments = parse_settings(Arguments, sys.argv[1:], "python -m tools.bench.generation")
+    arguments = parse_settings(Arguments, sys.argv[1:], "python -m tools.bench.generation", __doc__)
     config = sizes(arguments)
     torch.set_num_threads(arguments.threads)
     topology = init_distributed(config.parallel, seed=0)
-    models = [Himix(config, arguments, topology), Concatenating(config, arguments, topology)]
-    ratio = report(arguments, config, measure(models, arguments.repetitions), print)
+    seconds = measure([kind(config, arguments, topology) for kind in (Himix, Concatenating)], arguments.repetitions)
     shutdown_distributed()
-    return 0 if ratio >= WANTED_RATIO else 1
+    lines = lines_of(seconds)
+    title = f"{arguments.recipe}, {arguments.layers} layers, {config.train.precision}, {arguments.images} samples of "
+    title += f"{arguments.vision_tokens} vision and {arguments.text_tokens} text tokens, {arguments.threads} threads"
+    report(title, lines, seconds)
+    return Line.code(lines)
 
 
 if __name__ == "__main__":

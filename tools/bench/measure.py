@@ -1,4 +1,4 @@
-"""What the model's benchmarks share: taking turns, medians with their spread, lines that must hold."""
+"""What benchmarks share: repetitions in turns, medians with their spread, and lines that must hold."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 
 @dataclass(frozen=True)
 class Line:
-    """A number that was measured, and the least that was wanted (None: nothing in particular; `at_most` turns it round)."""
+    """A measured number, and the least value wanted (None: nothing; `at_most`: the largest)."""
 
     what: str
     value: float
@@ -25,7 +25,7 @@ class Line:
 
     @property
     def holds(self) -> bool:
-        """Whether it is as wanted."""
+        """Whether the number is as wanted."""
         if self.wanted is None:
             return True
         return self.value <= self.wanted if self.at_most else self.value >= self.wanted
@@ -38,7 +38,7 @@ class Line:
 
     @staticmethod
     def code(lines: Iterable[Line]) -> int:
-        """Exit code: 1 if a line is missed."""
+        """The exit code: 1 if a line is missed."""
         return int(not all(line.holds for line in lines))
 
 
@@ -47,12 +47,12 @@ def seconds_of(step: Callable[[], object]) -> float:
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     if torch.cuda.is_available():
-        restore_or_initialize, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        restore_or_initialize.record()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
         step()
         end.record()
         torch.cuda.synchronize()
-        return restore_or_initialize.elapsed_time(end) / 1000
+        return begin.elapsed_time(end) / 1000
     begun = time.perf_counter()
     step()
     return time.perf_counter() - begun
@@ -64,11 +64,11 @@ def take_turns(
     often: dict[str, int] | None = None,
     measure: Callable[[Any], float] = seconds_of,
 ) -> dict[str, list[float]]:
-    """Seconds of every step's repetitions, taken in turns after one of each that is not counted.
+    """The repetitions of every step, taken in turns after one uncounted repetition of each.
 
     Args:
         often: how many times in a row a short step is measured at each turn.
-        measure: seconds of one step.
+        measure: seconds (or a rate) of one repetition.
     """
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(repetitions + 1):
@@ -81,7 +81,7 @@ def take_turns(
 
 
 class OtherProcess:
-    """`python -m module flags`, which answers with `serve`: a side of a comparison that needs a process as it comes."""
+    """`python -m module flags`, which answers with `serve`: one side of a comparison in its own process."""
 
     def __init__(self, module: str, flags: Sequence[str]):
         self._name = " ".join(("python -m", module, *flags))
@@ -92,8 +92,7 @@ class OtherProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Ends it, also when its turn was not over."""
-        self._process.communicate()  # the end of its input ends it
+        self._process.communicate()  # it ends with its input
 
     def seconds_of(self, step: str) -> float:
         """How long its step of this name takes. Raises: RuntimeError when the process has ended."""
@@ -127,13 +126,13 @@ def serve(steps: Mapping[str, Callable[[], object]]) -> None:
             print(f"{_ANSWER}{seconds}", flush=True)
 
 
-def report(title: str, lines: Sequence[Line], seconds: dict[str, list[float]]) -> None:
-    """Ratios first, then medians with the smallest and largest."""
-    for line in lines:
-        print(line)
-    print(f"{title}; torch {torch.__version__}, load {os.getloadavg()[0]:.1f}")
-    for name, taken in seconds.items():
-        print(f"  {name:<24}{1000 * statistics.median(taken):10.1f} ms  ({1000 * min(taken):.1f} to {1000 * max(taken):.1f})")
+def report(title: str, lines: Sequence[Line], taken: Mapping[str, Sequence[float]], unit: str = "ms") -> None:
+    """Ratios first, then medians with the smallest and largest. `taken`: seconds where the unit is ms, else rates."""
+    print(*lines, f"{title}; torch {torch.__version__}, load {os.getloadavg()[0]:.1f}", sep="\n")
+    scale, form = (1000.0, ",.1f") if unit == "ms" else (1.0, ",.0f")
+    for name, values in taken.items():
+        middle, low, high = (format(scale * pick(values), form) for pick in (statistics.median, min, max))
+        print(f"  {name:<32}{middle:>10} {unit}  ({low} to {high})")
     print(flush=True)
 
 

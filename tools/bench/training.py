@@ -25,7 +25,7 @@ from himix_megatron.costs.flops import Work, step_flops, tower_flops
 from himix_megatron.costs.hardware import device_of
 from himix_megatron.distributed.topology import Topology, init_distributed, shutdown_distributed
 from pipelines.recipes import RECIPES
-from tools.bench.decoder import Arguments
+from tools.bench.decoder_setup import Arguments
 from tools.bench.measure import Line, product, report, seconds_of, take_turns
 
 WANTED_MFU = {"qwen2_0_5b": 0.30, "llama3_2_1b": 0.40, "llama3_2_3b": 0.48, "vicuna_7b": 0.50}
@@ -102,11 +102,11 @@ def step_batch(packs: Packs, vocab_size: int) -> Any:
     micro_batches, inside = [], packs.tokens_per_image if packs.images == "inside" else 0
     for lengths in packs.text_lengths:
         ids = torch.randint(vocab_size, (1, packs.row_tokens))
-        labels, restore_or_initialize = torch.full_like(ids, NO_LOSS), 0
+        labels, begin = torch.full_like(ids, NO_LOSS), 0
         for length in lengths:
-            first, last = (restore_or_initialize + inside + place for place in _answer(length))
+            first, last = (begin + inside + place for place in _answer(length))
             labels[0, first:last] = ids[0, first + 1 : last + 1]
-            restore_or_initialize += inside + length
+            begin += inside + length
         own, images = torch.tensor(lengths) + inside, (0 if inside else 1,) * len(lengths)
         micro_batches.append(MicroBatch(ids, labels, own, images, ("made up",) * len(lengths), packed=True))
     count = 0 if inside else packs.samples

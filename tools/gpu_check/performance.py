@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 
 from himix_megatron.config import Config
-from himix_megatron.costs.flops import tower_flops
+from himix_megatron.costs.flops import Work, tower_flops
 from himix_megatron.costs.memory import FIXED_BYTES, FRAGMENTS, GIB, MicroBatch, RankMemory, rank_memory
 from himix_megatron.distributed.fused_kernels import detect
 from himix_megatron.distributed.megatron_config import attention_core, params_dtype
@@ -35,7 +35,8 @@ from tools.gpu_check.reference import Heads
 from tools.gpu_check.runner import Check, Context
 from tools.gpu_check.tower import CHECKS as TOWER
 from tools.gpu_check.tower import encoder_of
-from tools.planner.decoder import predicted_seconds
+from tools.planner.cost import step_time
+from tools.planner.layouts import job_of, layout_of
 from tools.planner.machine import Machine, machine_of_file
 
 Spec = Literal["te", "torch"]
@@ -375,6 +376,15 @@ def planner_lines(own: Machine, context: Context) -> Iterator[Line]:
             ratio = predicted / seconds
             what = f"{model.name}: the planner's {1e3 * predicted:.1f} ms are {ratio:.3f} of {1e3 * seconds:.1f}; off by"
             yield Line(what, abs(ratio - 1), on_gpu(PREDICTED_WITHIN), at_most=True)
+
+
+def predicted_seconds(config: Config, packs: Packs, machine: Machine) -> float:
+    """The planner's seconds of a step of these packs, without optimizer and tower."""
+    if config.train.cuda_graphs == "on":
+        machine = replace(machine, layer_seconds=0.0)  # the host launches one graph for all layers
+    count, work = len(packs.text_lengths), packs.work()
+    each = Work(*(getattr(work, name) / count for name in Work.__dataclass_fields__))
+    return step_time(machine, layout_of(config, 1), job_of(config, each, count, 0.0)).compute
 
 
 def host_seconds(context: Context) -> float:

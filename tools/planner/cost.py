@@ -6,7 +6,7 @@ are in docs/planner.md, in the order of this file. No torch, no measurement: ari
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from himix_megatron.config import ModelConfig, Part
@@ -142,18 +142,14 @@ def layer_pass(machine: Machine, layout: Layout, job: Job, *, first: bool = Fals
     # has that in it.
     joins = work.vision_tokens and not machine.attention
     joined = size * 4 * (text + work.vision_tokens) * key_value / ranks / machine.passing if joins else 0.0
-    forward = _started(machine, forward + mixing.forward + passing + joined)
+    # The host starts the kernels beside them: a pass takes at least what that takes.
+    forward = max(forward + mixing.forward + passing + joined, machine.layer_seconds)
     again = {"none": 0.0, "selective": mixing.forward, "full": forward}[layout.recompute]
-    backward = _started(machine, backward + mixing.backward + 2 * passing + joined) + again
+    backward = max(backward + mixing.backward + 2 * passing + joined, machine.layer_seconds) + again
     message = _ring(machine, layout, size * text * hidden, ranks, collectives=2) * (1 - layout.overlap_tensor)
     # Under sequence parallelism the inputs of weight gradients are gathered again.
     once_more = 1.5 if layout.sequence and weights else 1.0
     return _Pass(forward, backward, 2 * message, 2 * message * (once_more + (layout.recompute == "full")))
-
-
-def _started(machine: Machine, busy: float) -> float:
-    """With what the host needs to start the kernels: beside them on a GPU, before each of them on a CPU."""
-    return max(busy, machine.layer_seconds) if machine.cores is None else busy + machine.layer_seconds
 
 
 def _attention(machine: Machine, job: Job, ranks: int) -> _Pass:
@@ -220,7 +216,7 @@ def step_time(machine: Machine, layout: Layout, job: Job) -> StepTime:
     data, optimizer = _data_seconds(machine, layout, job, window=compute[slowest] * 2 / 3)
     tower = job.tower_flops / (layout.tensor * layout.pipeline) / machine.product_flops
     sweeps = GRADIENT_BYTES * job.trained_parameters / machine.memory_bytes_per_second
-    found = StepTime(
+    return StepTime(
         compute=count * compute[slowest] + sweeps,
         tower=tower,
         tensor=count * tensor[slowest],
@@ -228,11 +224,6 @@ def step_time(machine: Machine, layout: Layout, job: Job) -> StepTime:
         data=data,
         optimizer=optimizer,
         bubble=others / layout.virtual_pipeline,
-    )
-    return (
-        found
-        if machine.cores is None
-        else _shared(machine, layout, found, (count * sum(compute) + layout.pipeline * sweeps, count * sum(tensor)))
     )
 
 
@@ -258,24 +249,3 @@ def _data_seconds(machine: Machine, layout: Layout, job: Job, *, window: float) 
     bytes_each = 4 + (job.number_bytes if layout.distributed_optimizer else 4)
     seconds = bytes_each * number * (ranks - 1) / ranks / rate + 2 * machine.latency_seconds
     return max(0.0, seconds - window) if layout.overlap_data else seconds, states
-
-
-def _shared(machine: Machine, layout: Layout, apart: StepTime, work: tuple[float, float]) -> StepTime:
-    """On a CPU whose ranks share its cores. `apart`: with a core for each rank; `work`: products and messages of one tensor
-    rank of all stages.
-
-    A step takes no less than all ranks' work, messages included, over the number of cores. Where there are more ranks than
-    cores, others' work fills a bubble, and a message waits until all its ranks have had their turn; where there are not, the
-    rank that works in a bubble does so alone, and faster.
-    """
-    assert machine.cores is not None
-    if layout.ranks == 1:
-        return StepTime(*(getattr(apart, item.name) / machine.alone for item in fields(apart)))
-    turns = max(1.0, layout.ranks / machine.cores)
-    apart = replace(apart, bubble=apart.bubble / (machine.alone if turns == 1 else 1.0), tensor=apart.tensor * turns)
-    each = apart.pipeline + apart.data + apart.optimizer + apart.tower
-    least = (layout.data * layout.tensor * (work[0] + work[1] * turns) + layout.ranks * each) / machine.cores
-    if least <= apart.total:
-        return apart
-    scale = least / (apart.total - apart.bubble)
-    return StepTime(*(getattr(apart, item.name) * (0 if item.name == "bubble" else scale) for item in fields(apart)))

@@ -105,8 +105,7 @@ def candidates(config: Config, machine: Machine, gpus: int) -> Iterator[Config]:
 def plan_of(config: Config, machine: Machine, data_size: int, sample: Sample) -> Plan:
     """Time and memory of one layout."""
     parallel, vision = config.parallel, config.vision
-    on_gpu = machine.cores is None
-    layout = layout_of(config, data_size, on_gpu=on_gpu)
+    layout = layout_of(config, data_size)
     count = config.global_batch // (data_size * config.micro_batch)
     computed, real, samples = micro_batch_work(config, sample)
     images = 0.0 if config.data.features else samples * sample.images * count
@@ -126,7 +125,6 @@ def plan_of(config: Config, machine: Machine, data_size: int, sample: Sample) ->
             data_size=data_size,
             micro_batch=largest,
             images_per_step=samples * sample.images * count,
-            on_gpu=on_gpu,
         )
         for stage in range(parallel.pipeline)
     )
@@ -144,7 +142,7 @@ def plan_of(config: Config, machine: Machine, data_size: int, sample: Sample) ->
     )
 
 
-def layout_of(config: Config, data_size: int, *, on_gpu: bool = True) -> Layout:
+def layout_of(config: Config, data_size: int) -> Layout:
     """A configuration's layout in the cost model's terms."""
     parallel = config.parallel
     return Layout(
@@ -156,7 +154,7 @@ def layout_of(config: Config, data_size: int, *, on_gpu: bool = True) -> Layout:
         recompute=config.train.recompute,
         chunk_layers=chunk_layers(config),
         distributed_optimizer=parallel.distributed_optimizer,
-        overlap_data=on_gpu and "tower" not in config.train.trainable_parts,
+        overlap_data="tower" not in config.train.trainable_parts,
     )
 
 

@@ -19,8 +19,8 @@ EFFICIENCY = {"a100": 0.713, "h100": 0.636}
 """Share of the dense peak that large matrix products reach."""
 NETWORK_OF = {"a100": "ib-hdr-200", "h100": "ib-ndr-400", "h200": "ib-ndr-400", "b200": "ib-ndr-400"}
 """What joins nodes of 8 where --interconnect says nothing: what their makers sell them with."""
-CPU_FILE = Path(__file__).parents[2] / "docs/planner_cpu.json"
-"""The measured CPU: `python -m tools.plan --measure` writes it."""
+RETIRED = ("cores", "alone")
+"""Fields of machine files written before that described a CPU; they are ignored."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,10 +47,6 @@ class Machine:
     """Least time of a layer's pass in one direction: the host that starts its kernels takes that long."""
     node_size: int = 8
     memory_gib: float
-    cores: int | None = None
-    """CPU: cores that all ranks share."""
-    alone: float = 1.0
-    """CPU: how much faster a rank is while the other cores rest (they may be halves of one)."""
     products: tuple[tuple[float, float, float, float], ...] = ()
     """Measured matrix products: rows, inner size, columns, FLOP/s. Others are read off between them; none: `product_flops`."""
     attention: tuple[tuple[float, float, float, float, float], ...] = ()
@@ -90,10 +86,8 @@ def _between(table: tuple[tuple[float, ...], ...], shape: tuple[float, ...]) -> 
 
 def machine_named(gpu: str, interconnect: str | None, node_size: int = 8) -> Machine:
     """From the tables. Raises: ValueError that lists what is known."""
-    if gpu == "cpu":
-        return cpu_machine()
     if gpu not in {device.name for device in DEVICES}:
-        raise ValueError(f"--gpu is {gpu}: there are {', '.join(device.name for device in DEVICES)}, cpu")
+        raise ValueError(f"--gpu is {gpu}: there are {', '.join(device.name for device in DEVICES)}")
     device = device_named(gpu)
     family = gpu.split("-")[0]
     network = network_named(interconnect or NETWORK_OF[family])
@@ -112,13 +106,6 @@ def machine_named(gpu: str, interconnect: str | None, node_size: int = 8) -> Mac
     )
 
 
-def cpu_machine(file: Path = CPU_FILE) -> Machine:
-    """The CPU that was measured. Raises: ValueError where none was."""
-    if not file.is_file():
-        raise ValueError("--gpu is cpu, but no CPU was measured here: run python -m tools.plan --measure first")
-    return Machine(**json.loads(file.read_text())["machine"])
-
-
 def machine_of_file(file: Path, interconnect: str | None = None, node_size: int = 8) -> Machine:
     """A machine as it was measured (`python -m tools.gpu_check` writes OUT/machine.json), joined by a network by name.
 
@@ -133,6 +120,7 @@ def machine_of_file(file: Path, interconnect: str | None = None, node_size: int 
     values = stored.get("machine") if isinstance(stored, dict) else None
     if not isinstance(values, dict):
         raise ValueError(f"--machine-file {file}: has no object `machine`; tools.gpu_check writes such a file")
+    values = {name: value for name, value in values.items() if name not in RETIRED}
     missing = [item.name for item in fields(Machine) if item.default is MISSING and item.name not in values]
     if missing:
         raise ValueError(f"--machine-file {file}: lacks machine.{missing[0]}")
@@ -155,7 +143,7 @@ def _checked(file: Path, name: str, value: Any) -> Any:
         return tuple(tuple(float(number) for number in row) for row in rows)
     if name == "name":
         return str(value)
-    if value is None and name in ("cores", "passing_bytes_per_second"):
+    if value is None and name == "passing_bytes_per_second":
         return None
     if not _is_rate(value):
         raise ValueError(f"--machine-file {file}: machine.{name} is {value!r}: wanted a number above 0")

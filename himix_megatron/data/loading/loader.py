@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ...config import VisionConfig
-from ...runtime import failpoints
+from ...runtime.failpoints import failpoint
 from ..errors import BadSampleError
 from ..text import chat_template
 from ..text.chat_template import EncodedText
@@ -81,7 +81,7 @@ class StepReader(Dataset[StepBatch]):
 
     def __getitem__(self, step: StepPlan) -> StepBatch:
         """Read one step. Raises: OSError when the machine fails, naming the sample."""
-        failpoints.reach("data/read")
+        failpoint("data/read")
         reads = self.reads
         parts = step.share(reads.data_rank, reads.data_size, self.micro_batch)
         samples = np.concatenate([pack for part in parts for pack in part]).tolist()
@@ -102,7 +102,7 @@ class StepReader(Dataset[StepBatch]):
             blank[share.start + n] = True
         bad = sorted(bad_texts | {places[share.start + n][0] for n in bad_images})
 
-        failpoints.reach("data/collate")
+        failpoint("data/collate")
         lengths = self.text_tokens[samples]
         longest = max(self._width(part) for part in parts)
         padded = -(-longest // self.pad_multiple) * self.pad_multiple
