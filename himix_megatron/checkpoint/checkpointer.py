@@ -81,7 +81,7 @@ class Position:
     """What fixes which sample is in which step, by the field that says it (`Plan.fixed`)."""
 
 
-def position_of(description: dict[str, Any]) -> Position:
+def position_of(description: Mapping[str, Any]) -> Position:
     """Where the run stood, from a checkpoint's `himix.json`."""
     stored = description["position"]
     return Position(step=stored["step"], place=DataPosition(**stored["place"]), data=current_fields(stored["data"]))

@@ -3,8 +3,8 @@ a line of the log, in TensorBoard and in status.json.
 
 What a step processed is known on all ranks (`StepCounts`). The rest is added up on each rank and gathered once an interval.
 Rates count real tokens, samples and images over the time of the steps: they exclude padding, samples that could not be read,
-and the time of saves and validations. FLOPs are the model's (costs/flops.py): they exclude recomputation, count causal attention
-as causal, and frozen parts as forward only.
+and the time of saves and validations. FLOPs are the model's (costs/flops.py): they exclude recomputation, count causal
+attention as causal, and frozen parts as forward only.
 """
 
 from __future__ import annotations
