@@ -207,7 +207,7 @@ def check_stage(stage: Stage, ranks: int, before: Stage | None) -> None:
             f"use a multiple of {parallel.tensor * parallel.pipeline}"
         )
     data_size = check_ranks(stage.config, ranks)
-    from himix_megatron.checkpoint.checkpointer import architecture  # torch takes seconds: after the cheap checks
+    from himix_megatron.checkpoint.description import architecture  # torch takes seconds: after the cheap checks
     from himix_megatron.checkpoint.manifest import complete_checkpoints
     from himix_megatron.training.data_setup import prepare_inputs
     from himix_megatron.training.resume import expected_checkpoint

@@ -26,7 +26,7 @@ from ..data.text.tokenizer import load_tokenizer
 from ..distributed.fused_kernels import Kernels
 from ..distributed.topology import Topology
 from ..inference.generator import Answerer, Prompt
-from ..model.himix_model import unwrap_model
+from ..model.himix_model import gather_parameters, unwrap_model
 from ..model.vision_tower import Tower
 from ..runtime.failpoints import failpoint
 
@@ -101,9 +101,7 @@ class SamplePredictions:
         if not self.questions or not (last or step % self.config.log.predictions_interval_steps == 0):
             return []
         failpoint("validation/pictures", progress=True)
-        for stage in self.stages:
-            if stage.ddp_config.overlap_param_gather:
-                stage.start_param_sync(force_sync=True)  # else they are gathered in the next forward pass
+        gather_parameters(self.stages)
         self.answerer.share(self.stages)
         tokenizer = load_tokenizer(self.config.data.tokenizer)
         stops = chat_template.end_of_turn(tokenizer, self.config.data.template)

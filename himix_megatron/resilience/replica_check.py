@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..distributed.topology import Topology
-from ..model.himix_model import unwrap_model
+from ..model.himix_model import gather_parameters, unwrap_model
 
 _CHUNKS = {"cpu": 1 << 16, "cuda": 1 << 24}
 """Elements that are widened at once: what stays in a core's cache (6 times as fast as 64 times as many), or fills a GPU."""
@@ -55,9 +55,7 @@ def check_replica_weights(topology: Topology, stages: list[Any], tower: nn.Modul
 
     Returns: who differs in what, the same line on every rank; None: all agree.
     """
-    for stage in stages:
-        if stage.ddp_config.overlap_param_gather:
-            stage.start_param_sync(force_sync=True)  # else they are gathered in the next forward pass
+    gather_parameters(stages)
     named = [
         (f"{i}.{name}" if len(stages) > 1 else name, p)
         for i, s in enumerate(stages)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..checkpoint.checkpointer import Checkpoints, Position
+from ..checkpoint.checkpointer import Checkpoints
+from ..checkpoint.description import Position
 from ..config import CheckpointConfig, HealthConfig
 from ..distributed.topology import Topology
 from ..monitoring.metrics import Metrics

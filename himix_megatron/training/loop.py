@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ..checkpoint.checkpointer import Position
+from ..checkpoint.description import Position
 from ..config import Config, check_ranks
 from ..data.loading.batch import StepBatch
 from ..data.loading.plan import DataPosition

@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.checkpointer import Checkpoints, Position, check_architecture, position_of, tower_hash
+from ..checkpoint.checkpointer import Checkpoints
+from ..checkpoint.description import Position, check_architecture, position_of
+from ..checkpoint.frozen_tower import tower_hash
 from ..checkpoint.manifest import LATEST, complete_checkpoints, first_intact, latest_intact, quarantine, resolve_checkpoints
 from ..checkpoint.run_lock import RunLock, acquire_on_all_ranks
 from ..config import Config, differences, to_json

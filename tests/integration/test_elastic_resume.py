@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from himix_megatron.checkpoint.checkpointer import Checkpoints, complete_checkpoints
+from himix_megatron.checkpoint.checkpointer import Checkpoints
+from himix_megatron.checkpoint.manifest import complete_checkpoints
 from himix_megatron.config import Config, RunConfig
 from tests.support.ranks import run_ranks
 from tests.support.small_runs import small_config, train

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from himix_megatron.checkpoint.checkpointer import complete_checkpoints
+from himix_megatron.checkpoint.manifest import complete_checkpoints
 from tests.support.processes import FaultSchedule, Ranks, manners_config, reached
 from tests.support.small_runs import history
 

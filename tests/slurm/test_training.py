@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from himix_megatron.checkpoint.checkpointer import complete_checkpoints
+from himix_megatron.checkpoint.manifest import complete_checkpoints
 from tests.support import ROOT
 
 from .cluster import Job, Slurm, processes_of, rank_process, step_now, steps_taken, wait_until
