@@ -1,0 +1,1 @@
+"""Saving and loading at any layout: snapshot, asynchronous write, manifest, run lock, preflight."""

@@ -1,1 +1,1 @@
-
+"""Weights in and out: Hugging Face folders, the authors' layout, and the parity of both sides."""

@@ -1,0 +1,1 @@
+"""Benchmarks: their question files, the runner that asks and resumes, the scores."""

@@ -1,0 +1,1 @@
+"""Answers from a model at any layout: generation, sampling, streamed text."""

@@ -1,0 +1,1 @@
+"""What keeps a run right and alive: watchdog, loss guard, replica check, journal, goodput."""

@@ -1,0 +1,1 @@
+"""`pretrain()`: inputs, components, the loop, one step, resume."""

@@ -1,0 +1,1 @@
+"""What pipelines start: ranks on this machine, Ray on a cluster's nodes, tasks on workers."""

@@ -1,0 +1,1 @@
+"""What a dataset holds, in numbers and pictures, and whether it is whole."""

@@ -1,0 +1,1 @@
+"""How a series of runs scales: table, plots, TensorBoard."""

@@ -1,0 +1,1 @@
+"""Image bytes to pixels as the vision tower wants them."""

@@ -1,0 +1,1 @@
+"""Raw rows to shards and features, and the check that they are whole."""

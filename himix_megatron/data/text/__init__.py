@@ -1,0 +1,1 @@
+"""Tokenizers, chat templates, and the mask of the tokens that count in the loss."""
