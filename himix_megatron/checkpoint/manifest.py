@@ -73,9 +73,7 @@ def read_manifest(folder: Path) -> dict[str, FileDigest]:
     """The digests with which a checkpoint was written. Raises: DamagedError if manifest.json is missing or damaged."""
     path = folder / MANIFEST
     if not path.is_file():
-        raise DamagedError(
-            f"{path} is missing: the checkpoint's integrity cannot be verified (was it written by an older version?)"
-        )
+        raise DamagedError(f"{path} is missing: the checkpoint cannot be verified (was it written by an older version?)")
     data = path.read_bytes()
     try:
         files = {str(name): FileDigest(**digest) for name, digest in json.loads(data)["files"].items()}

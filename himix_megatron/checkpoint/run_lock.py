@@ -1,10 +1,10 @@
 """The lock of a run folder: one launch at a time writes into it, and a launch that has lost the lock cannot publish anything.
 
 Flows in: the run folder; out: a `RunLock`, or one line that names the owner. The lock has generations:
-RUN/checkpoints/attempt-000007/ is the working folder of the seventh launch. Checkpoints are written in it and renamed out of it;
-old ones are renamed into it to be removed. The eighth launch creates its own folder, which only one process can, and renames the
-seventh away: from then on every rename of the seventh fails, however late it comes. No file lock is needed, whose semantics
-differ between shared file systems; a rename whose source is gone fails on all of them.
+RUN/checkpoints/attempt-000007/ is the working folder of the seventh launch. Checkpoints are written in it and renamed out of
+it; old ones are renamed into it to be removed. The eighth launch creates its own folder, which only one process can, and
+renames the seventh away: from then on every rename of the seventh fails, however late it comes. No file lock is needed, whose
+semantics differ between shared file systems; a rename whose source is gone fails on all of them.
 
 A launch is refused while the owner of the newest generation is alive. On the same machine its process is looked up; from
 elsewhere the lock is a lease: its owner touches `owner.json` every few seconds, and counts as dead when that stops. A job that
@@ -107,9 +107,8 @@ class RunLock:
     def check(self) -> None:
         """Raises: StaleLockError if a later launch has taken over."""
         if self.is_lost or not self.folder.is_dir():
-            raise StaleLockError(
-                f"another launch has taken over {self.folder.parent.parent}: lock generation {self.number} ends"
-            )
+            run_dir = self.folder.parent.parent
+            raise StaleLockError(f"another launch has taken over {run_dir}: lock generation {self.number} ends")
 
     def end(self) -> None:
         """Release the lock: the next launch need not check whether this one is alive. Nothing may be written afterwards."""

@@ -288,7 +288,7 @@ def unwrap_model(stage: Any) -> HiMixModel:
 
 
 def gather_parameters(stages: list[Any]) -> None:
-    """Complete the all-gather of updated parameters that a distributed optimizer with overlap leaves to the next forward pass."""
+    """Complete the all-gather of updated parameters, which overlap leaves to the next forward pass."""
     for stage in stages:
         if stage.ddp_config.overlap_param_gather:
             stage.start_param_sync(force_sync=True)
