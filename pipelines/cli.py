@@ -1,6 +1,7 @@
 """The command line of every entry point: words in, a checked settings tree out, and mistakes as one line.
 
-A recipe names a whole run; flags change single fields of it: `tiny_align --train.steps 100 --parallel.tensor 2`.
+A recipe names a whole run, by one of the names in RECIPES or as `package.module:function`; flags change single fields of it:
+`tiny_align --train.steps 100 --parallel.tensor 2`.
 `parse` raises ValueError with one line that says what was wrong and what to write instead; `run_main` turns it into
 `error: ...` on stderr and exit code 2. Both `-` and `_` work inside field names.
 """
@@ -14,6 +15,7 @@ import inspect
 import io
 import logging
 import os
+import pkgutil
 import re
 import sys
 import typing
@@ -44,14 +46,11 @@ def parse(argv: Sequence[str], program: str = "python -m pipelines.pretrain") ->
             raise ValueError(f"no recipe given: use {program} RECIPE, with RECIPE one of {', '.join(RECIPES)}")
         print(_overview(program))
         raise SystemExit(0)
-    name, flags = argv[0].replace("-", "_"), list(argv[1:])
+    flags = list(argv[1:])
     if argv[0].startswith("-"):
         raise ValueError(f"{argv[0]} comes before the recipe: use {program} RECIPE --section.field value ...")
-    if name not in RECIPES:
-        near = difflib.get_close_matches(name.lower(), RECIPES, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"unknown recipe {argv[0]}: {hint}There are {', '.join(RECIPES)}")
-    recipe = RECIPES[name]()
+    name, make = find_recipe(argv[0])
+    recipe = make()
     if any(re.match(r"--recipe(=|$)", flag) for flag in flags):
         raise ValueError("--recipe is not a flag: the recipe is the first word")
     # The recipe's name is no setting, so tyro sees the sections only, and Config itself is built (and checked) here.
@@ -60,8 +59,23 @@ def parse(argv: Sequence[str], program: str = "python -m pipelines.pretrain") ->
     tree = dataclasses.make_dataclass(
         "Settings", [(key, hints[key], dataclasses.field(default=value)) for key, value in sections.items()], frozen=True
     )
-    parsed: Any = parse_settings(tree, flags, f"{program} {name}", description=inspect.getdoc(RECIPES[name]) or "")
+    parsed: Any = parse_settings(tree, flags, f"{program} {name}", description=inspect.getdoc(make) or "")
     return Config(recipe=name, **{key: getattr(parsed, key) for key in sections})
+
+
+def find_recipe(word: str) -> tuple[str, Callable[[], Config]]:
+    """A recipe and its name: one of RECIPES, or anyone's `package.module:function`. Raises: ValueError naming the nearest."""
+    name = word.replace("-", "_")
+    if ":" in name:
+        try:
+            return name, pkgutil.resolve_name(name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"unknown recipe {word}: {error}") from None
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name.lower(), RECIPES, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"unknown recipe {word}: {hint}There are {', '.join(RECIPES)}")
+    return name, RECIPES[name]
 
 
 def parse_settings(cls: type[Settings], argv: Sequence[str], program: str, description: str | None = None) -> Settings:
@@ -115,7 +129,11 @@ def _leave(message: str, *, alone: bool = False) -> NoReturn:
 def _overview(program: str) -> str:
     """What `--help` without a recipe prints."""
     width = max(map(len, RECIPES))
-    lines = [f"usage: {program} RECIPE [--section.field value ...]", "", "Recipes:"]
+    lines = [
+        f"usage: {program} RECIPE [--section.field value ...]",
+        "",
+        "Recipes (package.module:function is one of your own):",
+    ]
     lines += [f"  {name:<{width}}  {(inspect.getdoc(make) or '').splitlines()[0]}" for name, make in RECIPES.items()]
     lines += [
         "",

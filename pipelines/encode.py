@@ -5,7 +5,7 @@
 
 Recipe and flags are those of the training (`python -m pipelines.pretrain RECIPE --help` lists them), so that tower,
 preprocessing and precision are the same: the tower comes from --checkpoint.init-from where that is given, else from
---vision.path. --data.features-dtype fp8_token or fp8_image halves the size, at an error that is printed. Training refuses
+--vision.path. --data.features-dtype fp8_token halves the size, at an error that is printed. Training refuses
 features of another tower, preprocessing, dtype or dataset.
 
 Each GPU (each core, where there is none) is a Ray actor that holds the tower and makes one feature file at a time. Run the
@@ -36,7 +36,7 @@ from himix_megatron.data.shards import shard_format
 from himix_megatron.data.shards.reader import ShardDataset
 from himix_megatron.data.shards.storage import LocalFolder
 from himix_megatron.distributed import cpu_backend
-from himix_megatron.model.vision_tower import build_tower
+from himix_megatron.model.towers import build_tower
 from himix_megatron.runtime.durable_files import file_digest
 from pipelines.cli import parse, parse_settings, run_main
 from pipelines.launchers.task_engine import ray_started

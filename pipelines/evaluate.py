@@ -60,8 +60,8 @@ class Arguments:
     """The run folder."""
     data: Path | None = None
     """The shard dataset whose questions are asked."""
-    benchmark: Literal["vqav2", "gqa", "textvqa", "pope", "mme", "mmmu", "mmvet"] | None = None
-    """Ask this benchmark's questions instead."""
+    benchmark: str | None = None
+    """Ask this benchmark's questions instead: vqav2, gqa, textvqa, pope, mme, mmmu or mmvet."""
     questions: Path | None = None
     """The benchmark's question file, or the folder of its question files (docs/evaluation.md)."""
     images: Path | None = None
@@ -86,6 +86,8 @@ class Arguments:
     def __post_init__(self) -> None:
         if (self.data is None) == (self.benchmark is None):
             raise ValueError("give either --data, a shard dataset, or --benchmark with --questions and --images")
+        if self.benchmark is not None and self.benchmark not in runner.BENCHMARKS:
+            raise ValueError(f"--benchmark is {self.benchmark}: wanted one of {', '.join(runner.BENCHMARKS)}")
         if self.benchmark and self.questions is None:
             raise ValueError(f"--questions must be given: the question file of {self.benchmark} (docs/evaluation.md)")
         if self.data is not None and (self.questions or self.images or self.annotations or self.name):

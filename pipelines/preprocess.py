@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import pkgutil
 import re
 import shutil
 import sys
@@ -47,6 +48,13 @@ from pipelines.launchers.task_engine import Engine, engine_started
 PARTS = ("shards", "receipts", "quarantine")
 PROGRESS_SECONDS = 5.0
 RATE_SECONDS = 60.0
+SOURCES = {
+    "llava": None,
+    "parquet": "himix_megatron.data.ingest.sources.parquet:ParquetReader",
+    "img2dataset": "himix_megatron.data.ingest.sources.img2dataset:open_img2dataset",
+    "webdataset": "himix_megatron.data.ingest.sources.webdataset:TarReader",
+}
+"""The sources by name, and what reads their files (imported only then: a task that reads LLaVA's rows needs no pyarrow)."""
 _PLACE = tyro.conf.arg(metavar="PLACE")
 
 
@@ -54,9 +62,10 @@ _PLACE = tyro.conf.arg(metavar="PLACE")
 class Settings:
     """What to read, what to write, and with how many hands."""
 
-    source: Literal["llava", "parquet", "img2dataset", "webdataset"] = "llava"
-    """Layout of the source: LLaVA's JSON list of {id, image, conversations} beside a folder of images; parquet files with the
-    images in them; what img2dataset wrote; tars of any WebDataset."""
+    source: str = "llava"
+    """Layout of the source: `llava`, a JSON list of {id, image, conversations} beside a folder of images; `parquet`, files with
+    the images in them; `img2dataset`, what it wrote; `webdataset`, tars of any; or `package.module:Reader`, files that a reader
+    of your own reads."""
     annotations: Annotated[str | Path | None, _PLACE] = None
     """llava: the JSON file (or .jsonl: one object a line)."""
     images: Annotated[str | Path | None, _PLACE] = None
@@ -95,6 +104,8 @@ class Settings:
             raise ValueError(f"--num-workers is {self.num_workers}: wanted 1 or more")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"--max-bad-fraction is {self.max_bad_fraction}: wanted 0 to 1")
+        if self.source not in SOURCES and ":" not in self.source:
+            raise ValueError(f"--source is {self.source}: wanted one of {', '.join(SOURCES)}, or package.module:Reader")
         self._check_source()
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{,99}", self.shard_prefix):
             raise ValueError(f"shards cannot be called {self.shard_prefix!r}: give --name of letters, digits, dots, - and _")
@@ -193,21 +204,18 @@ def _config(settings: Settings, reader: FileReader | None) -> dict[str, Any]:
 def _files(settings: Settings) -> tuple[FileReader, list[str]] | None:
     """How the source's files are read, and which they are; None for LLaVA's."""
     inputs = [str(place) for place in settings.input]
-    if settings.source == "parquet":
-        from himix_megatron.data.ingest.sources.parquet import ParquetReader
-
-        reader: FileReader = ParquetReader(settings.image_column, settings.text_column, settings.id_column)
-        return reader, find_files(inputs, reader.suffixes)
-    if settings.source == "webdataset":
-        from himix_megatron.data.ingest.sources.webdataset import TarReader
-
-        reader = TarReader()
-        return reader, find_files(inputs, reader.suffixes)
+    if settings.source == "llava":
+        return None
+    try:
+        found = pkgutil.resolve_name(SOURCES.get(settings.source) or settings.source)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--source {settings.source}: {error}") from None
     if settings.source == "img2dataset":
-        from himix_megatron.data.ingest.sources.img2dataset import open_img2dataset
-
-        return open_img2dataset(inputs)
-    return None
+        opened: tuple[FileReader, list[str]] = found(inputs)
+        return opened
+    is_parquet = settings.source == "parquet"
+    reader: FileReader = found(settings.image_column, settings.text_column, settings.id_column) if is_parquet else found()
+    return reader, find_files(inputs, reader.suffixes)
 
 
 def _scan_file(reader: FileReader, number: int, place: str) -> tuple[int, FileScan]:

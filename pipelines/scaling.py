@@ -8,7 +8,7 @@
 same: flags with a section (`--section.field value`) go to every run, and are checked for every size before anything starts.
 Runs are in RUNS/RECIPE-weak-004 and so on, what belongs together in RUNS/RECIPE-weak/series.json. The same command continues a
 series: sizes that have finished are skipped. A run that fails or is killed is reported, and the next size goes on.
-Exit code 0: all sizes have finished (or are submitted); 1: some have not; 85: asked to stop, saved.
+Exit code 0: all sizes have finished (or are submitted); 1: some have not; 85: stop requested, saved.
 """
 
 from __future__ import annotations
@@ -19,18 +19,16 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 from himix_megatron.config import Config, check_ranks
-from himix_megatron.runtime.stop_signals import EXIT_REQUEUE
+from himix_megatron.runtime.stop_signals import COMMAND_STOP_SIGNALS, EXIT_REQUEUE, StopRequest
 from pipelines.cli import parse, parse_settings, run_main
 from pipelines.launchers.local_ranks import run_ranks
 from pipelines.pretrain import with_data
@@ -237,7 +235,8 @@ def nodes_of(world_size: int, gpus_per_node: int) -> tuple[int, int]:
 
 def run(series: Series, members: Sequence[Member]) -> int:
     """One size after the other on this machine. Returns: the exit code."""
-    request = Asked()
+    request = StopRequest(COMMAND_STOP_SIGNALS)
+    request.on_request(lambda _: None)  # `watch` sees it, and lets the ranks save first
     unfinished: list[str] = []
     for number, member in enumerate(members, 1):
         title = f"[{number}/{len(members)}] {member}"
@@ -247,7 +246,7 @@ def run(series: Series, members: Sequence[Member]) -> int:
         elif outcome := run_one(series, member, title, request):
             unfinished.append(f"{title}: {outcome}")
         if request.received:
-            print(f"asked to stop ({request.received}): the same command continues the series", flush=True)
+            print(f"stop requested ({request.received}): the same command continues the series", flush=True)
             return EXIT_REQUEUE
     for line in unfinished:
         print(f"not finished: {line}", flush=True)
@@ -255,19 +254,7 @@ def run(series: Series, members: Sequence[Member]) -> int:
     return 1 if unfinished else 0
 
 
-class Asked:
-    """Whether this process has been asked to stop; from its creation on, that lets the ranks save first."""
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
-
-
-def run_one(series: Series, member: Member, title: str, request: Asked) -> str | None:
+def run_one(series: Series, member: Member, title: str, request: StopRequest) -> str | None:
     """One run from start to end. Returns: None if it has finished, else what became of it."""
     command = [sys.executable, "-m", "pipelines.pretrain", *member.words]
     output = series.folder / f"output-{member.world_size:03d}.txt"

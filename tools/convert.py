@@ -40,6 +40,7 @@ from himix_megatron.config import (
     TrainConfig,
     VisionConfig,
 )
+from himix_megatron.config.families import FAMILIES
 from himix_megatron.conversion.authors_folder import read_authors, write_authors
 from himix_megatron.conversion.authors_layout import AsAuthors
 from himix_megatron.conversion.checkpoint_io import StoredWeights, read_config, stored_tower, write_run
@@ -61,7 +62,7 @@ from himix_megatron.conversion.parity import (
 )
 from himix_megatron.distributed.launch import Launch
 from himix_megatron.distributed.topology import Topology, init_distributed, shutdown_distributed
-from himix_megatron.model.vision_tower import build_tower
+from himix_megatron.model.towers import build_tower
 from himix_megatron.runtime import log
 from pipelines.cli import parse_settings, run_main
 from pipelines.recipes import RECIPES
@@ -253,9 +254,9 @@ def _config(model: ModelConfig, vision: VisionConfig, recipe: Config | None, fol
 
 def _template(model: ModelConfig) -> ChatTemplate:
     """The conversations' wording of a family, as the recipes have it."""
-    if model.family == "qwen2":
-        return "chatml"
-    return "llama3" if model.rope_scaling_factor is not None or model.vocab_size == 128256 else "vicuna"
+    if model.family == "llama" and (model.rope_scaling_factor is not None or model.vocab_size == 128256):
+        return "llama3"
+    return FAMILIES[model.family].template
 
 
 def _plain_config(model: ModelConfig, vision: VisionConfig, template: ChatTemplate, dtype: torch.dtype) -> Config:

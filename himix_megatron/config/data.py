@@ -23,8 +23,8 @@ class DataConfig:
     does not run. None: images are read and encoded in training."""
     validation_features: str | None = None
     """The same for validation_path."""
-    features_dtype: Literal["bf16", "fp8_token", "fp8_image"] = "bf16"
-    """How such features are stored: bf16, or half of that in fp8 (e4m3) with one scale for each token or for each image."""
+    features_dtype: Literal["bf16", "fp8_token"] = "bf16"
+    """How such features are stored: bf16, or half of that in fp8 (e4m3) with one scale for each token."""
     tokenizer: str = "bytes"
     """Folder of a Hugging Face tokenizer, or `bytes` for the built-in byte-level one."""
     template: Literal["plain", "vicuna", "llama3", "chatml", "tiny"]

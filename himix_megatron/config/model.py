@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .checks import positive
+from .checks import known, positive
+from .families import FAMILIES
+from .towers import TOWERS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """The language decoder, and how it takes vision in."""
 
-    family: Literal["llama", "qwen2"]
-    """`llama`: no biases; `qwen2`: biases on q, k, v, the vision k and v included."""
+    family: str
+    """Language family: `llama`, or `qwen2` (biases on q, k and v, those of the vision included)."""
     num_layers: int
     """Decoder layers."""
     hidden_size: int
@@ -49,6 +51,7 @@ class ModelConfig:
     """A sample without an image attends to the features of an all-zero image (as the authors' code does), or to none."""
 
     def __post_init__(self) -> None:
+        known("model.family", self.family, FAMILIES)
         positive(
             model__num_layers=self.num_layers,
             model__hidden_size=self.hidden_size,
@@ -85,14 +88,14 @@ class ModelConfig:
     @property
     def has_qkv_bias(self) -> bool:
         """Whether q, k and v (text and vision) carry biases."""
-        return self.family == "qwen2"
+        return FAMILIES[self.family].qkv_bias
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VisionConfig:
     """The vision tower and the pixels it wants."""
 
-    tower: Literal["tiny", "siglip", "clip"]
+    tower: str
     """`siglip` and `clip` come from transformers; `tiny` is a small ViT of our own that can be trained from nothing."""
     path: str | None = None
     """Folder with the tower's config.json and safetensors; None: random weights (tests, quickstart)."""
@@ -125,6 +128,7 @@ class VisionConfig:
     """Encode the next step's images while this step trains. Changes no result."""
 
     def __post_init__(self) -> None:
+        known("vision.tower", self.tower, TOWERS)
         positive(vision__image_size=self.image_size, vision__patch_size=self.patch_size, vision__hidden_size=self.hidden_size)
         positive(
             vision__num_layers=self.num_layers,
@@ -139,7 +143,7 @@ class VisionConfig:
             )
         if self.image_size < self.patch_size:
             raise ValueError(f"vision.image_size ({self.image_size}) is below vision.patch_size ({self.patch_size})")
-        if self.tower == "tiny" and self.image_size % self.patch_size:
+        if TOWERS[self.tower].whole_patches and self.image_size % self.patch_size:
             raise ValueError(
                 f"vision.image_size ({self.image_size}) is not a multiple of vision.patch_size ({self.patch_size})"
             )
@@ -148,5 +152,10 @@ class VisionConfig:
 
     @property
     def tokens_per_image(self) -> int:
-        """Patch tokens that one image contributes (N of one image)."""
+        """Vision tokens of one image (n)."""
+        return TOWERS[self.tower].tokens_per_image(self.image_size // self.patch_size)
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one image, which the tower's layers see."""
         return (self.image_size // self.patch_size) ** 2

@@ -121,7 +121,7 @@ class Config:
     @property
     def run_dir(self) -> Path:
         """The run folder."""
-        return Path(self.run.dir) if self.run.dir else Path("runs") / self.recipe
+        return Path(self.run.dir) if self.run.dir else Path("runs") / self.recipe.replace(":", ".")
 
 
 def check_layout(parallel: ParallelConfig, world_size: int) -> int:

@@ -19,7 +19,9 @@ from typing import Any
 from torch import Tensor
 
 from ..config import ModelConfig, VisionConfig
-from ..model.vision_tower import build_tower
+from ..config.families import FAMILIES
+from ..config.towers import TOWERS
+from ..model.towers import build_tower
 from .authors_layout import shapes
 from .huggingface import check_shapes, check_weights, language_config
 from .safetensors_io import MappedTensors, open_file, open_folder, read_json, write_folder
@@ -56,8 +58,8 @@ def read_authors(path: Path) -> AuthorsModel:
         settings = read_json(where)
     if "auto_map" in settings:
         raise ValueError(f"{where} names code of its own (auto_map), which is not run")
-    if settings.get("model_type") not in ("llama", "qwen2"):
-        raise ValueError(f"{where}: model_type is {settings.get('model_type')}, wanted llama or qwen2")
+    if settings.get("model_type") not in FAMILIES:
+        raise ValueError(f"{where}: model_type is {settings.get('model_type')}, wanted {' or '.join(FAMILIES)}")
     model = language_config(settings, where)
     if _NORM not in opened:
         raise ValueError(f"{path} lacks {_NORM}: it is no HiMix model")
@@ -134,7 +136,7 @@ def _vision(settings: Mapping[str, Any], where: Path) -> VisionConfig:
 
 
 def _their_tower_name(name: str, vision: VisionConfig) -> str:
-    if vision.tower == "tiny":
+    if TOWERS[vision.tower].transformers is None:
         return name
     return "vision_model." + re.sub(r"^layers\.", "encoder.layers.", name).replace("pre_norm.", "pre_layrnorm.")
 

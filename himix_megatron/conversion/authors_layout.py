@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config import ModelConfig
+from ..config.families import FAMILIES
 
 _OUTER = {
     "embedding.word_embeddings.weight": "model.embed_tokens.weight",
@@ -48,7 +49,7 @@ def layout(model: ModelConfig) -> dict[str, tuple[tuple[str, int], ...]]:
     key/value head (0: it is no tensor of heads, and the parts follow each other)."""
     found: dict[str, tuple[tuple[str, int], ...]] = {ours: ((theirs, 0),) for ours, theirs in _outer(model).items()}
     for layer in range(model.num_layers):
-        for ours, theirs in _PLAIN.items():
+        for ours, theirs in (_PLAIN | {w.name: w.published_name for w in FAMILIES[model.family].layer_weights}).items():
             found[f"decoder.layers.{layer}.{ours}"] = ((f"model.layers.{layer}.{theirs}", 0),)
         for ours, parts in _fused(model).items():
             found[f"decoder.layers.{layer}.{ours}"] = tuple((f"model.layers.{layer}.{name}", heads) for name, heads in parts)
@@ -68,8 +69,14 @@ def shapes(model: ModelConfig, vision_width: int) -> dict[str, tuple[int, ...]]:
         **{"gate_proj.weight": (inner, hidden), "up_proj.weight": (inner, hidden), "down_proj.weight": (hidden, inner)},
         **{"q_proj.bias": (queries,), "k_proj.bias": (keys,), "v_proj.bias": (keys,)},
         **{"k_proj_img.bias": (keys,), "v_proj_img.bias": (keys,)},
+        **{_tail(w.published_name): (getattr(model, w.length),) for w in FAMILIES[model.family].layer_weights},
     }
-    return {name: widths[".".join(name.split(".")[-2:])] for parts in layout(model).values() for name, _ in parts}
+    return {name: widths[_tail(name)] for parts in layout(model).values() for name, _ in parts}
+
+
+def _tail(name: str) -> str:
+    """A tensor's name within its module."""
+    return ".".join(name.split(".")[-2:])
 
 
 def is_new(name: str) -> bool:

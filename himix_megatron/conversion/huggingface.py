@@ -1,4 +1,4 @@
-"""Hugging Face's Llama and Qwen2 language models and SigLIP and CLIP towers, as folders, in our terms.
+"""Hugging Face's language models and vision towers (config/families.py, config/towers.py), as folders, in our terms.
 
 Flows in: `config.json` and safetensors; out: ModelConfig, VisionConfig, and the checked tensors under the authors' names,
 which are Hugging Face's. What our model would compute otherwise than the folder's own is refused, by name.
@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from ..config import ModelConfig, VisionConfig
+from ..config.families import FAMILIES
+from ..config.towers import TOWERS
 from .authors_layout import is_new, shapes
 from .safetensors_io import DTYPES, MappedTensors, open_folder, read_json
 
 VisionInit = Literal["random", "from-text"]
 _ROTARY_BUFFER = ".rotary_emb.inv_freq"
 """Older folders store the rotary frequencies, which follow from the configuration."""
-_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """megatron-core's own constants: only the factor can be given."""
 
@@ -32,15 +33,15 @@ _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_p
 
 def read_language(folder: Path) -> ModelConfig:
     """The sizes of a language model's folder. Raises: ValueError naming what our model would compute otherwise."""
-    return language_config(_plain_settings(folder, ("llama", "qwen2")), folder / "config.json")
+    return language_config(_plain_settings(folder, tuple(FAMILIES)), folder / "config.json")
 
 
 def language_config(stored: Mapping[str, Any], where: Path) -> ModelConfig:
     """A model from Hugging Face's settings. `where`: named in errors. Raises: ValueError."""
-    from transformers import LlamaConfig, Qwen2Config
+    import transformers
 
-    kind: Any = stored["model_type"]
-    settings = _settings({"llama": LlamaConfig, "qwen2": Qwen2Config}[kind], stored, where)
+    kind: str = stored["model_type"]
+    settings = _settings(getattr(transformers, FAMILIES[kind].transformers_config), stored, where)
     _refuse_other_mathematics(settings, where)
     head_dim = getattr(settings, "head_dim", None)
     even = settings.hidden_size // settings.num_attention_heads
@@ -241,11 +242,12 @@ def read_tower_config(folder: Path, feature_layer: int) -> VisionConfig:
     The pixels' mean and deviation come from its `preprocessor_config.json`, or are the kind's own; images are resized to a
     square. Raises: ValueError naming what our tower would compute otherwise.
     """
-    stored = _plain_settings(folder, ("siglip", "siglip_vision_model", "clip", "clip_vision_model"))
-    from transformers import CLIPVisionConfig, SiglipVisionConfig
+    published = {row.transformers.lower(): name for name, row in TOWERS.items() if row.transformers}
+    stored = _plain_settings(folder, tuple(t for model_type in published for t in (model_type, f"{model_type}_vision_model")))
+    import transformers
 
-    kind: Any = stored["model_type"].split("_")[0]
-    config_class = {"siglip": SiglipVisionConfig, "clip": CLIPVisionConfig}[kind]
+    kind = published[stored["model_type"].removesuffix("_vision_model")]
+    config_class = getattr(transformers, f"{TOWERS[kind].transformers}VisionConfig")
     settings, usual = _settings(config_class, stored.get("vision_config", stored), folder / "config.json"), config_class()
     # A checkpoint of ours stores the tower's sizes and weights; the rest must be what the kind always has.
     for name in ("hidden_act", "layer_norm_eps", "num_channels"):
@@ -256,7 +258,7 @@ def read_tower_config(folder: Path, feature_layer: int) -> VisionConfig:
         size = getattr(settings, name)
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"{folder / 'config.json'}: {name} is {size}, wanted a number above 0")
-    mean, std = (_CLIP_MEAN, _CLIP_STD) if kind == "clip" else ((0.5,) * 3, (0.5,) * 3)
+    mean, std = TOWERS[kind].pixel_mean, TOWERS[kind].pixel_std
     if (folder / "preprocessor_config.json").is_file():
         processor = read_json(folder / "preprocessor_config.json")
         mean, std = tuple(processor.get("image_mean", mean)), tuple(processor.get("image_std", std))

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from ..config import Config, ModelConfig
+from ..config.towers import TOWERS
 from ..distributed.fused_kernels import detect
 from ..distributed.topology import Topology
 from ..inference.generator import Answerer
 from ..model.schedule import run_logits
 from ..model.stage_input import StageInput
-from ..model.vision_tower import build_tower
+from ..model.towers import build_tower
 from .authors_layout import AsAuthors, is_new, shapes
 from .checkpoint_io import StoredWeights, read_config, stored_tower
 from .export.parity import fixed_input, himix_logits, parity
@@ -282,5 +283,5 @@ def check_tower(checkpoint: Path, folder: Path) -> str:
     del peer
     tower = build_tower(vision, seed=0, dtype=torch.float32)
     tower.load_state_dict(stored_tower(checkpoint, config, StoredWeights(checkpoint, config.model)), strict=True)
-    wanted = hidden[:, 1:] if vision.tower == "clip" else hidden
+    wanted = hidden[:, TOWERS[vision.tower].class_tokens :]
     return check_logits("tower's features of one image, beside transformers", tower(pixels, torch.tensor([False])), wanted)

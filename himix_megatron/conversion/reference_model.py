@@ -17,11 +17,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..config import ModelConfig
+from ..config.families import FAMILIES
 
 
 @torch.no_grad()
 def plain_logits(weights: Mapping[str, Tensor], model: ModelConfig, ids_BS: Tensor, vision_BNV: Tensor) -> Tensor:
-    """float[B, S, vocabulary] of unpadded text; N may be 0."""
+    """float[B, S, vocabulary] of unpadded text; N may be 0. Raises: ValueError for a family with layers of its own."""
+    if FAMILIES[model.family].layer is not None:
+        raise ValueError(f"model.family is {model.family}, whose layers HiMix in plain torch does not compute")
     hidden_BSH = weights["model.embed_tokens.weight"][ids_BS].float()
     angles_SD = _angles(model, ids_BS.shape[1])
     for layer in range(model.num_layers):

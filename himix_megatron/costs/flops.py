@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from ..config import Config, ModelConfig, Part, VisionConfig
+from ..config.towers import TOWERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +53,14 @@ def head_flops(model: ModelConfig, *, text_tokens: float) -> float:
 
 
 def tower_flops(vision: VisionConfig) -> float:
-    """The vision tower's forward pass on one image, up to the layer whose output is taken (CLIP's class token counted)."""
-    width, patches = vision.hidden_size, vision.tokens_per_image
-    tokens = patches + (1 if vision.tower == "clip" else 0)
+    """The vision tower's forward pass on one image, up to the layer whose output is taken (class tokens counted)."""
+    width, tokens = vision.hidden_size, vision.num_patches + TOWERS[vision.tower].class_tokens
     layer = 2 * tokens * (4 * width**2 + 2 * width * vision.ffn_hidden_size) + 4 * tokens**2 * width
     return float(layer * (vision.num_layers + 1 + vision.feature_layer) + _patch_flops(vision))
 
 
 def _patch_flops(vision: VisionConfig) -> int:
-    return 2 * vision.tokens_per_image * 3 * vision.patch_size**2 * vision.hidden_size
+    return 2 * vision.num_patches * 3 * vision.patch_size**2 * vision.hidden_size
 
 
 # ---- a training step ---------------------------------------------------------------------------------------------------

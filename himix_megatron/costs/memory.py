@@ -11,13 +11,19 @@ import math
 from dataclasses import dataclass, fields, replace
 
 from ..config import Config
+from ..config.families import FAMILIES
+from ..config.towers import TOWERS
 from .flops import chunk_layers
 
 GIB = 2**30
 VOCAB_MULTIPLE = 128
-"""As in adapter.py, which takes torch."""
-HEAD_CHUNK_LOGITS, HEAD_GPU_CHUNK_LOGITS, HEAD_MAX_LOGITS = 2**26, 2**28, 2**31
-"""As in loss.py, which takes torch."""
+"""The embedding's rows are padded to a multiple of this and of the tensor ranks."""
+CHUNK_LOGITS, GPU_CHUNK_LOGITS = 2**26, 2**28
+"""Most logits of a rank that exist at once where the head runs in chunks, on a CPU and on a GPU: 256 MiB and 1 GiB in fp32.
+Each chunk writes a gradient of the head's whole weight and adds it to the sum."""
+MAX_LOGITS = 2**31
+"""Most logits of a rank that are kept for the backward pass where the cross-entropy needs nothing beside them and writes its
+gradient over them: 4 GiB in bf16. Above, chunks of an eighth of this."""
 FIXED_BYTES = 2.5 * GIB
 """CUDA context, NCCL's buffers and cuBLAS's workspaces: an allowance, not measured here."""
 FRAGMENTS = 0.05
@@ -86,13 +92,11 @@ def tower_parameters(config: Config) -> int:
     vision = config.vision
     width, inner = vision.hidden_size, vision.ffn_hidden_size
     layer = 4 * (width * width + width) + 2 * width * inner + inner + width + 4 * width
-    patch = 3 * vision.patch_size**2 * width
-    shared = {
-        "siglip": patch + width + vision.tokens_per_image * width,
-        "clip": patch + width + (vision.tokens_per_image + 1) * width + 2 * width,
-        "tiny": patch + width + vision.tokens_per_image * width + (2 * width if vision.feature_layer == -1 else 0),
-    }[vision.tower]
-    return layer * (vision.num_layers + 1 + vision.feature_layer) + shared
+    kind = TOWERS[vision.tower]
+    positions = (vision.num_patches + kind.class_tokens) * kind.learned_positions
+    norms = 2 * kind.norm_before + 2 * (kind.norm_after and vision.feature_layer == -1)
+    vectors = kind.patch_bias + kind.class_tokens + positions + norms
+    return layer * (vision.num_layers + 1 + vision.feature_layer) + 3 * vision.patch_size**2 * width + vectors * width
 
 
 def layer_parameters(config: Config, tensor: int = 1) -> Parameters:
@@ -103,7 +107,8 @@ def layer_parameters(config: Config, tensor: int = 1) -> Parameters:
     vision_split = 2 * key_value * width
     if model.has_qkv_bias:
         split, vision_split = split + query + 2 * key_value, vision_split + 2 * key_value
-    return Parameters(split / tensor + 2 * model.hidden_size, vision_split / tensor + width, 0.0)
+    whole = 2 * model.hidden_size + sum(getattr(model, weight.length) for weight in FAMILIES[model.family].layer_weights)
+    return Parameters(split / tensor + whole, vision_split / tensor + width, 0.0)
 
 
 def model_parameters(config: Config) -> Parameters:
@@ -178,10 +183,10 @@ def rank_memory(
     if stage == parallel.pipeline - 1:
         rows = padded_vocab(config) / parallel.tensor
         tokens = micro_batch.text_tokens if micro_batch.labelled_tokens is None else micro_batch.labelled_tokens
-        logits = 12 * min(HEAD_GPU_CHUNK_LOGITS if on_gpu else HEAD_CHUNK_LOGITS, tokens * rows)
+        logits = 12 * min(GPU_CHUNK_LOGITS if on_gpu else CHUNK_LOGITS, tokens * rows)
         if on_gpu:
             # With Transformer Engine's loss, whatever the layers are: all logits once, and the weight's gradient beside them.
-            chunk = tokens * rows if tokens * rows <= HEAD_MAX_LOGITS else HEAD_MAX_LOGITS / 8
+            chunk = tokens * rows if tokens * rows <= MAX_LOGITS else MAX_LOGITS / 8
             kept = size * (chunk + ("language" in train.trainable_parts) * rows * config.model.hidden_size)
             logits = kept if config.model.layer_spec != "torch" else max(logits, kept)
         logits += 3 * size * text

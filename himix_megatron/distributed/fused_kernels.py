@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 import warnings
@@ -229,3 +231,18 @@ def _fault(module: str, *names: str) -> str | None:
         return f"module {module} does not load: {kind}{' '.join(str(error).split())[:200]}"
     missing = [name for name in names if not hasattr(imported, name)]
     return f"no {module}.{missing[0]}" if missing else None
+
+
+@functools.cache
+def variable_length_arguments() -> frozenset[str]:
+    """Arguments of torch's variable-length attention; none where torch has no such function."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def has_variable_length() -> bool:
+    """Whether torch's variable-length attention can be causal, aligned to the bottom right; that takes a window (from 2.11)."""
+    return {"window_size", "scale"} <= variable_length_arguments()

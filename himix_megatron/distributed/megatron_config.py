@@ -6,7 +6,6 @@ Flows in: Config and what kernels are usable here; out: mcore's TransformerConfi
 from __future__ import annotations
 
 import inspect
-import math
 from typing import Any, Literal
 
 import torch
@@ -16,18 +15,11 @@ from megatron.core.transformer import TransformerConfig
 
 from ..config import Config, ModelConfig
 from ..costs.flops import chunk_layers
-from .fused_kernels import Kernels
+from ..costs.memory import padded_vocab
+from .fused_kernels import Kernels, has_variable_length
 
 TRITON_HEAD_DIMS = (64, 128)
 """Head widths that model/attention/triton_attention.py has tiles for."""
-VOCAB_MULTIPLE = 128
-"""The embedding's rows are padded to a multiple of this and of the tensor ranks."""
-
-
-def padded_vocab_size(vocab_size: int, tensor_size: int) -> int:
-    """Rows of the embedding as allocated."""
-    multiple = math.lcm(VOCAB_MULTIPLE, tensor_size)
-    return -(-vocab_size // multiple) * multiple
 
 
 def chosen_layer_spec(model: ModelConfig, kernels: Kernels) -> Literal["te", "torch"]:
@@ -72,8 +64,6 @@ def check_graphs(config: Config, kernels: Kernels) -> None:
         raise ValueError("train.cuda_graphs is on, but there is no GPU here: use --train.cuda-graphs off")
     if config.train.precision != "bf16":
         raise ValueError("train.cuda_graphs is on, but attention in fp32 goes sample by sample: use --train.precision bf16")
-    from ..model.attention.backends import has_variable_length
-
     if attention_core(config, kernels) == "flash" and not has_variable_length():
         raise ValueError(
             f"train.cuda_graphs is on, but torch {torch.__version__} attends sample by sample: use torch 2.11 or later"
@@ -136,8 +126,6 @@ def kernel_lines(config: Config, kernels: Kernels) -> tuple[str, ...]:
     """Which kernels a run has and is computed with, and why, for its log. Raises: ValueError as `attention_core`."""
     attention: str = attention_core(config, kernels)
     if attention == "flash":
-        from ..model.attention.backends import has_variable_length
-
         fast = torch.cuda.is_available() and config.train.precision == "bf16" and has_variable_length()
         attention = "torch's variable-length flash attention" if fast else "torch's, sample by sample"
     loss = "Transformer Engine's" if has_fused_loss(kernels) else "megatron-core's, in chunks"
@@ -262,7 +250,7 @@ def gpt_arguments(config: Config) -> dict[str, Any]:
     """GPTModel's own keyword arguments."""
     model = config.model
     return {
-        "vocab_size": padded_vocab_size(model.vocab_size, config.parallel.tensor),
+        "vocab_size": padded_vocab(config),
         "max_sequence_length": config.data.max_text_tokens,
         "position_embedding_type": "rope",
         "rotary_base": model.rope_theta,

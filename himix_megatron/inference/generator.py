@@ -27,8 +27,8 @@ from ..model.attention.kv_cache import KVCache
 from ..model.himix_model import arrange_features, build_stage, unwrap_model
 from ..model.schedule import run_logits
 from ..model.stage_input import StageInput
+from ..model.towers import Tower, build_tower
 from ..model.vision_encoder import ShardedVisionEncoder
-from ..model.vision_tower import Tower, build_tower
 from .sampling import Sampling, choose
 
 Watchdog = Callable[[int, list[int]], bool]

@@ -8,7 +8,7 @@ The modules stay the owners of their weights, names and state dicts are theirs. 
 - A product adds to the residual stream in place. Its bias stays out of the stream: the next norm adds the biases so far
   on reading. So a norm with its residual and bias moves the hidden states twice through memory, not seven times.
 
-Shapes: K images, N tokens of one, M = K * N, V width, D = V / heads.
+Shapes: K images, n tokens of one, M = K * n, V width, D = V / heads.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ Norm = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 
 @torch.no_grad()
-def run_layers(hidden_KNV: Tensor, layers: Iterable[Any]) -> Tensor:
-    """SigLIP's or CLIP's encoder layers, one after the other. `hidden_KNV` is overwritten where it is contiguous."""
-    hidden_MV = hidden_KNV.reshape(-1, hidden_KNV.shape[-1])
+def run_layers(hidden_KnV: Tensor, layers: Iterable[Any]) -> Tensor:
+    """SigLIP's or CLIP's encoder layers, one after the other. `hidden_KnV` is overwritten where it is contiguous."""
+    hidden_MV = hidden_KnV.reshape(-1, hidden_KnV.shape[-1])
     norm = _compiled_norm() if hidden_MV.is_cuda else add_and_normalise
     left_out_V = torch.zeros(hidden_MV.shape[1], dtype=torch.float32, device=hidden_MV.device)
     with _attention_kernels(hidden_MV):
         for layer in layers:
-            left_out_V = run_layer(hidden_MV, left_out_V, layer, len(hidden_KNV), norm)
-    return (hidden_MV + left_out_V).to(hidden_MV.dtype).view_as(hidden_KNV)
+            left_out_V = run_layer(hidden_MV, left_out_V, layer, len(hidden_KnV), norm)
+    return (hidden_MV + left_out_V).to(hidden_MV.dtype).view_as(hidden_KnV)
 
 
 def run_layer(hidden_MV: Tensor, left_out_V: Tensor, layer: Any, num_images: int, norm: Norm) -> Tensor:
@@ -44,7 +44,7 @@ def run_layer(hidden_MV: Tensor, left_out_V: Tensor, layer: Any, num_images: int
     qkv_weight, qkv_bias = pack_qkv(attention)
     normed_MV = norm(hidden_MV, left_out_V, first.weight, first.bias, first.eps)
     qkv = F.linear(normed_MV, qkv_weight, qkv_bias).view(num_images, -1, 3, attention.num_heads, attention.head_dim)
-    query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [K, heads, N, D]
+    query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [K, heads, n, D]
     mixed_MV = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(hidden_MV.shape)
     hidden_MV.addmm_(mixed_MV, attention.out_proj.weight.t())
     left_out_V = left_out_V + attention.out_proj.bias

@@ -81,7 +81,16 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
         first, last = chunk in (None, 0), chunk in (None, config.parallel.virtual_pipeline - 1)
         super().__init__(
             mcore_config,
-            block_spec(mcore_config, backend, core, config.vision.hidden_size, chunk=chunk, stage=topology.pipeline_rank),
+            block_spec(
+                mcore_config,
+                backend,
+                core,
+                config.vision.hidden_size,
+                family=config.model.family,
+                vision_is_frozen=tower is None,
+                chunk=chunk,
+                stage=topology.pipeline_rank,
+            ),
             pre_process=topology.is_first_stage and first,
             post_process=topology.is_last_stage and last,
             vp_stage=chunk,
@@ -99,8 +108,6 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
         """Whether the cross-entropy is Transformer Engine's."""
         self.labelled: Tensor | None = None
         """Of the pass under way: `token_losses`' argument of this name."""
-        for layer in self.decoder.layers:
-            layer.vision_is_frozen = tower is None
         if tower is not None:
             self.tower = tower
             for parameter in tower.parameters():
@@ -154,7 +161,7 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
     def _continue(self, text_ids: Tensor, cache: KVCache) -> Tensor:
         """Logits of each sample's last token, or hidden states, of text that goes on where the cache ends."""
         mask = TorchMixtureAttention.mixture_mask(text_ids.shape[1], cache.num_earlier, cache.padding, text_ids.device)
-        cache.angles_SB1D = self.rotary_pos_emb(cache.num_slots)[cache.positions].flatten(2, 3)
+        cache.begin_pass(self.rotary_pos_emb)
         with self._head_on(cache.last):
             output: Tensor = super().forward(text_ids, None, mask, extra_block_kwargs={"context": cache})
         return output

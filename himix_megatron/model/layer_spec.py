@@ -3,11 +3,12 @@
 `torch` runs anywhere; `te` is Transformer Engine: norms fused into the linear layers, fused attention. The vision norm and
 projection are the same in both: the norm's statistics are shared by all layers, which no fused layer offers. Parameters carry
 the same names in a checkpoint under both, and the extra states that some modules keep beside them are not stored
-(checkpoint.py): a run may be continued on the other backend.
+(checkpoint/checkpointer.py): a run may be continued on the other backend.
 """
 
 from __future__ import annotations
 
+import pkgutil
 from typing import Any, Literal
 
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -17,16 +18,18 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
+from ..config.families import FAMILIES
 from .attention.backends import TorchMixtureAttention, TransformerEngineMixtureAttention, TritonMixtureAttention
 from .attention.mixture_attention import MixtureAttention, MixtureAttentionSubmodules, VisionLinear, VisionNorm
-from .layer import HiMixLayer, RMSNorm, SwiGLU, TransformerEngineSwiGLU, residual_add
+from .cpu_ops import RMSNorm, SwiGLU
+from .layer import HiMixLayer, TransformerEngineSwiGLU, residual_add
 
 CORES: dict[str, Any] = {
     "te": TransformerEngineMixtureAttention,
     "flash": TorchMixtureAttention,
     "triton": TritonMixtureAttention,
 }
-"""`adapter.attention_core`'s choices."""
+"""`megatron_config.attention_core`'s choices."""
 
 
 def block_spec(
@@ -35,14 +38,21 @@ def block_spec(
     core: Literal["te", "flash", "triton"],
     vision_hidden_size: int,
     *,
+    family: str,
+    vision_is_frozen: bool,
     chunk: int | None,
     stage: int,
 ) -> TransformerBlockSubmodules:
     """The layers of one model chunk (None: no interleaving) of a pipeline stage, and the final norm.
 
+    A family with layers of its own changes them here, and `config` with them.
+
     Raises: ImportError for `te` where Transformer Engine is not installed.
     """
     layer = (_transformer_engine_layer if backend == "te" else _torch_layer)(vision_hidden_size, CORES[core])
+    layer.params["vision_is_frozen"] = vision_is_frozen
+    if (change := FAMILIES[family].layer) is not None:
+        pkgutil.resolve_name(change)(layer, config)
     num_layers = get_num_layers_to_build(config, vp_stage=chunk, pp_rank=stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=_norm(backend))
 

@@ -20,12 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_LOGITS, GPU_CHUNK_LOGITS = 2**26, 2**28
-"""Most logits of a rank that exist at once where the head runs in chunks, on a CPU and on a GPU: 256 MiB and 1 GiB in fp32.
-Each chunk writes a gradient of the head's whole weight and adds it to the sum."""
-MAX_LOGITS = 2**31
-"""Most logits of a rank that are kept for the backward pass where the cross-entropy needs nothing beside them and writes its
-gradient over them: 4 GiB in bf16. Above, chunks of an eighth of this."""
+from ..costs.memory import CHUNK_LOGITS, GPU_CHUNK_LOGITS, MAX_LOGITS
 
 
 def chunk_tokens(num_tokens: int, num_logits: int, *, keeps: bool, on_gpu: bool) -> int:

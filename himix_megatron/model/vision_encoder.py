@@ -10,10 +10,7 @@ Shapes: K images of a step, N tokens of one image, V width of the features (Vh).
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -22,12 +19,9 @@ from torch.nn import functional as F
 
 from ..data.loading.batch import rank_share
 from ..distributed.topology import Topology
-from ..runtime.background_thread import BackgroundThread, WaitInterruptedError, wait_or_interrupt
-from .vision_tower import Tower
+from .towers import Tower
 
 Placement = Literal["replica_sharded", "replicated", "first_stage"]
-Batch = TypeVar("Batch")
-Result = TypeVar("Result")
 
 
 def encoder_share(encoder_placement: Placement, topology: Topology) -> tuple[int, int]:
@@ -107,104 +101,3 @@ class ShardedVisionEncoder:
                     part.copy_(sent)
                 dist.broadcast(part, group=self.group, group_src=source)
         return received.view(share.dtype).view(-1, *share.shape[1:])
-
-
-class FeaturePrefetcher:
-    """Encodes the next step while this one trains: on a side stream of the GPU, on a background thread where there is none.
-
-    What it holds is derived from the data, so no checkpoint knows of it. All work is done in the order in which it is asked
-    for, the same on every rank, and in a process group of its own (`Topology.encoding`).
-    """
-
-    def __init__(self, device: torch.device, *, enabled: bool = True) -> None:
-        self._thread = BackgroundThread("encode-ahead") if enabled and device.type == "cpu" else None
-        self._stream = torch.cuda.Stream(device) if enabled and device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._cuda_index: int | None = None
-        if device.type == "cuda":
-            self._cuda_index = torch.cuda.current_device() if device.index is None else device.index
-        self._reader = BackgroundThread("read")
-        """Reads where `_thread` does not, so that the wait for it can be broken off."""
-        self._waited_seconds = 0.0
-
-    def steps(
-        self,
-        batches: Iterable[Batch],
-        encode: Callable[[Batch], tuple[Batch, Tensor]],
-        stop_requested: Callable[[], bool] = lambda: False,
-        keep_going: Callable[[], bool] = lambda: True,
-    ) -> Iterator[tuple[Batch, Tensor]]:
-        """`encode` of each batch in order; of the next one while the caller works on this one.
-
-        What `batches` or `encode` raise is raised here, when that step's turn comes; with a side stream, when the turn of the
-        step before it comes. A wait is broken off when `stop_requested` turns true. `keep_going`, in which all ranks agree,
-        is called on this thread once for each step, when this rank has its data or has broken the wait off: where it says no,
-        the steps end. So no rank waits in `encode` for one that is still reading, but on a thread that can be left behind.
-        """
-        source = iter(batches)
-
-        def read() -> Batch | None:
-            if self._cuda_index is not None:
-                torch.cuda.set_device(self._cuda_index)  # a new thread is on device 0
-            return next(source, None)
-
-        coming: Future[Batch | None] | None = None
-
-        def read_together() -> Batch | None:
-            nonlocal coming
-            batch = agreed(coming or self._reader.start(read))
-            if self._cuda_index is not None and batch is not None:
-                coming = self._reader.start(read)  # taken from the workers and pinned while the device is at work
-            return batch
-
-        def agreed(future: Future[Result | None]) -> Result | None:
-            begun = time.perf_counter()
-            try:
-                result = wait_or_interrupt(future, stop_requested)
-            except WaitInterruptedError:
-                result = None
-            self._waited_seconds += time.perf_counter() - begun
-            return result if keep_going() else None
-
-        def work(read: Callable[[], Batch | None]) -> tuple[Batch, Tensor] | None:
-            batch = read()
-            return None if batch is None else encode(batch)
-
-        def begin() -> Callable[[], tuple[Batch, Tensor] | None]:
-            if self._thread is not None:
-                future = self._thread.start(lambda: work(read))
-                return lambda: agreed(future)
-            if self._stream is not None:
-                return self._start_on_stream(self._stream, lambda: work(read_together))
-            return lambda: work(read_together)
-
-        waiting = begin()
-        while (step := waiting()) is not None:
-            waiting = begin()
-            yield step
-
-    def take_waited_seconds(self) -> float:
-        """How long, since it was last asked, training stood still for a step that was not yet read (on a background thread: nor
-        encoded)."""
-        waited, self._waited_seconds = self._waited_seconds, 0.0
-        return waited
-
-    def drain(self, seconds: float | None = None) -> bool:
-        """Wait until nothing is under way: process groups may end after it, not before. Returns: whether that came in time."""
-        return (self._thread or self._reader).drain(seconds)
-
-    def _start_on_stream(
-        self, stream: torch.cuda.Stream, work: Callable[[], tuple[Batch, Tensor] | None]
-    ) -> Callable[[], tuple[Batch, Tensor] | None]:
-        stream.wait_stream(torch.cuda.current_stream())  # the tower's weights are there
-        with torch.cuda.stream(stream):
-            step = work()
-        done = stream.record_event()
-
-        def wait() -> tuple[Batch, Tensor] | None:
-            torch.cuda.current_stream().wait_event(done)
-            if step is not None:
-                # Its memory may not be given to a later step before this stream has read it.
-                step[1].record_stream(torch.cuda.current_stream())
-            return step
-
-        return wait

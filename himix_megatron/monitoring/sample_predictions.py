@@ -27,7 +27,7 @@ from ..distributed.fused_kernels import Kernels
 from ..distributed.topology import Topology
 from ..inference.generator import Answerer, Prompt
 from ..model.himix_model import gather_parameters, unwrap_model
-from ..model.vision_tower import Tower
+from ..model.towers import Tower
 from ..runtime.failpoints import failpoint
 
 logger = logging.getLogger(__name__)

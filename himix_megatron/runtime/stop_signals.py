@@ -1,8 +1,9 @@
-"""Asked to stop: by Slurm before a time limit or a preemption, or by hand.
+"""How a process is stopped and saves first: the signals, the waits they interrupt, what the ranks agree on, and exit codes.
 
-TERM, USR1 and USR2 set a flag; ranks agree on it at the next step boundary, save, and leave with exit code 85, which the
-batch script answers with a requeue. Nothing is done inside the handlers themselves. A thread hears of a signal even while the
-main thread is inside native code (meeting the other ranks, a collective, a read), and passes it on.
+Slurm sends TERM, USR1 or USR2 before a time limit or a preemption; people send them by hand. A `StopRequest` records a signal.
+Ranks agree on it at the next step boundary (`StopConsensus`), save, and exit with code 85, which the batch script answers with
+a requeue. The handlers themselves do nothing more: a thread, which a signal wakes even while the main thread is inside native
+code (the rendezvous, a collective, a read), passes it on.
 """
 
 from __future__ import annotations
@@ -13,9 +14,14 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_futures
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 logger = logging.getLogger(__name__)
 
@@ -23,61 +29,71 @@ EXIT_REQUEUE = 85
 """Exit code: saved, please start this command again."""
 
 EXIT_STOPPED = 3
-"""Exit code: gave up on purpose, for the reason in RUN/STOP; starting again would not help by itself."""
+"""Exit code: stopped on purpose, for the reason in RUN/STOP; starting again would not help by itself."""
 
 FAILED = 1
-"""Exit code: something broke; the log says what."""
+"""Exit code: an error; the log has it."""
 
-_ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""What a scheduler sends to a rank."""
+COMMAND_STOP_SIGNALS = (*STOP_SIGNALS, signal.SIGINT)
+"""What stops a command that starts ranks itself: also Ctrl-C."""
+
+_SLICE_SECONDS = 0.1
+"""Time between two checks for a stop request in an interruptible wait."""
+
+Result = TypeVar("Result")
+
+
+# ---- the request ---------------------------------------------------------------------------------------------------
 
 
 class StopRequest:
-    """Whether this rank has been asked to stop; watches from its creation on.
+    """Whether this process has been requested to stop; listens for signals from its creation on.
 
-    Until `on_request` says who is to be told, there is nothing to lose: the process leaves with 85 at once.
+    Until `on_request` says who is to be told, there is nothing to save: the process exits at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, signals: Sequence[signal.Signals] = STOP_SIGNALS) -> None:
         self.received: str | None = None
-        """Why, e.g. `SIGUSR1`; None: not asked."""
+        """Why, e.g. `SIGUSR1`; None: not requested."""
         self.is_agreed = False
-        """All ranks know of it, and have agreed to do no further step."""
-        self._tell: Callable[[str], None] = exit_without_saving
+        """All ranks know of it, and have agreed to start no further step."""
+        self._signals = signals
+        self._on_request: Callable[[str], Any] = exit_without_saving
         self._inlet, outlet = os.pipe()
         os.set_blocking(outlet, False)
         self._outlet: int | None = outlet
-        for number in _ASKING:
-            signal.signal(number, self._note)
+        handle_signals(self._handle, signals)
         signal.set_wakeup_fd(outlet, warn_on_full_buffer=False)
-        threading.Thread(target=self._hear, name="signals", daemon=True).start()
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
     @property
     def stop_requested(self) -> bool:
-        """Whether this rank knows of a request."""
+        """Whether this process knows of a request."""
         return self.received is not None
 
-    def on_request(self, tell: Callable[[str], None]) -> None:
-        """From now on a signal is handed to `tell`, on a thread, with its name."""
-        self._tell = tell
+    def on_request(self, call: Callable[[str], Any]) -> None:
+        """From now on a signal's name is passed to `call`, on a thread."""
+        self._on_request = call
 
     def record(self, reason: str) -> None:
-        """Somebody asks this rank to stop."""
+        """This process is requested to stop."""
         self.received = self.received or reason
 
-    def _note(self, number: int, _: FrameType | None) -> None:
-        if self._tell is not exit_without_saving:
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self._on_request is not exit_without_saving:
             self.record(signal.Signals(number).name)
 
-    def _hear(self) -> None:
+    def _listen(self) -> None:
         while numbers := os.read(self._inlet, 64):
             for number in numbers:
-                if number in _ASKING:
+                if number in self._signals:
                     self.record(signal.Signals(number).name)
-                    self._tell(signal.Signals(number).name)
+                    self._on_request(signal.Signals(number).name)
 
     def _close(self, handler: signal.Handlers) -> None:
-        for number in _ASKING:
-            signal.signal(number, handler)
+        handle_signals(handler, self._signals)
         if self._outlet is not None:
             signal.set_wakeup_fd(-1)
             os.close(self._outlet)
@@ -86,7 +102,7 @@ class StopRequest:
     def ignore_signals(self) -> None:
         """Ignore further requests until this process has ended.
 
-        The first rank to leave with 85 makes srun send TERM to the others; one that dies of it turns the job's exit code
+        The first rank that exits with 85 makes srun send TERM to the others; one that dies of it turns the job's exit code
         into 143. Python resets every handler but `SIG_IGN` while it shuts down.
         """
         self._close(signal.SIG_IGN)
@@ -94,6 +110,49 @@ class StopRequest:
     def restore_handlers(self) -> None:
         """Let signals end this process again, as they did before."""
         self._close(signal.SIG_DFL)
+
+
+def handle_signals(
+    handler: Callable[[int, FrameType | None], Any] | signal.Handlers, signals: Sequence[signal.Signals] = STOP_SIGNALS
+) -> None:
+    """Set the handler of all stop signals."""
+    for number in signals:
+        signal.signal(number, handler)
+
+
+# ---- among ranks ---------------------------------------------------------------------------------------------------
+
+
+class StopConsensus:
+    """How ranks stop at the same step. For each step every rank calls `wait` for its own data, then `keep_going`.
+
+    A rank that learns of a request while it waits for data abandons the wait: no rank waits for a slow disk in order to stop.
+    """
+
+    def __init__(self, request: StopRequest, group: ProcessGroup) -> None:
+        """`group`: of all ranks, for tensors in host memory."""
+        self.request, self.group = request, group
+
+    def wait(self, future: Future[Result]) -> Result | None:
+        """The result of a call; None as soon as this rank knows of a request. Raises: what the call raised."""
+        while not wait_futures([future], _SLICE_SECONDS).done:
+            if self.request.stop_requested:
+                return None
+        return future.result()
+
+    def keep_going(self) -> bool:
+        """Whether no rank has been requested to stop; the same answer on all. Collective."""
+        import torch
+
+        stop_requested = torch.tensor(float(self.request.stop_requested))
+        torch.distributed.all_reduce(stop_requested, op=torch.distributed.ReduceOp.MAX, group=self.group)
+        if stop_requested.item():
+            self.request.record("on another rank")
+            self.request.is_agreed = True
+        return not self.request.is_agreed
+
+
+# ---- exits ---------------------------------------------------------------------------------------------------------
 
 
 def exit_now(code: int) -> NoReturn:
@@ -105,12 +164,12 @@ def exit_now(code: int) -> NoReturn:
 
 
 def exit_without_saving(reason: str) -> NoReturn:
-    """End this process, which has been asked to stop before there was anything to save."""
-    logger.warning("asked to stop (%s) before the first step: nothing to save", reason)
+    """End this process, which is requested to stop before there is anything to save."""
+    logger.warning("stop requested (%s) before the first step: nothing to save", reason)
     exit_now(unsaved_code())
 
 
 def unsaved_code() -> int:
-    """85; or what the batch script wants instead of it (HIMIX_UNSAVED_CODE), to tell a run that never begins from one that gets
-    on a little each time: that one is requeued for ever."""
+    """The exit code of a stop before the first step: 85, or the batch script's own (HIMIX_UNSAVED_CODE), which distinguishes it
+    from a stop that made progress, so that a job that never starts is not requeued forever."""
     return int(os.environ.get("HIMIX_UNSAVED_CODE", EXIT_REQUEUE))

@@ -17,10 +17,11 @@ from ..config import Config
 from ..distributed.control_group import ControlGroup
 from ..distributed.megatron_config import kernel_lines, overlaps, params_dtype
 from ..distributed.topology import Topology
+from ..model.feature_prefetch import FeaturePrefetcher
 from ..model.himix_model import build_stage, finalize_gradients
 from ..model.micro_batch_graphs import MicroBatchGraphs
-from ..model.vision_encoder import FeaturePrefetcher, ShardedVisionEncoder, encoder_share
-from ..model.vision_tower import build_tower
+from ..model.towers import build_tower
+from ..model.vision_encoder import ShardedVisionEncoder, encoder_share
 from ..monitoring.pipeline_timers import ScheduleTimers
 from .data_setup import RunInputs
 from .optimizer import build_optimizer

@@ -21,56 +21,40 @@ from ..model.stage_input import stage_inputs
 from ..monitoring.metrics import StepCounts
 from ..resilience.loss_guard import StepDecision
 from ..runtime.failpoints import failpoint
-from ..runtime.stop_signals import StopRequest
+from ..runtime.stop_signals import StopConsensus, StopRequest
 from .builder import TrainingComponents
 from .optimizer import gradient_norm, update
 
 logger = logging.getLogger(__name__)
 
 
-def with_features(
-    run: TrainingComponents,
-    batches: Iterable[StepBatch],
-    stop_requested: Callable[[], bool] = lambda: False,
-    keep_going: Callable[[], bool] = lambda: True,
+def synced_batches(
+    run: TrainingComponents, batches: Iterable[StepBatch], request: StopRequest
 ) -> Iterator[tuple[StepBatch, Tensor]]:
-    """Each step with its images, features or pixels, made while the step before it trains (see `FeaturePrefetcher`)."""
+    """As `with_features`, each step once all ranks have it; none after a stop request on any rank."""
+    return with_features(run, batches, StopConsensus(request, run.topology.control))
+
+
+def with_features(
+    run: TrainingComponents, batches: Iterable[StepBatch], stop: StopConsensus | None = None
+) -> Iterator[tuple[StepBatch, Tensor]]:
+    """Each step with its images (features or pixels), prepared while the step before it trains (see `FeaturePrefetcher`)."""
 
     def encode(batch: StepBatch) -> tuple[StepBatch, Tensor]:
         batch = agree_on_bad(batch, run.topology)
         return batch, run.encoder.encode(batch.pixels, batch.blank, len(batch.blank))
 
-    return run.prefetcher.steps(_read(batches, run.topology.device), encode, stop_requested, keep_going)
+    return run.prefetcher.steps(_read(batches, run.topology.device), encode, stop)
 
 
 def _read(batches: Iterable[StepBatch], device: torch.device) -> Iterator[StepBatch]:
-    """The steps, ready to be copied to the device; they are read, and made ready, on a thread beside the training."""
+    """The steps in memory from which they can be copied to the device; runs on the prefetcher's thread."""
     source = iter(batches)
     while True:
         failpoint("data/wait")
         if (batch := next(source, None)) is None:
             return
         yield pinned(batch) if device.type != "cpu" else batch
-
-
-def synced_batches(
-    run: TrainingComponents, batches: Iterable[StepBatch], request: StopRequest
-) -> Iterator[tuple[StepBatch, Tensor]]:
-    """As `with_features`, each step once all ranks have it; no more of them, on any rank, once one has been asked to stop.
-
-    A rank that is asked while it waits for data, its own or another's, breaks the wait off: nobody waits for a slow disk in
-    order to stop.
-    """
-
-    def keep_going() -> bool:
-        stop_requested = torch.tensor(float(request.stop_requested))
-        torch.distributed.all_reduce(stop_requested, op=torch.distributed.ReduceOp.MAX, group=run.topology.control)
-        if stop_requested.item():
-            request.record("another rank was asked")
-            request.is_agreed = True
-        return not request.is_agreed
-
-    return with_features(run, batches, lambda: request.stop_requested, keep_going)
 
 
 def train_step(

@@ -36,7 +36,7 @@ class Ending:
     def __str__(self) -> str:
         if self.code < 0:
             return f"killed: rank {self.rank} got {signal.Signals(-self.code).name}"
-        meaning = {0: "done", EXIT_REQUEUE: "asked to stop: saved, to be continued", EXIT_STOPPED: "stopped on purpose"}
+        meaning = {0: "done", EXIT_REQUEUE: "stop requested: saved, to be continued", EXIT_STOPPED: "stopped on purpose"}
         return meaning.get(self.code, f"failed: rank {self.rank} left with exit code {self.code}")
 
 

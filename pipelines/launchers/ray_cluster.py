@@ -32,7 +32,7 @@ import psutil
 
 from himix_megatron.data.shards.storage import Folder, folder_at
 from himix_megatron.distributed.launch import Launch, address_of, launch_from_environment
-from himix_megatron.runtime.stop_signals import EXIT_REQUEUE, unsaved_code
+from himix_megatron.runtime.stop_signals import EXIT_REQUEUE, STOP_SIGNALS, handle_signals, unsaved_code
 from pipelines.cli import parse_settings, run_main
 from pipelines.preprocess import Settings
 
@@ -43,26 +43,23 @@ END_SECONDS = 5.0
 OBJECT_STORE_BYTES = 256 << 20
 """It holds the texts of the tasks under way, nothing else."""
 _PR_SET_CHILD_SUBREAPER = 36
-_ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def main() -> int:
-    """One task's part. Returns: the preprocessing's exit code on the first node, 0 on the others, 85 when asked to stop."""
+    """One task's part. Returns: the preprocessing's exit code on the first node, 0 on the others, 85 after a stop request."""
     arguments = sys.argv[1:]
     settings = parse_settings(Settings, arguments, "sbatch slurm/preprocess_ray.sh", __doc__)
     if settings.engine != "ray":
         raise ValueError(f"--engine is {settings.engine}: a job of several nodes needs Ray, leave it out")
     launch = launch_from_environment(os.environ)
-    for number in _ASKING:
-        signal.signal(number, _leave_unsaved)
+    handle_signals(_leave_unsaved)
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     # The path of a Unix socket ends at 107 characters, and Ray adds 62 to this one.
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir=None if len(tempfile.gettempdir()) <= 30 else "/tmp"))
     try:
         return lead(launch, arguments, folder_at(str(settings.out)), folder) if launch.rank == 0 else follow(launch, folder)
     finally:
-        for number in _ASKING:
-            signal.signal(number, signal.SIG_IGN)
+        handle_signals(signal.SIG_IGN)
         end_children()
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -86,11 +83,10 @@ def lead(launch: Launch, arguments: Sequence[str], out: Folder, folder: Path) ->
         def leave(*_: object) -> NoReturn:
             raise SystemExit(code_when_asked(out, before))
 
-        for number in _ASKING:
-            signal.signal(number, leave)
+        handle_signals(leave)
         command = [sys.executable, "-m", "pipelines.preprocess", *arguments]
         code = subprocess.run(command, env={**os.environ, "RAY_ADDRESS": address}, check=False).returncode
-    return code_when_asked(out, before) if -code in _ASKING else code
+    return code_when_asked(out, before) if -code in STOP_SIGNALS else code
 
 
 def code_when_asked(out: Folder, before: list[str]) -> int:

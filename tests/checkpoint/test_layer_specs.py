@@ -103,7 +103,7 @@ def load_and_save(checkpoint: Path, run: Path, attention: str, change: Callable[
     from himix_megatron.checkpoint.run_lock import acquire
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
     from himix_megatron.model.himix_model import build_stage, unwrap_model
-    from himix_megatron.model.vision_tower import build_tower
+    from himix_megatron.model.towers import build_tower
     from himix_megatron.training.optimizer import build_optimizer
 
     config = replace(read_config(checkpoint), run=RunConfig(dir=str(run)))

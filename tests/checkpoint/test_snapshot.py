@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from himix_megatron.checkpoint.manifest import complete_checkpoints
 from himix_megatron.checkpoint.snapshot import HostCopies, PinnedPool
-from himix_megatron.config import Config
-from himix_megatron.distributed.megatron_config import padded_vocab_size
+from himix_megatron.config import Config, ParallelConfig
+from himix_megatron.costs.memory import padded_vocab
 from pipelines.recipes import RECIPES
 from tests.support.interrupted_saves import LAYOUTS, saving_config
 from tests.support.ranks import run_ranks
@@ -24,14 +25,15 @@ from tests.support.small_runs import train
 
 def state_shapes(recipe: str) -> list[tuple[int, ...]]:
     """A decoder's parameters, roughly in their order."""
-    model = RECIPES[recipe]().model
+    config = RECIPES[recipe]()
+    model = config.model
     hidden, head = model.hidden_size, model.channels_per_head
     queries, groups = model.num_attention_heads * head, 2 * model.num_query_groups * head
     layer = [
         (hidden,), (queries + groups, hidden), (hidden, queries), (groups, 1152), (1152,), (hidden,),
         (2 * model.ffn_hidden_size, hidden), (hidden, model.ffn_hidden_size),
     ]  # fmt: skip
-    table = (padded_vocab_size(model.vocab_size, 1), hidden)
+    table = (padded_vocab(replace(config, parallel=ParallelConfig())), hidden)
     return [table, *layer * model.num_layers, (hidden,), *([] if model.tie_embeddings else [table])]
 
 

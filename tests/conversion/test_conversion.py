@@ -131,7 +131,7 @@ def save_again(checkpoint: Path, run: Path) -> Path:
     from himix_megatron.config import RunConfig
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
     from himix_megatron.model.himix_model import build_stage
-    from himix_megatron.model.vision_tower import build_tower
+    from himix_megatron.model.towers import build_tower
     from himix_megatron.training.optimizer import build_optimizer
 
     config = dataclasses.replace(read_config(checkpoint), run=RunConfig(dir=str(run)))

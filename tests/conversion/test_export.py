@@ -267,7 +267,7 @@ def reference_to_hf(file: Path, out: Path) -> list[int]:
     from himix_megatron.model.himix_model import build_stage
     from himix_megatron.model.schedule import run_logits
     from himix_megatron.model.stage_input import StageInput
-    from himix_megatron.model.vision_tower import build_tower
+    from himix_megatron.model.towers import build_tower
 
     reference = read(file)
     config = configuration(Arguments(file=file), reference)

@@ -74,13 +74,13 @@ def counted_step(config: Config, packed: bool) -> tuple[int, int]:
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
     from himix_megatron.model.attention import backends
     from himix_megatron.model.himix_model import build_stage, unwrap_model
-    from himix_megatron.model.vision_tower import build_tower
+    from himix_megatron.model.towers import build_tower
 
     def by_products(*given: Any) -> torch.Tensor:
         with sdpa_kernel(SDPBackend.MATH):
             return backends._one_by_one(*given).unflatten(2, (config.model.num_attention_heads, -1))
 
-    backends.ragged_attention = by_products
+    backends.cpu_flash_attention = by_products
     topology = init_distributed(config.parallel, seed=1)
     tower = build_tower(config.vision, seed=0, dtype=torch.float32)
     stages = build_stage(config, detect(), topology, tower)
@@ -117,7 +117,7 @@ def test_a_steps_operations_are_those_that_torch_counts(stage: str, recompute: s
 
 @pytest.mark.parametrize("kind", ["siglip", "clip", "tiny"])
 def test_a_towers_operations_are_those_that_torch_counts(kind: Any) -> None:
-    from himix_megatron.model.vision_tower import build_tower
+    from himix_megatron.model.towers import build_tower
 
     config = VisionConfig(
         tower=kind, image_size=42, patch_size=14, hidden_size=64, num_layers=3, num_attention_heads=4, ffn_hidden_size=96

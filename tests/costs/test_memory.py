@@ -35,7 +35,7 @@ def built(config: Config) -> list[tuple[int, int, int]]:
     from himix_megatron.distributed.fused_kernels import detect
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
     from himix_megatron.model.himix_model import build_stage, part_of, unwrap_model
-    from himix_megatron.model.vision_tower import build_tower
+    from himix_megatron.model.towers import build_tower
 
     topology = init_distributed(config.parallel, seed=1)
     tower = build_tower(config.vision, seed=0, dtype=torch.float32)
@@ -75,7 +75,7 @@ def test_a_language_model_has_as_many_parameters_as_it_is_known_for(family: str,
 @pytest.mark.parametrize("kind", ["siglip", "clip", "tiny"])
 def test_a_towers_parameters_are_counted(kind: Any) -> None:
     from himix_megatron.costs.memory import tower_parameters
-    from himix_megatron.model.vision_tower import build_tower
+    from himix_megatron.model.towers import build_tower
 
     config = config_of(("vision_kv",))
     config = replace(config, vision=replace(config.vision, tower=kind, num_layers=3, feature_layer=-2))
@@ -151,6 +151,6 @@ def test_constants_are_those_of_the_model() -> None:
     from himix_megatron.distributed import megatron_config
     from himix_megatron.model import loss
 
-    assert memory.VOCAB_MULTIPLE == megatron_config.VOCAB_MULTIPLE
-    assert (memory.HEAD_CHUNK_LOGITS, memory.HEAD_GPU_CHUNK_LOGITS) == (loss.CHUNK_LOGITS, loss.GPU_CHUNK_LOGITS)
-    assert memory.HEAD_MAX_LOGITS == loss.MAX_LOGITS
+    assert megatron_config.padded_vocab is memory.padded_vocab
+    assert (memory.CHUNK_LOGITS, memory.GPU_CHUNK_LOGITS) == (loss.CHUNK_LOGITS, loss.GPU_CHUNK_LOGITS)
+    assert memory.MAX_LOGITS == loss.MAX_LOGITS

@@ -211,7 +211,7 @@ def test_cuda_graphs_are_refused_where_they_cannot_be_recorded() -> None:
             check_graphs(replace(config, train=replace(train, precision="fp32")), WITH_TE)
         own = replace(config, model=replace(config.model, layer_spec="torch"))
         with (
-            patch("himix_megatron.model.attention.backends.has_variable_length", return_value=False),
+            patch("himix_megatron.distributed.megatron_config.has_variable_length", return_value=False),
             pytest.raises(ValueError, match=r"use torch 2\.11 or later"),
         ):
             check_graphs(own, WITH_TE)

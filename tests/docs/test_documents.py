@@ -48,6 +48,8 @@ def asked(command: str) -> tuple[str, str, list[str]] | None:
 def help_of(module: str, first: str) -> str:
     """What `--help` prints."""
     out, argv = io.StringIO(), sys.argv
+    if ":" in first:  # a recipe of the reader's own has the settings of all
+        first = "tiny_align"
     needs_first = first in RECIPES or (module, first) in SUBCOMMANDS or module == "slurm.submit"
     sys.argv = [module, *([first] if needs_first else []), "--help"]
     program = f"{module}.__main__" if (ROOT / module.replace(".", "/")).is_dir() else module

@@ -40,7 +40,7 @@ def weights_of(config: Config, runs: list[Path]) -> list[dict[str, torch.Tensor]
     from himix_megatron.distributed.fused_kernels import detect
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
     from himix_megatron.model.himix_model import build_stage, unwrap_model
-    from himix_megatron.model.vision_tower import build_tower
+    from himix_megatron.model.towers import build_tower
 
     topology = init_distributed(config.parallel, seed=1)
     tower = build_tower(config.vision, seed=1, dtype=torch.float32)

@@ -37,7 +37,7 @@ def described(attention: str) -> dict[str, str | None]:
     from himix_megatron.distributed.fused_kernels import detect
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
     from himix_megatron.model.himix_model import build_stage, unwrap_model
-    from himix_megatron.model.vision_tower import build_tower
+    from himix_megatron.model.towers import build_tower
     from tests.support.small_runs import small_config
 
     config = small_config(Path("unused"), Path("unused"), parts=("language", "vision_kv"))

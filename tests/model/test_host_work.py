@@ -38,8 +38,8 @@ class Kernel(torch.autograd.Function):
 
 def attend(_: Any, query: Tensor, key: Tensor, value: Tensor, vision_kv: Tensor, layout: Any) -> Tensor:
     """As the cores do that want a sample's keys one after the other."""
-    mixed = Kernel.apply(layout.flat(query), *layout.join(vision_kv, key, value))  # type: ignore[no-untyped-call]
-    return layout.unflat(mixed.flatten(1), len(query))  # type: ignore[no-any-return]
+    mixed = Kernel.apply(layout.flatten_text(query), *layout.interleave_kv(vision_kv, key, value))  # type: ignore[no-untyped-call]
+    return layout.unflatten_text(mixed.flatten(1), len(query))  # type: ignore[no-any-return]
 
 
 def activate(_: Any, gate_and_up: Tensor) -> Tensor:
@@ -56,12 +56,12 @@ def rotate(tensor: Tensor, angles: Tensor, **_: Any) -> Tensor:
 def calls_of_a_layer() -> tuple[float, float]:
     """Calls and views of one decoder layer, forward and backward; on one rank."""
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
-    from himix_megatron.model import layer
+    from himix_megatron.model import cpu_ops
     from himix_megatron.model.attention import backends, mixture_attention
     from pipelines.recipes import RECIPES
 
     backends.TorchMixtureAttention.forward = attend  # type: ignore[assignment, method-assign]
-    layer.SwiGLU.forward = activate  # type: ignore[assignment, method-assign]
+    cpu_ops.SwiGLU.forward = activate  # type: ignore[assignment, method-assign]
     mixture_attention.apply_rotary_pos_emb = rotate
     config = RECIPES["qwen2_0_5b_instruct"]()
     small = {

@@ -22,7 +22,7 @@ def names_and_shapes(attention: str) -> dict[str, tuple[int, ...]]:
     from himix_megatron.checkpoint.checkpointer import model_state
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
     from himix_megatron.model.himix_model import build_stage
-    from himix_megatron.model.vision_tower import build_tower
+    from himix_megatron.model.towers import build_tower
 
     config = small_config(Path("unused"), Path("unused"), parts=("language", "vision_kv"))
     config = replace(config, model=replace(config.model, layer_spec=attention))
@@ -53,7 +53,7 @@ def test_te_spec_builds_the_same_parameters() -> None:
 def test_rms_norm_is_torchs(trains: bool) -> None:
     import torch
 
-    from himix_megatron.model.layer import RMSNorm
+    from himix_megatron.model.cpu_ops import RMSNorm
 
     own = RMSNorm(SimpleNamespace(params_dtype=torch.float64, sequence_parallel=False), 5, 1e-6)
     torch.nn.init.uniform_(own.weight.requires_grad_(trains))
@@ -69,7 +69,7 @@ def test_rms_norm_is_torchs(trains: bool) -> None:
 def test_swiglu_is_its_formula() -> None:
     import torch
 
-    from himix_megatron.model.layer import SwiGLU
+    from himix_megatron.model.cpu_ops import SwiGLU
 
     given = torch.randn(23, 2, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(SwiGLU(None), (given,))

@@ -13,13 +13,12 @@ from himix_megatron.distributed import cpu_backend
 
 cpu_backend.activate_if_needed()
 
+from himix_megatron.distributed.fused_kernels import has_variable_length, variable_length_arguments  # noqa: E402
 from himix_megatron.model.attention.backends import (  # noqa: E402
     TorchMixtureAttention,
     TransformerEngineMixtureAttention,
     _one_by_one,
     _variable_length,
-    has_variable_length,
-    variable_length_arguments,
 )
 from himix_megatron.model.attention.packed_layout import PackedLayout, make_layout  # noqa: E402
 
@@ -202,7 +201,8 @@ def put_in_place(monkeypatch: pytest.MonkeyPatch, varlen_attn: Any) -> None:
     """Of torch's; its arguments, which are kept once asked for, are asked for anew."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     anew = variable_length_arguments.__wrapped__
-    monkeypatch.setattr("himix_megatron.model.attention.backends.variable_length_arguments", anew)
+    for module in ("distributed.fused_kernels", "model.attention.backends"):
+        monkeypatch.setattr(f"himix_megatron.{module}.variable_length_arguments", anew)
 
 
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)

@@ -14,8 +14,9 @@ import torch
 
 from himix_megatron.config import Config, VisionConfig
 from himix_megatron.data.loading.batch import rank_share
-from himix_megatron.model.vision_encoder import FeaturePrefetcher, ShardedVisionEncoder
-from himix_megatron.model.vision_tower import build_tower
+from himix_megatron.model.feature_prefetch import FeaturePrefetcher
+from himix_megatron.model.towers import build_tower
+from himix_megatron.model.vision_encoder import ShardedVisionEncoder
 from tests.support.ranks import run_ranks
 from tests.support.small_runs import history, small_config, train
 

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from himix_megatron.config import VisionConfig
-from himix_megatron.model.vision_tower import build_tower
+from himix_megatron.model.towers import build_tower
 
 SIZES: dict[str, Any] = {
     "image_size": 30,  # 2 pixels are left over, as with SigLIP's 384 in patches of 14

@@ -59,6 +59,8 @@ def test_dashes_and_underscores_are_one() -> None:
         ("tiny_align --model.num-layers 4.5", "--model.num-layers is '4.5': wanted a whole number"),
         ("tiny_align --train.epochs many", "--train.epochs is 'many': wanted a number"),
         ("tiny_align --train.precision fp8", "--train.precision is 'fp8': wanted one of bf16, fp32"),
+        ("tiny_align --model.family lama", "model.family is lama: wanted one of llama, qwen2"),
+        ("tiny_align --vision.tower siglp", "vision.tower is siglp: wanted one of tiny, siglip, clip"),
         (
             "tiny_align --train.trainable-parts foo",
             "--train.trainable-parts is 'foo': wanted one of vision_kv, language, tower",

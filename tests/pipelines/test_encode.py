@@ -39,7 +39,7 @@ def cache(mixed_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_cached_features_equal_online_ones_rounded(mixed_dataset: Path, cache: Path) -> None:
-    from himix_megatron.model.vision_tower import build_tower
+    from himix_megatron.model.towers import build_tower
 
     config, dataset = settings_of(mixed_dataset, cache), ShardDataset(mixed_dataset)
     tower = build_tower(config.vision, seed=config.train.seed, dtype=torch.float32)
@@ -130,7 +130,7 @@ def without_images(data: Path, folder: Path) -> Path:
 
 def train_without_a_tower(config: Config) -> None:
     """Train with a tower that cannot run."""
-    from himix_megatron.model.vision_tower import TinyTower
+    from himix_megatron.model.towers.tiny import TinyTower
 
     def forward(*_: Any) -> None:
         raise AssertionError("the tower runs")
@@ -190,10 +190,10 @@ def test_the_command_line_takes_the_trainings_flags(
         ["--out", "x", "--data", "y"],
     )
     program = [sys.executable, "-m", "pipelines.encode"]
-    words = ["tiny_align", "--data", str(mixed_dataset), "--engine", "local", "--data.features-dtype", "fp8_image"]
+    words = ["tiny_align", "--data", str(mixed_dataset), "--engine", "local", "--data.features-dtype", "fp8_token"]
     done = subprocess.run([*program, *words, "--out", str(tmp_path / "c")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "fp8_image features, relative error" in done.stdout
+    assert "fp8_token features, relative error" in done.stdout
     monkeypatch.setattr(sys, "argv", ["encode", *words])
     with pytest.raises(ValueError, match=r"^--out must be given"):
         main()

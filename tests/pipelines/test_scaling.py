@@ -128,8 +128,8 @@ def test_a_series_that_is_asked_to_stop_saves_and_leaves_with_85(mixed_dataset: 
     finally:
         end(series)
     assert series.returncode == 85, shown
-    assert "1 rank, 6 samples a step: asked to stop: saved, to be continued" in shown
-    assert "asked to stop (SIGINT): the same command continues the series" in shown
+    assert "1 rank, 6 samples a step: stop requested: saved, to be continued" in shown
+    assert "stop requested (SIGINT): the same command continues the series" in shown
     assert not (tmp_path / "tiny_align-weak-002").exists()
     assert list((tmp_path / "tiny_align-weak-001" / "checkpoints").glob("step-*"))
 

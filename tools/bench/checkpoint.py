@@ -32,7 +32,7 @@ from himix_megatron.data.loading.plan import START
 from himix_megatron.distributed.fused_kernels import detect
 from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
 from himix_megatron.model.himix_model import build_stage
-from himix_megatron.model.vision_tower import build_tower
+from himix_megatron.model.towers import build_tower
 from himix_megatron.training.optimizer import build_optimizer
 from pipelines.cli import parse_settings, run_main
 from pipelines.recipes import RECIPES

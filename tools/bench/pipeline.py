@@ -119,7 +119,7 @@ def settings(arguments: Arguments, data: Path, folder: Path) -> Config:
 
 def calibrate(config: Config) -> dict[str, Any]:
     """One rank: the width of the tower's MLP at which its forward pass costs as much CPU time as the decoder's passes."""
-    from himix_megatron.model.vision_tower import build_tower
+    from himix_megatron.model.towers import build_tower
     from himix_megatron.training import builder, train_step
     from himix_megatron.training.data_setup import prepare_inputs, step_reader
 

@@ -199,7 +199,7 @@ def training(arguments: Arguments) -> list[Line]:
     """Measure, print and return the lines."""
     from himix_megatron.distributed.fused_kernels import detect
     from himix_megatron.distributed.megatron_config import check_fp8, check_graphs, chosen_layer_spec, params_dtype
-    from himix_megatron.model.vision_tower import build_tower
+    from himix_megatron.model.towers import build_tower
 
     config, kernels = configuration(arguments), detect()
     check_fp8(config, kernels)

@@ -22,7 +22,8 @@ from himix_megatron.costs.hardware import device_of
 from himix_megatron.costs.memory import padded_vocab
 from himix_megatron.distributed.fused_kernels import detect
 from himix_megatron.distributed.megatron_config import TRITON_HEAD_DIMS
-from himix_megatron.model.layer import SwiGLU, TransformerEngineSwiGLU
+from himix_megatron.model.cpu_ops import SwiGLU
+from himix_megatron.model.layer import TransformerEngineSwiGLU
 from tools.bench.measure import seconds_of
 from tools.bench.training import Packs, device_name
 from tools.gpu_check.correctness import core_of, layout_of

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from himix_megatron.config import VisionConfig
 from himix_megatron.costs.flops import tower_flops
-from himix_megatron.model.vision_tower import TransformersTower
+from himix_megatron.model.towers.transformers_tower import TransformersTower
 from pipelines.recipes import siglip_so400m_384
 from tools.bench.measure import Line, seconds_of
 from tools.gpu_check.rates import peak_flops

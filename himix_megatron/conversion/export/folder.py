@@ -15,12 +15,15 @@ from typing import Any
 from torch import Tensor
 
 from ...config import Config, ModelConfig, VisionConfig
-from ...model.vision_tower import tower_settings
+from ...config.families import FAMILIES
+from ...model.towers import tower_settings
 from ..safetensors_io import write_folder
 from .tokenizer import write_tokenizer
 
 CODE = "modeling_himix"
 """The module that is shipped in the folder."""
+EXPORTED_TOWERS = ("siglip", "clip", "tiny")
+"""The towers that this module computes."""
 MAX_NEW_TOKENS = 512
 """Of an answer, where the caller of `generate` says nothing."""
 
@@ -38,8 +41,13 @@ def export(weights: Mapping[str, Tensor], config: Config, out: Path, tokenizer: 
         weights: by the authors' names, without `lm_head.weight` where embeddings are tied; `vision_tower.*`: the tower's.
             Each is asked for when it is written.
         tokenizer: a Hugging Face tokenizer folder; None: the run's own, `config.data.tokenizer`.
-    Raises: ValueError if the folder exists, or the tokenizer lacks what the template needs.
+    Raises: ValueError if the folder exists, the tokenizer lacks what the template needs, or the model computes what the shipped
+    code does not.
     """
+    if FAMILIES[config.model.family].layer is not None or config.vision.tower not in EXPORTED_TOWERS:
+        raise ValueError(
+            f"{CODE}.py does not compute a {config.model.family} model with a {config.vision.tower} tower: no export"
+        )
     if out.exists():
         raise ValueError(f"{out} exists: name a folder that does not")
     beside = out.with_name(f"{out.name}.writing")

@@ -31,7 +31,7 @@ FP8_MAX = 448.0
 """Largest float8_e4m3fn."""
 
 Encode = Callable[[Tensor, Tensor], Tensor]
-"""(pixels uint8[K, 3, H, W], blank bool[K]) -> features [K, N, V] on the CPU."""
+"""(pixels uint8[K, 3, H, W], blank bool[K]) -> features [K, n, V] on the CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +44,17 @@ class FeatureJob:
     key_hash: str
     dtype: Dtype
     shape: tuple[int, int]
-    """(N, V) of one image."""
+    """(n, V) of one image."""
     shard: int | None
     """Of the dataset; None: the blank image."""
 
 
-def pack(computed_KNV: Tensor, dtype: Dtype) -> tuple[Tensor, Tensor | None]:
-    """Features as they are stored: bf16[K, N, V] and None, or float8_e4m3fn[K, N, V] and scales float32[K, N or 1]."""
+def pack(computed_KnV: Tensor, dtype: Dtype) -> tuple[Tensor, Tensor | None]:
+    """Features as they are stored: bf16[K, n, V] and None, or float8_e4m3fn[K, n, V] and scales float32[K, n]."""
     if dtype == "bf16":
-        return computed_KNV.bfloat16(), None
-    wide = computed_KNV.float()
-    largest = wide.abs().amax(dim=-1) if dtype == "fp8_token" else wide.abs().amax(dim=(1, 2))[:, None]
-    scales = (largest / FP8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
+        return computed_KnV.bfloat16(), None
+    wide = computed_KnV.float()
+    scales = (wide.abs().amax(dim=-1) / FP8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
     # A quotient may round to just above the largest number, which has no neighbour but NaN.
     return (wide / scales[..., None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scales
 

@@ -6,9 +6,9 @@
     OUT/towers/HASH.safetensors            the tower that made them
     OUT/manifest.json                      a `FeatureManifest`, written last: the cache exists when this does
 
-A feature file is plain safetensors: `features` [K, N, V] in BF16, or in F8_E4M3 with `scales` F32 [K, N or 1] (a feature is
+A feature file is plain safetensors: `features` [K, n, V] in BF16, or in F8_E4M3 with `scales` F32 [K, n] (a feature is
 value x scale), and `crc32` I64 [K] of each image's values and scales. An image that could not be decoded has zeros, and is
-named in the receipt. Writing is feature_writing.py's. K images, N tokens of one image, V width.
+named in the receipt. Writing is feature_writing.py's. K images, n tokens of one image, V width.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ BLANK = "blank"
 MAX_OPEN_FILES = 64
 """Per cache and process; the one opened first is closed."""
 
-Dtype = Literal["bf16", "fp8_token", "fp8_image"]
+Dtype = Literal["bf16", "fp8_token"]
 
 _VISION = (
     "tower", "image_size", "patch_size", "hidden_size", "num_layers", "num_attention_heads", "ffn_hidden_size", "feature_layer",
@@ -114,7 +114,7 @@ class Layout:
     @property
     def num_scales(self) -> int:
         """Of one image."""
-        return {"bf16": 0, "fp8_token": self.tokens, "fp8_image": 1}[self.dtype]
+        return 0 if self.dtype == "bf16" else self.tokens
 
     @property
     def header(self) -> bytes:
@@ -133,7 +133,7 @@ class Layout:
         )
 
     def unpack(self, values: bytes, scales: bytes) -> Tensor:
-        """One image's features: bf16[N, V], or float32[N, V] of fp8."""
+        """One image's features: bf16[n, V], or float32[n, V] of fp8."""
         stored = torch.frombuffer(bytearray(values), dtype=torch.bfloat16 if self.dtype == "bf16" else torch.float8_e4m3fn)
         stored = stored.view(self.tokens, self.width)
         return stored.float() * torch.frombuffer(bytearray(scales), dtype=torch.float32)[:, None] if scales else stored
@@ -257,7 +257,7 @@ class FeatureCache:
             raise ValueError(f"data.features {self.folder}: {error.detail}: run pipelines.encode again") from None
 
     def read(self, i: int, k: int) -> Tensor:
-        """Features of image k of sample i: bf16[N, V], or float32[N, V] of fp8.
+        """Features of image k of sample i: bf16[n, V], or float32[n, V] of fp8.
 
         Raises: BadSampleError when the image could not be decoded, or its features are damaged; OSError when the machine fails.
         """

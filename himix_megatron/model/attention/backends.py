@@ -1,7 +1,7 @@
 """The core of Mixture Attention, by three backends: softmax(q [k_v ; k_t]^T / sqrt(D) + mask) [v_v ; v_t].
 
 Training: `forward` takes queries, keys and values of the text, float[S, B, heads, D], keys and values of the vision, flat over
-the samples, float[T, G, 2, D], and a Layout that says which belong together. None pads vision or works across samples.
+the samples, float[T, G, 2, D], and a PackedLayout that says which belong together. None pads vision or works across samples.
 
 Generation: `decode` takes float[L, B, G, D] keys and values of all that came before and of the text, the text last, with
 holes where a sample has fewer (`kv_cache.py`). It is torch's for all: each token makes another number of keys, and cuDNN
@@ -13,8 +13,6 @@ lies on the right, where causality hides it.
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
 from typing import Any
 
@@ -22,7 +20,8 @@ import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
-from .cpu_flash_attention import ragged_attention
+from ...distributed.fused_kernels import has_variable_length, variable_length_arguments
+from .cpu_flash_attention import cpu_flash_attention
 from .packed_layout import PackedLayout
 
 
@@ -45,7 +44,7 @@ class TorchMixtureAttention(torch.nn.Module):
         """float[S, B, Q*D]."""
         given = (query_SBQD, key_SBGD, value_SBGD, vision_kv_TG2D, layout, self.scale)
         if query_SBQD.device.type == "cpu":
-            return ragged_attention(*given).flatten(2)
+            return cpu_flash_attention(*given).flatten(2)
         if query_SBQD.dtype in (torch.bfloat16, torch.float16) and has_variable_length():
             return _variable_length(*given)
         return _one_by_one(*given)
@@ -88,21 +87,6 @@ class TritonMixtureAttention(TorchMixtureAttention):
         return triton_attention(query_SBQD, key_SBGD, value_SBGD, vision_kv_TG2D, layout, self.scale).flatten(2)
 
 
-@functools.cache
-def variable_length_arguments() -> frozenset[str]:
-    """Arguments of torch's variable-length attention; none where torch has no such function."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return frozenset()
-    return frozenset(inspect.signature(varlen_attn).parameters)
-
-
-def has_variable_length() -> bool:
-    """Whether torch's variable-length attention can be causal, aligned to the bottom right; that takes a window (from 2.11)."""
-    return {"window_size", "scale"} <= variable_length_arguments()
-
-
 def _variable_length(
     query: Tensor, key: Tensor, value: Tensor, vision_kv: Tensor, layout: PackedLayout, scale: float
 ) -> Tensor:
@@ -112,11 +96,11 @@ def _variable_length(
     grouped: dict[str, Any] = (
         {"enable_gqa": query.shape[2] != key.shape[2]} if "enable_gqa" in variable_length_arguments() else {}
     )
-    key_TGD, value_TGD = layout.join(vision_kv, key, value)
-    mixed_TQD: Any = varlen_attn(
-        layout.flat(query),
-        key_TGD,
-        value_TGD,
+    key_LGD, value_LGD = layout.interleave_kv(vision_kv, key, value)
+    mixed_MQD: Any = varlen_attn(
+        layout.flatten_text(query),
+        key_LGD,
+        value_LGD,
         layout.cu_seqlens_q,
         layout.cu_seqlens_kv,
         layout.max_seqlen_q,
@@ -125,26 +109,26 @@ def _variable_length(
         window_size=(-1, 0),  # causal: flash attention aligns it to the bottom right
         **grouped,
     )
-    return layout.unflat(mixed_TQD.flatten(1), len(query))
+    return layout.unflatten_text(mixed_MQD.flatten(1), len(query))
 
 
 def _one_by_one(query: Tensor, key: Tensor, value: Tensor, vision_kv: Tensor, layout: PackedLayout, scale: float) -> Tensor:
     """Any device and dtype: one masked attention for each sample; zeros in the padding."""
     text_lengths, mixed = list(layout.text_lengths), []
-    flat = [layout.flat(x)[: sum(text_lengths)] for x in (query, key, value)]
+    flat = [layout.flatten_text(x)[: sum(text_lengths)] for x in (query, key, value)]
     parts = (torch.split(x, text_lengths) for x in flat)
     visions = torch.split(vision_kv, list(layout.vision_lengths))
-    for query_sQD, key_sGD, value_sGD, seen_nG2D in zip(*parts, visions, strict=True):
-        key_lGD, value_lGD = (torch.cat((seen_nG2D[:, :, i], own)) for i, own in enumerate((key_sGD, value_sGD)))
-        mask = TorchMixtureAttention.mixture_mask(len(query_sQD), len(seen_nG2D), None, query.device)
+    for query_sQD, key_sGD, value_sGD, seen_tG2D in zip(*parts, visions, strict=True):
+        key_lGD, value_lGD = (torch.cat((seen_tG2D[:, :, i], own)) for i, own in enumerate((key_sGD, value_sGD)))
+        mask = TorchMixtureAttention.mixture_mask(len(query_sQD), len(seen_tG2D), None, query.device)
         query_QsD, key_GlD, value_GlD = (x.transpose(0, 1)[None] for x in (query_sQD, key_lGD, value_lGD))
         mixed_QsD = torch.nn.functional.scaled_dot_product_attention(
             query_QsD, key_GlD, value_GlD, attn_mask=mask, scale=scale, enable_gqa=query_QsD.shape[1] != key_GlD.shape[1]
         )[0]
         mixed.append(mixed_QsD.transpose(0, 1).flatten(1))
-    mixed_TX = torch.cat(mixed)
-    padding = query.shape[0] * query.shape[1] - len(mixed_TX)
-    return layout.unflat(torch.nn.functional.pad(mixed_TX, (0, 0, 0, padding)), len(query))
+    mixed_MX = torch.cat(mixed)
+    padding = query.shape[0] * query.shape[1] - len(mixed_MX)
+    return layout.unflatten_text(torch.nn.functional.pad(mixed_MX, (0, 0, 0, padding)), len(query))
 
 
 class TransformerEngineMixtureAttention(TorchMixtureAttention):
@@ -180,9 +164,9 @@ class TransformerEngineMixtureAttention(TorchMixtureAttention):
         layout: PackedLayout,
     ) -> Tensor:
         """float[S, B, Q*D]."""
-        mixed_TH: Tensor = self.core(
-            layout.flat(query_SBQD).contiguous(),
-            *layout.join(vision_kv_TG2D, key_SBGD, value_SBGD),
+        mixed_MX: Tensor = self.core(
+            layout.flatten_text(query_SBQD).contiguous(),
+            *layout.interleave_kv(vision_kv_TG2D, key_SBGD, value_SBGD),
             qkv_format="thd",
             attn_mask_type="padding_causal_bottom_right",
             cu_seqlens_q=layout.cu_seqlens_q,
@@ -190,4 +174,4 @@ class TransformerEngineMixtureAttention(TorchMixtureAttention):
             max_seqlen_q=layout.max_seqlen_q,
             max_seqlen_kv=layout.max_seqlen_kv,
         )
-        return layout.unflat(mixed_TH.flatten(1), len(query_SBQD))
+        return layout.unflatten_text(mixed_MX.flatten(1), len(query_SBQD))

@@ -38,7 +38,7 @@ class KVCache:
         self.num_earlier = self.num_vision
         """E: slots filled before this pass."""
         self.angles_SB1D: Tensor
-        """RoPE angles of this pass's text, float[S, B or 1, 1, D]; set by the model that runs it."""
+        """RoPE angles of this pass's text, float[S, B or 1, 1, D]; made by `begin_pass`."""
         self._lengths_B = lengths_B
         self._num_prompt = num_prompt
         self.num_slots = self.num_vision + self._num_prompt + max_new_tokens
@@ -73,6 +73,10 @@ class KVCache:
     def last(self) -> Tensor:
         """int64[B]: which of this pass's S tokens is each sample's last."""
         return self._lengths_B - 1 if self.is_new else torch.zeros_like(self._lengths_B)
+
+    def begin_pass(self, rotary: Callable[[int], Tensor]) -> None:
+        """Find the angles of this pass's text, once for all layers. `rotary`: RoPE angles float[n, 1, 1, D] of n positions."""
+        self.angles_SB1D = rotary(self.num_slots)[self.positions].flatten(2, 3)
 
     def append(
         self, layer: int, key_SBGD: Tensor, value_SBGD: Tensor, project_vision: Callable[[Tensor], tuple[Tensor, Tensor]]

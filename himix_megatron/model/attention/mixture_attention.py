@@ -15,8 +15,8 @@ W (w * u) = (W * w) u, which costs one product with a matrix of the weight's siz
 and get none. A trainable tower's do, from every tensor rank's heads: summed once for all layers, in `normalise`.
 
 Shape letters: S text tokens, B samples, H text width, T vision tokens of all samples, V vision width, Q query heads, G
-key/value heads, D head width; in generation N vision tokens of a sample (padded to the longest) and L keys. Heads are this
-tensor rank's.
+key/value heads, D head width, X = Q * D; in generation N vision tokens of a sample (padded to the longest) and L keys. Heads
+are this tensor rank's.
 """
 
 from __future__ import annotations
@@ -74,38 +74,38 @@ class MixtureAttention(SelfAttention):  # type: ignore[misc]
             tp_group=self.pg_collection.tp,
         )
 
-    def forward(
-        self, hidden_SBH: Tensor, attention_mask: Tensor | None, vision: Tensor | KVCache, layout: PackedLayout | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The attention's update of the text.
+    def forward(self, hidden_SBH: Tensor, normalised_TV: Tensor, layout: PackedLayout) -> tuple[Tensor, Tensor | None]:
+        """The attention's update of the text, and its bias.
 
         Args:
             hidden_SBH: float[S, B, H], normed text; with sequence parallelism float[S/TP, B, H].
-            attention_mask: generation: what `mixture_mask` gave for this pass.
-            vision: float[T, V], the features as `normalise` gives them; in generation the cache that holds all keys and
-                values so far.
-            layout: which text sees which vision; None in generation, where the cache knows.
+            normalised_TV: the features as `normalise` gives them.
+            layout: which text sees which vision.
         """
+        text = self._project_text(hidden_SBH, layout.angles, self.config)
+        attended = (*text, self.project_vision(normalised_TV))
+        core_attention = partial(self.core_attention, layout=layout)
+        if self.checkpoint_core_attention and self.training:
+            mixed_SBX = tensor_parallel.checkpoint(core_attention, False, *attended)
+        else:
+            mixed_SBX = core_attention(*attended)
+        output_SBH, bias = self.linear_proj(mixed_SBX)
+        return output_SBH, bias
+
+    def decode(self, hidden_SBH: Tensor, mask: Tensor, cache: KVCache) -> tuple[Tensor, Tensor | None]:
+        """The same in generation: the cache holds the images and all earlier text; `mask` is what `mixture_mask` gave."""
+        # Each sample has angles of its own, which Transformer Engine's kernel does not take.
+        query_SBQD, key_SBGD, value_SBGD = self._project_text(hidden_SBH, cache.angles_SB1D, self.unfused)
+        key_LBGD, value_LBGD = cache.append(self.layer_number, key_SBGD, value_SBGD, self.project_features)
+        output_SBH, bias = self.linear_proj(self.core_attention.decode(query_SBQD, key_LBGD, value_LBGD, mask))
+        return output_SBH, bias
+
+    def _project_text(self, hidden_SBH: Tensor, angles: Tensor | None, config: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, turned by RoPE, and values of the text: float[S, B, heads, D]."""
         query_SBQD, key_SBGD, value_SBGD = self.get_query_key_value_tensors(hidden_SBH, None)
-        angles = vision.angles_SB1D if isinstance(vision, KVCache) else layout.angles  # type: ignore[union-attr]
-        # In generation each sample has angles of its own, which Transformer Engine's kernel does not take.
-        config = self.unfused if isinstance(vision, KVCache) else self.config
         rotate = {"config": config, "cp_group": self.pg_collection.cp}
         query_SBQD = apply_rotary_pos_emb(query_SBQD, angles, **rotate)
-        key_SBGD = apply_rotary_pos_emb(key_SBGD, angles, **rotate)
-
-        if isinstance(vision, KVCache):
-            key_LBGD, value_LBGD = vision.append(self.layer_number, key_SBGD, value_SBGD, self.project_features)
-            mixed_SBH = self.core_attention.decode(query_SBQD, key_LBGD, value_LBGD, attention_mask)
-        else:
-            attended = (query_SBQD, key_SBGD, value_SBGD, self.project_vision(vision))
-            core_attention = partial(self.core_attention, layout=layout)
-            if self.checkpoint_core_attention and self.training:
-                mixed_SBH = tensor_parallel.checkpoint(core_attention, False, *attended)
-            else:
-                mixed_SBH = core_attention(*attended)
-        output_SBH, bias = self.linear_proj(mixed_SBH)
-        return output_SBH, bias
+        return query_SBQD, apply_rotary_pos_emb(key_SBGD, angles, **rotate), value_SBGD
 
     def project_vision(self, normalised_TV: Tensor) -> Tensor:
         """This layer's vision keys and values, float[T, G, 2, D] (or [N, B, G, 2, D]), from u, float[T, V] (or [N, B, V])."""

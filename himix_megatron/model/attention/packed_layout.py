@@ -1,7 +1,7 @@
 """Where the samples of a micro-batch lie, in text and in vision: what a text token may see, without any mask.
 
-Flows in: the micro-batch's text lengths and image counts; out: a Layout that megatron-core's block hands to every layer in
-the place it has for packed sequences (`packed_seq_params`).
+Flows in: the micro-batch's text lengths and image counts; out: a PackedLayout that megatron-core's block hands to every
+layer, in the place it has for packed sequences (`packed_seq_params`).
 
 Vision is always flat: the vision tokens of all samples one after the other. Text is either n rows of S tokens (padding on the
 right, where causality hides it), or one row that holds n samples one after the other and ends with padding. The fused kernels
@@ -72,35 +72,35 @@ class PackedLayout(PackedSeqParams):  # type: ignore[misc]
     pads_vision: bool = False
     """Whether some vision tokens belong to no sample."""
 
-    def runs(self) -> list[SampleGroup]:
+    def sample_groups(self) -> list[SampleGroup]:
         """All samples, neighbours of equal lengths taken together."""
-        runs, sample, text, vision = [], 0, 0, 0
+        groups, sample, text, vision = [], 0, 0, 0
         for (num_text, num_vision), same in groupby(zip(self.text_lengths, self.vision_lengths, strict=True)):
             count = len(list(same))
             columns = slice(0, 1) if self.packed else slice(sample, sample + count)
             rows = slice(text, text + count * num_text) if self.packed else slice(0, num_text)
-            runs.append(SampleGroup(num_text, num_vision, columns, rows, slice(vision, vision + count * num_vision)))
+            groups.append(SampleGroup(num_text, num_vision, columns, rows, slice(vision, vision + count * num_vision)))
             sample, text, vision = sample + count, rows.stop, vision + count * num_vision
-        return runs
+        return groups
 
-    def flat(self, text_SBX: Tensor) -> Tensor:
+    def flatten_text(self, text_SBX: Tensor) -> Tensor:
         """[S, B, ...] text as [S * B, ...], sample by sample; what pads a packed row stays at its end."""
         return text_SBX.squeeze(1) if self.packed else text_SBX.transpose(0, 1).flatten(0, 1)
 
-    def unflat(self, flat_TX: Tensor, num_text: int) -> Tensor:
+    def unflatten_text(self, text_MX: Tensor, num_text: int) -> Tensor:
         """The opposite: [S, B, X]."""
         if self.packed:
-            return flat_TX.unsqueeze(1)
-        return flat_TX.view(-1, num_text, flat_TX.shape[1]).transpose(0, 1).contiguous()
+            return text_MX.unsqueeze(1)
+        return text_MX.view(-1, num_text, text_MX.shape[1]).transpose(0, 1).contiguous()
 
-    def join(self, vision_kv_TG2D: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> tuple[Tensor, Tensor]:
+    def interleave_kv(self, vision_kv_TG2D: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> tuple[Tensor, Tensor]:
         """All keys, and all values, each float[num_keys, G, D]: by sample, its vision first, then its text."""
         given = (vision_kv_TG2D, key_SBGD, value_SBGD, self.vision_places, self.text_places, self.num_keys)
-        joined: tuple[Tensor, Tensor] = _Join.apply(*given)  # type: ignore[no-untyped-call]
+        joined: tuple[Tensor, Tensor] = _InterleaveKV.apply(*given)  # type: ignore[no-untyped-call]
         return joined
 
 
-class _Join(torch.autograd.Function):
+class _InterleaveKV(torch.autograd.Function):
     """Rows to their places, and gradients back: one pass each, whatever the number of samples.
 
     Splitting by sample and putting the pieces together again took a third of the host's time for a layer.
@@ -153,7 +153,7 @@ def make_layout(
     rotary: Callable[[int], Tensor],
     sizes: Sizes | None = None,
 ) -> PackedLayout:
-    """The Layout of a micro-batch.
+    """The layout of a micro-batch.
 
     Args:
         text_ids: int64[B, S]; its shape and device are used.
@@ -204,7 +204,7 @@ def _tensors(
     text: np.ndarray[Any, Any], vision: np.ndarray[Any, Any], num_rows: int, num_text: int, num_vision: int
 ) -> list[np.ndarray[Any, Any]]:
     """By arithmetic, from both lengths of all samples: positions of the text, places of vision and text (in the order of their
-    tensors) among the keys, where samples end in queries and keys, and `Layout.samples`."""
+    tensors) among the keys, where samples end in queries and keys, and `PackedLayout.samples`."""
     begin = np.cumsum(text + vision) - (text + vision)
     within_text, within_vision = (np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n) for n in (text, vision))
     of_vision = np.repeat(begin, vision) + within_vision
