@@ -81,7 +81,7 @@ def pretrain(config: Config, request: StopRequest | None = None) -> int:
         describe(config, inputs, run)
         run.checkpoints.check_disk_space()
         position = restore_or_initialize(config, inputs, start.checkpoint, run.checkpoints)
-        apply_settings(config, run.optimizer)
+        apply_settings(config.optimizer, run.optimizer)
         code = train_with_rollbacks(config, inputs, run, position, context)
         run.checkpoints.close()
         if code != EXIT_STOPPED:
@@ -108,6 +108,7 @@ def train_with_rollbacks(
     context.status.record_state("training", step=position.step)
     loop = TrainLoop(config, inputs, run, position, context)
     while isinstance(end := loop.run(), Rollback):
+        del loop  # its second set of modules, before the next loop makes its own
         with context.goodput.doing("recovery"):
             loop = TrainLoop(config, inputs, run, roll_back(config, run, context, end), context)
     return end
@@ -126,7 +127,7 @@ def roll_back(config: Config, run: TrainingComponents, context: RunContext, spik
     """Restore the newest checkpoint; the data will continue behind the spike. Returns: the position of the checkpoint."""
     logger.warning("%s: going back to the newest checkpoint, and on behind the spike", spike.reason)
     position = run.checkpoints.roll_back()
-    apply_settings(config, run.optimizer)
+    apply_settings(config.optimizer, run.optimizer)
     context.journal.record_rollback(position.step, spike.place, spike.reason)
     context.goodput.record_rollback(position.step)
     return position
@@ -140,7 +141,7 @@ class TrainLoop:
         self.request, self.goodput = context.request, context.goodput
         journal, topology, stages = context.journal, run.topology, run.stages
         self.rollback_data_offsets = journal.rollback_data_offsets()
-        self.schedule = Schedule(config, run.optimizer)
+        self.schedule = Schedule(config.optimizer, run.optimizer)
         self.metrics = _metrics(config, inputs, run, position.step, context.status)
         self.predictions = SamplePredictions(
             config, inputs.held_out or inputs.plan, inputs.kernels, topology, stages, run.encoder.tower
