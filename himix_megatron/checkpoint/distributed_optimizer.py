@@ -21,6 +21,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import nn
 
 from ..distributed.control_group import ControlGroup
+from ..distributed.megatron_config import optimizer_parts
 from .snapshot import HostCopies
 
 _STATE = ("param", "exp_avg", "exp_avg_sq")
@@ -53,8 +54,8 @@ def merged_chunks(model_state: dict[str, Any]) -> dict[str, Any]:
 
 def _over_torch_adam(optimizer: Any) -> list[DistributedOptimizer]:
     """The distributed optimizers over torch's AdamW (not Transformer Engine's or Apex's)."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
     plain = (torch.optim.Adam, torch.optim.AdamW)
+    parts = optimizer_parts(optimizer)
     return [part for part in parts if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, plain)]
 
 
@@ -88,7 +89,7 @@ def load_optimizer(optimizer: Any, state: Any) -> None:
 
 def distributed_part(optimizer: Any) -> DistributedOptimizer | None:
     """megatron-core's distributed optimizer inside its wrapper; None if it is another kind."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    parts = optimizer_parts(optimizer)
     return parts[0] if len(parts) == 1 and isinstance(parts[0], DistributedOptimizer) else None
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..distributed.megatron_config import optimizer_parts
 from ..distributed.topology import Topology
 from ..model.himix_model import gather_parameters, unwrap_model
 
@@ -121,7 +122,7 @@ def _parameters(stages: list[Any]) -> Iterator[tuple[str, Tensor]]:
 
 def _optimizer_tensors(optimizer: Any) -> Iterable[tuple[str, Tensor]]:
     """fp32 main weights, moments, step counters."""
-    for p, part in enumerate(getattr(optimizer, "chained_optimizers", [optimizer])):
+    for p, part in enumerate(optimizer_parts(optimizer)):
         if part.is_stub_optimizer:
             continue
         parameters = [parameter for group in part.optimizer.param_groups for parameter in group["params"]]
