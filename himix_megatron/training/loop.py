@@ -72,8 +72,8 @@ def pretrain(config: Config, request: StopRequest | None = None) -> int:
     topology = init_distributed(config.parallel, seed=config.train.seed, launch=launch)
     ranks, run_lock = lock_run_dir(config, topology)
     start = ResumePoint(ranks, run_lock, select_checkpoint(config, inputs.plan, ranks))
-    watchdog = Watchdog.over(config, topology, launch.host, request)
     status = status_writer(config, inputs, start.checkpoint, launch, started_at)
+    watchdog = Watchdog.over(config, topology, launch.host, request, status.record_end)
     with log.failures(), status.failures(), watchdog, out_of_memory.explained(config):
         context = record_start(config, start.checkpoint, journal, watchdog, request, status)
         failpoint("start/load", progress=True)

@@ -116,6 +116,9 @@ def test_a_signal_before_the_first_step_leaves_nothing(
         assert max(ranks.ended_at.values()) - asked_at <= 2
     assert saved_steps(tmp_path) == []
     assert not (tmp_path / "STOP").exists()
+    status = read_status(tmp_path)
+    assert status is not None
+    assert (status.step, status.exit_code) == (0, code)
 
 
 def test_a_signal_while_peers_are_waited_for_is_heard(mixed_dataset: Path, tmp_path: Path) -> None:
