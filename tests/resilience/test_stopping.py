@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from himix_megatron.checkpoint.manifest import complete_checkpoints
+from himix_megatron.monitoring.run_status import read_status
 from tests.support.processes import FaultSchedule, Ranks, manners_config, reached
 from tests.support.small_runs import history
 

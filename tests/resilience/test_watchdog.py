@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from himix_megatron.monitoring.run_status import read_status
 from tests.support.processes import Ranks, manners_config
 from tests.support.ranks import free_port
 
