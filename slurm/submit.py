@@ -34,6 +34,7 @@ import difflib
 import logging
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -42,7 +43,9 @@ from typing import Literal, get_args
 
 from himix_megatron.config import Config, check_ranks
 from himix_megatron.runtime import log
+from himix_megatron.runtime.stop_signals import COMMAND_STOP_SIGNALS, StopRequest
 from pipelines.cli import parse, parse_settings, run_main
+from pipelines.launchers.local_ranks import run_chain
 from pipelines.recipes import RECIPES
 from slurm import scheduler
 from slurm.follow import watch
@@ -332,15 +335,14 @@ def cancel(stages: Sequence[Stage]) -> int:
 
 def run_here(settings: Settings, stages: Sequence[Stage]) -> int:
     """`--executor local`. Returns: the exit code."""
-    from slurm.local import Local
-
-    local = Local(settings.cluster.ranks)
+    request = StopRequest((*COMMAND_STOP_SIGNALS, signal.SIGHUP), on_request=lambda _: None)  # the running stage saves first
     check(settings, stages)
     if settings.dry_run:
         for stage in stages:
             print(f"{settings.cluster.ranks} x {shlex.join(training_command(stage.words))}")
         return 0
-    return local.run(stages)
+    chain = [(stage.name, stage.run_dir, training_command(stage.words)) for stage in stages]
+    return run_chain(chain, settings.cluster.ranks, request)
 
 
 if __name__ == "__main__":

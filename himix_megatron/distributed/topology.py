@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from ..config import ParallelConfig, check_layout
 from ..runtime.errors import RankError
+from ..runtime.process import allow_files
 from . import cpu_backend, fused_kernels
 from .launch import Launch, address_of, launch_from_environment
 
@@ -173,8 +174,6 @@ def _join(launch: Launch, device: torch.device, timeout: timedelta) -> None:
     if launch.kind == "alone":
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
-    from ..resilience.watchdog_links import allow_files  # which takes a Topology of ours
-
     allow_files(8 * launch.world_size)  # gloo connects each rank with each other one, for every group
     address = address_of(launch.host)
     where = f"tcp://[{address}]:{launch.port}" if ":" in address else f"tcp://{address}:{launch.port}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hmac
 import json
-import resource
 import secrets
 import selectors
 import socket
@@ -23,6 +22,7 @@ import torch
 from ..distributed.launch import address_of
 from ..distributed.topology import Topology
 from ..runtime.errors import RankError
+from ..runtime.process import allow_files
 
 SEND_SECONDS = 2.0
 """A peer that takes nothing in for so long is not waited for."""
@@ -148,11 +148,3 @@ def _settle(connection: socket.socket) -> None:
     for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
         if hasattr(socket, name):  # not everywhere
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-
-def allow_files(num_sockets: int) -> None:
-    """A socket is an open file, of which a process may have 1,024 by default."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = num_sockets + 1024
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))

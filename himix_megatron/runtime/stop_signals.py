@@ -54,13 +54,15 @@ class StopRequest:
     Until `on_request` says who is to be told, there is nothing to save: the process exits at once.
     """
 
-    def __init__(self, signals: Sequence[signal.Signals] = STOP_SIGNALS) -> None:
+    def __init__(
+        self, signals: Sequence[signal.Signals] = STOP_SIGNALS, on_request: Callable[[str], Any] | None = None
+    ) -> None:
         self.received: str | None = None
         """Why, e.g. `SIGUSR1`; None: not requested."""
         self.is_agreed = False
         """All ranks know of it, and have agreed to start no further step."""
         self._signals = signals
-        self._on_request: Callable[[str], Any] = exit_without_saving
+        self._on_request: Callable[[str], Any] = on_request or exit_without_saving
         self._inlet, outlet = os.pipe()
         os.set_blocking(outlet, False)
         self._outlet: int | None = outlet

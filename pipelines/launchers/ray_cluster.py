@@ -32,6 +32,7 @@ import psutil
 
 from himix_megatron.data.shards.storage import Folder, folder_at
 from himix_megatron.distributed.launch import Launch, address_of, launch_from_environment
+from himix_megatron.runtime.process import free_port
 from himix_megatron.runtime.stop_signals import EXIT_REQUEUE, STOP_SIGNALS, handle_signals, unsaved_code
 from pipelines.cli import parse_settings, run_main
 from pipelines.preprocess import Settings
@@ -71,7 +72,7 @@ def lead(launch: Launch, arguments: Sequence[str], out: Folder, folder: Path) ->
         others = [held.enter_context(other) for other in gathered(launch)]
         # The address at which another node has reached this one; names may resolve to a loopback address here.
         own = others[0].getsockname()[0] if others else "127.0.0.1"
-        address = f"{own}:{_free_port(own)}"
+        address = f"{own}:{free_port(own)}"
         start_ray(folder, own, "--head", "--port", address.split(":")[1], "--include-dashboard", "false")
         for other in others:
             other.sendall(f"{address}\n".encode())
@@ -140,7 +141,7 @@ def start_ray(folder: Path, own: str, *arguments: str) -> None:
     for _ in range(START_ATTEMPTS):
         # Workers take any free port; these daemons have fixed ones, which would collide with another job's.
         names = ("dashboard-agent-listen", "dashboard-agent-grpc", "metrics-export", "runtime-env-agent")
-        ports = [f"--{name}-port={_free_port(own)}" for name in names]
+        ports = [f"--{name}-port={free_port(own)}" for name in names]
         done = subprocess.run([*command, *ports], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
         if done.returncode == 0:
             return
@@ -173,13 +174,6 @@ def _leave_unsaved(number: int, _: object) -> NoReturn:
 
 def _token() -> str:
     return os.environ.get("RAY_AUTH_TOKEN", "")
-
-
-def _free_port(own: str) -> int:
-    with socket.socket() as listener:
-        listener.bind((own, 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def _connected(launch: Launch) -> socket.socket:

@@ -9,11 +9,12 @@ import contextlib
 import logging
 import multiprocessing
 import os
-import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Literal, Protocol
+
+from himix_megatron.runtime.process import die_with_parent
 
 MAX_RETRIES = 3
 """Times that Ray starts a task again when its worker died."""
@@ -36,7 +37,7 @@ def engine_started(kind: Literal["ray", "local"], num_workers: int | None) -> It
         yield _Here()
     else:
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with_parent)
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=die_with_parent)
         try:
             yield _Processes(pool, workers)
         finally:
@@ -123,18 +124,6 @@ class _Here:
     def run(self, function: Callable[..., Any], tasks: Iterable[tuple[Any, ...]]) -> Generator[Any, None, None]:
         """As Engine says."""
         yield from (function(*task) for task in tasks)
-
-
-def _die_with_parent() -> None:
-    """A worker of a killed driver would wait for its next task for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _bounded(

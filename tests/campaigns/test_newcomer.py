@@ -20,9 +20,9 @@ from pathlib import Path
 import pytest
 
 from himix_megatron.monitoring.tensorboard import PAGES
+from himix_megatron.runtime.process import free_port
 from tests.docs.test_documents import ROOT, commands
 from tests.support.browser import CHROMIUM, DRIVER, answers, browser
-from tests.support.ranks import free_port
 
 ELSEWHERE = re.compile(r"\b[A-Z]{3,}\b|models/|data/llava|_questions\.json|runs/start")
 PAGES_OF_A_RUN = {

@@ -24,8 +24,9 @@ from himix_megatron.checkpoint.manifest import complete_checkpoints, find_checkp
 from himix_megatron.config import Config
 from himix_megatron.data.loading.token_counts import text_lengths
 from himix_megatron.data.shards.reader import ShardDataset
+from himix_megatron.runtime.process import free_port
 from tests.support.datasets import make_mixed_dataset
-from tests.support.ranks import free_port, run_ranks
+from tests.support.ranks import run_ranks
 from tests.support.small_runs import history, small_config, train
 
 LANGUAGE = ("language", "vision_kv")

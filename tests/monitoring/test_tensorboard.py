@@ -14,8 +14,8 @@ from himix_megatron.config import Config
 from himix_megatron.data.shards.reader import ShardDataset
 from himix_megatron.data.text.chat_template import turns_of
 from himix_megatron.monitoring.tensorboard import PAGES
+from himix_megatron.runtime.process import free_port
 from tests.support.browser import CHROMIUM, DRIVER, Browser, answers, browser
-from tests.support.ranks import free_port
 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None or DRIVER is None, reason="needs chromium and chromedriver, and one is missing"

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from himix_megatron.monitoring.run_status import read_status
+from himix_megatron.runtime.process import free_port
 from tests.support.processes import Ranks, manners_config
-from tests.support.ranks import free_port
 
 
 def die_while_others_compute(rank: int, point: str, count: int) -> None:

@@ -17,8 +17,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from himix_megatron.config import Config
+from himix_megatron.runtime.process import free_port
 
-from .ranks import free_port
 from .small_runs import small_config
 
 FaultSchedule = Callable[[int, str, int], None]

@@ -9,9 +9,7 @@ import contextlib
 import multiprocessing
 import os
 import pickle
-import random
 import signal
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -19,20 +17,8 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from himix_megatron.runtime.process import free_port
 from tests.support import skip_if_fast
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on now: below those that Linux hands out by itself, so that none of gloo's sockets comes
-    to sit on it, or on those after it, before it is used."""
-    while True:
-        port = random.randrange(10_000, 32_000)
-        with socket.socket() as listener:
-            try:
-                listener.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
 
 
 def run_ranks(

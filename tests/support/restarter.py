@@ -19,9 +19,8 @@ from pathlib import Path
 import psutil
 
 from himix_megatron.config import Config
+from himix_megatron.runtime.process import free_port
 from himix_megatron.runtime.stop_signals import EXIT_REQUEUE
-
-from .ranks import free_port
 
 GRACE_SECONDS = 10.0
 """For the other ranks to leave by themselves when one is dead; then they are killed, as `srun --kill-on-bad-exit` does."""

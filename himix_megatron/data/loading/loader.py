@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
-import os
 import sys
-import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ...config import VisionConfig
 from ...runtime.failpoints import failpoint
+from ...runtime.process import die_with_parent
 from ..errors import BadSampleError
 from ..text import chat_template
 from ..text.chat_template import EncodedText
@@ -193,7 +192,7 @@ def worker_options(num_workers: int) -> dict[str, Any]:
         "num_workers": num_workers,
         "collate_fn": _as_it_is,
         "generator": torch.Generator(),  # else each loader would draw a number from the training's random state
-        "worker_init_fn": _die_with_parent if num_workers else None,
+        "worker_init_fn": die_with_parent if num_workers else None,
         "multiprocessing_context": _fork_server() if num_workers else None,
     }
 
@@ -212,16 +211,3 @@ def _fork_server() -> multiprocessing.context.ForkServerContext:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     context.set_forkserver_preload([__name__] + ([spec.name] if spec else []))
     return context
-
-
-def _die_with_parent(worker: int) -> None:
-    """End this worker when the training process ends, however it ends. torch's own watch looks at the parent process id,
-    which here is the fork server's, and that lives as long as its children do."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, name=f"die-with-parent-{worker}", daemon=True).start()
