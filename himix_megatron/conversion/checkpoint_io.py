@@ -17,7 +17,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 
-from ..checkpoint.checkpointer import Position, check_architecture, read_tower, store_tower, write_description
+from ..checkpoint.description import Position, check_architecture, write_description
+from ..checkpoint.frozen_tower import read_tower, store_tower
 from ..checkpoint.manifest import LATEST, sync_and_digest, write_manifest
 from ..checkpoint.snapshot import describe_state, own_files, write
 from ..config import Config, ModelConfig, from_json, to_json

@@ -246,6 +246,11 @@ def optimizer_config(config: Config) -> MegatronOptimizerConfig:
     )
 
 
+def optimizer_parts(optimizer: Any) -> list[Any]:
+    """The optimizers inside mcore's chain of them, or the one optimizer."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
 def gpt_arguments(config: Config) -> dict[str, Any]:
     """GPTModel's own keyword arguments."""
     model = config.model

@@ -294,6 +294,13 @@ def unwrap_model(stage: Any) -> HiMixModel:
     return stage
 
 
+def gather_parameters(stages: list[Any]) -> None:
+    """Complete the all-gather of updated parameters, which overlap leaves to the next forward pass."""
+    for stage in stages:
+        if stage.ddp_config.overlap_param_gather:
+            stage.start_param_sync(force_sync=True)
+
+
 def _wrap(config: Config, model: HiMixModel, *, trains: bool, first: bool) -> Any:
     mcore_config = model.config
     wrapped = Float16Module(mcore_config, model) if mcore_config.bf16 else model
