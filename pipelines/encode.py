@@ -167,7 +167,8 @@ def _store_tower(config: Config, folder: Path) -> Path:
     from himix_megatron.distributed import cpu_backend
 
     cpu_backend.activate_if_needed()  # before megatron-core
-    from himix_megatron.checkpoint.checkpointer import Checkpoints, store_tower
+    from himix_megatron.checkpoint.checkpointer import Checkpoints
+    from himix_megatron.checkpoint.frozen_tower import store_tower
     from himix_megatron.checkpoint.manifest import find_checkpoint
     from himix_megatron.distributed.megatron_config import params_dtype
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from himix_megatron.checkpoint.description import check_architecture
 from himix_megatron.checkpoint.manifest import find_checkpoint
 from himix_megatron.config import Config, Count, Fraction, ParallelConfig, check_known, from_json
 from himix_megatron.data.shards.reader import ShardDataset
@@ -100,8 +101,6 @@ def load_config(run: Path, layout: ParallelConfig) -> Config:
 
 def trained(arguments: Arguments) -> tuple[Config, Path, int]:
     """Settings, checkpoint and its step. Raises: ValueError if the run has none, or it is of another architecture."""
-    from himix_megatron.checkpoint.checkpointer import check_architecture
-
     config = load_config(arguments.run, arguments.parallel)
     checkpoint = find_checkpoint(str(arguments.checkpoint or arguments.run))
     return config, checkpoint, check_architecture(checkpoint, config)["position"]["step"]

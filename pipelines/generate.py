@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from himix_megatron.checkpoint.description import check_architecture
 from himix_megatron.checkpoint.manifest import find_checkpoint
 from himix_megatron.config import Config, Count, ParallelConfig
 from himix_megatron.data.errors import BadSampleError
@@ -75,7 +76,6 @@ class Job:
 
 def prepare(arguments: Arguments) -> Job:
     """Find what is wrong before any rank starts. Raises: ValueError."""
-    from himix_megatron.checkpoint.checkpointer import check_architecture
     from himix_megatron.inference.sampling import Sampling
 
     TextStream(load_tokenizer("bytes"), arguments.stop)  # refuses an empty stop text

@@ -18,8 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..distributed.megatron_config import optimizer_parts
 from ..distributed.topology import Topology
-from ..model.himix_model import unwrap_model
+from ..model.himix_model import gather_parameters, unwrap_model
 
 _CHUNKS = {"cpu": 1 << 16, "cuda": 1 << 24}
 """Elements that are widened at once: what stays in a core's cache (6 times as fast as 64 times as many), or fills a GPU."""
@@ -55,9 +56,7 @@ def check_replica_weights(topology: Topology, stages: list[Any], tower: nn.Modul
 
     Returns: who differs in what, the same line on every rank; None: all agree.
     """
-    for stage in stages:
-        if stage.ddp_config.overlap_param_gather:
-            stage.start_param_sync(force_sync=True)  # else they are gathered in the next forward pass
+    gather_parameters(stages)
     named = [
         (f"{i}.{name}" if len(stages) > 1 else name, p)
         for i, s in enumerate(stages)
@@ -123,7 +122,7 @@ def _parameters(stages: list[Any]) -> Iterator[tuple[str, Tensor]]:
 
 def _optimizer_tensors(optimizer: Any) -> Iterable[tuple[str, Tensor]]:
     """fp32 main weights, moments, step counters."""
-    for p, part in enumerate(getattr(optimizer, "chained_optimizers", [optimizer])):
+    for p, part in enumerate(optimizer_parts(optimizer)):
         if part.is_stub_optimizer:
             continue
         parameters = [parameter for group in part.optimizer.param_groups for parameter in group["params"]]

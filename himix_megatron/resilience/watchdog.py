@@ -19,6 +19,7 @@ import selectors
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -27,7 +28,7 @@ from ..config import Config
 from ..distributed.topology import Topology
 from ..runtime import failpoints
 from ..runtime.errors import StartError
-from ..runtime.stop_signals import FAILED, StopRequest, exit_now, exit_without_saving
+from ..runtime.stop_signals import FAILED, StopRequest, exit_now, exit_without_saving, unsaved_code
 from .watchdog_links import PeerLink, connect_ranks
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,18 @@ class Watchdog:
     threads to their logs, the one that is behind is named, and all end.
     """
 
-    def __init__(self, request: StopRequest, run_dir: Path, *, rank: int, world_size: int, timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        request: StopRequest,
+        run_dir: Path,
+        *,
+        rank: int,
+        world_size: int,
+        timeout_seconds: float,
+        on_exit: Callable[[int, str], object] = lambda code, reason: None,
+    ) -> None:
+        """`on_exit`: called with exit code and reason before this watchdog ends the process."""
+        self._on_exit = on_exit
         self.request, self.rank, self.world_size, self.timeout_seconds = request, rank, world_size, timeout_seconds
         self.log_file = run_dir / "log" / f"rank-{rank:03d}.log"
         self._marks, self._point, self._marked_at = 0, "start", time.monotonic()
@@ -62,7 +74,9 @@ class Watchdog:
         self._positions: dict[int, list[Any]] | None = None
 
     @classmethod
-    def over(cls, config: Config, topology: Topology, host: str, request: StopRequest) -> Self:
+    def over(
+        cls, config: Config, topology: Topology, host: str, request: StopRequest, on_exit: Callable[[int, str], object]
+    ) -> Self:
         """A watch over the ranks of a run, which have met; connects them."""
         watch = cls(
             request,
@@ -70,6 +84,7 @@ class Watchdog:
             rank=topology.rank,
             world_size=topology.world_size,
             timeout_seconds=config.parallel.timeout_seconds,
+            on_exit=on_exit,
         )
         watch.links = connect_ranks(topology, host, config.parallel.timeout_seconds)
         return watch
@@ -225,6 +240,7 @@ class Watchdog:
 
     def _leave_unsaved(self, reason: str) -> None:
         self._part()
+        self._on_exit(unsaved_code(), reason)
         exit_without_saving(reason)
 
     # ---- trouble --------------------------------------------------------------------------------------------------------
@@ -263,6 +279,7 @@ class Watchdog:
         logger.log(logging.ERROR if speaks else logging.WARNING, "%s: this rank ends too", reason)
         if self.rank == 0:
             self._part()
+        self._on_exit(FAILED, reason)
         exit_now(FAILED)
 
     def _part(self) -> None:
