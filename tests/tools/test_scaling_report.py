@@ -101,7 +101,7 @@ def test_an_unfinished_run_says_why(tmp_path: Path) -> None:
     (folder / "log" / "rank-001.log").write_text(TRACEBACK.format(rank=1, words="other"))
     assert read_run(folder, 3).state.startswith("failed: rank 0: ")
     assert read_run(folder, 3, {"state": "killed: rank 1 got SIGKILL"}).state == "killed: rank 1 got SIGKILL at step 7 of 10"
-    verdict = "2026-01-01 00:00:09,000 [0/2] ERROR himix_megatron.resilience.watchdog: rank 1 died: this rank ends too\n"
+    verdict = "2026-01-01 00:00:09,000 [0/2] ERROR himix_megatron.resilience.watchdog: rank 1 died; shutting down this rank\n"
     log.write_text(log.read_text() + verdict)
     assert read_run(folder, 3).state == "killed: rank 1 died at step 7 of 10"
     log.write_text(

@@ -29,7 +29,7 @@ LOG_STEP = re.compile(r"step (\d+)/(\d+) ")
 LOG_START = re.compile(r"\d ranks? \(tensor ")
 LOG_RECORD = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} \[")
 FAILED = "this rank failed"
-VERDICT = re.compile(r": (.*): this rank ends too$")
+VERDICT = re.compile(r": (.*)(?:; shutting down this rank|: this rank ends too)$")
 
 
 @dataclass(frozen=True, slots=True)
