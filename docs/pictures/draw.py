@@ -123,7 +123,7 @@ def architecture(p: Picture) -> None:
 
 
 def _model(p: Picture) -> None:
-    p.panel(16, 16, 292, 524, "(a) The model", "model/himix_model.py, vision_tower.py", below=True)
+    p.panel(16, 16, 292, 524, "(a) The model", "model/himix_model.py, model/towers/", below=True)
     text, vision = 92, 232
     p.text(text, 522, "text tokens", 15, "text", "middle")
     p.text(vision, 522, "images", 15, "vision", "middle")

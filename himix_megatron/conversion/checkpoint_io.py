@@ -31,8 +31,8 @@ from .sharding import TE_NAMES
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
 
 
-def _place(name: str) -> tuple[str, int | None]:
-    """A tensor's key on disk, where all layers share one, and its layer."""
+def _disk_key(name: str) -> tuple[str, int | None]:
+    """A tensor's key on disk, and its layer (None: it is in none). All layers share a key: on disk they are one tensor."""
     layer = _LAYER.fullmatch(name)
     if layer is None:
         return name, None
@@ -43,9 +43,10 @@ def _place(name: str) -> tuple[str, int | None]:
     return f"decoder.layers.{inner}", int(layer[1])
 
 
-def _sharded(name: str, tensor: Tensor, model: ModelConfig, part: int = 0, num_parts: int = 1) -> ShardedTensor:
-    """megatron-core's description of a tensor, or of one of its equal parts along the rows."""
-    key, layer = _place(name)
+def _describe(name: str, tensor: Tensor, model: ModelConfig, part: int = 0, num_parts: int = 1) -> ShardedTensor:
+    """Megatron-core's description of a tensor of ours, or of its part number `part` of `num_parts` equal ones along the rows:
+    which key it has on disk, and where in the tensor of that key it lies."""
+    key, layer = _disk_key(name)
     # The layers' axis is made part of the tensor: megatron-core cannot read a single layer where it is only declared.
     offsets = [] if layer is None else [(0, layer, model.num_layers)]
     if num_parts > 1:
@@ -75,7 +76,9 @@ def write_run(
     for number, (ours, parts) in enumerate(layout(config.model).items()):
         if number % 80 == 0:
             progress(f"arranging tensor {number + 1} of {len(layout(config.model))}")
-        state |= _described(ours, [weights[name] for name, _ in parts], [heads for _, heads in parts], config.model, scratch)
+        state |= _describe_parts(
+            ours, [weights[name] for name, _ in parts], [heads for _, heads in parts], config.model, scratch
+        )
     progress("writing the checkpoint")
     write(describe_state({"model0": state}, validate=True), writing, ControlGroup(config.checkpoint.timeout_seconds))
     # Nothing trained: a run that would continue in this folder is told to start a new one from it.
@@ -87,13 +90,17 @@ def write_run(
     return checkpoint
 
 
-def _described(name: str, parts: list[Tensor], heads: list[int], model: ModelConfig, scratch: Scratch) -> dict[str, Any]:
+def _describe_parts(name: str, parts: list[Tensor], heads: list[int], model: ModelConfig, scratch: Scratch) -> dict[str, Any]:
+    """A tensor of ours out of the authors' parts of it, described for the writer.
+
+    Args: heads: as `layout` gives them; scratch: where a tensor whose parts interleave is put together, outside of memory.
+    """
     if not any(heads):
         # Parts that follow each other are written from where they are.
-        return {f"{name}.{i}": _sharded(name, part, model, i, len(parts)) for i, part in enumerate(parts)}
+        return {f"{name}.{i}": _describe(name, part, model, i, len(parts)) for i, part in enumerate(parts)}
     rows = sum(part.shape[0] for part in parts)
     fused = join(parts, heads, model, out=scratch.empty((rows, *parts[0].shape[1:]), parts[0].dtype))
-    return {name: _sharded(name, fused, model)}
+    return {name: _describe(name, fused, model)}
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
@@ -107,17 +114,17 @@ class StoredWeights(Mapping[str, Tensor]):
         self.checkpoint, self.model = checkpoint, model
         self._names = list(layout(model))
         self._stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
-        missing = [name for name in self._names if _place(name)[0] not in self._stored]
+        missing = [name for name in self._names if _disk_key(name)[0] not in self._stored]
         if missing:
             raise ValueError(f"checkpoint {checkpoint} lacks {', '.join(missing[:4])}")
-        self._group: dict[str, Tensor] = {}
+        self._held: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._group:
-            self._group = {}  # before the next is read: two layers are never in memory
-            self._group = self._read([n for n in self._names if _group(n) == _group(name)])
-        tensor = self._group[name]
-        return tensor[: self.model.vocab_size] if _place(name)[1] is None and tensor.dim() == 2 else tensor
+        if name not in self._held:
+            self._held = {}  # before the next is read: two layers are never in memory
+            self._held = self._read([n for n in self._names if _read_unit(n) == _read_unit(name)])
+        tensor = self._held[name]
+        return tensor[: self.model.vocab_size] if _disk_key(name)[1] is None and tensor.dim() == 2 else tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -139,21 +146,24 @@ class StoredWeights(Mapping[str, Tensor]):
         loaded = self._load(state)
         return {key.removeprefix(prefix): loaded[key] for key in keys}
 
-    def _empty(self, key: str, first: int = 0) -> Tensor:
-        return torch.empty(self._stored[key].global_shape[first:], dtype=self._stored[key].dtype)
+    def _empty(self, key: str, *, one_layer: bool = False) -> Tensor:
+        """Memory for what a key holds, or for one layer of it."""
+        return torch.empty(self._stored[key].global_shape[int(one_layer) :], dtype=self._stored[key].dtype)
 
     def _read(self, names: list[str]) -> dict[str, Tensor]:
-        empty = {name: self._empty(key, int(layer is not None)) for name in names for key, layer in (_place(name),)}
-        self._load({name: _sharded(name, tensor, self.model) for name, tensor in empty.items()})
-        return empty  # filled in place
+        """These tensors: memory is described as if it was to be written, and loading fills it."""
+        keys = {name: _disk_key(name) for name in names}
+        empty = {name: self._empty(key, one_layer=layer is not None) for name, (key, layer) in keys.items()}
+        self._load({name: _describe(name, tensor, self.model) for name, tensor in empty.items()})
+        return empty
 
     def _load(self, state: dict[str, Any]) -> dict[str, Tensor]:
-        # Its check that every part of a tensor is asked for would refuse a single layer.
+        # Megatron-core's check that every part of a tensor is asked for would refuse a single layer.
         loaded: dict[str, Tensor] = dist_checkpointing.load(state, str(self.checkpoint), validate_access_integrity=False)
         return loaded
 
 
-def _group(name: str) -> str:
+def _read_unit(name: str) -> str:
     """What is read together: the tensors of one layer; the others one by one."""
     layer = _LAYER.fullmatch(name)
     return layer[1] if layer else name

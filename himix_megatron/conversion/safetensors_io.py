@@ -1,8 +1,9 @@
-"""Safetensors larger than memory: checked, mapped, and written one tensor at a time.
+"""Safetensors larger than memory: checked, mapped, and written a shard at a time.
 
 Flows in: folders as Hugging Face lays them out (`model.safetensors`, or shards and their index); out: tensors that live in
 the page cache, whose pages the kernel may drop again. Everything that can be wrong with a folder is found in the headers,
-before a single weight is read.
+before a weight is read. The library `safetensors` writes; it is not used to read, because its tensors share one map of the
+whole file, which Megatron-core would copy.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
@@ -25,7 +27,6 @@ _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2,
 _SIZES |= {"U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes that are read and written, by their name in a header."""
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 
@@ -177,18 +178,29 @@ class Scratch:
         return flat.view(dtype).view(shape)
 
 
-def write_folder(folder: Path, tensors: Mapping[str, Tensor], *, max_shard_bytes: int = 5_000_000_000) -> None:
-    """Write safetensors as Hugging Face lays them out, one tensor in memory at a time.
+def write_folder(folder: Path, tensors: Mapping[str, Tensor], *, max_shard_bytes: int = 2_000_000_000) -> None:
+    """Write safetensors as Hugging Face lays them out; the tensors of one shard are in memory at a time.
 
     One file, or shards of at most `max_shard_bytes` (a larger tensor has one of its own) and their index.
     """
     shards: list[tuple[Path, list[str]]] = []
-    total, names = 0, list(tensors)
-    while names:
+    held: dict[str, Tensor] = {}
+    total = held_bytes = 0
+
+    def write_shard() -> None:
         path = folder / f"shard-{len(shards)}.writing"
-        written, num_bytes = _write_shard(path, names, tensors, max_shard_bytes)
-        shards.append((path, written))
-        total, names = total + num_bytes, names[len(written) :]
+        save_file(held, path, metadata={"format": "pt"})
+        shards.append((path, list(held)))
+        held.clear()
+
+    for name in tensors:
+        tensor = tensors[name].detach().cpu().contiguous()
+        if held and held_bytes + tensor.nbytes > max_shard_bytes:
+            write_shard()
+            held_bytes = 0
+        held[name] = tensor
+        held_bytes, total = held_bytes + tensor.nbytes, total + tensor.nbytes
+    write_shard()
     if len(shards) == 1:
         shards[0][0].rename(folder / SINGLE)
         return
@@ -198,35 +210,3 @@ def write_folder(folder: Path, tensors: Mapping[str, Tensor], *, max_shard_bytes
         weight_map |= dict.fromkeys(written, file.name)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _write_shard(path: Path, names: list[str], tensors: Mapping[str, Tensor], max_bytes: int) -> tuple[list[str], int]:
-    """Returns: the names that went into this file, and their bytes."""
-    # Sizes are known only as the tensors come by, so the header's room is kept free before them; the format lets it end in
-    # spaces. 160 bytes hold the dtype, eight dimensions and two offsets of one tensor.
-    room = sum(len(json.dumps(name)) + 160 for name in names) + 64
-    room += -room % 8
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    with path.open("wb") as file:
-        file.seek(8 + room)
-        end = 0
-        for name in names:
-            tensor = tensors[name]
-            if end and end + tensor.nbytes > max_bytes:
-                break
-            header[name] = {
-                "dtype": _NAMES[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [end, end + tensor.nbytes],
-            }
-            _write_tensor(file, tensor)
-            end += tensor.nbytes
-        text = json.dumps(header).encode()
-        file.seek(0)
-        file.write(room.to_bytes(8, "little") + text + b" " * (room - len(text)))
-    return [name for name in header if name != "__metadata__"], end
-
-
-def _write_tensor(file: BinaryIO, tensor: Tensor) -> None:
-    flat = tensor.detach().cpu().contiguous().view(-1)
-    file.write(flat.view(torch.uint8).numpy().data)

@@ -1,8 +1,16 @@
-"""Lets the real megatron-core run on CPU and gloo, so that every layout can be tried on a laptop.
+"""Lets the real Megatron-core run on CPU and gloo, so that every layout can be tried on a laptop.
 
-megatron-core asks for CUDA by name in about a dozen ways. `activate_if_needed` redirects each of them to its CPU
-counterpart; it does nothing on a machine that has an accelerator, and nothing in the rest of the project knows about it.
-Call it before the first import of `megatron.core`. `activate` redirects to any device: a rehearsal's, which only keeps shapes.
+Megatron-core asks for CUDA by name. `activate_if_needed` redirects each such request to the CPU, and does nothing on a machine
+that has an accelerator; the rest of the project knows nothing of it. Call it before the first import of `megatron.core`.
+`activate` redirects to any device, such as a rehearsal's, which only keeps shapes.
+
+| what Megatron-core asks for | what it gets |
+|---|---|
+| `torch.zeros(..., device="cuda")`, `.cuda()` | the device: ten factories are wrapped, those that it calls with a device |
+| `tensor.type()` as a key, `"torch.cuda.FloatTensor"` | that name, when the caller is Megatron-core; the true one elsewhere |
+| `torch.cuda.current_device()`, `synchronize()`, streams, events | the device, and nothing: a CPU works in order |
+| CUDA's random state | the CPU's generator |
+| Apex's kernel that adds a weight's gradient into the fp32 sum | the same by BLAS |
 """
 
 from __future__ import annotations
@@ -96,17 +104,9 @@ class _NoStream:
     def __enter__(self) -> _NoStream:
         return self
 
-    def __exit__(self, *_: object) -> None: ...
+    def _nothing(self, *_: Any) -> None: ...
 
-    def wait_stream(self, _: Any) -> None: ...
-
-    def wait_event(self, _: Any) -> None: ...
-
-    def record(self, _: Any = None) -> None: ...
-
-    def wait(self, _: Any = None) -> None: ...
-
-    def synchronize(self) -> None: ...
+    __exit__ = wait_stream = wait_event = record = wait = synchronize = _nothing
 
 
 def _redirect_runtime() -> None:

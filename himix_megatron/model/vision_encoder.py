@@ -5,7 +5,7 @@ gather: every pipeline stage needs the features, and a tower on one stage, or on
 All images have the same number of patches here, so an even split by patches is one by images (`data.batch.rank_share`).
 `vision.encoder_placement` chooses the two usual ways instead, so that the gain can be measured.
 
-Shapes: K images of a step, N tokens of one image, V width of the features (Vh).
+Shapes: K images of a step, n tokens of one image, V width of the features.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ class ShardedVisionEncoder:
     def encode(self, share: Tensor, blank_K: Tensor, num_images: int) -> Tensor:
         """The step's images, of which this rank holds `rank_share(num_images, *place)`, for all ranks of the replica.
 
-        Args: share: pixels uint8 [K_share, 3, H, W], or features [K_share, N, V] that were made before; blank_K: bool [K] of
+        Args: share: pixels uint8 [K_share, 3, H, W], or features [K_share, n, V] that were made before; blank_K: bool [K] of
             all images. From pinned memory (`data.batch.pinned`) their copies to a GPU do not keep the host waiting.
-        Returns: frozen: features [K, N, V]; trainable: pixels uint8 [K, 3, H, W], for a tower that runs inside the model.
+        Returns: frozen: features [K, n, V]; trainable: pixels uint8 [K, 3, H, W], for a tower that runs inside the model.
         """
         own = rank_share(num_images, self.rank, self.num_encoders)
         assert len(share) == len(own), (len(share), own, num_images)
@@ -79,7 +79,7 @@ class ShardedVisionEncoder:
 
     @torch.no_grad()
     def _features(self, pixels: Tensor, blank: Tensor) -> Tensor:
-        """[K_share, N, V]; at most `max_images_per_forward` images at once bound the memory."""
+        """[K_share, n, V]; at most `max_images_per_forward` images at once bound the memory."""
         features = pixels.new_empty((len(pixels), *self.feature_shape), dtype=self.dtype)
         for first in range(0, len(pixels), self.max_images_per_forward):
             part = slice(first, first + self.max_images_per_forward)

@@ -71,7 +71,7 @@ def warned(*steps: Arguments | Callable[[], Any]) -> list[str]:
         def emit(self, record: logging.LogRecord) -> None:
             said.append(record.getMessage())
 
-    logging.getLogger("pipelines").addHandler(Listener(logging.WARNING))
+    logging.getLogger("himix_megatron.evaluation").addHandler(Listener(logging.WARNING))
     evaluated(*steps)
     return said
 

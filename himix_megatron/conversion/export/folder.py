@@ -97,7 +97,7 @@ def _settings(config: Config, dtype: str) -> dict[str, Any]:
         "attention_bias": model.has_qkv_bias,
         "tie_word_embeddings": model.tie_embeddings,
         "initializer_range": model.init_std,
-        "text_only": model.text_only_vision,
+        "text_only_vision": model.text_only_vision,
         "vision_config": _tower(config.vision),
     }
 

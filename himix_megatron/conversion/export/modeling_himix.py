@@ -65,7 +65,7 @@ class HiMixConfig(LlamaConfig):  # type: ignore[misc]
     base_model_pp_plan = None
 
     def __init__(self, vision_config: Mapping[str, Any] | None = None, text_only_vision: str = "none", **kwargs: Any):
-        """Args: vision_config: kind (`tower`: siglip, clip or tiny), sizes and `feature_layer`; text_only: what a sample
+        """Args: vision_config: kind (`tower`: siglip, clip or tiny), sizes and `feature_layer`; text_only_vision: what a sample
         without an image attends to, `zero_image` (the features of an all-zero image) or `none`."""
         self.vision_config = dict(vision_config or {})
         self.text_only_vision = text_only_vision
