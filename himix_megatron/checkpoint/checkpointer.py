@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from ..config import Config, Part, current_fields
 from ..data.loading.plan import DataPosition
 from ..distributed.control_group import ControlGroup
+from ..distributed.megatron_config import gather_parameters, optimizer_parts
 from ..model.himix_model import unwrap_model
 from ..runtime.durable_files import publish, write_synced
 from ..runtime.failpoints import failpoint
@@ -175,7 +176,7 @@ def _merged(model_state: dict[str, Any]) -> dict[str, Any]:
 
 def _divided_torch_optimizers(optimizer: Any) -> list[DistributedOptimizer]:
     """mcore's distributed optimizers over torch's AdamW (not Transformer Engine's or Apex's)."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    parts = optimizer_parts(optimizer)
     plain = (torch.optim.Adam, torch.optim.AdamW)
     return [part for part in parts if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, plain)]
 
@@ -292,9 +293,7 @@ class Checkpoints:
     def _snapshot(self) -> Callable[[], Snapshot]:
         """This rank's state as of now. An error of this rank is kept for all to agree on."""
         failure = _error_of(lambda: failpoint("save/begin", progress=True))
-        for stage in self.stages:
-            if stage.ddp_config.overlap_param_gather:
-                stage.start_param_sync(force_sync=True)  # else they are gathered in the next forward pass
+        gather_parameters(self.stages)
         state, mode = _model_state(self.stages), self.config.checkpoint.mode
         divided = self._divided if mode == "async" else None
         if divided is None:

@@ -16,6 +16,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import nn
 
 from ..distributed.control_group import ControlGroup
+from ..distributed.megatron_config import optimizer_parts
 from .snapshot import HostCopies
 
 _STATE = ("param", "exp_avg", "exp_avg_sq")
@@ -23,7 +24,7 @@ _STATE = ("param", "exp_avg", "exp_avg_sq")
 
 def divided_part(optimizer: Any) -> DistributedOptimizer | None:
     """megatron-core's distributed optimizer inside its wrapper; None if it is another kind."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    parts = optimizer_parts(optimizer)
     return parts[0] if len(parts) == 1 and isinstance(parts[0], DistributedOptimizer) else None
 
 

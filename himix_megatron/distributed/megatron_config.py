@@ -258,3 +258,16 @@ def gpt_arguments(config: Config) -> dict[str, Any]:
         "rope_scaling_factor": model.rope_scaling_factor or 1.0,
         "share_embeddings_and_output_weights": model.tie_embeddings,
     }
+
+
+def optimizer_parts(optimizer: Any) -> list[Any]:
+    """megatron-core's optimizers inside its wrapper; an optimizer without a wrapper is its only part."""
+    parts: list[Any] = getattr(optimizer, "chained_optimizers", [optimizer])
+    return parts
+
+
+def gather_parameters(stages: list[Any]) -> None:
+    """Gather the parameters that would otherwise be gathered during the next forward pass. All ranks call it."""
+    for stage in stages:
+        if stage.ddp_config.overlap_param_gather:
+            stage.start_param_sync(force_sync=True)

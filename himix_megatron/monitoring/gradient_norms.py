@@ -16,6 +16,7 @@ from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
 from ..config import Part
+from ..distributed.megatron_config import optimizer_parts
 from ..model.himix_model import part_of, unwrap_model
 
 PARTS: tuple[Part, ...] = ("language", "vision_kv", "tower")
@@ -43,7 +44,7 @@ def squared_norms(stages: list[Any], optimizer: Any, data_rank: int) -> dict[Par
 def _own(parameter: Any, optimizer: Any, data_rank: int) -> Iterator[Tensor]:
     """What this data rank holds of a parameter's gradient."""
     grad: Tensor = parameter.main_grad
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in optimizer_parts(optimizer):
         if not isinstance(part, DistributedOptimizer):
             if data_rank == 0:
                 yield grad

@@ -22,6 +22,7 @@ from ..data.images import image_file
 from ..data.loading.plan import SamplingPlan
 from ..data.text import chat_template
 from ..data.text.tokenizer import load_tokenizer
+from ..distributed.megatron_config import gather_parameters
 from ..inference.generator import Answerer, Prompt
 from ..model.himix_model import unwrap_model
 from ..runtime.failpoints import failpoint
@@ -95,9 +96,7 @@ class SamplePredictions:
         if not self.questions or not (last or step % self.config.log.predictions_interval_steps == 0):
             return []
         failpoint("validation/pictures", progress=True)
-        for stage in self.run.stages:
-            if stage.ddp_config.overlap_param_gather:
-                stage.start_param_sync(force_sync=True)  # else they are gathered in the next forward pass
+        gather_parameters(self.run.stages)
         self.answerer.share(self.run.stages)
         tokenizer = load_tokenizer(self.config.data.tokenizer)
         stops = chat_template.end_of_turn(tokenizer, self.config.data.template)

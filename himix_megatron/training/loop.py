@@ -16,12 +16,13 @@ from ..config import Config, check_ranks
 from ..data.loading.plan import DataPosition
 from ..distributed.launch import check_launch
 from ..distributed.topology import init_distributed
-from ..monitoring.metrics import Metrics, StepCounts
+from ..monitoring.metrics import Metrics
 from ..monitoring.profiler import profiled
 from ..monitoring.run_status import RunStatusWriter
 from ..monitoring.sample_ledger import Ledger
 from ..monitoring.sample_predictions import SamplePredictions
 from ..resilience import out_of_memory
+from ..resilience.bad_samples import BadSampleBudget
 from ..resilience.journal import Journal
 from ..resilience.loss_guard import LossGuard
 from ..resilience.replica_check import check_replica_weights
@@ -227,24 +228,6 @@ class CheckpointPolicy:
         if self.run.checkpoints.saves.failures:
             self.step = 0
         return self.maybe_save(position, None, due=True)
-
-
-class BadSampleBudget:
-    """How many samples may fail to read: `data.max_bad_fraction` of those since this start, counted as at least 1,000."""
-
-    def __init__(self, config: Config):
-        self.fraction = config.data.max_bad_fraction
-        self.bad = self.seen = 0
-
-    def exceeded(self, counts: StepCounts, num_samples: int) -> str | None:
-        """Note a step. Returns: that there were too many, in one line for RUN/STOP; the same on every rank."""
-        self.bad, self.seen = self.bad + counts.bad_samples, self.seen + num_samples
-        if self.bad <= self.fraction * max(self.seen, 1000):
-            return None
-        return (
-            f"{self.bad} of {self.seen} samples could not be read, more than data.max_bad_fraction {self.fraction}: "
-            "RUN/log names them"
-        )
 
 
 def stop_run(config: Config, reason: str, status: RunStatusWriter) -> int:

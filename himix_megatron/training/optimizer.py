@@ -14,7 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from ..config import Config
-from ..distributed.megatron_config import optimizer_config
+from ..distributed.megatron_config import optimizer_config, optimizer_parts
 
 
 def build_optimizer(config: Config, stages: list[DistributedDataParallel]) -> Any:
@@ -44,7 +44,7 @@ def gradient_norm(optimizer: Any) -> Tensor | float:
 
 def update(optimizer: Any, norm: float, clip_norm: float) -> None:
     """Clip the gradients to `clip_norm` (0: not), and take the optimizer's step. `norm`: what `gradient_norm` gave."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in optimizer_parts(optimizer):
         parameters = [] if part.is_stub_optimizer else part.get_parameters()
         if clip_norm > 0 and parameters:
             clip_grad_by_total_norm_fp32(
