@@ -1,14 +1,14 @@
-"""A scaling series: one recipe at several numbers of ranks, each a run of its own.
+"""Run a scaling series: one recipe on several numbers of ranks, each in its own run.
 
     python -m pipelines.scaling tiny_align --world-sizes 1 2 4 --mode weak --train.steps 30
     python -m pipelines.scaling qwen2_0_5b_align --world-sizes 8 16 32 --train.steps 60 --submit
     python -m tools.scaling_report runs/tiny_align-weak
 
-`weak`: the global batch grows with the ranks, from what is given for the smallest size; `strong`: it stays. All else is the
-same: flags with a section (`--section.field value`) go to every run, and are checked for every size before anything starts.
-Runs are in RUNS/RECIPE-weak-004 and so on, what belongs together in RUNS/RECIPE-weak/series.json. The same command continues a
-series: sizes that have finished are skipped. A run that fails or is killed is reported, and the next size goes on.
-Exit code 0: all sizes have finished (or are submitted); 1: some have not; 85: stop requested, saved.
+`weak`: the global batch grows with the number of ranks, from the one given for the smallest size; `strong`: it stays. Flags
+with a section (`--section.field value`) apply to every run, and are checked for every size before anything starts. Runs are in
+RUNS/RECIPE-weak-004 and so on; RUNS/RECIPE-weak/series.json lists them. The same command continues a series: finished sizes are
+skipped. A run that fails or is killed is reported, and the series continues with the next size.
+Exit code 0: all sizes have finished (or are submitted); 1: some have not; 85: stopped on request, saved.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from himix_megatron.config import Config, check_ranks
+from himix_megatron.monitoring.run_status import read_status
 from himix_megatron.runtime.stop_signals import COMMAND_STOP_SIGNALS, EXIT_REQUEUE, StopRequest
 from pipelines.cli import parse, parse_settings, run_main
 from pipelines.launchers.local_ranks import run_ranks
@@ -35,27 +36,26 @@ from pipelines.pretrain import with_data
 
 PROGRAM = "python -m pipelines.scaling"
 BATCH_SCRIPT = Path("slurm/pretrain_himix.sh")
-STEP_LINE = re.compile(r"step (\d+)/(\d+) +loss .*")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """Of the series; every flag with a dot in its name (--train.steps 30) is one of the recipe's, for all its runs."""
+    """Settings of the series; every flag with a dot in its name (--train.steps 30) is a setting of all its runs."""
 
     world_sizes: tuple[int, ...]
-    """Numbers of ranks (GPUs), one run each."""
+    """Numbers of ranks (GPUs), with one run for each."""
     mode: Literal["weak", "strong"] = "weak"
-    """weak: the global batch grows with the ranks, and the batch given is the smallest size's; strong: it stays."""
+    """weak: the global batch grows with the ranks, and the given batch is that of the smallest size; strong: it stays."""
     runs: Path = Path("runs")
-    """Folder of the run folders."""
+    """Folder that holds the run folders."""
     name: str | None = None
-    """Of the series; None: RECIPE-MODE. Another name for other settings."""
+    """Name of the series. None: RECIPE-MODE. Series with different settings need different names."""
     submit: bool = False
-    """Submit each run with sbatch instead of starting its ranks here."""
+    """Submit each run with sbatch instead of starting its ranks on this machine."""
     gpus_per_node: int = 8
-    """With --submit: GPUs of a node; a size above it takes whole nodes."""
+    """With --submit: GPUs per node; larger sizes use whole nodes."""
     sbatch: str = ""
-    """With --submit: more words for sbatch, e.g. --sbatch="--partition=gpu --time=30"."""
+    """With --submit: further arguments of sbatch, e.g. --sbatch="--partition=gpu --time=30"."""
 
     def __post_init__(self) -> None:
         sizes = self.world_sizes
@@ -90,7 +90,7 @@ class Member:
 
 
 class Series:
-    """series.json: what belongs together, and how each run ended. Written after every change."""
+    """series.json: the runs of a series and how each ended. Written after every change."""
 
     def __init__(self, settings: Settings, recipe: str, flags: Sequence[str]):
         self.name = settings.name or f"{recipe}-{settings.mode}"
@@ -119,7 +119,7 @@ class Series:
                 )
 
     def note(self, member: Member, **facts: Any) -> None:
-        """Remember something of a run."""
+        """Record facts about a run."""
         runs = self.content["runs"]
         key = str(member.world_size)
         # Relative to the series' folder: all of it can be moved.
@@ -132,7 +132,7 @@ class Series:
         partial.replace(self.file)
 
     def known(self, member: Member) -> dict[str, Any]:
-        """What is remembered of a run."""
+        """The recorded facts about a run."""
         return dict(self.content["runs"].get(str(member.world_size), {}))
 
 
@@ -193,7 +193,7 @@ def plan(settings: Settings, recipe: str, flags: Sequence[str]) -> list[Member]:
 
 
 def check(members: Sequence[Member], settings: Settings) -> None:
-    """Everything about every size that can be known beforehand. Raises: ValueError naming the size."""
+    """Check what can be known beforehand about every size. Raises: ValueError naming the size."""
     for first in (True, False):  # the quick checks of all sizes come before data is looked at (or rendered)
         for member in members:
             config, size = member.config, member.world_size
@@ -232,7 +232,7 @@ def nodes_of(world_size: int, gpus_per_node: int) -> tuple[int, int]:
 
 
 def run(series: Series, members: Sequence[Member]) -> int:
-    """One size after the other on this machine. Returns: the exit code."""
+    """Run one size after the other on this machine. Returns: the exit code."""
     request = StopRequest(COMMAND_STOP_SIGNALS, on_request=lambda _: None)  # `watch` sees it, and lets the ranks save first
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for one rank too: sizes are to be compared
     unfinished: list[str] = []
@@ -253,7 +253,7 @@ def run(series: Series, members: Sequence[Member]) -> int:
 
 
 def run_one(series: Series, member: Member, title: str, request: StopRequest) -> str | None:
-    """One run from start to end. Returns: None if it has finished, else what became of it."""
+    """Run one size from start to end. Returns: None if it has finished, else the outcome."""
     command = [sys.executable, "-m", "pipelines.pretrain", *member.words]
     output = series.folder / f"output-{member.world_size:03d}.txt"
     print(f"{title}: {member.config.run_dir} (what its ranks print: {output})", flush=True)
@@ -273,33 +273,32 @@ def run_one(series: Series, member: Member, title: str, request: StopRequest) ->
 
 
 class Progress:
-    """How far a run is, from its log: one line that is written over on a terminal, elsewhere one every 30 s."""
+    """How far a run is, from its status.json: one line that is rewritten on a terminal, elsewhere one every 30 s."""
 
     def __init__(self, title: str, run_dir: Path):
-        self.title, self.log = title, run_dir / "log" / "rank-000.log"
+        self.title, self.run_dir, self.started_at = title, run_dir, time.time()
         self.is_terminal = sys.stdout.isatty()
         self.interval_seconds = 1.0 if self.is_terminal else 30.0
         self.next = time.monotonic() + self.interval_seconds
-        self.begin = self.log.stat().st_size if self.log.is_file() else 0  # what an earlier start wrote is not news
 
     def show(self) -> None:
         """Print if it is time to."""
         if time.monotonic() >= self.next:
             self.next = time.monotonic() + self.interval_seconds
-            line = f"{self.title}: {self._last() or 'starting'}"
+            line = f"{self.title}: {self._progress()}"
             width = shutil.get_terminal_size().columns - 1
             print(f"\r{line[:width]:<{width}}" if self.is_terminal else line, end="" if self.is_terminal else "\n", flush=True)
 
-    def _last(self) -> str | None:
-        if not self.log.is_file():
-            return None
-        with self.log.open("rb") as file:
-            file.seek(max(self.begin, file.seek(0, os.SEEK_END) - 8192))
-            found = [line.group() for line in STEP_LINE.finditer(file.read().decode(errors="replace"))]
-        return found[-1] if found else None
+    def _progress(self) -> str:
+        status = read_status(self.run_dir)
+        if status is None or status.started_at < self.started_at or not status.step:  # of an earlier launch, or no step yet
+            return "starting"
+        rate = "" if status.step_seconds is None else f"  {status.step_seconds:.3f} s/step"
+        loss = "" if status.loss is None else f"  loss {status.loss:.6f}"
+        return f"step {status.step}/{status.planned_steps}{loss}{rate}"
 
     def end(self, line: str) -> None:
-        """The last word on this run."""
+        """Print the last line of this run."""
         width = shutil.get_terminal_size().columns - 1
         print(f"\r{line:<{width}}" if self.is_terminal else line, flush=True)
 
@@ -308,7 +307,7 @@ class Progress:
 
 
 def submit(settings: Settings, series: Series, members: Sequence[Member]) -> int:
-    """One job a size, nodes and GPUs computed. Returns: the exit code."""
+    """Submit one job per size, with nodes and GPUs computed. Returns: the exit code."""
     if shutil.which("sbatch") is None:
         raise ValueError("sbatch is not installed here: leave --submit out to run on this machine, or go to a login node")
     if not BATCH_SCRIPT.is_file():

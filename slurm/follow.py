@@ -1,52 +1,25 @@
-"""Following a chain of jobs: state from the controller, progress from the run folder.
+"""Follow a chain of jobs: their states from the controller, progress from RUN/status.json.
 
 Flows in: stages and their job ids; out: a line for each stage, rewritten in place on a terminal, and the chain's exit code.
-No accounting database is asked, and nothing waits for a result that a killed job would never write.
+No accounting database is needed, and nothing waits for a result that a killed job never writes.
 """
 
 from __future__ import annotations
 
-import re
 import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
+from himix_megatron.monitoring.run_status import read_status
+from himix_megatron.runtime.log import clock
 from slurm import scheduler
 from slurm.job import Stage
 from slurm.scheduler import Job
 
 PLAIN_SECONDS = 30.0
-"""Away from a terminal progress alone is told so often; a new state at once."""
+"""Interval of progress lines away from a terminal; a new state is printed at once."""
 _GONE = "GONE"
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """The newest step that a run has told of."""
-
-    step: int
-    total: int
-    loss: str
-    remaining: str
-    """h:mm:ss."""
-
-
-def progress(run_dir: Path) -> Progress | None:
-    """From RUN/log/rank-000.log; None: no step yet."""
-    log = run_dir / "log" / "rank-000.log"
-    if not log.is_file():
-        return None
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 65536))
-        tail = file.read().decode(errors="replace")
-    told = re.findall(r"step (\d+)/(\d+)\s+loss (\S+).*?\bremaining (\S+)", tail)
-    if not told:
-        return None
-    step, total, loss, remaining = told[-1]
-    return Progress(int(step), int(total), loss, remaining)
 
 
 class StageWatch:
@@ -58,7 +31,7 @@ class StageWatch:
         self.has_ended = self.is_silent = False
 
     def look(self) -> None:
-        """Ask the controller. An end counts when it is seen twice: a job that is being requeued passes through some."""
+        """Ask the controller. An end state counts when seen twice: a job that is being requeued passes through some."""
         before = self.job
         try:
             found = scheduler.show(self.job_id)
@@ -71,7 +44,7 @@ class StageWatch:
 
     @property
     def state(self) -> str:
-        """In the reader's terms."""
+        """The state in words."""
         if self.job is None or self.is_silent:
             return "unknown (Slurm does not answer)" if self.is_silent else "?"
         waits = f" ({self.job.reason})" if self.job.state == "PENDING" and self.job.reason != "None" else ""
@@ -79,21 +52,22 @@ class StageWatch:
         return f"{self.job.state.lower()}{waits}{again if self.job.restarts else ''}"
 
     def line(self) -> str:
-        """State, step, loss, remaining time."""
-        told = progress(self.stage.run_dir)
+        """State, step, loss and remaining time."""
+        status = read_status(self.stage.run_dir)
         words = [f"{self.stage.name:<8}  job {self.job_id}  {self.state}"]
-        if told is not None:
-            words.append(f"step {told.step}/{told.total}  loss {told.loss}")
-            if self.job is not None and self.job.state == "RUNNING":
-                words.append(f"remaining {told.remaining}")
+        if status is not None and status.step:
+            words.append(f"step {status.step}/{status.planned_steps}")
+            words += [] if status.loss is None else [f"loss {status.loss:.6f}"]
+            if self.job is not None and self.job.state == "RUNNING" and status.seconds_left is not None:
+                words.append(f"remaining {clock(status.seconds_left)}")
         return "  ".join(words)
 
     def exit_code(self) -> int:
-        """0 if it did what it should; else the job's own code, or 1 where it has none."""
+        """0 if it ended well; else the job's own code, or 1 where it has none."""
         assert self.job is not None
         if self.job.state == _GONE:
-            told = progress(self.stage.run_dir)
-            return 0 if told is not None and told.step >= told.total else 1
+            status = read_status(self.stage.run_dir)
+            return 0 if status is not None and status.state == "finished" else 1
         return 0 if self.job.is_good else self.job.exit_code or 1
 
     def outcome(self) -> str:
@@ -124,7 +98,7 @@ def watch(chain: Sequence[tuple[Stage, str]]) -> int:
         screen.show([(one.state, one.line()) for one in stages])
         if [one.state for one in stages] != states:
             changed = time.monotonic()
-        # A run of days is not asked for every second: the controller serves the whole cluster.
+        # Ask less often in a run of days: the controller serves the whole cluster.
         time.sleep(min(10.0, 1.0 + 0.05 * (time.monotonic() - changed)))
     for one in stages:
         print(one.outcome(), flush=True)
@@ -132,12 +106,12 @@ def watch(chain: Sequence[tuple[Stage, str]]) -> int:
 
 
 class _Screen:
-    """Where the lines go: in place on a terminal, else one after the other as they change."""
+    """Prints the lines: in place on a terminal, else one after the other as they change."""
 
     def __init__(self) -> None:
         self.is_terminal = sys.stdout.isatty()
         self._shown: list[str] = []
-        self._told: dict[int, tuple[tuple[str, bool], float]] = {}
+        self._printed: dict[int, tuple[tuple[str, bool], float]] = {}
 
     def show(self, lines: list[tuple[str, str]]) -> None:
         """`lines`: (state, whole line) of each stage."""
@@ -149,7 +123,7 @@ class _Screen:
             return
         for number, (state, line) in enumerate(lines):
             kind, now = (state, " step " in line), time.monotonic()
-            before, at = self._told.get(number, (None, 0.0))
+            before, at = self._printed.get(number, (None, 0.0))
             if kind != before or (now - at > PLAIN_SECONDS and state.startswith("running")):
-                self._told[number] = (kind, now)
+                self._printed[number] = (kind, now)
                 print(f"{time.strftime('%H:%M:%S')}  {line}", flush=True)

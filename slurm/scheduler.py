@@ -1,4 +1,4 @@
-"""What Slurm knows of our jobs, without an accounting database. Flows in: run folders or job ids; out: states.
+"""States of our jobs from Slurm's controller, without an accounting database. Flows in: run folders or job ids; out: states.
 
 `scontrol show job` knows a job while it is in the queue, and for some minutes after its end (MinJobAge). A job is recognised by
 the file it prints to, which lies in its run folder: nothing has to be remembered, and ids given out again mislead nobody.
@@ -30,11 +30,11 @@ class Job:
 
     job_id: str
     state: str
-    """RUNNING, PENDING ...; GONE: Slurm has forgotten it."""
+    """RUNNING, PENDING ...; GONE: Slurm no longer knows it."""
     reason: str
-    """Why it waits."""
+    """Why the job waits."""
     exit_code: int
-    """Of the batch script; 128 and more: ended by a signal."""
+    """Exit code of the batch script; 128 and more: ended by a signal."""
     restarts: int
     output: str
     """The file it prints to."""
@@ -46,7 +46,7 @@ class Job:
 
     @property
     def is_good(self) -> bool:
-        """Whether it did what it should."""
+        """Whether it ended well."""
         return self.state == "COMPLETED"
 
 

@@ -1,8 +1,8 @@
-"""Does this HiMix agree with the authors', at this layout, on this backend?
+"""Does this HiMix agree numerically with the authors' code, for a layout and a layer backend?
 
 Loads a reference file (weights, inputs, logits, loss and gradients of the authors' implementation in float64) into the
-Megatron model cut as asked, runs forward and backward through the same schedule as training, and prints the largest
-differences. Starts its own ranks.
+Megatron model in this layout, runs forward and backward through training's schedule, and prints the largest differences.
+Starts its own ranks.
 
     python -m tools.compare_reference tests/data/reference/llama_gqa.safetensors --tensor 2 --pipeline 2
 
@@ -23,22 +23,14 @@ import tyro
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from himix_megatron.config import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    TrainConfig,
-    VisionConfig,
-)
+from himix_megatron.config import Config, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig, VisionConfig
 from himix_megatron.distributed.launch import ensure_ranks
 from himix_megatron.distributed.topology import Topology, init_distributed, shutdown_distributed
 from pipelines.cli import parse_settings, run_main
 
 LOGITS_LIMIT = LOSS_LIMIT = 2e-5
 GRADIENT_LIMIT = 1e-5
-"""Of the gradient's own norm."""
+"""Largest error, relative to the gradient's own norm."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +85,7 @@ def read(path: Path) -> Reference:
 
 
 def configuration(arguments: Arguments, reference: Reference) -> Config:
-    """The run that the reference file describes, cut as asked."""
+    """The run that the reference file describes, in the layout of the arguments."""
     sizes = reference.sizes
     vision_tokens, vision_width = reference.tensors["vision"].shape[1:]
     return Config(

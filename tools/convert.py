@@ -1,13 +1,13 @@
-"""Weights in and out: Hugging Face's, the authors', and our checkpoints.
+"""Convert weights between Hugging Face folders, the authors' layout and checkpoints of this project.
 
     python -m tools.convert hf-to-himix --language models/Qwen2-0.5B --vision models/siglip-so400m-patch14-384 --out runs/start
     python -m tools.convert himix-to-hf runs/qwen2_0_5b_instruct --out exported
     python -m tools.convert himix-to-authors runs/qwen2_0_5b_instruct --out authors
     python -m tools.convert authors-to-himix authors --out runs/start
 
-Every conversion ends with a comparison of what it wrote and what it read, whose figures are printed. The output has its
-name only after that: whatever goes wrong, nothing is left behind. One process; docs/conversion.md tells more.
-Exit code 1 if the two sides differ, 2 for folders that cannot be converted.
+Every conversion ends with a printed comparison of what it wrote and what it read. The output gets its name only after that, so
+that a failure leaves nothing behind. It runs in one process; see docs/conversion.md. Exit code 1 if the two sides differ, 2 for
+folders that cannot be converted.
 """
 
 from __future__ import annotations
@@ -52,14 +52,7 @@ from himix_megatron.conversion.huggingface import (
     read_tower_config,
     tower_dtype,
 )
-from himix_megatron.conversion.parity import (
-    DiffersError,
-    check_authors,
-    check_bits,
-    check_export,
-    check_language,
-    check_tower,
-)
+from himix_megatron.conversion.parity import DiffersError, check_authors, check_bits, check_export, check_language, check_tower
 from himix_megatron.distributed.launch import Launch
 from himix_megatron.distributed.topology import Topology, init_distributed, shutdown_distributed
 from himix_megatron.model.towers import build_tower
@@ -81,18 +74,17 @@ class HfToHimix:
     vision: Path
     """Folder of the vision tower, or of a whole SigLIP or CLIP model."""
     out: Path
-    """Run folder to make; give it to --checkpoint.init-from."""
+    """Run folder to create, for --checkpoint.init-from."""
     vision_kv_init: VisionInit = "random"
     """Start of the vision norms and K/V projections. `random`: norms 1, projections normal with the model's own deviation.
     `from-text`: each layer's own norm and K/V, as if features were text states; a narrower tower takes the first columns,
     scaled by the root of the widths' ratio to keep the length of keys and values; a wider one is refused."""
     recipe: str | None = None
-    """Take everything but the sizes from this recipe, and check that it has these sizes; None: plain settings, enough to
-    evaluate and generate."""
+    """Recipe for all settings but the sizes, which must be these. None: plain settings, enough to evaluate and generate."""
     feature_layer: int | None = None
-    """Which hidden state of the tower is taken; None: the recipe's, or -2."""
+    """Hidden state of the tower to use as features. None: the recipe's, or -2."""
     seed: int = 1234
-    """Of the random vision projections."""
+    """Seed of the random vision projections."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +94,9 @@ class HimixToHf:
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """Run folder or checkpoints/step-... folder."""
     out: Path
-    """Folder to make."""
+    """Folder to create."""
     tokenizer: Path | None = None
-    """Folder of the tokenizer; None: the run's own."""
+    """Folder of the tokenizer. None: the run's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +106,7 @@ class HimixToAuthors:
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """Run folder or checkpoints/step-... folder."""
     out: Path
-    """Folder to make."""
+    """Folder to create."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +116,7 @@ class AuthorsToHimix:
     weights: Annotated[Path, tyro.conf.Positional]
     """Folder with config.json and safetensors, or one safetensors file whose metadata holds the sizes."""
     out: Path
-    """Run folder to make; give it to --checkpoint.init-from."""
+    """Run folder to create, for --checkpoint.init-from."""
     vision: Path | None = None
     """Folder of the vision tower, where the weights hold none."""
     recipe: str | None = None

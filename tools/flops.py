@@ -1,4 +1,4 @@
-"""What a model costs: parameters, FLOPs by the paper's way of counting and by the honest one, memory; beside vanilla.
+"""What a model costs: parameters, memory, and FLOPs counted as in the paper and honestly, compared with vanilla.
 
     python -m tools.flops --paper                          the paper's five models, one line each
     python -m tools.flops qwen2_0_5b_align                 a recipe's table, for a sample of its usual length
@@ -6,8 +6,8 @@
     python -m tools.flops --layers 12 --hidden 768 --ffn 2048 --heads 12 --groups 4 --vocab 32000
 
 Vanilla is the same decoder with the vision tokens in its text, as in LLaVA. The paper counts the forward pass, attention as
-full rectangles, and the LM head on every token, vision tokens included. The honest count: text sees only what comes before it,
-and the head runs on text alone (in training: on the tokens with a label). `step` is forward and backward of one sample.
+full rectangles, and the LM head on every token, vision tokens included. In the honest count text sees only what precedes it,
+and the head runs on text alone (in training: on labelled tokens). `step` is the forward and backward pass of one sample.
 """
 
 from __future__ import annotations
@@ -49,20 +49,20 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a model costs: parameters, FLOPs, memory."""
+    """Print what a model costs: parameters, FLOPs, memory."""
 
     recipe: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")] = None
-    """A recipe; sizes given beside it take the place of its own."""
+    """Recipe; the sizes below override its own."""
     paper: bool = False
-    """The paper's five models at 64 text tokens and one image, and nothing else."""
+    """Print only the paper's five models, at 64 text tokens and one image."""
     text_tokens: int | None = None
-    """Of a sample; None: the recipe's usual, else 64."""
+    """Text tokens of a sample. None: the recipe's usual number, else 64."""
     images: int = 1
-    """Of a sample."""
+    """Images of a sample."""
     label_share: float = 0.5
-    """Of the text tokens, how many have a label and go through the head in training."""
+    """Share of the text tokens that have a label and go through the head in training."""
     micro_batch: int | None = None
-    """Samples of a forward pass, for the memory; None: the recipe's, else 1."""
+    """Samples of a forward pass, for the memory. None: the recipe's, else 1."""
     layers: int | None = None
     """Decoder layers."""
     hidden: int | None = None
@@ -74,11 +74,11 @@ class Arguments:
     groups: int | None = None
     """Key/value heads."""
     vocab: int | None = None
-    """Rows of the embedding."""
+    """Vocabulary size."""
     tower: Literal["siglip", "clip"] | None = None
-    """Vision tower; None: the recipe's, else siglip."""
+    """Vision tower. None: the recipe's, else siglip."""
     plot: Path | None = None
-    """A PNG to write: FLOPs over text length and over the number of images."""
+    """PNG file to write: FLOPs over text length and over the number of images."""
 
 
 def config_of(arguments: Arguments) -> Config:
@@ -189,7 +189,7 @@ def table(config: Config, text: int, images: int, label_share: float, micro_batc
 
 
 def _memory(config: Config, text: int, images: int, micro_batch: int) -> Iterator[str]:
-    """Of one rank that holds the whole model."""
+    """Memory of one rank that holds the whole model."""
     tokens = images * config.vision.tokens_per_image
     single = replace(
         config,

@@ -1,12 +1,12 @@
-"""Which layout for so many GPUs: what fits, how long a step takes and why, what it costs; and the command that runs it.
+"""Which parallel layout to use on a number of GPUs: what fits, how long a step takes, what it costs, and the command to run.
 
     python -m tools.plan llama3_2_3b_instruct --gpus 64 --gpu h100-80gb --global-batch 128
     python -m tools.plan vicuna_7b_instruct --gpus 8 --gpu a100-80gb --price-per-gpu-hour 1.8
-    python -m tools.plan vicuna_7b_instruct --gpus 8 --machine-file DIR/machine.json    at rates that were measured here
-    python -m tools.plan --compare published        the model beside published speeds of text-only GPTs, row by row
+    python -m tools.plan vicuna_7b_instruct --gpus 8 --machine-file DIR/machine.json    at measured rates
+    python -m tools.plan --compare published        predictions beside published speeds of text-only GPTs
 
-The model is described in docs/planner.md. It is arithmetic: believe its order more than its seconds. Memory is that of a
-micro-batch of the longest texts; time that of usual ones.
+The cost model is described in docs/planner.md. It is arithmetic: trust the order of layouts more than their seconds. Memory is
+that of a micro-batch of the longest texts, time that of usual texts.
 """
 
 from __future__ import annotations
@@ -40,38 +40,38 @@ REMEDIES = {
 
 @dataclass(frozen=True)
 class Arguments:
-    """List layouts that fit, the fastest first, and print the command of the best one."""
+    """List the layouts that fit, fastest first, and print the command of the best one."""
 
     recipe: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")] = None
-    """A recipe of pipelines.pretrain."""
+    """Recipe of pipelines.pretrain."""
     gpus: int | None = None
-    """How many."""
+    """Number of GPUs."""
     gpu: str = "h100-80gb"
-    """Which: a100-40gb, a100-80gb, h100-80gb, h100-80gb-pcie, h100-94gb-nvl, h200-141gb, b200-180gb."""
+    """Kind of GPU: a100-40gb, a100-80gb, h100-80gb, h100-80gb-pcie, h100-94gb-nvl, h200-141gb, b200-180gb."""
     machine_file: Path | None = None
-    """Measured rates, which tools.gpu_check writes as DIR/machine.json, in place of --gpu's assumed ones."""
+    """File of measured rates (DIR/machine.json of tools.gpu_check), instead of --gpu's assumed ones."""
     interconnect: str | None = None
-    """Between nodes: ib-hdr-200, ib-ndr-400, ethernet-100, ethernet-400; None: what such GPUs usually come with."""
+    """Network between nodes: ib-hdr-200, ib-ndr-400, ethernet-100, ethernet-400. None: the usual one for these GPUs."""
     gpus_per_node: int = 8
-    """GPUs that share a node's fast links."""
+    """GPUs of a node, which share its fast links."""
     global_batch: int | None = None
-    """Samples (packs, with packing) of a step; None: the recipe's."""
+    """Samples (with packing: packs) of a step. None: the recipe's."""
     pack_max_text_tokens: int | None = None
-    """Text tokens of a pack; None: as the recipe says."""
+    """Text tokens of a pack. None: the recipe's."""
     pack_max_images: int | None = None
     """Images of a pack."""
     text_tokens: float | None = None
-    """Of a usual sample; None: the recipe's."""
+    """Text tokens of a usual sample. None: the recipe's."""
     longest_text: int | None = None
-    """Of the longest sample; None: the recipe's data.max_text_tokens."""
+    """Text tokens of the longest sample. None: the recipe's data.max_text_tokens."""
     images: float = 1.0
-    """Of a usual sample."""
+    """Images of a usual sample."""
     label_share: float = 0.5
-    """Of the text tokens, how many have a label."""
+    """Share of the text tokens that have a label."""
     price_per_gpu_hour: float = 2.0
-    """In any currency."""
+    """Price of a GPU hour, in any currency."""
     show: int = 10
-    """Layouts to list."""
+    """Number of layouts to list."""
     compare: Literal["published"] | None = None
     """Print the predictions beside published step times, and nothing else."""
 
@@ -139,9 +139,9 @@ def settings(arguments: Arguments) -> tuple[Config, Sample]:
 
 
 def choose(config: Config, machine: Machine, gpus: int, sample: Sample) -> list[Plan]:
-    """Those that fit, fastest first; of equal ones the one with less memory.
+    """Plans that fit, fastest first; of equal ones the one with less memory.
 
-    Raises: ValueError, one line, where none does: what is too big, by how much, what to change.
+    Raises: ValueError if none fits; one line says what is too big, by how much, and what to change.
     """
     found = list(plans(config, machine, gpus, sample))
     room = machine.memory_gib

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -12,14 +13,16 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 import pytest
 
-from slurm.follow import progress
-from slurm.scheduler import parse_jobs
+from slurm.follow import StageWatch
+from slurm.scheduler import Job, parse_jobs
 
-from .cluster import ROOT, Job, Slurm, rank_process, step_now, steps_taken, wait_until
+from . import cluster
+from .cluster import ROOT, Slurm, rank_process, step_now, steps_taken, wait_until
 
 # Recorded from Slurm 22.05, cut to the fields around those that are read.
 SHOWN = (
@@ -40,17 +43,29 @@ def test_jobs_are_read_from_what_scontrol_shows() -> None:
     assert (nine.exit_code, nine.is_good, nine.output) == (3, True, "/a/9.out")
 
 
-def test_progress_is_the_newest_step_that_the_log_tells_of(tmp_path: Path) -> None:
-    assert progress(tmp_path) is None
-    (tmp_path / "log").mkdir()
-    log = tmp_path / "log" / "rank-000.log"
-    log.write_text("starting\n")
-    assert progress(tmp_path) is None
-    lines = [f"INFO metrics: step {n}/90  loss {n}.5  lr 1e-3  peak 0.4 GiB  remaining 1:0{n}:03\n" for n in range(1, 10)]
-    log.write_text("x" * 100_000 + "\n" + "".join(lines) + "INFO metrics: step 9/90  validation loss 7.0\nstep 10/90  lo")
-    told = progress(tmp_path)
-    assert told is not None
-    assert (told.step, told.total, told.loss, told.remaining) == (9, 90, "9.5", "1:09:03")
+def test_progress_is_what_status_json_says(tmp_path: Path) -> None:
+    stage: Any = SimpleNamespace(name="align", run_dir=tmp_path)
+    watched = StageWatch(stage, "7")
+    watched.job = Job("7", "RUNNING", "None", 0, 0, "")
+    assert watched.line() == "align     job 7  running"
+    status: dict[str, Any] = {
+        "recipe": "x",
+        "state": "starting",
+        "step": 0,
+        "planned_steps": 90,
+        "world_size": 2,
+        "global_batch": 4,
+    }
+    status |= {"version": 1, "started_at": 1.0, "updated_at": 2.0}
+    (tmp_path / "status.json").write_text(json.dumps(status))
+    assert watched.line() == "align     job 7  running"
+    status |= {"state": "training", "step": 9, "loss": 9.5, "seconds_left": 4143.2}
+    (tmp_path / "status.json").write_text(json.dumps(status))
+    assert watched.line() == "align     job 7  running  step 9/90  loss 9.500000  remaining 1:09:03"
+    watched.job = Job("7", "GONE", "None", 0, 0, "")
+    assert watched.exit_code() == 1
+    (tmp_path / "status.json").write_text(json.dumps(status | {"state": "finished", "step": 90, "loss": None}))
+    assert (watched.line(), watched.exit_code()) == ("align     job 7  gone  step 90/90", 0)
 
 
 class Chain:
@@ -199,7 +214,7 @@ def test_a_submitted_job_goes_on_beyond_its_time_limit(chain: Chain) -> None:
 def test_a_rank_that_is_killed_ends_its_job_and_the_chain(chain: Chain) -> None:
     align, instruct = chain.submit("--cluster.nodes", "2", steps=100_000)
     chain.wait_for_step("align", 5)
-    rank_process(Job(chain.slurm, align, chain.folder / "align"), 1).send_signal(signal.SIGKILL)
+    rank_process(cluster.Job(chain.slurm, align, chain.folder / "align"), 1).send_signal(signal.SIGKILL)
     done = chain.run("--cluster.nodes", "2", "--watch", steps=100_000)
     assert done.returncode not in (0, 2, 85), done.stdout + done.stderr
     assert "align failed" in done.stdout

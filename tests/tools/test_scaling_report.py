@@ -20,26 +20,42 @@ RATE = "throughput/text_tokens_per_second"
 
 
 def make_run(
-    folder: Path, starts: list[dict[int, tuple[float, float]]], *, ranks: int = 2, steps: int = 10, **tags: float
+    folder: Path,
+    starts: list[dict[int, tuple[float, float]]],
+    *,
+    ranks: int = 2,
+    steps: int = 10,
+    per_rank: str = "rank",
+    **tags: float,
 ) -> Path:
     """A run folder with one event file a start: step -> (step seconds, tokens a second), and constants by tag."""
-    (folder / "log").mkdir(parents=True)
+    folder.mkdir(parents=True)
     (folder / "config.json").write_text(to_json(small_config(Path("data"), folder, parts=("language",), steps=steps)))
-    lines = []
     for number, points in enumerate(starts):
         with SummaryWriter(str(folder / "tensorboard"), filename_suffix=f".{number}") as writer:
             for step, (seconds, rate) in points.items():
                 writer.add_scalar("time/step_seconds", seconds, step)
                 writer.add_scalar(RATE, rate, step)
+                writer.add_scalar(f"{RATE}_per_{per_rank}", rate / ranks, step)
                 for tag, value in tags.items():
                     writer.add_scalar(tag.replace("__", "/"), value, step)
-                lines.append(
-                    f"2026-01-01 00:00:00,000 [0/{ranks}] INFO himix_megatron.monitoring.metrics: step {step}/{steps}  loss 1.0"
-                )
         if number + 1 < len(starts):
             time.sleep(1.1)  # event files are named by the second
-    (folder / "log" / "rank-000.log").write_text("".join(f"{line}\n" for line in lines))
     return folder
+
+
+def write_status(folder: Path, state: str, **changes: object) -> None:
+    """As a run of 2 ranks leaves it at step 7 of 10."""
+    status = {
+        "version": 1,
+        "recipe": "small",
+        "state": state,
+        "step": 7,
+        "planned_steps": 10,
+        "world_size": 2,
+        "global_batch": 8,
+    }
+    (folder / "status.json").write_text(json.dumps(status | {"started_at": 0.0, "updated_at": time.time() - 5} | changes))
 
 
 def test_warm_up_is_left_out_and_rates_are_weighted_by_time(tmp_path: Path) -> None:
@@ -70,47 +86,49 @@ def test_a_later_start_replaces_what_it_did_again_and_has_a_warm_up_of_its_own(t
 
 
 def test_a_run_on_another_number_of_ranks_counts_its_last_start(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "run", [dict.fromkeys(range(1, 6), (1.0, 10.0)), dict.fromkeys(range(6, 11), (1.0, 20.0))])
-    log = folder / "log" / "rank-000.log"
-    log.write_text("2026-01-01 00:00:00,000 [0/4] INFO himix_megatron.training.loop: before\n" + log.read_text())
+    folder = make_run(tmp_path / "run", [dict.fromkeys(range(6, 11), (1.0, 20.0))])
+    with SummaryWriter(str(folder / "tensorboard"), filename_suffix=".before") as writer:
+        for step in range(1, 6):
+            for tag, value in (("time/step_seconds", 1.0), (RATE, 10.0), (f"{RATE}_per_rank", 2.5)):
+                writer.add_scalar(tag, value, step)
+    first = next((folder / "tensorboard").glob("*.before"))
+    first.rename(first.with_name("events.out.tfevents.1.before"))  # event files are named by the second
     run = read_run(folder, warmup_steps=1)
     assert (run.num_gpus, run.means["text_tokens_per_second"]) == (2, 20.0)
     assert "was run on 4, then 2 ranks: the last start alone is counted" in run.notes
 
 
-UNFINISHED = {"points": [dict.fromkeys(range(1, 8), (1.0, 10.0))]}
-TRACEBACK = """\
-2026-01-01 00:00:0{rank},000 [{rank}/2] ERROR himix_megatron.runtime.log: this rank failed
-Traceback (most recent call last):
-  File "x.py", line 1, in f
-RuntimeError: {words}
-"""
-
-
 def test_an_unfinished_run_says_why(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "run", UNFINISHED["points"])
-    log = folder / "log" / "rank-000.log"
-    assert read_run(folder, 3).state.startswith("killed, or still running: no word for ")
+    folder = make_run(tmp_path / "run", [dict.fromkeys(range(1, 8), (1.0, 10.0))])
+    write_status(folder, "training")
+    assert read_run(folder, 3).state == "killed, or still running: status.json is 5 s old at step 7 of 10"
     assert read_run(folder, 3, {"state": "running"}).state.endswith(" at step 7 of 10")
     (folder / "checkpoints" / "step-00000007").mkdir(parents=True)
+    write_status(folder, "requeue", exit_code=85)
     assert read_run(folder, 3).state == "saved at step 7 of 10, and not continued"
-    log.write_text(log.read_text() + TRACEBACK.format(rank=0, words="Connection closed by peer"))
-    assert read_run(folder, 3).state == "failed: rank 0: RuntimeError: Connection closed by peer at step 7 of 10"
-    (folder / "log" / "rank-001.log").write_text("")
-    assert read_run(folder, 3).state.startswith("killed: rank 1 ended without a word (then rank 0: RuntimeError: Connection")
-    (folder / "log" / "rank-001.log").write_text(TRACEBACK.format(rank=1, words="other"))
-    assert read_run(folder, 3).state.startswith("failed: rank 0: ")
+    write_status(folder, "failed", exit_code=1, reason="RuntimeError: Connection closed by peer")
+    failed = "failed: RuntimeError: Connection closed by peer at step 7 of 10"
+    assert read_run(folder, 3).state == failed
+    assert read_run(folder, 3, {"state": "failed: rank 0 left with exit code 1"}).state == failed, "status.json says more"
     assert read_run(folder, 3, {"state": "killed: rank 1 got SIGKILL"}).state == "killed: rank 1 got SIGKILL at step 7 of 10"
-    verdict = "2026-01-01 00:00:09,000 [0/2] ERROR himix_megatron.resilience.watchdog: rank 1 died; shutting down this rank\n"
-    log.write_text(log.read_text() + verdict)
-    assert read_run(folder, 3).state == "killed: rank 1 died at step 7 of 10"
-    log.write_text(
-        log.read_text() + "2026-01-01 00:01:00,000 [0/2] INFO himix_megatron.training.loop: small: 2 ranks (tensor 1, ...\n"
-    )
-    (folder / "log" / "rank-001.log").unlink()
-    assert read_run(folder, 3).state == "saved at step 7 of 10, and not continued", "errors of an earlier start are over"
+    write_status(folder, "starting")
+    assert read_run(folder, 3).state == "saved at step 7 of 10, and not continued", "the error of an earlier start is over"
     (folder / "STOP").write_text("too many bad samples\n")
     assert read_run(folder, 3).state == "stopped on purpose: too many bad samples"
+
+
+def test_a_run_of_an_earlier_version_is_read_as_far_as_its_files_tell(tmp_path: Path) -> None:
+    """No status.json, fields and tags by their earlier names."""
+    folder = make_run(tmp_path / "run", [dict.fromkeys(range(1, 8), (1.0, 10.0))], per_rank="gpu")
+    settings = json.loads((folder / "config.json").read_text())
+    del settings["version"]
+    settings["data"]["path"] = settings["data"].pop("datasets")
+    (folder / "config.json").write_text(json.dumps(settings))
+    run = read_run(folder, 3)
+    assert (run.num_gpus, run.global_batch, run.planned_steps, run.per_gpu) == (2, 8, 10, 5.0)
+    assert run.state == "not finished, and it has no status.json that says why at step 7 of 10"
+    (folder / "checkpoints" / "step-00000007").mkdir(parents=True)
+    assert read_run(folder, 3).state == "saved at step 7 of 10, and not continued"
 
 
 def test_a_torn_event_file_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
@@ -141,7 +159,7 @@ def test_missing_tags_are_dashes_with_a_note_and_loose_runs_are_compared(
     monkeypatch.setattr("sys.argv", ["scaling_report", *map(str, folders), "--out", str(tmp_path / "out")])
     scaling_report.main()
     shown = capsys.readouterr().out
-    rows = [line.split() for line in shown.splitlines() if line.strip()[:1].isdigit() or line.endswith("no log")]
+    rows = [line.split() for line in shown.splitlines() if line.strip()[:1].isdigit() or line.endswith("no status.json")]
     assert rows[0][-4:] == ["1.000", "0.500", "-", "finished"]
     assert rows[1][-4:] == ["0.900", "-", "-", "finished"]
     assert rows[2][:11] == ["-", "8", "0", *"--------"], rows[2]

@@ -1,13 +1,13 @@
-"""How long a save keeps training waiting, beside training and not, for a checkpoint of a GB or more.
+"""How long a save blocks training, asynchronously and synchronously, for a checkpoint of a GB or more.
 
     make bench-checkpoint
     python -m tools.bench.checkpoint --layers 8 --folder DIR --repetitions 9
 
-One rank, AdamW's state included, undivided and as a distributed optimizer: on a CPU Qwen2-0.5B's widths in fp32, on a GPU the
-whole Qwen2-0.5B in bf16 with its fp32 main weights (9 GB). Both modes save the same model into the same file system by turns;
-each save in the background comes to its end before the next begins, so that nothing but the save itself is measured. The
-first save in the background also makes the host memory that later ones copy into (pinned beside a GPU): it is told apart.
-Exit code 1 if the stall is more than a tenth of a save that is waited for.
+One rank with AdamW's state, undivided and as a distributed optimizer: on a CPU Qwen2-0.5B's widths in fp32, on a GPU the whole
+Qwen2-0.5B in bf16 with its fp32 main weights (9 GB). Both modes save the same model to the same file system in turns; each
+background save ends before the next begins, so that only the save is measured. The first background save also allocates the
+host memory that later ones copy into (pinned beside a GPU), and is reported separately. Exit code 1 if an asynchronous save
+blocks for more than a tenth of a synchronous one.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ SYNC, ASYNC, FIRST, WRITTEN = "sync", "async", "async, first of all", "async, wr
 
 @dataclass(frozen=True)
 class Arguments:
-    """What is saved, where, and how often."""
+    """Measure how long saves block training."""
 
     folder: Path | None = None
-    """On the file system to measure; None: where temporary files go."""
+    """Folder on the file system to measure. None: the system's temporary folder."""
     layers: int | None = None
-    """Of the decoder: about 0.2 GB each, besides 0.35 GB of embeddings. None: 4, or all 24 on a GPU."""
+    """Decoder layers of about 0.2 GB each, besides 0.35 GB of embeddings. None: 4, or all 24 on a GPU."""
     repetitions: int = 5
-    """Of each mode and optimizer."""
+    """Repetitions of each mode and optimizer."""
     tiny: bool = False
-    """Widths of a test, to see that it runs."""
+    """Use tiny widths, to test the benchmark itself."""
 
 
 def sizes(arguments: Arguments, run: Path, *, divided: bool) -> Config:

@@ -1,9 +1,9 @@
-"""HiMix's layers beside vanilla concatenation: how much of what the FLOPs promise does the clock give?
+"""HiMix's layers beside vanilla concatenation: how much of the gain that the FLOPs promise is real?
 
-A part of `tools.bench.decoder`. Each side runs in processes of its own, as its users would run it: HiMix as this project starts
-it, vanilla (`vanilla_decoder.py`) as megatron-core comes, with the C library's own handling of freed memory. On both, weight
-gradients are added up in place. Beside them the strictest comparison, to which no line is held: concatenation through this
-project's layers, with all that was made faster in them.
+A part of `tools.bench.decoder`. Each side runs in its own processes, as its users would run it: HiMix as this project starts
+it, vanilla (`vanilla_decoder.py`) as megatron-core comes, with the C library's own handling of freed memory. Both accumulate
+weight gradients in place. The strictest comparison is printed too, without a wanted ratio: concatenation through this
+project's faster layers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ WANTED = {
 
 
 def concatenation(arguments: Arguments) -> list[Line]:
-    """Both sides in turns; align and the machine's product beside them, on one rank only. Prints, and returns the lines."""
+    """Measure both sides in turns, on one rank also align and the machine's matrix product. Prints and returns the lines."""
     config, alone = sizes(arguments), arguments.part == "concatenation"
     first = arguments.text_tokens[0]
     with (
@@ -65,7 +65,7 @@ def concatenation(arguments: Arguments) -> list[Line]:
 
 
 def lines_of(arguments: Arguments, config: Config, seconds: dict[str, list[float]]) -> list[Line]:
-    """What the lines say, from the seconds of each step's repetitions."""
+    """The lines, from the seconds of each step's repetitions."""
     time = {name: median(taken) for name, taken in seconds.items()}
     count = arguments.samples
 
@@ -79,7 +79,7 @@ def lines_of(arguments: Arguments, config: Config, seconds: dict[str, list[float
         predicted = flops(text + arguments.vision_tokens, 0) / flops(text, arguments.vision_tokens)
         of_himix = time[f"himix {text}"]
         what = f"vanilla concatenation takes so many times longer than HiMix, {text} text tokens (by FLOPs {predicted:.1f})"
-        held = not torch.cuda.is_available()  # what was wanted was wanted of a CPU
+        held = not torch.cuda.is_available()  # the ratios are wanted of a CPU
         lines.append(Line(what, time[f"vanilla {text}"] / of_himix, WANTED.get((arguments.part, text)) if held else None))
         lines.append(Line("the same through this project's layers", time[f"ours, concatenating {text}"] / of_himix))
     if "product" in time:
@@ -137,14 +137,14 @@ def vanilla(arguments: Arguments, _: Topology) -> Steps:
 
 @dataclass(frozen=True)
 class OneSide(Arguments):
-    """Measures the steps of one side as they are asked for on standard input; `tools.bench.decoder` calls this."""
+    """Measure the steps of one side that standard input names; `tools.bench.decoder` calls this."""
 
     side: Literal["himix", "vanilla"] = "himix"
     """Which."""
 
 
 def of_product() -> tuple[int, torch.dtype, str]:
-    """Size, precision and place of the machine's product that the layers are compared with."""
+    """Size, precision and device of the matrix product with which the layers are compared."""
     return (8192, torch.bfloat16, "cuda") if torch.cuda.is_available() else (2048, torch.float32, "cpu")
 
 

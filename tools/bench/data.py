@@ -63,7 +63,7 @@ PEERS: dict[Section, tuple[str, ...]] = {
 VISION = siglip_so400m_384()
 PACK_TEXT_TOKENS, PACK_IMAGES = 2048, 46
 SIGMA = 0.6
-"""Of the logarithm of text lengths."""
+"""Standard deviation of the logarithm of text lengths."""
 
 
 @dataclass(frozen=True)

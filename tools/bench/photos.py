@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 WANTED_BYTES = 66_000
-"""Of a picture; with its text and tar headers some 68 KB a sample."""
+"""Bytes of a picture; with its text and tar headers some 68 KB per sample."""
 MAX_PICTURES = 256
 WORDS = (
     "a",

@@ -1,12 +1,12 @@
-"""How evenly do pipeline stages work when the tower costs as much as the decoder does?
+"""How evenly do pipeline stages work when the tower costs as much as the decoder?
 
     python -m tools.bench.pipeline
 
-Real training steps on CPU ranks of one thread each, over rendered scenes: reading, decoding, tower, decoder, optimizer. The
-tower is sized in the run, so that its forward pass takes the CPU time of the decoder's forward and backward pass over all
-stages. Of each placement of the tower: the CPU time of the slowest rank over that of the fastest, and the step time; beside
-it the step time with features that were made before. Exit code 1 when the shared tower's ratio is above 1.10, or the losses
-of two placements differ.
+Real training steps on CPU ranks of one thread each, on rendered scenes: reading, decoding, tower, decoder, optimizer. The tower
+is sized so that its forward pass takes the CPU time of the decoder's forward and backward pass over all stages. For each
+placement of the tower it reports the CPU time of the slowest rank over that of the fastest, and the step time; for comparison
+also the step time with cached features. Exit code 1 if the sharded tower's ratio is above 1.10, or if the losses of two
+placements differ.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from himix_megatron.distributed.topology import Topology, init_distributed, shut
 from pipelines.cli import parse_settings, run_main
 
 MOST = 1.10
-"""Of the slowest rank's CPU time over the fastest's, with the shared tower."""
+"""Largest ratio of the slowest rank's CPU time to the fastest's, with the sharded tower."""
 SAME_LOSS = 1e-5
 NEAR = 0.05
-"""Of the tower's CPU time to the decoder's, when it is sized."""
+"""Relative difference of the tower's CPU time to the decoder's, at which sizing stops."""
 PLACEMENTS = ("replica_sharded", "replicated", "first_stage")
 CACHED = "cached features"
 WORKER = "--worker"
@@ -59,11 +59,11 @@ class Arguments:
     stages: tuple[int, ...] = (2, 4)
     """Pipeline sizes, one rank a stage."""
     steps: int = 12
-    """Measured ones; one more before them is not counted."""
+    """Counted steps, after one uncounted one."""
     samples: int = 16
-    """Of a step, in micro-batches of 2, each with one image."""
+    """Samples of a step, in micro-batches of 2, each with one image."""
     layers: int = 16
-    """Of the decoder."""
+    """Decoder layers."""
     hidden: int = 256
     """Width of decoder and tower."""
 

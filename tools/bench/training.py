@@ -29,9 +29,9 @@ from tools.bench.decoder_setup import Arguments
 from tools.bench.measure import Line, product, report, seconds_of, take_turns
 
 WANTED_MFU = {"qwen2_0_5b": 0.30, "llama3_2_1b": 0.40, "llama3_2_3b": 0.48, "vicuna_7b": 0.50}
-"""Of the decoder alone, by family, at packs of 8,192 text tokens (7B: 4,096) on a GPU whose peak is known."""
+"""Least MFU of the decoder alone, by family, at packs of 8,192 text tokens (7B: 4,096) on a GPU whose peak is known."""
 SIGMA = 0.5
-"""Of the texts' log-normal lengths."""
+"""Sigma of the texts' log-normal lengths."""
 ROW_MULTIPLE = 128
 """Concatenated rows are padded to a multiple of this: a row's length is what kernels are chosen by."""
 
@@ -43,7 +43,7 @@ class Packs:
     text_lengths: tuple[tuple[int, ...], ...]
     """Text tokens of each sample, by pack."""
     row_tokens: int
-    """Of a pack's row, padding included."""
+    """Tokens of a pack's row, padding included."""
     tokens_per_image: int
     images: Literal["beside", "inside"] = "beside"
     """HiMix; or concatenation, where each image's tokens go through the layers in front of its text."""
@@ -61,12 +61,12 @@ class Packs:
 
     @property
     def samples(self) -> int:
-        """Of the step."""
+        """Samples of the step."""
         return sum(len(pack) for pack in self.text_lengths)
 
     @property
     def text_tokens(self) -> int:
-        """Real ones of the step, without the images' places."""
+        """Real text tokens of the step, without the images' places."""
         return sum(sum(pack) for pack in self.text_lengths)
 
     def work(self) -> Work:

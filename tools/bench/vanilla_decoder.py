@@ -1,8 +1,8 @@
-"""Megatron-core's own decoder layers with the image among the text: the concatenation that HiMix is measured by.
+"""Megatron-core's own decoder layers with the image among the text: the concatenation with which HiMix is compared.
 
-Flows in: hidden states float[S, B, H] of a sample's image and text tokens, one after the other; out: the same shape. The layers
-are megatron-core's local spec as it comes. Only its core attention, which writes all scores out, gives way to the backend that
-HiMix's layers use: torch's fused attention, causal.
+Flows in: hidden states float[S, B, H] of a sample's image tokens, then its text tokens; out: the same shape. The layers are
+megatron-core's local spec. Only its core attention, which materialises all scores, is replaced by the backend that HiMix's
+layers use: torch's fused causal attention.
 """
 
 from __future__ import annotations

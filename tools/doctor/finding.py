@@ -1,4 +1,4 @@
-"""One line of the doctor's. Imports nothing that could be missing."""
+"""One line of the doctor's report. Imports nothing that could be missing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What was looked at, and how it is."""
+    """What was examined, and its state."""
 
     what: str
     state: Literal["ok", "warning", "missing", "broken"]

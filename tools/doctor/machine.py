@@ -1,4 +1,4 @@
-"""The doctor on the machine: memory, limits, ports, and the folder that runs are written to."""
+"""The doctor's findings on the machine: memory, limits, ports, and the folder of runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SLOW_SYNC_SECONDS = 0.5
 
 
 def findings(folder: Path) -> Iterator[Finding]:
-    """All of them."""
+    """All findings."""
     yield memory()
     yield shared_memory(Path("/dev/shm"))
     yield open_files()
@@ -40,12 +40,12 @@ def memory() -> Finding:
     total, available = psutil.virtual_memory().total / 2**30, psutil.virtual_memory().available / 2**30
     text = f"{len(os.sched_getaffinity(0))} CPU cores, {available:.0f} of {total:.0f} GiB of memory free"
     if available < 4:
-        return Finding("memory", "warning", text, "end what else runs here, or ask for more")
+        return Finding("memory", "warning", text, "end other programs, or request more memory")
     return Finding("memory", "ok", text)
 
 
 def shared_memory(folder: Path) -> Finding:
-    """What decoding processes hand batches over in."""
+    """Where decoding processes hand over batches."""
     if not folder.is_dir():
         return Finding("shared memory", "broken", f"no {folder}", "mount a tmpfs there, or --data.num-workers 0", needed=True)
     total, _, free = shutil.disk_usage(folder)
@@ -68,13 +68,13 @@ def open_files() -> Finding:
 
 
 def ports() -> Iterator[Finding]:
-    """The range that runs under srun meet in, and MASTER_PORT if this process would be the one to listen there."""
+    """The range of ports at which runs under srun meet, and MASTER_PORT if this process would listen on it."""
     text = f"{PORTS.start} to {PORTS.stop - 1}, where ranks under srun meet"
     taken = listening() & set(PORTS)
     first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
     if first < PORTS.stop and last >= PORTS.start:
         remedy = f"sysctl net.ipv4.ip_local_port_range='{PORTS.stop} {max(last, 60999)}'; a run that fails so can start again"
-        yield Finding("ports", "warning", f"{text}: Linux hands out {first} to {last} to anybody by itself", remedy)
+        yield Finding("ports", "warning", f"{text}: Linux assigns {first} to {last} to any program", remedy)
     elif taken:
         shown = ", ".join(map(str, sorted(taken)[:5]))
         yield Finding("ports", "ok", f"{text}: {len(taken)} taken ({shown}{', ...' if len(taken) > 5 else ''})")
@@ -102,7 +102,7 @@ def master_port(port: int) -> Finding:
 
 
 def listening() -> set[int]:
-    """TCP ports that somebody listens on."""
+    """TCP ports on which a program listens."""
     found = set()
     for name in ("/proc/net/tcp", "/proc/net/tcp6"):
         if Path(name).is_file():

@@ -1,4 +1,4 @@
-"""The doctor on software and files: packages, GPUs and kernels, Slurm, datasets, towers, tokenizers."""
+"""The doctor's findings on software and files: packages, GPUs and kernels, Slurm, datasets, towers, tokenizers."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from tools.doctor.finding import Finding
 
 INSTALL = "make setup, or pip install with constraints.txt (docs/installation.md)"
 MODULES = {"megatron-core": "megatron.core", "ray": "ray", "tensorboard": "torch.utils.tensorboard"}
-"""Packages with a line of their own, and what has to load of them."""
+"""Packages with a finding of their own, and the module that must load."""
 FEWEST = (3, 11)
-"""Python's version."""
+"""The oldest Python that is supported."""
 
 
 def findings() -> Iterator[Finding]:
-    """All of them but named files."""
+    """All findings but those on named files."""
     yield python()
     yield from packages(metadata.requires("himix-megatron") or [])
     yield from torch_and_gpus()
@@ -37,7 +37,7 @@ def findings() -> Iterator[Finding]:
 
 
 def python(version: tuple[int, int] = sys.version_info[:2]) -> Finding:
-    """Of the interpreter that runs this."""
+    """The version of this interpreter."""
     text = f"Python {version[0]}.{version[1]}, {sys.executable}"
     if version < FEWEST:
         return Finding("python", "broken", text, f"install {FEWEST[0]}.{FEWEST[1]} or newer", needed=True)
@@ -45,7 +45,7 @@ def python(version: tuple[int, int] = sys.version_info[:2]) -> Finding:
 
 
 def packages(requirements: list[str]) -> Iterator[Finding]:
-    """Whether what we depend on is installed in a version that we take."""
+    """Whether every dependency is installed in a supported version."""
     fine, wrong = [], []
     for text in requirements:
         requirement = Requirement(text)
@@ -66,7 +66,7 @@ def packages(requirements: list[str]) -> Iterator[Finding]:
         detail = "; ".join(wrong) or "himix-megatron itself is not installed"
         yield Finding("packages", "broken", detail, INSTALL, needed=True)
     else:
-        yield Finding("packages", "ok", f"{len(fine)} more in the versions wanted")
+        yield Finding("packages", "ok", f"{len(fine)} more in supported versions")
 
 
 def _imports(package: str, version: str, wanted: str) -> Finding:
@@ -232,7 +232,7 @@ def slurm() -> Finding:
 
 
 def browser() -> Finding:
-    """What TensorBoard is looked at with in the tests."""
+    """The browser that tests of TensorBoard's pages use."""
     found = next((path for name in ("chromium", "google-chrome", "chrome") if (path := shutil.which(name))), None)
     if found and shutil.which("chromedriver"):
         return Finding("browser", "ok", f"{found}, with chromedriver (for the tests of TensorBoard's pages)")

@@ -117,7 +117,7 @@ def device_of(context: Context) -> torch.device:
 
 
 def dtype_of(precision: Precision) -> torch.dtype:
-    """Of inputs and parameters."""
+    """The dtype of inputs and parameters."""
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
@@ -266,7 +266,7 @@ def continued(context: Context, precision: Precision) -> Iterator[Line]:
 def continued_error(
     attend: Any, heads: Heads, num_text: int, earlier: tuple[int, ...], precision: Precision, device: torch.device
 ) -> float:
-    """Of `num_text` tokens a sample, after so many earlier keys each; holes lie anywhere among the earlier slots."""
+    """The error for `num_text` tokens per sample after these numbers of earlier keys; holes lie anywhere among the slots."""
     most, number = max(earlier), len(earlier)
     name = f"continued {heads} {num_text} {earlier}"
     query = drawn(f"{name} query", (num_text, number, heads.query, heads.dim))

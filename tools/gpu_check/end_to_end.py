@@ -26,7 +26,7 @@ SAME_ANSWERS = 0.95
 """In fp32. A near tie between two tokens may change an answer; a wrong key or position changes most of them. In bf16 roundings
 decide more ties, how many depends on what the run has learned: no limit."""
 ACCURACY = 0.95
-"""Of the quickstart's answers: a run in fp32 on a CPU gives 0.99."""
+"""Least share of right answers of the quickstart; a run in fp32 on a CPU gives 0.99."""
 ROWS = ("--train.global-batch-samples", "8", "--train.micro-batch-samples", "4")
 SHAPES = {
     "packs": ("--data.pack-max-text-tokens", "512", "--data.pack-max-images", "8", "--train.global-batch-packs", "2"),

@@ -72,17 +72,17 @@ MODELS = {
 }
 CAPTION_TOKENS = 64
 LABELLED_TOKENS = 4096
-"""Of a pack of 8,192, half of whose text is labelled."""
+"""Labelled tokens of a pack of 8,192, half of whose text is labelled."""
 WANTED_GAIN = 0.85
-"""Of the gain that the FLOPs promise."""
+"""Least share of the gain that the FLOPs promise."""
 WANTED_FP8 = 1.15
 """Tokens/s in FP8 over bf16's."""
 WITHIN = 0.10
-"""Of what memory.py says."""
+"""Largest relative error of costs.memory."""
 PREDICTED_WITHIN = 0.15
-"""Of what the planner says."""
+"""Largest relative error of the planner."""
 STEP_SECONDS: dict[tuple[str, str], float] = {}
-"""Of the steps in bf16 measured so far in this process, by model and spec."""
+"""Seconds of the bf16 steps measured so far in this process, by model and spec."""
 
 
 def on_gpu(wanted: float | None) -> float | None:
@@ -283,7 +283,7 @@ def pairs(model: Model, context: Context, tokens_per_image: int) -> Iterator[tup
 
 
 def gain_lines(name: str, own: Decoder, beside: Packs, inside: Packs, tower: float, context: Context) -> Iterator[Line]:
-    """Of the decoder alone, and of the whole step."""
+    """The gain of the decoder alone and of the whole step."""
     times, flops = [], []
     for packs in (beside, inside):
         times.append(measured(own, packs, context) / packs.samples)
@@ -388,7 +388,7 @@ def predicted_seconds(config: Config, packs: Packs, machine: Machine) -> float:
 
 
 def host_seconds(context: Context) -> float:
-    """Of a layer, forward and backward, kernel by kernel: what more layers add to a step with next to nothing to compute."""
+    """Host time of a layer, forward and backward, kernel by kernel: what layers add to a step that computes almost nothing."""
     layers, taken = (1, 2) if context.tiny else (2, 8), []
     for number in layers:
         config = configuration(MODELS["qwen2_0_5b"], context, "te")

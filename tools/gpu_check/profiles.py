@@ -15,18 +15,18 @@ SHOWN = 25
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Of one step."""
+    """The profile of one step."""
 
     kernels: dict[str, list[float]]
     """Seconds of each call; on a CPU of each operation."""
 
     @property
     def launches(self) -> int:
-        """Of all kernels."""
+        """Launches of all kernels."""
         return sum(map(len, self.kernels.values()))
 
     def idle_share(self, step_seconds: float) -> float:
-        """Of a step whose kernels run one at a time, in which none runs. `step_seconds`: as it runs without a profiler."""
+        """Share of a step in which no kernel runs, if they run one at a time. `step_seconds`: its time without a profiler."""
         return max(0.0, 1 - sum(map(sum, self.kernels.values())) / step_seconds)
 
     def table(self, title: str, step_seconds: float) -> str:

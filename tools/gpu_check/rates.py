@@ -34,7 +34,7 @@ CACHE_BYTES = 128 << 20
 """Operands of one shape are spread over as much: more than a second-level cache holds."""
 MOST_AHEAD_SECONDS = 0.02
 CYCLES_PER_SECOND = 2e9
-"""Of a GPU, at the most."""
+"""The highest clock rate of a GPU."""
 
 
 def peak_flops() -> float:
@@ -87,7 +87,7 @@ class Product:
         return 2.0 * self.rows * self.inner * self.columns
 
     def seconds(self, device: torch.device, dtype: torch.dtype) -> float:
-        """Of one."""
+        """Seconds of one product."""
         elements = self.rows * self.inner + self.inner * self.columns + self.rows * self.columns
         copies = min(8, max(2, math.ceil(CACHE_BYTES / (elements * dtype.itemsize)))) if device.type == "cuda" else 1
         left = (self.inner, self.rows) if self.form == "weight" else (self.rows, self.inner)

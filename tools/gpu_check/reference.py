@@ -32,7 +32,7 @@ FP8_LEAST = 0.008
 
 @dataclass(frozen=True)
 class Heads:
-    """Of one attention layer."""
+    """The heads of one attention layer."""
 
     query: int
     groups: int

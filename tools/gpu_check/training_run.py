@@ -28,7 +28,7 @@ from tools.gpu_check.runner import Check, Context
 MOST_DATA_WAIT = 0.02
 MOST_MEMORY_ERROR = 0.10
 WORDS = (24, 86)
-"""Of an answer; with question and template some 314 bytes."""
+"""Range of words of an answer; with question and template some 314 bytes."""
 COMMON = (
     "--vision.path None --checkpoint.init-from None --data.tokenizer bytes --data.template tiny --train.global-batch-packs 2 "
     "--train.steps 100000 --log.interval-steps 5"
@@ -66,7 +66,7 @@ def train(context: Context) -> Iterator[Line]:
 
 
 def logged(said: str) -> dict[str, float]:
-    """The means of what a run said, without the first ten steps, which compile and fill memory; the peak is the whole run's."""
+    """Means of what a run logged, without the first ten steps, which compile and fill memory; the peak is the whole run's."""
     lines = [{name: float(value) for name, value in found.groupdict().items()} for found in _LINE.finditer(said)]
     means = {name: statistics.fmean(line[name] for line in lines if line["step"] > 10) for name in lines[0]}
     return means | {"peak_gib": max(line["peak_gib"] for line in lines)}
@@ -86,7 +86,7 @@ def lines_of(config: Config, run: dict[str, float], context: Context) -> Iterato
 
 
 def predicted_gib(config: Config) -> float:
-    """Of the plan's first steps: the widest pack, the most images of a pack and of a step."""
+    """The prediction for the plan's first steps: the widest pack, the most images of a pack and of a step."""
     plan = make_plan(config, config.data)
     steps = [[len(pack) for pack in step.packs] for step in islice(plan.steps(end_of(config, plan)), 20)]
     largest = MicroBatch(
@@ -106,7 +106,4 @@ def save_stall(context: Context) -> Iterator[Line]:
         yield Line(f"seconds, {what}", statistics.median(taken[what]))
 
 
-CHECKS: tuple[Check, ...] = (
-    Check("train", "performance", 60, train),
-    Check("save", "performance", 25, save_stall),
-)
+CHECKS: tuple[Check, ...] = (Check("train", "performance", 60, train), Check("save", "performance", 25, save_stall))

@@ -1,13 +1,13 @@
-"""What is in a shard dataset, and is it whole?
+"""What is in a shard dataset, and is it intact?
 
     python -m tools.inspect_shards DIR                      numbers and histograms
     python -m tools.inspect_shards DIR --sheet sheet.png    also a picture of random samples with their texts
-    python -m tools.inspect_shards DIR --verify             every byte against its hash: exit code 1 names what is damaged
+    python -m tools.inspect_shards DIR --verify             check every byte against its hash; exit code 1 if any is damaged
 
-Verifying takes one line for each damaged shard, with the number of samples at stake: files against the hashes of receipt and
-manifest, tar headers and padding, members against the index (missing, extra, swapped, twice), counts and checksums. Files that
-do not belong to the dataset are named. Exit code 0: all is as it was written; 2: the folder is no dataset of
-pipelines.preprocess. To repair, run the preprocessing again: it makes only what is missing or damaged.
+Verification prints one line for each damaged shard, with the number of samples at stake. It checks files against the hashes of
+receipt and manifest, tar headers and padding, members against the index (missing, extra, swapped, duplicated), counts and
+checksums, and names files that do not belong to the dataset. Exit code 0: everything is as written; 2: the folder is not a
+dataset of pipelines.preprocess. To repair, run the preprocessing again: it makes only what is missing or damaged.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ PROGRESS_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Arguments:
-    """Look into a shard dataset, or verify it."""
+    """Describe a shard dataset, or verify it."""
 
     dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """The dataset: the folder with manifest.json."""
     verify: bool = False
-    """Compare every byte with what was written, and print only that."""
+    """Compare every byte with what was written, and print only the result."""
     sheet: Path | None = None
-    """A PNG to write: random samples with their texts, and the histograms."""
+    """PNG file to write: random samples with their texts, and the histograms."""
     sheet_samples: int = 12
     """Samples on the sheet."""
     texts: int = 10_000
-    """Samples whose texts are read for the numbers about texts and formats, drawn at random."""
+    """Random samples whose texts are read for the numbers about texts and formats."""
     seed: int = 0
-    """Of what is drawn."""
+    """Seed of the random samples."""
     num_workers: int | None = None
-    """Processes that verify; None: one a core."""
+    """Processes that verify. None: one per core."""
 
 
 def main() -> int:
@@ -158,7 +158,7 @@ class _Progress:
         self.started, self.shown = time.monotonic(), 0.0
 
     def show(self, done: int, total: int) -> None:
-        """So much of so much."""
+        """Show the amount done and the total."""
         now, is_last = time.monotonic(), done == total
         if not sys.stderr.isatty() or not (is_last or now - self.shown >= PROGRESS_SECONDS):
             return

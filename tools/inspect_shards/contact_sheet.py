@@ -26,7 +26,7 @@ PICTURE_HEIGHT = 220
 TEXT_SIZE, SMALL_SIZE, TITLE_SIZE = 14, 12, 24
 LINE = 19
 MOST_LINES = 14
-"""Of text on a card."""
+"""Most lines of text on a card."""
 PAPER, WHITE, INK, FAINT, RULE = "#f3f4f6", "#ffffff", "#1f2937", "#6b7280", "#e5e7eb"
 HUMAN, ANSWER, DAMAGE, BAR = "#1d4ed8", "#047857", "#b91c1c", "#60a5fa"
 
@@ -168,7 +168,7 @@ def _length(text: str, size: int) -> float:
 
 
 def _start_length(text: str, num_characters: int) -> int:
-    """Of the first so many characters, rounded up to pixels."""
+    """Pixels of the first characters, rounded up."""
     return ceil(_length(text[:num_characters], TEXT_SIZE))
 
 

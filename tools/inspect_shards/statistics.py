@@ -31,18 +31,18 @@ class Statistics:
     """Pixels, as seen."""
     image_heights: Numbers
     image_bytes: Numbers
-    """Of the stored files."""
+    """Bytes of the stored files."""
     text_tokens: Mapping[str, Numbers]
     """By column under DIR/lengths: one for each tokenizer and template that was used. Only whole columns."""
     num_looked_at: int
-    """Samples whose text and headers were read; what follows is of these."""
+    """Samples whose text and headers were read; the fields below describe these."""
     characters: Numbers
-    """Of a sample's text, all turns together."""
+    """Characters of a sample's text, all turns together."""
     turns: Numbers
     formats: Mapping[str, int]
     """Images by the suffix of their format."""
     num_unreadable: int
-    """Of the samples looked at; they count nowhere else."""
+    """Unreadable samples among them, which count nowhere else."""
 
 
 def statistics(

@@ -17,12 +17,12 @@ LOGIT_BYTES = 12
 """Memory traffic of the loss for each logit, forward and backward, beside the products': in 16 bits it is read twice for the
 loss, written over by its gradient, and read and written once more where that is scaled. Counted, not measured."""
 GRADIENT_BYTES = 12
-"""Of each gradient, beside the optimizer's: it is zeroed before a step (4), and scaled by the number of tokens after it (8)."""
+"""Memory traffic of each gradient besides the optimizer's: zeroed before a step (4), scaled after it (8)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """How ranks share the model, and how it is trained."""
+    """How ranks share the model and its training."""
 
     tensor: int
     pipeline: int
@@ -31,18 +31,18 @@ class Layout:
     sequence: bool
     recompute: Literal["none", "selective", "full"]
     chunk_layers: tuple[int, ...]
-    """Of each model chunk in the order of the network."""
+    """Layers of each model chunk, in the order of the network."""
     distributed_optimizer: bool = True
     overlap_data: bool = True
     """Gradients are summed while the last backward pass runs."""
     overlap_tensor: float = 0.0
     """Share of tensor communication hidden behind products; ours hides none."""
     split_hops: bool = False
-    """Each tensor rank hands on its share of the text; so it is under sequence parallelism."""
+    """Each tensor rank sends its share of the text, as under sequence parallelism."""
 
     @property
     def ranks(self) -> int:
-        """All of them."""
+        """The number of ranks."""
         return self.tensor * self.pipeline * self.data
 
 
@@ -54,15 +54,15 @@ class Job:
     vision_width: int
     parts: tuple[Part, ...]
     micro_batch: Work
-    """As computed, padding included; attention causal."""
+    """The work as computed, padding included, attention causal."""
     num_micro_batches: int
     number_bytes: int = 2
-    """Of weights and activations."""
+    """Bytes of a weight or activation."""
     tower_flops: float = 0.0
-    """Of the tower over the replica's images of a step."""
+    """FLOPs of the tower on the replica's images of a step."""
     vocab_size: int
     trained_parameters: float
-    """Of the rank with most of them."""
+    """Trained parameters of the rank with the most."""
     fused_attention: bool = True
     """False: scores are written to memory, and full rectangles computed, as before flash attention."""
 

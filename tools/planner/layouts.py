@@ -25,15 +25,15 @@ PACK_FILL = 0.99
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """What a sample is like."""
+    """A typical sample."""
 
     text_tokens: float
-    """On average."""
+    """Mean text tokens."""
     longest_text: int
-    """Memory has to hold a micro-batch of these."""
+    """Text tokens of the longest sample; memory must hold a micro-batch of these."""
     images: float
     label_share: float
-    """Of its text tokens, how many have a label."""
+    """Share of its text tokens that have a label."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,20 +44,20 @@ class Plan:
     layout: Layout
     time: StepTime
     memory: tuple[RankMemory, ...]
-    """Of a rank of each pipeline stage."""
+    """Memory of a rank of each pipeline stage."""
     flops: StepFlops
-    """Of a step, all replicas, padding left out."""
+    """FLOPs of a step over all replicas, without padding."""
     samples: float
-    """Of a step."""
+    """Samples of a step."""
 
     @property
     def peak_gib(self) -> float:
-        """Of the fullest rank."""
+        """Memory of the fullest rank."""
         return max(stage.total for stage in self.memory) / GIB
 
     @property
     def seconds(self) -> float:
-        """Of a step."""
+        """Seconds of a step."""
         return self.time.total
 
     def utilisation(self, machine: Machine, *, tower: bool) -> float:
@@ -65,7 +65,7 @@ class Plan:
         return (self.flops.model if tower else self.flops.language) / (self.layout.ranks * machine.peak_flops * self.seconds)
 
     def cost_per_million(self, price_per_gpu_hour: float) -> float:
-        """Of a million samples, in the price's currency."""
+        """Cost of a million samples, in the price's currency."""
         return 1e6 / self.samples * self.seconds * self.layout.ranks / 3600 * price_per_gpu_hour
 
 
@@ -119,13 +119,7 @@ def plan_of(config: Config, machine: Machine, data_size: int, sample: Sample) ->
         rows=config.micro_batch,
     )
     memory = tuple(
-        rank_memory(
-            config,
-            stage,
-            data_size=data_size,
-            micro_batch=largest,
-            images_per_step=samples * sample.images * count,
-        )
+        rank_memory(config, stage, data_size=data_size, micro_batch=largest, images_per_step=samples * sample.images * count)
         for stage in range(parallel.pipeline)
     )
     times = data_size * count

@@ -1,4 +1,4 @@
-"""What the planner knows about a machine beyond data sheets: how much of its rates real programs reach.
+"""Machines of the planner: data sheets, and the share of their rates that real programs reach.
 
 Flows in: a device and a network by name, or a file of measured rates; out: a Machine. `EFFICIENCY` is calibrated on two
 published rows, one for each generation (tools/planner/published.py does it again and a test compares); the other constants are
@@ -18,7 +18,7 @@ from himix_megatron.costs.hardware import DEVICES, device_named, network_named
 EFFICIENCY = {"a100": 0.713, "h100": 0.636}
 """Share of the dense peak that large matrix products reach."""
 NETWORK_OF = {"a100": "ib-hdr-200", "h100": "ib-ndr-400", "h200": "ib-ndr-400", "b200": "ib-ndr-400"}
-"""What joins nodes of 8 where --interconnect says nothing: what their makers sell them with."""
+"""Network between nodes of 8 if --interconnect is not given: what vendors sell with these GPUs."""
 RETIRED = ("cores", "alone")
 """Fields of machine files written before that described a CPU; they are ignored."""
 
@@ -29,11 +29,11 @@ class Machine:
 
     name: str
     peak_flops: float
-    """What MFU divides by."""
+    """Dense peak, by which MFU divides."""
     product_flops: float
-    """Of large matrix products."""
+    """Rate of large matrix products, FLOP/s."""
     attention_forward: float = 0.65
-    """Rate of fused attention, of `product_flops`."""
+    """Rate of fused attention as a share of `product_flops`."""
     attention_backward: float = 0.5
     """The same, backward."""
     memory_bytes_per_second: float
@@ -42,7 +42,7 @@ class Machine:
     network_bytes_per_second: float
     """Between nodes, one way, of one GPU."""
     latency_seconds: float
-    """Of one collective."""
+    """Latency of one collective."""
     layer_seconds: float
     """Least time of a layer's pass in one direction: the host that starts its kernels takes that long."""
     node_size: int = 8
@@ -53,7 +53,7 @@ class Machine:
     """Measured attention: query heads, their width, text tokens of a sample, FLOP/s forward and backward (backward counted as
     2.5 times forward). None: `attention_forward` and `attention_backward`."""
     passing_bytes_per_second: float | None = None
-    """Of norms, residuals, rotations and activations, as the cost model counts their bytes; None: as all memory traffic."""
+    """Rate of norms, residuals, rotations and activations, as the cost model counts bytes. None: that of all memory."""
 
     @property
     def passing(self) -> float:

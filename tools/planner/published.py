@@ -46,15 +46,15 @@ class Row:
     virtual: int = 1
     micro_batch: int = 1
     seconds: float
-    """Of a step, as published, or from the published FLOP/s by the publication's own formula."""
+    """Seconds of a step as published, or from the published FLOP/s by the publication's own formula."""
     counts: str
-    """What its FLOP/s count."""
+    """What the published FLOP/s count."""
     assumed: str = ""
-    """What the source does not say."""
+    """What the source does not say and is assumed."""
 
     @property
     def old(self) -> bool:
-        """Of 2021: attention not fused, everything recomputed, nothing overlapped, no sequence parallelism."""
+        """A row of 2021: attention not fused, everything recomputed, nothing overlapped, no sequence parallelism."""
         return self.gpu.startswith("a100")
 
 

@@ -1,13 +1,14 @@
-"""How well do runs of growing size scale? A table, plots and a TensorBoard run from their event files.
+"""How well do runs of growing size scale? A table, plots and a TensorBoard run, made from run folders.
 
     python -m tools.scaling_report runs/tiny_align-weak            a series of pipelines.scaling
-    python -m tools.scaling_report runs                            every series in there
-    python -m tools.scaling_report runs/a runs/b --out report      any runs of ours, finished or not
+    python -m tools.scaling_report runs                            every series in this folder
+    python -m tools.scaling_report runs/a runs/b --out report      any runs, finished or not
 
-Text tokens a second (padding excluded), in all and per rank (GPU); efficiency: a rank's rate against that of the smallest run;
-MFU and bubble where runs wrote them; the step's median time with its 10th and 90th percentile. The first steps of each start of
-a run are left out. Runs that were killed, stopped or failed are named, and reported as far as they came. Written into --out:
-report.md, PNG plots, and tensorboard/, where a step is a number of GPUs. Exit code 0; 2: nothing that is named is a run.
+Reported are text tokens per second (without padding), in all and per rank (GPU); efficiency, which is a rank's rate relative
+to that of the smallest run; MFU and bubble, where runs wrote them; the median step time with its 10th and 90th percentile.
+The first steps of each launch are left out. Runs that were killed, stopped or failed are named, and reported as far as they
+came. Written into --out: report.md, PNG plots, and tensorboard/, where a step is a number of ranks. Exit code 0; 2 if no
+argument is a run.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ class Arguments:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUNS")]
     """Run folders, series folders, or folders that hold series."""
     out: Path | None = None
-    """Where the report goes, a folder for each series; None: into the series' own folder."""
+    """Folder of the report, with a folder for each series. None: the series' own folder."""
     warmup_steps: int = 3
-    """First steps of each start of a run, not counted."""
+    """First steps of each launch, which are not counted."""
 
     def __post_init__(self) -> None:
         if self.warmup_steps < 1:
-            raise ValueError(f"--warmup-steps is {self.warmup_steps}: wanted 1 or more (the first step starts everything)")
+            raise ValueError(f"--warmup-steps is {self.warmup_steps}: wanted 1 or more (the first step allocates and connects)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,16 +112,10 @@ def read_series(file: Path, arguments: Arguments) -> Group:
         run = read_run(folder, arguments.warmup_steps, known | {"world_size": int(size)})
         runs.append(run)
         cpus = known.get("cpus", 0)
-        if (run.num_gpus or 0) > cpus > 0 and on_cpu(folder):
+        if (run.num_gpus or 0) > cpus > 0 and "mfu" not in run.means:
             notes.append(f"{run.num_gpus} ranks shared {cpus} CPU cores: there, efficiency is mostly that of sharing them")
     out = file.parent if arguments.out is None else arguments.out / file.parent.name
     return Group(file.parent.name, out, runs, [*notes, *differing(runs)])
-
-
-def on_cpu(folder: Path) -> bool:
-    """Whether a run had no accelerator, by its log."""
-    log = folder / "log" / "rank-000.log"
-    return log.is_file() and "no CUDA device" in log.read_text(errors="replace")
 
 
 def differing(runs: Sequence[Run]) -> list[str]:

@@ -1,16 +1,16 @@
 """A run folder in, its rates out: how fast it was, how evenly, how far it came, and why it ended.
 
-Read from what every run leaves behind (event files, logs, config.json, STOP), finished or not. Each event file is one start of
-the run: the first steps of each start are warm-up, and where starts overlap the later one counts. A point is the mean over the
-steps since the point before it, and is weighted by them.
+Read from config.json, status.json and the event files of a run, finished or not. Each event file is one launch: the first
+steps of each launch are warm-up, and where launches overlap the later one counts. A point is the mean over the steps since
+the point before it, and is weighted by them. Runs of versions that wrote no status.json are read as far as the other files
+tell.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,18 @@ from typing import Any
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from himix_megatron.config import from_json, to_json
+from himix_megatron.monitoring.run_status import RunStatus, read_status
+
 STEP_SECONDS = "time/step_seconds"
 SUMS = {"text_tokens_per_second": "throughput/text_tokens_per_second", "mfu": "compute/model_mfu",
         "bubble": "pipeline/bubble_fraction"}  # fmt: skip
 """Rates and shares: their mean over time."""
 MEANS = {"data_wait_seconds": "time/data_wait_seconds"}
 """Seconds of a step: their mean over steps."""
-LOG_RANKS = re.compile(r"\[0/(\d+)\] ")
-LOG_STEP = re.compile(r"step (\d+)/(\d+) ")
-LOG_START = re.compile(r"\d ranks? \(tensor ")
-LOG_RECORD = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} \[")
-FAILED = "this rank failed"
-VERDICT = re.compile(r": (.*)(?:; shutting down this rank|: this rank ends too)$")
+TEXT_RATE = SUMS["text_tokens_per_second"]
+PER_RANK = (f"{TEXT_RATE}_per_rank", f"{TEXT_RATE}_per_gpu")
+"""The rate of one rank; the second is the tag of earlier versions. The total over it is the number of ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,33 +76,37 @@ class Run:
 
 def read_run(folder: Path, warmup_steps: int, known: dict[str, Any] | None = None) -> Run:
     """Everything about one run. `known`: what its series.json says about it."""
-    known = known or {}
+    known, status = known or {}, read_status(folder)
     run = Run(folder=folder, global_batch=known.get("global_batch"), num_gpus=known.get("world_size"))
     if (folder / "config.json").is_file():
-        run.settings = json.loads((folder / "config.json").read_text())
-        train = run.settings["train"]
-        run.global_batch = train[
-            "global_batch_packs" if run.settings["data"]["pack_max_text_tokens"] else "global_batch_samples"
-        ]
-        run.planned_steps = train["steps"]
-    log = folder / "log" / "rank-000.log"
-    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
-    sizes = list(dict.fromkeys(int(found[1]) for line in lines if (found := LOG_RANKS.search(line))))
-    run.num_gpus = sizes[-1] if sizes else run.num_gpus
+        config = from_json((folder / "config.json").read_text())
+        run.settings = json.loads(to_json(config))
+        run.global_batch, run.planned_steps = config.global_batch, config.train.steps
+    if status is not None:
+        run.num_gpus, run.planned_steps = status.world_size, status.planned_steps
     starts = read_starts(folder, run.notes)
-    if len(sizes) > 1 and starts:
-        run.notes.append(f"was run on {', then '.join(map(str, sizes))} ranks: the last start alone is counted")
+    sizes = [size for points in starts if (size := ranks_of(points))]
+    run.num_gpus = sizes[-1] if sizes else run.num_gpus
+    if len(set(sizes)) > 1:
+        run.notes.append(f"was run on {', then '.join(map(str, dict.fromkeys(sizes)))} ranks: the last start alone is counted")
         starts = starts[-1:]
     run.last_step = max((points[-1].step for points in starts), default=0)
-    totals = [int(found[2]) for line in lines if (found := LOG_STEP.search(line))]
-    run.planned_steps = run.planned_steps or (totals[-1] if totals else None)
     measure(run, after_warmup(starts, warmup_steps), warmup_steps)
-    run.state = state_of(run, lines, known)
+    run.state = state_of(run, status, known)
     return run
 
 
+def ranks_of(points: Sequence[Point]) -> int | None:
+    """The number of ranks of a launch: the rate of all over the rate of one."""
+    for point in points:
+        for tag in PER_RANK:
+            if point.values.get(tag):
+                return round(point.values.get(TEXT_RATE, 0.0) / point.values[tag]) or None
+    return None
+
+
 def read_starts(folder: Path, notes: list[str]) -> list[list[Point]]:
-    """The points of each start, in the order of starts."""
+    """The points of each launch, in their order."""
     starts = []
     for file in sorted((folder / "tensorboard").glob("events.out.tfevents.*")):
         events = EventAccumulator(str(file), size_guidance={"scalars": 0}, purge_orphaned_data=False)
@@ -112,7 +116,7 @@ def read_starts(folder: Path, notes: list[str]) -> list[list[Point]]:
             if not tags and file.stat().st_size > 1000:
                 notes.append(f"{file.name} holds no scalars that can be read")
             continue
-        wanted = tags & {STEP_SECONDS, *SUMS.values(), *MEANS.values()}
+        wanted = tags & {STEP_SECONDS, *PER_RANK, *SUMS.values(), *MEANS.values()}
         values: dict[int, dict[str, float]] = {}
         for tag in wanted:
             for event in events.Scalars(tag):
@@ -159,60 +163,23 @@ def measure(run: Run, points: Sequence[Point], warmup_steps: int) -> None:
 # ---- why it ended --------------------------------------------------------------------------------------------------
 
 
-def state_of(run: Run, lines: Sequence[str], known: dict[str, Any]) -> str:
+def state_of(run: Run, status: RunStatus | None, known: dict[str, Any]) -> str:
     """`finished`, or why not."""
     stop = run.folder / "STOP"
     if stop.is_file():
         return f"stopped on purpose: {' '.join(stop.read_text().split())}"
     if run.planned_steps and run.last_step >= run.planned_steps:
         return "finished"
-    told, where = known.get("state"), f" at step {run.last_step} of {run.planned_steps or '?'}"
-    failure = last_failure(run.folder)
-    if told and told not in ("running", "submitted", "finished") and not (failure and told.startswith("failed")):
-        return f"{told}{where}"
-    if failure:
-        return f"{failure}{where}"
-    if not lines:
-        return f"{told}, job {known['job']}" if "job" in known else told or "never began: it wrote no log"
-    if (run.folder / "checkpoints" / f"step-{run.last_step:08d}").is_dir():
+    outcome, where = known.get("state"), f" at step {run.last_step} of {run.planned_steps or '?'}"
+    has_failed = status is not None and status.state == "failed"
+    if outcome and outcome not in ("running", "submitted", "finished") and not (has_failed and outcome.startswith("failed")):
+        return f"{outcome}{where}"
+    if status is None and not run.last_step:
+        return f"{outcome}, job {known['job']}" if "job" in known else outcome or "never began: it wrote no status.json"
+    if (run.folder / "checkpoints" / f"step-{run.last_step:08d}").is_dir() and not has_failed:
         return f"saved{where}, and not continued"
-    age = time.time() - max(file.stat().st_mtime for file in (run.folder / "log").iterdir())
-    return f"killed, or still running: no word for {age:.0f} s{where}"
-
-
-def last_failure(folder: Path) -> str | None:
-    """What ended the ranks of the last start, from their logs; None: no rank logged an error."""
-    failed, silent = [], []
-    for file in sorted((folder / "log").glob("rank-*.log")):
-        lines = file.read_text(errors="replace").splitlines()
-        lines = lines[max((number for number, line in enumerate(lines) if LOG_START.search(line)), default=0) :]
-        if verdict := next((found[1] for line in lines if (found := VERDICT.search(line))), None):
-            return f"killed: {verdict}" if " died" in verdict else f"failed: {verdict}"
-        rank, error = int(file.stem.removeprefix("rank-")), logged_error(lines)
-        if error is None:
-            silent.append(rank)
-        else:
-            failed.append((error[0], rank, error[1]))
-    if not failed:
-        return None
-    _, rank, words = min(failed)
-    if silent:
-        return f"killed: rank {_words(silent)} ended without a word (then rank {rank}: {words})"
-    return f"failed: rank {rank}: {words}"
-
-
-def logged_error(lines: Sequence[str]) -> tuple[str, str] | None:
-    """When a rank failed, and the last line of its traceback."""
-    at = max((number for number, line in enumerate(lines) if line.endswith(FAILED)), default=None)
-    if at is None:
-        return None
-    words = ""
-    for line in lines[at + 1 :]:
-        if LOG_RECORD.match(line):
-            break
-        words = line if line.strip() and not line.startswith(" ") else words
-    return lines[at][:23], " ".join(words.split())[:160]
-
-
-def _words(numbers: Iterable[int]) -> str:
-    return ", ".join(map(str, numbers))
+    if status is None:
+        return f"not finished, and it has no status.json that says why{where}"
+    if has_failed:
+        return f"failed: {status.reason}{where}"
+    return f"killed, or still running: status.json is {time.time() - status.updated_at:.0f} s old{where}"
