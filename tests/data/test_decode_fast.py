@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from himix_megatron.data.errors import BadSampleError
-from himix_megatron.data.images.image_file import blank_pixels, decode
+from himix_megatron.data.images.decode import decode
+from himix_megatron.data.images.image_file import blank_pixels
 from tests.support.data_fixtures import EMOJI, VISION, encoded, picture
 
 SIZES = [(640, 480), (427, 640), (333, 501), (97, 61), (48, 48), (16, 16), (7, 5), (1, 1), (1, 300), (1201, 37)]
