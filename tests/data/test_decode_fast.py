@@ -166,10 +166,11 @@ def test_verifying_and_exact_decoding_need_no_torch(tmp_path):
     script = f"""
 import sys
 from himix_megatron.config import VisionConfig
-from himix_megatron.data import image
+from himix_megatron.data.images.decode import decode
+from himix_megatron.data.images.image_file import verify
 data = open({str(tmp_path / "picture.jpg")!r}, "rb").read()
-image.verify(data)
-image.decode(data, VisionConfig(**{vision!r}))
+verify(data)
+decode(data, VisionConfig(**{vision!r}))
 print("torch" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
