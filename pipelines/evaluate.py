@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from himix_megatron.checkpoint.checkpointer import check_architecture
+from himix_megatron.checkpoint.description import check_architecture
 from himix_megatron.checkpoint.manifest import find_checkpoint
 from himix_megatron.config import Config, ParallelConfig, VisionConfig, from_json
 from himix_megatron.data.errors import BadSampleError

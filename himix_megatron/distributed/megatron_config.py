@@ -142,7 +142,7 @@ def text_multiple(config: Config) -> int:
 
 
 def overlaps(config: Config) -> bool:
-    """Whether data-parallel communication runs beside the passes."""
+    """Whether data-parallel communication overlaps the passes."""
     if config.parallel.overlap == "auto":
         return torch.cuda.is_available() and "tower" not in config.train.trainable_parts and config.train.cuda_graphs == "off"
     return config.parallel.overlap == "on"
@@ -246,6 +246,11 @@ def optimizer_config(config: Config) -> MegatronOptimizerConfig:
     )
 
 
+def optimizer_parts(optimizer: Any) -> list[Any]:
+    """The optimizers inside mcore's chain of them, or the one optimizer."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
 def gpt_arguments(config: Config) -> dict[str, Any]:
     """GPTModel's own keyword arguments."""
     model = config.model
@@ -258,16 +263,3 @@ def gpt_arguments(config: Config) -> dict[str, Any]:
         "rope_scaling_factor": model.rope_scaling_factor or 1.0,
         "share_embeddings_and_output_weights": model.tie_embeddings,
     }
-
-
-def optimizer_parts(optimizer: Any) -> list[Any]:
-    """megatron-core's optimizers inside its wrapper; an optimizer without a wrapper is its only part."""
-    parts: list[Any] = getattr(optimizer, "chained_optimizers", [optimizer])
-    return parts
-
-
-def gather_parameters(stages: list[Any]) -> None:
-    """Gather the parameters that would otherwise be gathered during the next forward pass. All ranks call it."""
-    for stage in stages:
-        if stage.ddp_config.overlap_param_gather:
-            stage.start_param_sync(force_sync=True)

@@ -1,24 +1,21 @@
-"""Stops a run that cannot read too many of its samples. Flows in: each step's counts; out: a reason to stop, or none."""
+"""How many samples may fail to read. Flows in: counts of each step over all ranks; out: the reason to stop, if too many did."""
 
 from __future__ import annotations
 
-from ..config import Config
-from ..monitoring.metrics import StepCounts
-
 
 class BadSampleBudget:
-    """How many samples may be unreadable: `data.max_bad_fraction` of those since this launch, counted as at least 1,000."""
+    """Allows `data.max_bad_fraction` of the samples since this launch, counted as at least 1,000."""
 
-    def __init__(self, config: Config):
-        self.max_fraction = config.data.max_bad_fraction
-        self.num_bad = self.num_seen = 0
+    def __init__(self, max_bad_fraction: float):
+        self.fraction = max_bad_fraction
+        self.bad = self.seen = 0
 
-    def exceeded(self, counts: StepCounts, num_samples: int) -> str | None:
-        """Add a step. Returns: that there were too many, as a line for RUN/STOP; the same on every rank."""
-        self.num_bad, self.num_seen = self.num_bad + counts.bad_samples, self.num_seen + num_samples
-        if self.num_bad <= self.max_fraction * max(self.num_seen, 1000):
+    def exceeded(self, num_bad: int, num_samples: int) -> str | None:
+        """Count a step. Returns: why the run must stop, in one line, the same on every rank; None if it goes on."""
+        self.bad, self.seen = self.bad + num_bad, self.seen + num_samples
+        if self.bad <= self.fraction * max(self.seen, 1000):
             return None
         return (
-            f"{self.num_bad} of {self.num_seen} samples could not be read, more than data.max_bad_fraction "
-            f"{self.max_fraction}: RUN/log names them"
+            f"{self.bad} of {self.seen} samples could not be read, more than data.max_bad_fraction {self.fraction}: "
+            "RUN/log names them"
         )

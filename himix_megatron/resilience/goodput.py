@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, TypeVar
 
 import psutil  # type: ignore[import-untyped]
 
@@ -29,6 +29,7 @@ _REDONE: tuple[Cause, ...] = ("data", "step", "validation")
 _NOTE_SECONDS = 60.0
 
 Seconds = dict[Cause, float]
+Item = TypeVar("Item")
 
 
 class Goodput:
@@ -49,7 +50,7 @@ class Goodput:
         """This launch is in the journal: count the time before it."""
         self._before = account(self._journal.events)
 
-    def switch(self, cause: Cause) -> None:
+    def _switch(self, cause: Cause) -> None:
         """From now on time counts for this cause."""
         now = time.perf_counter()
         self._seconds[self._cause] += now - self._since
@@ -59,9 +60,21 @@ class Goodput:
     def doing(self, cause: Cause) -> Iterator[None]:
         """Within it time counts for this cause, afterwards for the earlier one."""
         before = self._cause
-        self.switch(cause)
-        yield
-        self.switch(before)
+        self._switch(cause)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def waiting(self, cause: Cause, items: Iterable[Item]) -> Iterator[Item]:
+        """The same items; the time in which the next one is waited for is this cause's."""
+        iterator, end = iter(items), object()
+        while True:
+            with self.doing(cause):
+                item = next(iterator, end)
+            if item is end:
+                return
+            yield item  # type: ignore[misc]
 
     def record_save(self, step: int, health: Event) -> None:
         """A checkpoint of this step is about to be written."""
@@ -101,7 +114,7 @@ class Goodput:
         return points | {"goodput/step_fraction": total["step"] / max(sum(total.values()), 1e-9)}
 
     def _now(self) -> Seconds:
-        self.switch(self._cause)
+        self._switch(self._cause)
         return self._seconds
 
     def _rounded(self) -> dict[str, float]:

@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..distributed.megatron_config import gather_parameters, optimizer_parts
+from ..distributed.megatron_config import optimizer_parts
 from ..distributed.topology import Topology
-from ..model.himix_model import unwrap_model
+from ..model.himix_model import gather_parameters, unwrap_model
 
 _CHUNKS = {"cpu": 1 << 16, "cuda": 1 << 24}
 """Elements widened at once: what stays in a core's cache (6 times as fast as with 64 times as many), or fills a GPU."""

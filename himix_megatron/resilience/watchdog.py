@@ -30,7 +30,7 @@ from ..config import Config
 from ..distributed.topology import Topology
 from ..runtime import failpoints
 from ..runtime.errors import StartError
-from ..runtime.stop_signals import FAILED, StopRequest, exit_now, exit_without_saving
+from ..runtime.stop_signals import FAILED, StopRequest, exit_now, exit_without_saving, unsaved_code
 from .watchdog_links import PeerLink, connect_ranks
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,18 @@ class Watchdog:
     behind is named, and all exit. The main thread calls the public methods; everything else runs on the watching thread.
     """
 
-    def __init__(self, request: StopRequest, run_dir: Path, *, rank: int, world_size: int, timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        request: StopRequest,
+        run_dir: Path,
+        *,
+        rank: int,
+        world_size: int,
+        timeout_seconds: float,
+        on_exit: Callable[[int, str], object] = lambda code, reason: None,
+    ) -> None:
+        """`on_exit`: called with exit code and reason before this watchdog ends the process."""
+        self._on_exit = on_exit
         self.request, self.rank, self.world_size, self.timeout_seconds = request, rank, world_size, timeout_seconds
         self.log_file = run_dir / "log" / f"rank-{rank:03d}.log"
         self.links: dict[int, PeerLink] = {}
@@ -104,12 +115,19 @@ class Watchdog:
         }
 
     @classmethod
-    def over(cls, config: Config, topology: Topology, host: str, request: StopRequest) -> Self:
+    def over(
+        cls, config: Config, topology: Topology, host: str, request: StopRequest, on_exit: Callable[[int, str], object]
+    ) -> Self:
         """The watchdog of a run whose ranks have met; connects them."""
-        timeout = config.parallel.timeout_seconds
-        rank, world_size = topology.rank, topology.world_size
-        watchdog = cls(request, config.run_dir, rank=rank, world_size=world_size, timeout_seconds=timeout)
-        watchdog.links = connect_ranks(topology, host, timeout)
+        watchdog = cls(
+            request,
+            config.run_dir,
+            rank=topology.rank,
+            world_size=topology.world_size,
+            timeout_seconds=config.parallel.timeout_seconds,
+            on_exit=on_exit,
+        )
+        watchdog.links = connect_ranks(topology, host, config.parallel.timeout_seconds)
         return watchdog
 
     # ---- on the main thread ---------------------------------------------------------------------------------------------
@@ -264,6 +282,7 @@ class Watchdog:
 
     def _exit_unsaved(self, reason: str) -> None:
         self._say_goodbye()
+        self._on_exit(unsaved_code(), reason)
         exit_without_saving(reason)
 
     # ---- incidents ------------------------------------------------------------------------------------------------------
@@ -303,6 +322,7 @@ class Watchdog:
         logger.log(logging.ERROR if speaks else logging.WARNING, "%s; shutting down this rank", reason)
         if self.rank == 0:
             self._say_goodbye()
+        self._on_exit(FAILED, reason)
         exit_now(FAILED)
 
     def _say_goodbye(self) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from himix_megatron.data.loading.token_counts import make_column
 from himix_megatron.data.shards.reader import ShardDataset
 from tests.support.data_fixtures import encoded, make, picture, row
-from tools.inspect_shards.contact_sheet import CARD, COLUMNS, GAP, PAD, TEXT_SIZE, Chart, _length, _wrapped, sheet
+from tools.inspect_shards.contact_sheet import COLUMNS, GAP, LINE_WIDTH, WIDTH, Chart, sheet, width_of, wrapped
 from tools.inspect_shards.histogram import MOST_BARS, drawn, histogram, summary
 from tools.inspect_shards.statistics import draw, statistics
 
@@ -88,20 +88,26 @@ def test_bars_have_round_bounds_and_the_tail_shares_one():
 
 @pytest.mark.parametrize("text", [*UNICODE, "many words " * 200, "w" * 2000])
 def test_wrapped_text_stays_on_the_card_and_loses_nothing(text):
-    lines = _wrapped(text, CARD - 2 * PAD)
-    assert all(_length(line, TEXT_SIZE) <= CARD - 2 * PAD for line in lines)
+    lines = wrapped(text)
+    assert all(width_of(line) <= LINE_WIDTH for line in lines)
     joined = "".join(lines).replace(" ", "")
     printable = "".join(c if c.isprintable() else "�" for c in text).replace(" ", "")
     assert printable.startswith(joined)
     assert joined == printable or len(lines) > 14
 
 
-def test_the_sheet_shows_every_kind_of_sample(dataset):
+def colours_of(path, dataset, samples, charts):
+    """Width and height of a sheet, and the colours on it."""
+    sheet(path, dataset, samples, "set", "note", charts)
+    with Image.open(path) as whole:
+        return whole.size, {colour for _, colour in whole.convert("RGB").getcolors(1 << 24)}
+
+
+def test_the_sheet_shows_every_kind_of_sample(dataset, tmp_path):
     charts = [Chart("lengths", "note", histogram(np.arange(30))), Chart("none", "note", [])]
-    whole = sheet(dataset, list(range(11)), "set", "note", charts)
-    assert whole.width == GAP + COLUMNS * (CARD + GAP)
-    assert whole.height > 3 * 220
-    colours = {colour for _, colour in whole.getcolors(1 << 24)}
+    whole, colours = colours_of(tmp_path / "sheet.png", dataset, list(range(11)), charts)
+    assert whole[0] == round(100 * (GAP + COLUMNS * (WIDTH + GAP)))
+    assert whole[1] > 3 * 220
     assert len(colours) > 1000  # pictures are on it
 
 
@@ -114,8 +120,8 @@ def test_a_damaged_sample_is_told_on_the_sheet(dataset, tmp_path):
     damaged = ShardDataset(tmp_path / "copy")
     assert statistics(damaged, 100).num_unreadable == 1
     red = (0xB9, 0x1C, 0x1C)
-    assert red in {colour for _, colour in sheet(damaged, [0], "set", "note", []).getcolors(1 << 24)}
-    assert red not in {colour for _, colour in sheet(dataset, [0], "set", "note", []).getcolors(1 << 24)}
+    assert red in colours_of(tmp_path / "sheet.png", damaged, [0], [])[1]
+    assert red not in colours_of(tmp_path / "sheet.png", dataset, [0], [])[1]
 
 
 def inspect(*words, encoding="utf-8"):

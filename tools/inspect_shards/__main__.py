@@ -137,7 +137,7 @@ def _save_sheet(path: Path, dataset: ShardDataset, found: Statistics, samples: l
         f"{manifest.num_samples:,} samples, {manifest.num_images:,} images, {len(manifest.shards):,} shards; "
         f"{len(samples)} samples drawn at random; questions blue, answers green"
     )
-    sheet(dataset, samples, manifest.name, note, charts).save(path, "PNG")
+    sheet(path, dataset, samples, manifest.name, note, charts)
 
 
 def _size(num_bytes: int) -> str:

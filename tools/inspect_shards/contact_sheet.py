@@ -1,18 +1,15 @@
-"""Samples with their pictures and texts, and histograms, on one picture: what `python -m tools.inspect_shards --sheet` draws.
+"""Samples with their pictures and texts, and histograms, on one page: what `python -m tools.inspect_shards --sheet` draws.
 
-Fonts are those of the machine, and Pillow's own where there are none. Each line of text takes the font that lacks the fewest of
-its characters; what none has appears as a box.
+Fonts are those of the machine; a character that none of them has appears as a box.
 """
 
 from __future__ import annotations
 
-import functools
-from bisect import bisect_right
-from dataclasses import dataclass
-from math import ceil
+import unicodedata
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
-
-from PIL import Image, ImageDraw, ImageFont
 
 from himix_megatron.data.errors import BadSampleError
 from himix_megatron.data.images import image_file
@@ -20,23 +17,18 @@ from himix_megatron.data.shards.reader import ShardDataset
 from tools.inspect_shards.histogram import Bar
 
 COLUMNS = 4
-CARD, GAP, PAD = 320, 20, 14
-"""Width of a card, between cards, and inside of one; pixels."""
-PICTURE_HEIGHT = 220
-TEXT_SIZE, SMALL_SIZE, TITLE_SIZE = 14, 12, 24
-LINE = 19
+WIDTH, GAP, PICTURE_HEIGHT, LINE = 3.2, 0.2, 2.2, 0.17
+"""Width of a cell, distance of cells, height of a cell's pictures and of a text line, in inches."""
+LINE_WIDTH = 44
+"""Characters of a text line; wide ones (CJK, emoji) count twice."""
 MOST_LINES = 14
-"""Most lines of text on a card."""
-PAPER, WHITE, INK, FAINT, RULE = "#f3f4f6", "#ffffff", "#1f2937", "#6b7280", "#e5e7eb"
-HUMAN, ANSWER, DAMAGE, BAR = "#1d4ed8", "#047857", "#b91c1c", "#60a5fa"
-
+"""Most text lines of a sample."""
+INK, FAINT, HUMAN, ANSWER, DAMAGE, BAR = "#1f2937", "#6b7280", "#1d4ed8", "#047857", "#b91c1c", "#60a5fa"
 # Of Linux, macOS and Windows; the later ones for writing systems that the first lack.
 FONTS = (
-    *("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "Arial.ttf", "Helvetica.ttc"),
-    *("NotoSansCJK-Regular.ttc", "wqy-zenhei.ttc", "DroidSansFallbackFull.ttf", "Arial Unicode.ttf", "msyh.ttc"),
-    *("NotoSansArabic-Regular.ttf", "NotoSansDevanagari-Regular.ttf", "NotoEmoji-Regular.ttf", "Symbola.ttf"),
+    *("DejaVu Sans", "Noto Sans", "Liberation Sans", "Arial", "Helvetica", "Noto Sans CJK SC", "WenQuanYi Zen Hei"),
+    *("Droid Sans Fallback", "Arial Unicode MS", "Microsoft YaHei", "Noto Sans Arabic", "Noto Sans Devanagari", "Symbola"),
 )
-Font = ImageFont.FreeTypeFont
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,147 +40,96 @@ class Chart:
     bars: list[Bar]
 
 
-def sheet(dataset: ShardDataset, samples: list[int], title: str, note: str, charts: list[Chart]) -> Image.Image:
-    """The whole picture, RGB: title, cards of these samples in rows, histograms below. Damaged samples say so."""
-    cards = [_card(dataset, i) for i in samples]
-    rows = [cards[start : start + COLUMNS] for start in range(0, len(cards), COLUMNS)]
-    rows += [[_chart(chart) for chart in charts[start : start + COLUMNS]] for start in range(0, len(charts), COLUMNS)]
-    heights = [max(card.height for card in row) for row in rows]
-    top = GAP + TITLE_SIZE + SMALL_SIZE + 26
-    whole = Image.new("RGB", (GAP + COLUMNS * (CARD + GAP), top + sum(height + GAP for height in heights)), PAPER)
-    draw = ImageDraw.Draw(whole)
-    _write(draw, GAP, GAP, title, INK, TITLE_SIZE)
-    _write(draw, GAP, GAP + TITLE_SIZE + 10, note, FAINT, SMALL_SIZE)
-    for row, height in zip(rows, heights, strict=True):
-        for column, card in enumerate(row):
-            left = GAP + column * (CARD + GAP)
-            draw.rounded_rectangle((left, top, left + CARD - 1, top + height - 1), 8, WHITE, RULE)
-            whole.paste(card, (left, top), _corners(card.size))
-        top += height + GAP
-    return whole
+@dataclass(slots=True)
+class _Cell:
+    """One sample or chart: what is drawn on top, and (text, colour) of the lines below."""
+
+    lines: list[tuple[str, str]]
+    pictures: list[Any] = field(default_factory=list)
+    colour: str = "#f3f4f6"
+    """Behind the pictures."""
+    bars: list[Bar] = field(default_factory=list)
 
 
-def _card(dataset: ShardDataset, i: int) -> Image.Image:
-    """One sample: its pictures side by side, its key, who says what."""
-    lines: list[tuple[str, str]] = []
-    try:
-        pictures: list[Image.Image | None] = [_picture(dataset, i, k) for k in range(dataset.num_images(i))]
-        for turn in dataset.text(i)["conversations"]:
-            lines += _said(turn)
-    except BadSampleError as error:
-        pictures, lines = [], [(line, DAMAGE) for line in _wrapped(str(error), CARD - 2 * PAD)]
-    if len(lines) > MOST_LINES:
-        lines = [*lines[: MOST_LINES - 1], ("…", FAINT)]
-    card = Image.new("RGB", (CARD, PICTURE_HEIGHT + PAD + SMALL_SIZE + 10 + LINE * len(lines) + PAD), WHITE)
-    draw = ImageDraw.Draw(card)
-    draw.rectangle((0, 0, CARD, PICTURE_HEIGHT), PAPER)
-    if not pictures:
-        _write(draw, PAD, PICTURE_HEIGHT // 2 - LINE // 2, "no picture", FAINT, TEXT_SIZE)
-    width = CARD // max(1, len(pictures))
-    for k, picture in enumerate(pictures):
-        assert picture is not None
-        picture.thumbnail((width - 8, PICTURE_HEIGHT - 8))
-        card.paste(picture, (k * width + (width - picture.width) // 2, (PICTURE_HEIGHT - picture.height) // 2))
+def sheet(path: Path, dataset: ShardDataset, samples: list[int], title: str, note: str, charts: list[Chart]) -> None:
+    """Write a PNG: title, cells of these samples in rows, histograms below. Damaged samples show the error on red."""
+    import matplotlib
+    from matplotlib import font_manager
+    from matplotlib.figure import Figure
+
+    cells = [_sample(dataset, i) for i in samples]
+    histograms = [_Cell([(chart.title, INK), (chart.note, FAINT)], bars=chart.bars) for chart in charts]
+    rows = [some[first : first + COLUMNS] for some in (cells, histograms) for first in range(0, len(some), COLUMNS)]
+    heights = [PICTURE_HEIGHT + LINE * (1 + max(len(cell.lines) for cell in row)) + GAP for row in rows]
+    width, height = GAP + COLUMNS * (WIDTH + GAP), sum(heights) + 4 * GAP
+    known = {font.name for font in font_manager.fontManager.ttflist}
+    with (
+        matplotlib.rc_context({"font.family": [name for name in FONTS if name in known], "font.size": 8}),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # one for every character that no font has
+        figure, top = Figure((width, height)), height - GAP
+        figure.text(GAP / width, top / height, title, color=INK, size=16, va="top", parse_math=False)
+        figure.text(GAP / width, (top - 2 * GAP) / height, note, color=FAINT, va="top", parse_math=False)
+        top -= 3 * GAP
+        for row, row_height in zip(rows, heights, strict=True):
+            for column, cell in enumerate(row):
+                left, bottom = GAP + column * (WIDTH + GAP), top - PICTURE_HEIGHT
+                for number in range(max(1, len(cell.pictures))):
+                    each = WIDTH / max(1, len(cell.pictures))
+                    box = ((left + number * each) / width, bottom / height, each / width, PICTURE_HEIGHT / height)
+                    _draw(figure.add_axes(box, facecolor=cell.colour), cell, number)
+                for number, (line, colour) in enumerate(cell.lines, 1):
+                    figure.text(left / width, (bottom - LINE * number) / height, line, color=colour, parse_math=False)
+            top -= row_height
+        figure.savefig(path, format="png", dpi=100)
+
+
+def _draw(axes: Any, cell: _Cell, number: int) -> None:
+    """The pictures or the bars of a cell."""
+    if cell.bars:
+        bars = axes.barh(range(len(cell.bars)), [bar.count for bar in cell.bars], color=BAR)
+        axes.bar_label(bars, [f"{bar.label}: {bar.count:,}" for bar in cell.bars], padding=3, size=7)
+        axes.margins(x=0.4)
+        axes.invert_yaxis()
+    axes.set_yticks([])
+    axes.set_xticks([])
+    axes.spines[:].set_visible(False)
+    if cell.pictures:
+        axes.imshow(cell.pictures[number])
+
+
+def _sample(dataset: ShardDataset, i: int) -> _Cell:
+    """One sample: its pictures side by side, its key and sizes, the questions and answers."""
     sizes = ", ".join("×".join(map(str, dataset.image_size(i, k))) for k in range(dataset.num_images(i)))
-    _write(draw, PAD, PICTURE_HEIGHT + PAD, f"{dataset.key(i)}  {sizes}", FAINT, SMALL_SIZE)
-    for number, (line, colour) in enumerate(lines):
-        _write(draw, PAD, PICTURE_HEIGHT + PAD + SMALL_SIZE + 10 + LINE * number, line, colour, TEXT_SIZE)
-    return card
+    lines = [(f"{dataset.key(i)}  {sizes or 'no picture'}", FAINT)]
+    try:
+        pictures = [image_file.to_rgb(image_file.open_image(dataset.image_bytes(i, k))) for k in range(dataset.num_images(i))]
+        for picture in pictures:
+            picture.thumbnail((400, 400))
+        for turn in dataset.text(i)["conversations"]:
+            colour = HUMAN if turn["from"] == "human" else ANSWER
+            lines += [(line, colour) for line in wrapped(" ".join(str(turn["value"]).split()))]
+    except BadSampleError as error:
+        return _Cell([*lines, *((line, DAMAGE) for line in wrapped(str(error)))], colour=DAMAGE)
+    return _Cell(lines if len(lines) <= MOST_LINES else [*lines[: MOST_LINES - 1], ("…", FAINT)], pictures)
 
 
-def _picture(dataset: ShardDataset, i: int, k: int) -> Image.Image:
-    return image_file.to_rgb(image_file.open_image(dataset.image_bytes(i, k)))
+def width_of(text: str) -> int:
+    """Columns of a text; combining characters take none."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
-def _said(turn: dict[str, Any]) -> list[tuple[str, str]]:
-    """A turn's lines with their colour; `<image>` marks are left where they are."""
-    colour = HUMAN if turn["from"] == "human" else ANSWER
-    return [(line, colour) for line in _wrapped(" ".join(str(turn["value"]).split()), CARD - 2 * PAD)]
-
-
-def _chart(chart: Chart) -> Image.Image:
-    """One histogram as a card."""
-    line = 17
-    card = Image.new("RGB", (CARD, PAD + 2 * LINE + 6 + line * max(1, len(chart.bars)) + PAD), WHITE)
-    draw = ImageDraw.Draw(card)
-    _write(draw, PAD, PAD, chart.title, INK, TEXT_SIZE)
-    _write(draw, PAD, PAD + LINE, chart.note, FAINT, SMALL_SIZE)
-    largest = max((bar.count for bar in chart.bars), default=0) or 1
-    labels = max((_length(bar.label, SMALL_SIZE) for bar in chart.bars), default=0)
-    counts = max((_length(f"{bar.count:,}", SMALL_SIZE) for bar in chart.bars), default=0)
-    left = PAD + labels + 8
-    room = CARD - PAD - left - counts - 8
-    for number, bar in enumerate(chart.bars):
-        y = PAD + 2 * LINE + 6 + line * number
-        _write(draw, int(PAD + labels - _length(bar.label, SMALL_SIZE)), y, bar.label, FAINT, SMALL_SIZE)
-        if bar.count:
-            draw.rectangle((left, y + 1, left + max(1, room * bar.count / largest), y + line - 5), BAR)
-        _write(draw, int(left + room * bar.count / largest + 6), y, f"{bar.count:,}", INK, SMALL_SIZE)
-    return card
-
-
-def _corners(size: tuple[int, int]) -> Image.Image:
-    """A mask that leaves out a card's border."""
-    mask = Image.new("L", size, 0)
-    ImageDraw.Draw(mask).rounded_rectangle((1, 1, size[0] - 2, size[1] - 1), 7, 255)
-    return mask
-
-
-# ---- text ----------------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _fonts(size: int) -> list[Font]:
-    found = []
-    for name in FONTS:
-        try:
-            found.append(ImageFont.truetype(name, size))
-        except OSError:
-            continue
-    own = ImageFont.load_default(size)
-    return [*found, *([own] if isinstance(own, Font) else [])]
-
-
-@functools.cache
-def _has(size: int, number: int, character: str) -> bool:
-    """Whether a font has a character: one it lacks looks like one that nobody has."""
-    font = _fonts(size)[number]
-    return character.isspace() or bytes(font.getmask(character)) != bytes(font.getmask("\U0010fffe"))
-
-
-@functools.lru_cache(4096)
-def _font(text: str, size: int) -> Font:
-    """The first font that lacks the fewest characters of a text."""
-    fonts = _fonts(size)
-    return fonts[min(range(len(fonts)), key=lambda number: sum(not _has(size, number, c) for c in set(text)))]
-
-
-def _length(text: str, size: int) -> float:
-    return _font(text, size).getlength(text)
-
-
-def _start_length(text: str, num_characters: int) -> int:
-    """Pixels of the first characters, rounded up."""
-    return ceil(_length(text[:num_characters], TEXT_SIZE))
-
-
-def _write(draw: ImageDraw.ImageDraw, x: int, y: int, text: str, colour: str, size: int) -> None:
-    draw.text((x, y), text, fill=colour, font=_font(text, size))
-
-
-def _wrapped(text: str, width: int) -> list[str]:
-    """Lines no wider than this, broken at spaces, and inside of words that are wider; as many as a card may show, and one."""
-    lines, line = [], ""
-    text = "".join(c if c.isprintable() else "�" for c in text[: MOST_LINES * width])  # no character is narrower than a pixel
-    for word in text.split(" "):
-        if line and _length(f"{line} {word}", TEXT_SIZE) > width:
-            lines.append(line)
-            line = ""
-        line = f"{line} {word}" if line else word
-        while _length(line, TEXT_SIZE) > width:
-            fits = max(1, bisect_right(range(len(line)), width, key=functools.partial(_start_length, line)) - 1)
-            lines.append(line[:fits])
-            line = line[fits:]
-        if len(lines) > MOST_LINES:
-            break
-    return [*lines, line]
+def wrapped(text: str, width: int = LINE_WIDTH) -> list[str]:
+    """Lines of at most this width, broken at spaces, and inside longer words; as many as a cell may show, and one more."""
+    lines = [""]
+    for word in "".join(c if c.isprintable() else "�" for c in text[: 2 * MOST_LINES * width]).split(" "):
+        if lines[-1] and width_of(f"{lines[-1]} {word}") > width:
+            lines.append("")
+        line = f"{lines[-1]} {word}" if lines[-1] else word
+        while width_of(line) > width:
+            fits = next(n for n in range(len(line), 0, -1) if width_of(line[:n]) <= width)
+            lines[-1], line = line[:fits], line[fits:]
+            lines.append("")
+        lines[-1] = line
+    return lines[: MOST_LINES + 1]
