@@ -161,7 +161,8 @@ def _data(config: Config, settings: Settings) -> str:
 def _store_tower(config: Config, folder: Path) -> Path:
     """Put the tower's weights into the cache, under their hash. Returns: the file."""
     cpu_backend.activate_if_needed()  # before megatron-core
-    from himix_megatron.checkpoint.checkpointer import Checkpoints, store_tower
+    from himix_megatron.checkpoint.checkpointer import Checkpoints
+    from himix_megatron.checkpoint.frozen_tower import store_tower
     from himix_megatron.checkpoint.manifest import find_checkpoint
     from himix_megatron.distributed.megatron_config import params_dtype
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed

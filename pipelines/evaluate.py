@@ -26,11 +26,12 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from himix_megatron.checkpoint.checkpointer import check_architecture
+from himix_megatron.checkpoint.description import check_architecture
 from himix_megatron.checkpoint.manifest import find_checkpoint
 from himix_megatron.config import Config, ParallelConfig, VisionConfig, from_json
 from himix_megatron.data.errors import BadSampleError
 from himix_megatron.data.images import image_file
+from himix_megatron.data.images.decode import decode
 from himix_megatron.data.loading.shuffle import permutation
 from himix_megatron.data.shards.reader import ShardDataset
 from himix_megatron.data.text import chat_template
@@ -170,7 +171,7 @@ def batches(items: Sequence[Question], topology: Topology, size: int) -> Iterato
 def pictures_of(dataset: ShardDataset, sample: int, vision: VisionConfig) -> tuple[image_file.Pixels, ...] | None:
     """A sample's images as the tower wants them; None, and a line that names it, if one is damaged."""
     try:
-        return tuple(image_file.decode(dataset.image_bytes(sample, k), vision) for k in range(dataset.num_images(sample)))
+        return tuple(decode(dataset.image_bytes(sample, k), vision) for k in range(dataset.num_images(sample)))
     except BadSampleError as error:
         logger.warning("%s counts as wrong: %s", dataset.key(sample), error.detail)
         return None

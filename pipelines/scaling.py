@@ -211,12 +211,14 @@ def check_here(config: Config, world_size: int, data_size: int) -> None:
     """Data, weights and devices of this machine. Raises: ValueError."""
     import torch  # not at the top: what can be checked without it is checked first
 
-    from himix_megatron.training.resume import prepare_inputs
+    from himix_megatron.training.data_setup import prepare_inputs
+    from himix_megatron.training.resume import expected_checkpoint
 
     if (gpus := torch.cuda.device_count()) and world_size > gpus:
         raise ValueError(f"this machine has {gpus} GPUs: leave that size out, or use --submit on a cluster")
     # A run that stopped on purpose says so itself when its turn comes.
-    prepare_inputs(dataclasses.replace(config, run=dataclasses.replace(config.run, ignore_stop_file=True)), data_size)
+    inputs = prepare_inputs(dataclasses.replace(config, run=dataclasses.replace(config.run, ignore_stop_file=True)), data_size)
+    expected_checkpoint(config, inputs.plan)
 
 
 def nodes_of(world_size: int, gpus_per_node: int) -> tuple[int, int]:

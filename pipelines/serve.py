@@ -27,7 +27,7 @@ from typing import Annotated, Any
 import tyro
 
 from himix_megatron.data.errors import BadSampleError
-from himix_megatron.data.images import image_file
+from himix_megatron.data.images.decode import decode
 from himix_megatron.data.text import chat_template
 from himix_megatron.distributed.fused_kernels import detect
 from himix_megatron.distributed.topology import init_distributed
@@ -147,7 +147,7 @@ class Model:
     def answer(self, request: Request, write: Callable[[str], object] | None) -> tuple[str, int, int, str]:
         """Text, tokens of the question, tokens of the answer, and why it ended. Raises: ValueError for a broken image."""
         try:
-            pixels = tuple(image_file.decode(data, self.vision) for data in request.images)
+            pixels = tuple(decode(data, self.vision) for data in request.images)
         except BadSampleError as error:
             raise ValueError(f"an image cannot be read: {error}") from None
         said = {"conversations": request.turns}

@@ -210,9 +210,10 @@ def check_stage(stage: Stage, ranks: int, before: Stage | None) -> None:
             f"use a multiple of {parallel.tensor * parallel.pipeline}"
         )
     data_size = check_ranks(stage.config, ranks)
-    from himix_megatron.checkpoint.checkpointer import architecture  # torch takes seconds: after the cheap checks
+    from himix_megatron.checkpoint.description import architecture  # torch takes seconds: after the cheap checks
     from himix_megatron.checkpoint.manifest import complete_checkpoints
-    from himix_megatron.training.resume import prepare_inputs
+    from himix_megatron.training.data_setup import prepare_inputs
+    from himix_megatron.training.resume import expected_checkpoint
     from pipelines.pretrain import with_data
 
     config = with_data(stage.config)
@@ -229,7 +230,7 @@ def check_stage(stage: Stage, ranks: int, before: Stage | None) -> None:
             raise ValueError(f"{name} is {new[name]}, but {old[name]} in {before.name}, whose weights it starts from")
         if not complete_checkpoints(before.config.run_dir):
             config = replace(config, checkpoint=replace(config.checkpoint, init_from=None))
-    prepare_inputs(config, data_size)
+    expected_checkpoint(config, prepare_inputs(config, data_size).plan)
 
 
 def waiting(stages: Sequence[Stage], settings: Settings) -> list[tuple[Stage, str]]:

@@ -28,7 +28,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from himix_megatron.checkpoint.checkpointer import architecture
+from himix_megatron.checkpoint.description import architecture
 from himix_megatron.checkpoint.manifest import find_checkpoint, verify_checkpoint
 from himix_megatron.config import (
     Config,

@@ -1,18 +1,19 @@
-"""Saves of a run, one at a time: the steps of the protocol, in the background or not, and what happens when one fails.
+"""The protocol of a save, on a thread or not, and what happens when a save fails. One save runs at a time.
 
-On every rank a save passes these points, in this order (`failpoint`):
+Flows in: every rank's snapshot; out: a complete checkpoint folder, or none. On every rank a save passes these failpoints in
+this order:
 
-    save/begin        nothing has happened yet                                                            the training thread
-    save/snapshot     the state has been copied (async), or lies where it is (sync)                         "
-    save/tensors      the working folder is there; this rank writes its tensors                           the save's thread
-    save/description  all tensors are on the disk; rank 0 writes himix.json, and the frozen tower once      "
-    save/sync         each rank brings its files to the disk, and hashes them as they are read back         "
-    save/manifest     all hashes are known; rank 0 writes manifest.json, the last file of the folder        "
-    save/rename       the folder is whole; rank 0 renames it to step-...: now the checkpoint counts         "
-    save/tracker      rank 0 replaces the file `newest`                                                     "
-    save/prune        rank 0 removes older checkpoints                                                      "
+    save/begin        nothing has happened yet                                                         the training thread
+    save/snapshot     the state is copied (async), or shared with training, which waits (sync)           "
+    save/tensors      the working folder exists; this rank writes its tensors                          the save's thread
+    save/description  all tensors are on the disk; rank 0 writes himix.json, and the frozen tower once   "
+    save/sync         each rank syncs its files, and hashes what it reads back                           "
+    save/manifest     all hashes are known; rank 0 writes manifest.json, the folder's last file          "
+    save/rename       the folder is complete; rank 0 renames it to step-...: now the checkpoint counts   "
+    save/tracker      rank 0 replaces the file `latest`                                                  "
+    save/prune        rank 0 removes older checkpoints                                                   "
 
-A rank that fails at one of them fails the save on all. The checkpoints that were there stay, and training goes on.
+A rank that fails at one of them fails the save on all ranks. Existing checkpoints stay, and training goes on.
 """
 
 from __future__ import annotations
@@ -43,22 +44,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class CheckpointWriter:
-    """How one checkpoint gets into a run folder; all ranks go through it together."""
+    """Writes one checkpoint into a run folder; all ranks together."""
 
     ranks: ControlGroup
     run_lock: RunLock
     settings: CheckpointConfig
 
-    def run(self, name: str, take: Callable[[], Snapshot], describe: Callable[[Path], None]) -> Path:
-        """Write a checkpoint and give it its name. Returns: the folder. Raises: SaveError, on all ranks.
+    def run(self, name: str, snapshot: Snapshot, describe: Callable[[Path], None]) -> Path:
+        """Write a checkpoint and give it its name. Returns: its folder. Raises: SaveError on all ranks.
 
         Args:
-            take: gives this rank's part of the state, or the error that came in place of it.
-            describe: rank 0 writes `himix.json` by it.
+            snapshot: this rank's part of the state.
+            describe: writes himix.json into a folder; rank 0 calls it.
         """
         writing = self.run_lock.folder / name
         try:
-            snapshot = self._prepare(writing, take)
+            self.ranks.on_all_ranks(lambda: self._prepare(writing, snapshot))
             write(snapshot, writing, self.ranks)
             self._step("description", lambda: describe(writing))
             files = self._sync(writing)
@@ -67,37 +68,32 @@ class CheckpointWriter:
             self._step("tracker", lambda: self._track(name))
         except SaveError:
             if self.ranks.rank == 0:
-                shutil.rmtree(writing, ignore_errors=True)  # its space may be what the next one lacks
+                shutil.rmtree(writing, ignore_errors=True)  # the next save may need its space
             raise
         self._step("prune", self._prune)
-        return self._home / name
+        return self._checkpoints / name
 
     @property
-    def _home(self) -> Path:
+    def _checkpoints(self) -> Path:
         return self.run_lock.folder.parent
 
     def _step(self, point: str, part: Callable[[], None]) -> None:
-        """Rank 0 does its part; every rank comes to the point."""
+        """Every rank passes the failpoint; rank 0 does its part."""
 
-        def reach_and_do() -> None:
+        def pass_and_do() -> None:
             failpoint(f"save/{point}")
             if self.ranks.rank == 0:
                 part()
 
-        self.ranks.on_all_ranks(reach_and_do)
+        self.ranks.on_all_ranks(pass_and_do)
 
-    def _prepare(self, writing: Path, take: Callable[[], Snapshot]) -> Snapshot:
-        snapshot: list[Snapshot] = []
-
-        def part() -> None:
-            snapshot.append(take())
-            if self.ranks.rank == 0:
-                self.run_lock.check()
-                shutil.rmtree(writing, ignore_errors=True)  # what a failed save left
-                writing.mkdir()
-
-        self.ranks.on_all_ranks(part)
-        return snapshot[0]
+    def _prepare(self, writing: Path, snapshot: Snapshot) -> None:
+        if snapshot.error is not None:
+            raise snapshot.error
+        if self.ranks.rank == 0:
+            self.run_lock.check()
+            shutil.rmtree(writing, ignore_errors=True)  # left by a failed save
+            writing.mkdir()
 
     def _sync(self, writing: Path) -> dict[str, FileDigest]:
         def part() -> dict[str, FileDigest]:
@@ -108,22 +104,21 @@ class CheckpointWriter:
 
     def _rename(self, writing: Path) -> None:
         self.run_lock.check()
-        final = self._home / writing.name
+        final = self._checkpoints / writing.name
         if final.exists():
-            # Not the one this run continued from: then it would be further on. It goes before its successor comes.
+            # The run did not continue from it, or it would be further on. It is replaced.
             final.rename(self.run_lock.folder / f"{final.name}.replaced")
         writing.rename(final)
-        sync_folder(self._home)
+        sync_folder(self._checkpoints)
         shutil.rmtree(self.run_lock.folder / f"{final.name}.replaced", ignore_errors=True)
 
     def _track(self, name: str) -> None:
-        partial = self.run_lock.folder / manifest.LATEST  # a writer whose lock was taken finds no such folder
-        publish(self._home / manifest.LATEST, f"{name}\n".encode(), partial=partial)
+        publish(self._checkpoints / manifest.LATEST, f"{name}\n".encode(), partial=self.run_lock.folder / manifest.LATEST)
 
     def _prune(self) -> None:
-        """Through the attempt's folder, so that no half of a checkpoint ever has its name."""
+        """Move a checkpoint into the working folder before removing it, so that no partial checkpoint has its name."""
         settings = self.settings
-        old = manifest.to_remove(self._home.parent, keep_last=settings.keep_last, keep_every=settings.keep_every)
+        old = manifest.to_remove(self._checkpoints.parent, keep_last=settings.keep_last, keep_every=settings.keep_every)
         for folder in old:
             removed = self.run_lock.folder / f"{folder.name}.removed"
             try:
@@ -139,12 +134,12 @@ class AsyncSaves:
     def __init__(self, settings: CheckpointConfig, run_lock: RunLock):
         self.settings, self.run_lock = settings, run_lock
         self.failures = 0
-        """Saves that failed, one after another."""
+        """Consecutive saves that failed."""
         self._flight: Future[Path] | None = None
         self._name, self._started, self._took = "", 0.0, 0.0
 
     def start(self, name: str, save: Callable[[], Path]) -> None:
-        """Begin a save in a thread of its own."""
+        """Start a save on a thread of its own."""
         assert self._flight is None
         self._name, self._started = name, time.monotonic()
         flight: Future[Path] = Future()
@@ -153,44 +148,42 @@ class AsyncSaves:
         def run() -> None:
             try:
                 if device is not None:
-                    torch.cuda.set_device(device)  # a new thread is on device 0, whose stream knows nothing of our copies
+                    torch.cuda.set_device(device)  # a new thread starts on device 0
                 folder = save()
                 self._took = time.monotonic() - self._started
                 flight.set_result(folder)
-            except BaseException as error:  # whatever it is, the training thread hears of it
+            except BaseException as error:  # the training thread raises it
                 flight.set_exception(error)
 
         self._flight = flight
-        # A daemon, so that a file system that does not answer cannot keep the process from ending.
+        # A daemon, so that the process can end while a file system does not answer.
         threading.Thread(target=run, name=name, daemon=True).start()
 
     def poll(self) -> None:
-        """Look, without waiting, what has become of the save in flight. Raises: RuntimeError if the run should end."""
+        """Look, without waiting, whether the save in flight has ended. Raises: RuntimeError if the run should end."""
         if self.run_lock.is_lost:
             self.run_lock.check()
         if self._flight is None:
             return
         if self._flight.done():
-            self._settle(self._flight)
+            self._record_outcome(self._flight)
         elif time.monotonic() - self._started > self.settings.timeout_seconds:
-            self._give_up()
+            self._raise_hung()
 
     def wait(self) -> None:
-        """Until no save is in flight. Raises: as `poll`."""
+        """Wait until no save is in flight. Raises: as `poll`."""
         if self._flight is None:
             return
         while not self._flight.done():
-            failpoint(
-                "wait/save", progress=True
-            )  # this rank waits, and does not hang: the watch here knows for how long it may
+            failpoint("wait/save", progress=True)  # the watchdog allows for this wait
             left = self._started + self.settings.timeout_seconds - time.monotonic()
             if left <= 0:
-                self._give_up()
+                self._raise_hung()
             wait([self._flight], timeout=min(left, 1.0))
-        self._settle(self._flight)
+        self._record_outcome(self._flight)
 
-    def _settle(self, flight: Future[Path]) -> None:
-        """Note how it went; the same on every rank."""
+    def _record_outcome(self, flight: Future[Path]) -> None:
+        """Count its success or failure, which is the same on every rank."""
         self._flight = None
         try:
             logger.info("saved %s in %.1f s", flight.result(), self._took)
@@ -206,8 +199,8 @@ class AsyncSaves:
                     f"the last one because of {error}"
                 ) from error
 
-    def _give_up(self) -> None:
-        """A save hangs, and a thread cannot be stopped: the run ends, and what was saved before it stays."""
+    def _raise_hung(self) -> None:
+        """End the run: a thread that hangs cannot be stopped. Earlier checkpoints stay."""
         with tempfile.TemporaryFile("w+") as file:
             faulthandler.dump_traceback(file, all_threads=True)
             file.seek(0)
@@ -218,7 +211,7 @@ class AsyncSaves:
         )
 
     def finish(self) -> None:
-        """Before leaving: the last save is on the disk. Raises: RuntimeError if it is not."""
+        """Complete the last save before the process ends. Raises: RuntimeError if it failed."""
         self.wait()
         if self.failures:
             raise RuntimeError(f"{self._name}, the last save, failed: the run ends without it")

@@ -1,14 +1,14 @@
-"""A checkpoint's folder: what vouches for its files, which one is the newest, and which ones may go.
+"""The manifest of a checkpoint, verification, and which checkpoints of a run are used or removed.
 
     RUN/checkpoints/step-00001000/manifest.json   size and SHA-256 of every other file in the folder, and of itself
-                                  himix.json      what model this is, what trains, where in the data
+                                  himix.json      description.py
                                   *.distcp .metadata metadata.json common.pt       megatron-core's
-    RUN/checkpoints/latest                        name of the newest one
-    RUN/towers/HASH.safetensors                   a frozen tower: its name is its hash
+    RUN/checkpoints/latest                        name of the newest checkpoint
+    RUN/towers/HASH.safetensors                   a frozen tower, named by its hash
 
-A folder gets its name `step-...` by a rename when all of it is on the disk, so what has the name was whole once. Whether it
-still is, `verify_checkpoint` says. Nothing here opens a pickle, and nobody may before a manifest has vouched for it.
-Flows in: paths; out: lines that name what is wrong.
+A folder is renamed to `step-...` when all of it is on the disk, so a folder of that name was complete once. `verify_checkpoint`
+checks whether it still is. This module opens no pickle, and no code may open one before its hash is verified.
+Flows in: paths; out: one line for each problem.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MANIFEST, DESCRIPTION, LATEST = "manifest.json", "himix.json", "latest"
+DESCRIPTION_VERSION = 1
+"""Of himix.json."""
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -40,7 +42,7 @@ _NAME = re.compile(r"step-(\d{8})")
 
 
 def sync_and_digest(folder: Path, names: Iterable[str]) -> dict[str, FileDigest]:
-    """Bring files to the disk, and read them again."""
+    """Sync files to the disk, and hash what is read back."""
     found = {}
     for name in names:
         with (folder / name).open("rb") as file:
@@ -50,7 +52,7 @@ def sync_and_digest(folder: Path, names: Iterable[str]) -> dict[str, FileDigest]
 
 
 def write_manifest(folder: Path, files: Mapping[str, FileDigest]) -> None:
-    """Vouch for a folder's files; afterwards nothing of it may change."""
+    """Write manifest.json; afterwards nothing in the folder may change."""
     write_synced(folder / MANIFEST, _manifest(files))
     sync_folder(folder)
 
@@ -60,18 +62,18 @@ def _manifest(files: Mapping[str, FileDigest]) -> bytes:
     return f'{{"sha256": "{hashlib.sha256(listed.encode()).hexdigest()}", "files": {listed}}}\n'.encode()
 
 
-# ---- what is wrong -------------------------------------------------------------------------------------------------
+# ---- verifying ----------------------------------------------------------------------------------------------------
 
 
 class DamagedError(ValueError):
-    """A checkpoint that cannot be trusted; the message names the file and says why."""
+    """A checkpoint failed verification; the message names the file and the problem."""
 
 
 def read_manifest(folder: Path) -> dict[str, FileDigest]:
-    """The digests that a checkpoint was written with. Raises: DamagedError if they are missing or not what was written."""
+    """The digests with which a checkpoint was written. Raises: DamagedError if manifest.json is missing or damaged."""
     path = folder / MANIFEST
     if not path.is_file():
-        raise DamagedError(f"{path} is missing: nothing vouches for this checkpoint (was it written by an older version?)")
+        raise DamagedError(f"{path} is missing: the checkpoint cannot be verified (was it written by an older version?)")
     data = path.read_bytes()
     try:
         files = {str(name): FileDigest(**digest) for name, digest in json.loads(data)["files"].items()}
@@ -83,8 +85,8 @@ def read_manifest(folder: Path) -> dict[str, FileDigest]:
     return files
 
 
-def read_vouched(folder: Path, name: str) -> bytes:
-    """A small file's content. Raises: DamagedError if it is not what the manifest says."""
+def read_verified(folder: Path, name: str) -> bytes:
+    """The content of a small file. Raises: DamagedError if its hash is not the one in the manifest."""
     wanted = read_manifest(folder).get(name)
     if wanted is None or not (folder / name).is_file():
         raise DamagedError(f"{folder / name} is missing")
@@ -95,21 +97,26 @@ def read_vouched(folder: Path, name: str) -> bytes:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """`himix.json`. Raises: DamagedError, as `read_vouched`."""
-    description: dict[str, Any] = json.loads(read_vouched(folder, DESCRIPTION))
+    """himix.json. Raises: DamagedError, as `read_verified`; ValueError for a version that this code does not know."""
+    description: dict[str, Any] = json.loads(read_verified(folder, DESCRIPTION))
+    if (version := description.get("version", 0)) not in (0, DESCRIPTION_VERSION):
+        raise ValueError(
+            f"{folder / DESCRIPTION} has version {version}, and this code reads versions up to {DESCRIPTION_VERSION}: use the "
+            "code that wrote it"
+        )
     return description
 
 
 def tower_path(folder: Path, file: str) -> Path:
-    """Where the frozen tower lies that a checkpoint refers to."""
+    """Path of the frozen tower that a checkpoint refers to."""
     return folder.parent.parent / "towers" / file
 
 
 def files_to_verify(folder: Path) -> dict[Path, int]:
-    """What has to be read to be sure of a checkpoint, and its bytes: all of its files, and its tower's.
+    """The files whose hashes are to be checked, with their sizes in bytes: a checkpoint's own, and its tower's.
 
-    Raises: DamagedError naming everything that can be seen without reading: files that are missing, of another size, or of
-    which the manifest knows nothing.
+    Raises: DamagedError naming every problem that shows without reading: files that are missing, of another size, or not in the
+    manifest.
     """
     files = read_manifest(folder)
     present = {str(path.relative_to(folder)): path for path in folder.rglob("*") if not path.is_dir()}
@@ -135,7 +142,7 @@ def files_to_verify(folder: Path) -> dict[Path, int]:
 
 
 def hash_mismatches(folder: Path, paths: Iterable[Path]) -> list[str]:
-    """Of these files of a checkpoint, the ones whose content is not what was written."""
+    """A line for each of these files of a checkpoint whose content is not what was written."""
     try:
         files = read_manifest(folder)
     except (DamagedError, OSError) as error:
@@ -147,13 +154,13 @@ def hash_mismatches(folder: Path, paths: Iterable[Path]) -> list[str]:
         try:
             if file_digest(path).sha256 != wanted:
                 found.append(f"{path} is damaged: its SHA-256 is not the one in {who}")
-        except OSError as error:  # a bad sector, or gone meanwhile: as good as damaged
+        except OSError as error:  # e.g. a bad sector
             found.append(f"{path} cannot be read: {error}")
     return found
 
 
 def verify_checkpoint(folder: Path) -> list[str]:
-    """Everything that is wrong with a checkpoint, by one process; empty: each byte is as it was written."""
+    """All problems of a checkpoint, found by one process; empty if every byte is as it was written."""
     try:
         return hash_mismatches(folder, files_to_verify(folder))
     except (DamagedError, OSError) as error:
@@ -161,7 +168,7 @@ def verify_checkpoint(folder: Path) -> list[str]:
 
 
 def verify_distributed(folder: Path, ranks: ControlGroup) -> list[str]:
-    """As `verify_checkpoint`, each rank reading a share of the files; the same answer on all."""
+    """As `verify_checkpoint`, where each rank reads a share of the files; the same result on all ranks."""
     sizes, wrong = ranks.on_rank_zero(lambda: _sizes_or_problems(folder))
     if wrong:
         return wrong
@@ -170,9 +177,9 @@ def verify_distributed(folder: Path, ranks: ControlGroup) -> list[str]:
 
 
 def latest_intact(folders: Iterable[Path], ranks: ControlGroup) -> Path:
-    """The first one of which each byte is as it was written; the same on all ranks.
+    """The first checkpoint without a problem, as `verify_distributed`; the same on all ranks.
 
-    Raises: DamagedError listing what is wrong with each.
+    Raises: DamagedError listing the problems of each.
     """
     wrong: list[str] = []
     for folder in folders:
@@ -194,7 +201,7 @@ def _sizes_or_problems(folder: Path) -> tuple[dict[Path, int], list[str]]:
 
 
 def _shares(sizes: Mapping[Path, int], num_ranks: int) -> list[list[Path]]:
-    """Files by the rank that reads them, about as many bytes each."""
+    """The files that each rank reads, of about equal size in sum."""
     shares: list[list[Path]] = [[] for _ in range(num_ranks)]
     totals = [0] * num_ranks
     for path, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
@@ -205,15 +212,15 @@ def _shares(sizes: Mapping[Path, int], num_ranks: int) -> list[list[Path]]:
 
 
 def quarantine(damaged: Iterable[Path]) -> None:
-    """Give damaged checkpoints another name, under which they neither count nor go: somebody may want to look at them."""
+    """Rename damaged checkpoints to damaged-step-...: they are no longer used, and never removed."""
     for folder in damaged:
         names = (f"damaged-{folder.name}{f'.{number}' if number else ''}" for number in itertools.count())
         aside = next(path for path in map(folder.with_name, names) if not path.exists())
         folder.rename(aside)
-        logger.warning("it is kept as %s: remove it when you have seen enough", aside)
+        logger.warning("kept as %s for inspection; delete it when no longer needed", aside)
 
 
-# ---- which ones there are ------------------------------------------------------------------------------------------
+# ---- selecting -----------------------------------------------------------------------------------------------------
 
 
 def step_of(folder: Path) -> int:
@@ -224,13 +231,13 @@ def step_of(folder: Path) -> int:
 
 
 def complete_checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoints of a run folder that were whole once, oldest first."""
+    """The checkpoints of a run folder, oldest first."""
     folders = (run_dir / "checkpoints").glob("step-*")
     return sorted(folder for folder in folders if _NAME.fullmatch(folder.name) and folder.is_dir())
 
 
 def resolve_checkpoints(path: str) -> list[Path]:
-    """The checkpoints that a path may mean, best first: itself, or those of a run folder from the newest on.
+    """The checkpoint that a path names, or those of the run folder that it names, newest first.
 
     Raises: ValueError if there is none.
     """
@@ -246,9 +253,9 @@ def resolve_checkpoints(path: str) -> list[Path]:
 
 
 def first_intact(folders: Iterable[Path]) -> Path:
-    """The first one in which nothing is wrong as far as can be seen without reading it all; who loads it, reads it.
+    """The first checkpoint without a problem that shows without reading it; loading it reads it.
 
-    Raises: DamagedError listing what is wrong with each.
+    Raises: DamagedError listing the problems of each.
     """
     wrong = []
     for folder in folders:
@@ -261,12 +268,12 @@ def first_intact(folders: Iterable[Path]) -> Path:
 
 
 def _none_left(wrong: Iterable[str]) -> DamagedError:
-    """What to say when there is no checkpoint to fall back to."""
+    """The error where no checkpoint is left to fall back to."""
     return DamagedError(f"no checkpoint can be trusted: {'; '.join(wrong)}")
 
 
 def find_checkpoint(path: str) -> Path:
-    """The checkpoint meant by a path: itself, or the newest plausible one of a run folder. Raises: ValueError if none is."""
+    """The checkpoint that a path names, or the first intact one of a run folder. Raises: ValueError if there is none."""
     folders = resolve_checkpoints(path)
     found = first_intact(folders)
     for folder in folders[: folders.index(found)]:
@@ -275,7 +282,7 @@ def find_checkpoint(path: str) -> Path:
 
 
 def to_remove(run_dir: Path, *, keep_last: int, keep_every: int | None) -> list[Path]:
-    """Checkpoints that may go: not among the newest `keep_last`, no multiple of `keep_every` steps, not the best one."""
+    """Checkpoints to remove: all but the newest `keep_last`, multiples of `keep_every` steps, and the best one."""
     found = complete_checkpoints(run_dir)
     measured = [(loss, folder) for folder in found if (loss := validation_loss(folder)) is not None]
     keep = {*found[-keep_last:], *(folder for _, folder in sorted(measured)[:1])}
@@ -285,9 +292,9 @@ def to_remove(run_dir: Path, *, keep_last: int, keep_every: int | None) -> list[
 
 
 def validation_loss(folder: Path) -> float | None:
-    """Of a checkpoint; None if none was measured then, or its description is damaged."""
+    """The validation loss of a checkpoint; None if none was measured then, or its description is damaged."""
     try:
         loss: float | None = read_description(folder)["validation_loss"]
     except (DamagedError, OSError):
         return None
-    return loss if loss is not None and math.isfinite(loss) else None  # nan would be neither better nor worse than any
+    return loss if loss is not None and math.isfinite(loss) else None  # nan cannot be compared

@@ -1,6 +1,6 @@
-"""Whether a run will be able to save, found out before its first step instead of at its first save.
+"""The preflight check of saving: a run that could not save fails before its first step, not at its first save.
 
-Flows in: how large a checkpoint is, and the run's folder; out: nothing, or one line that says what stands in the way.
+Flows in: the size of a checkpoint and the run folder; out: nothing, or one line that names the obstacle.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PROBE = bytes(range(256)) * 16
 
 
 def check_disk_space(settings: CheckpointConfig, run_lock: RunLock, ranks: ControlGroup, size_bytes: int) -> None:
-    """All ranks call it. Raises: StartError, the same on all, if a rank cannot write, or space is short."""
+    """All ranks call it. Raises: StartError on all ranks if one cannot write, or space is short."""
     try:
         ranks.on_all_ranks(lambda: _check_writing(run_lock.folder, ranks.rank, -(-size_bytes // ranks.size)))
         ranks.on_all_ranks(lambda: _check_reading(run_lock.folder, ranks.size))

@@ -1,13 +1,15 @@
-"""One writer for a run folder: each start takes the next attempt, and whoever still runs an older one cannot publish.
+"""The lock of a run folder: one launch at a time writes into it, and a launch that has lost the lock cannot publish anything.
 
-RUN/checkpoints/attempt-000007/ is the working folder of the seventh start. Checkpoints are written in it and renamed out of
-it; old ones are renamed into it to be removed. The eighth start makes its own folder, which nobody else can make too, and
-takes the seventh's away: from then on every rename of the seventh fails, however late it comes. No file lock is involved,
-since those of shared file systems differ; a rename whose source is gone fails on all of them.
+Flows in: the run folder; out: a `RunLock`, or one line that names the owner. The lock has generations:
+RUN/checkpoints/attempt-000007/ is the working folder of the seventh launch. Checkpoints are written in it and renamed out of
+it; old ones are renamed into it to be removed. The eighth launch creates its own folder, which only one process can, and
+renames the seventh away: from then on every rename of the seventh fails, however late it comes. No file lock is needed, whose
+semantics differ between shared file systems; a rename whose source is gone fails on all of them.
 
-A start is refused while the owner of the newest attempt is alive. On the same machine its process is looked for; elsewhere it
-touches `owner.json` every few seconds, and is taken for dead when that stops. A job that Slurm has requeued takes over from
-its earlier self at once. Times are compared as the file system stamps them: the clocks of two nodes need not agree.
+A launch is refused while the owner of the newest generation is alive. On the same machine its process is looked up; from
+elsewhere the lock is a lease: its owner touches `owner.json` every few seconds, and counts as dead when that stops. A job that
+Slurm has requeued takes over from its earlier self at once. Times are compared as the file system stamps them, since the clocks
+of two nodes may differ.
 """
 
 from __future__ import annotations
@@ -33,30 +35,30 @@ logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"attempt-(\d{6})")
 _TOUCH_SECONDS = 4.0
-_DEAD_SECONDS = 12.0
-"""An owner elsewhere that has not touched its file for so long is dead."""
+_LEASE_SECONDS = 12.0
+"""An owner elsewhere that has not touched its file for so long counts as dead."""
 
 
-class StaleAttemptError(RuntimeError):
-    """Another start has taken the run folder over: this process must not write any more."""
+class StaleLockError(RuntimeError):
+    """Another launch holds the run folder: this process must not write any more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LockOwner:
-    """The process of rank 0 of an attempt, so that it can be found again, and told from a later one with its number."""
+    """Identifies the process that holds a lock (rank 0), also against a later process with the same number."""
 
     host: str
     boot: str
-    """Of the kernel: after a reboot nothing runs any more."""
+    """Boot id of the kernel: after a reboot the process is gone."""
     pid_space: str
-    """Process numbers mean something within it only (containers)."""
+    """PID namespace in which `pid` is valid (containers)."""
     pid: int
     started: str
-    """When, in the kernel's ticks since boot."""
+    """In the kernel's ticks since boot."""
     job: str
-    """Slurm's, empty elsewhere."""
+    """Slurm's job id; empty without Slurm."""
     restarts: int
-    """How often Slurm has requeued that job."""
+    """How often Slurm has requeued the job."""
 
     @classmethod
     def here(cls) -> LockOwner:
@@ -72,9 +74,9 @@ class LockOwner:
         )
 
     def seen_from(self, here: LockOwner) -> Literal["alive", "dead", "unknown"]:
-        """What is known of this owner without watching its folder."""
+        """Whether this owner is alive, as far as `here` can tell without watching its folder."""
         if self == here or (self.job and self.job == here.job and self.restarts < here.restarts):
-            return "dead"  # our own earlier start
+            return "dead"  # an earlier launch of this job
         if (self.host, self.pid_space) != (here.host, here.pid_space) or not self.started:
             return "unknown"
         return "alive" if self.boot == here.boot and _ticks(self.pid) == self.started else "dead"
@@ -88,27 +90,28 @@ def _read(path: str) -> str:
 
 
 def _ticks(pid: int) -> str:
-    """When a process started; empty if there is none, or it is dead and only its parent has not noticed."""
+    """When a process started; empty if there is none, or it is a zombie."""
     after_name = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
     return "" if not after_name or after_name[0] in "ZX" else after_name[19]
 
 
 class RunLock:
-    """The right to write into a run folder, until a later start takes it. Rank 0 owns it; the others know its folder."""
+    """The right to write into a run folder until a later launch takes it. Rank 0 owns it; the other ranks know its folder."""
 
     def __init__(self, folder: Path, *, owned: bool):
         self.folder, self.number, self.owned = folder, int(folder.name.removeprefix("attempt-")), owned
         self._ended = threading.Event()
         self.is_lost = False
-        """Whether the owner has noticed, while it touched its file, that another start has taken over."""
+        """The owner has noticed, when it touched its file, that another launch has taken over."""
 
     def check(self) -> None:
-        """Raises: StaleAttemptError if a later start has taken over."""
+        """Raises: StaleLockError if a later launch has taken over."""
         if self.is_lost or not self.folder.is_dir():
-            raise StaleAttemptError(f"another start has taken over {self.folder.parent.parent}: attempt {self.number} ends")
+            run_dir = self.folder.parent.parent
+            raise StaleLockError(f"another launch has taken over {run_dir}: lock generation {self.number} ends")
 
     def end(self) -> None:
-        """Give the folder up: the next start need not look whether we live. Nothing is written afterwards."""
+        """Release the lock: the next launch need not check whether this one is alive. Nothing may be written afterwards."""
         self._ended.set()
         if not self.owned:
             return
@@ -128,37 +131,37 @@ class RunLock:
 
 
 def acquire_on_all_ranks(run_dir: Path, ranks: ControlGroup) -> RunLock:
-    """All ranks together become the ones that write into a run folder.
+    """Acquire the lock for all ranks together.
 
-    Raises: ValueError, on all, while another run does, or if the folder cannot be written.
+    Raises: ValueError on all ranks while another run holds it, or if the folder cannot be written.
     """
-    taken: list[RunLock] = []
+    owned: list[RunLock] = []
 
-    def take_or_say() -> tuple[Path | None, str]:
+    def acquire_or_explain() -> tuple[Path | None, str]:
         try:
-            taken.append(acquire(run_dir))
-            return taken[0].folder, ""
+            owned.append(acquire(run_dir))
+            return owned[0].folder, ""
         except ValueError as error:
             return None, str(error)
         except OSError as error:
             return None, f"{run_dir} cannot be written: {error}"
 
-    folder, refusal = ranks.on_rank_zero(take_or_say)
+    folder, refusal = ranks.on_rank_zero(acquire_or_explain)
     if folder is None:
         raise ValueError(refusal)
-    return taken[0] if taken else RunLock(folder, owned=False)
+    return owned[0] if owned else RunLock(folder, owned=False)
 
 
 def acquire(run_dir: Path) -> RunLock:
-    """Become the one that writes into a run folder, by one process.
+    """Acquire the lock by one process.
 
-    Raises: ValueError while another process does; OSError if the folder cannot be written.
+    Raises: ValueError while another process holds it; OSError if the folder cannot be written.
     """
     home = run_dir / "checkpoints"
     home.mkdir(parents=True, exist_ok=True)
     here = LockOwner.here()
     while True:
-        older = attempts(home)
+        older = lock_generations(home)
         if older:
             _refuse_if_alive(older[-1], here)
         number = 1 + (int(older[-1].name.removeprefix("attempt-")) if older else 0)
@@ -166,18 +169,18 @@ def acquire(run_dir: Path) -> RunLock:
         try:
             mine.mkdir()
         except FileExistsError:
-            continue  # another start was quicker: now it is the one to look at
+            continue  # another launch was quicker: check that one
         write_synced(mine / "owner.json", (json.dumps(asdict(here), indent=2) + "\n").encode())
         break
     for folder in older:
         _take_away(folder, mine)
     run_lock = RunLock(mine, owned=True)
-    threading.Thread(target=run_lock._keep_touching, name="attempt", daemon=True).start()
+    threading.Thread(target=run_lock._keep_touching, name="run-lock", daemon=True).start()
     return run_lock
 
 
-def attempts(home: Path) -> list[Path]:
-    """Folders of the attempts in `RUN/checkpoints`, oldest first."""
+def lock_generations(home: Path) -> list[Path]:
+    """The locks' folders in RUN/checkpoints, oldest first."""
     return sorted(folder for folder in home.glob("attempt-*") if _NAME.fullmatch(folder.name))
 
 
@@ -187,7 +190,7 @@ def _refuse_if_alive(folder: Path, here: LockOwner) -> None:
     owner = _owner(folder)
     state = "unknown" if owner is None else owner.seen_from(here)
     if state == "unknown":
-        state = "alive" if _touched_soon(folder) else "dead"
+        state = "alive" if _touches_within_lease(folder) else "dead"
         owner = _owner(folder)
     if state == "alive":
         who = f" (process {owner.pid} on {owner.host}{f', job {owner.job}' if owner.job else ''})" if owner else ""
@@ -197,17 +200,17 @@ def _refuse_if_alive(folder: Path, here: LockOwner) -> None:
 
 
 def _owner(folder: Path) -> LockOwner | None:
-    """None: it has not been written yet, or not to its end."""
+    """None: the file is missing or incomplete."""
     try:
         return LockOwner(**json.loads((folder / "owner.json").read_bytes()))
     except (OSError, ValueError, TypeError):
         return None
 
 
-def _touched_soon(folder: Path) -> bool:
-    """Watch an attempt's folder for a sign of life, until it has shown none for too long."""
+def _touches_within_lease(folder: Path) -> bool:
+    """Watch a lock's folder until its owner touches it, or the lease ends."""
     last = _stamp(folder)
-    while last is not None and _now(folder.parent) - last < _DEAD_SECONDS:
+    while last is not None and _now(folder.parent) - last < _LEASE_SECONDS:
         time.sleep(0.5)
         newer = _stamp(folder)
         if newer != last:
@@ -216,7 +219,7 @@ def _touched_soon(folder: Path) -> bool:
 
 
 def _stamp(folder: Path) -> float | None:
-    """When the owner was last heard of. Opened, because shared file systems then ask the server; None: the folder is gone."""
+    """When the owner last touched its file; None: the folder is gone. Opening makes shared file systems ask the server."""
     for path in (folder / "owner.json", folder):
         try:
             descriptor = os.open(path, os.O_RDONLY)
@@ -236,9 +239,9 @@ def _now(folder: Path) -> float:
 
 
 def _take_away(folder: Path, mine: Path) -> None:
-    """Put an older attempt's folder where its owner does not look, then remove it."""
+    """Rename an older lock's folder, so that its owner fails to use it, then remove it."""
     gone = mine / f"{folder.name}.gone"
     with contextlib.suppress(FileNotFoundError):
         folder.rename(gone)
-    # Its owner may be alive and add a file while we remove: what is left goes with our own folder.
+    # Its owner may be alive and add a file meanwhile: what is left is removed with this launch's folder.
     shutil.rmtree(gone, ignore_errors=True)

@@ -1,11 +1,11 @@
-"""The state of a step, taken out of training, and written in megatron-core's format.
+"""A rank's state of one step, taken out of training and written in megatron-core's format.
 
-Flows in: megatron-core's sharded state; out: a `Snapshot`, which shares no memory with parameters and optimizer if it was
-copied, and its files in a folder: `*.distcp` and `.metadata` (torch's distributed checkpoint), `common.pt`, `metadata.json`.
+Flows in: megatron-core's sharded state; out: a `Snapshot`, and its files in a folder: `*.distcp` and `.metadata` (torch's
+distributed checkpoint), `common.pt`, `metadata.json`.
 
-megatron-core plans a save by collectives of the training's group, and on a CPU hands the writer the very tensors that the
-optimizer goes on to change. So its sharded state and its planner are used, and torch's distributed checkpoint is called with a
-group of its own: all of planning and writing may then happen beside training.
+megatron-core's own save plans by collectives of training's group, and on a CPU writes the very tensors that the optimizer
+changes next. So this module uses megatron-core's sharded state and planner, but calls torch's distributed checkpoint with a
+group of its own: planning and writing can then run on a thread while training goes on.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,13 +23,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig
-from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
+from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, mcore_to_pyt_state_dict
 from torch import Tensor
 from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
@@ -39,49 +37,55 @@ from ..runtime.durable_files import write_synced
 from ..runtime.failpoints import failpoint
 
 COMMON, CONFIG = "common.pt", "metadata.json"
-"""megatron-core's names."""
+"""megatron-core's file names."""
 
 
 @dataclass(slots=True)
 class Snapshot:
-    """What one rank contributes to a checkpoint."""
+    """What one rank contributes to a checkpoint. It shares memory with training until `HostCopies.take` copies it."""
 
     shards: dict[str, list[ShardedBase]]
-    """By their keys in the checkpoint; only what no other rank contributes."""
+    """By their keys in the checkpoint; without what another rank contributes."""
     common: dict[str, Any]
-    """What is alike on all ranks; rank 0 writes it."""
+    """What is equal on all ranks; rank 0 writes it."""
     gather_optimizer_state: Callable[[], Any] | None = None
-    """Gathers the optimizer's state, of which only this rank's part has been copied."""
+    """Gathers a distributed optimizer's state, of which only this rank's shard has been copied; None: it is in `shards`."""
+    error: Exception | None = None
+    """Why this rank could not take its snapshot; it fails the save on all ranks."""
 
 
 def describe_state(state: dict[str, Any], *, validate: bool) -> Snapshot:
-    """The rank's part of a sharded state, still sharing its memory; all ranks call it where training's group is idle.
+    """This rank's part of a sharded state, still sharing its memory; all ranks call it while training's group is idle.
 
     `validate`: let megatron-core check, over all ranks, that each part of each tensor is there exactly once.
     """
     sharded, common = save_preprocess(state, validate)
-    shards, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+    shards: dict[str, list[ShardedBase]] = defaultdict(list)
+    for part in nested_values(sharded):
+        if is_main_replica(part.replica_id):
+            shards[part.unique_key if isinstance(part, ShardedObject) else part.key].append(part)
     return Snapshot(dict(shards), common)
 
 
-class PinnedRoom:
-    """Room for tensors in pinned memory, laid into few large blocks.
+class PinnedPool:
+    """Pinned memory for tensors, allocated in few large blocks.
 
-    torch rounds each pinned allocation up to a power of two: with one for each tensor up to twice the state would be locked. So
-    blocks of such sizes are taken, growing with what has been asked for.
+    torch rounds each pinned allocation up to a power of two, so one for each tensor would lock up to twice the state. Blocks
+    have such sizes, and grow with the total.
     """
 
     SMALLEST, USUAL, ALIGNMENT = 64 << 20, 1 << 30, 512
     """Bytes."""
 
     def __init__(self, allocate: Callable[[int], Tensor] | None = None):
-        """`allocate`: gives a block, uint8[bytes]; None: pinned memory."""
+        """`allocate`: returns a block, uint8[bytes]; None: pinned memory."""
         self._allocate = allocate or (lambda size: torch.empty(size, dtype=torch.uint8, pin_memory=True))
         self._blocks: list[npt.NDArray[np.uint8]] = []
         self._used: list[int] = []
 
     def empty_like(self, tensor: Tensor) -> Tensor:
-        """Contiguous, of the same shape and type. Its storage is no larger: torch copies a part of one before writing it."""
+        """A contiguous tensor of the same shape and type. Its storage is no larger: of a part of one, torch makes a copy before
+        writing."""
         size = tensor.nbytes
         if size == 0:
             return torch.empty(tensor.shape, dtype=tensor.dtype)
@@ -96,17 +100,17 @@ class PinnedRoom:
 
 
 class HostCopies:
-    """Copies snapshots into host memory that is kept from one to the next: fresh pages cost more than the copy itself.
+    """Copies snapshots into host memory, which is kept for the next one: fresh pages cost more than the copy itself.
 
-    Pinned where there is a GPU, so that the copy runs at the speed of the bus.
+    The memory is pinned if there is a GPU, so that the copy runs at the speed of the bus.
     """
 
     def __init__(self) -> None:
         self._kept: dict[tuple[Any, ...], Tensor] = {}
-        self._room = PinnedRoom()
+        self._pool = PinnedPool()
 
     def take(self, snapshot: Snapshot) -> None:
-        """Let a snapshot hold the state as of now, sharing no memory with training."""
+        """Replace a snapshot's tensors by copies, which share no memory with training."""
         for key, parts in snapshot.shards.items():
             for number, part in enumerate(parts):
                 if not isinstance(part, ShardedTensor):
@@ -118,17 +122,17 @@ class HostCopies:
         snapshot.common = copy.deepcopy(snapshot.common)
 
     def copy(self, name: tuple[Any, ...], tensor: Tensor) -> Tensor:
-        """A tensor's copy, in the memory that is kept under this name. On a GPU it is complete after `take`."""
+        """Copy a tensor into the memory kept under this name. From a GPU the copy is complete after `take`."""
         kept = self._kept.get(name)
         if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
             on_gpu = torch.cuda.is_available()
-            kept = self._room.empty_like(tensor) if on_gpu else torch.empty(tensor.shape, dtype=tensor.dtype)
+            kept = self._pool.empty_like(tensor) if on_gpu else torch.empty(tensor.shape, dtype=tensor.dtype)
             self._kept[name] = kept
         return kept.copy_(tensor, non_blocking=True)
 
 
 class _Writer(torch_checkpoint.FileSystemWriter):  # type: ignore[misc]
-    """Writes into a folder that is there: a folder that was taken away from this attempt must not come back."""
+    """Writes into an existing folder only: a folder that a later launch took away must not come back."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan
@@ -136,10 +140,10 @@ class _Writer(torch_checkpoint.FileSystemWriter):  # type: ignore[misc]
     def write_data(self, plan: SavePlan, planner: MCoreSavePlanner) -> Any:
         failpoint("save/tensors")
         try:
-            # One thread: torch loses the errors of further ones, and the tensors with them.
+            # One thread: torch loses the errors of further threads, and their tensors.
             return super().write_data(plan, planner)
         except RuntimeError as error:
-            # torch closes its archive after a failed write, and complains of that instead.
+            # torch closes its archive after a failed write, and reports the error of closing instead.
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, OSError):
                 cause = cause.__context__
@@ -147,7 +151,7 @@ class _Writer(torch_checkpoint.FileSystemWriter):  # type: ignore[misc]
 
 
 def write(snapshot: Snapshot, folder: Path, ranks: ControlGroup) -> None:
-    """Write a snapshot into a folder, synced; all ranks call it. Raises: SaveError on all ranks if one could not."""
+    """Write a snapshot into a folder and sync it; all ranks call it. Raises: SaveError on all ranks if one failed."""
     if snapshot.gather_optimizer_state is not None:
         ranks.on_all_ranks(lambda: _gather(snapshot))
     state = mcore_to_pyt_state_dict(snapshot.shards, False)
@@ -174,13 +178,13 @@ def _write_common(snapshot: Snapshot, folder: Path) -> None:
 
 
 def _one_line(failures: Mapping[int, Any]) -> str:
-    """torch's errors by rank, each with its traceback, as one line that names the first."""
+    """torch's errors by rank, each with its traceback, as one line with the first."""
     rank, (error, _) = min(failures.items())
     return f"rank {rank}: {type(error).__name__}: {error}"
 
 
 def own_files(folder: Path, rank: int) -> list[str]:
-    """The files of a folder that a rank looks after: the tensors that it has written; rank 0 also all that are not tensors."""
+    """The files of a folder that a rank syncs and hashes: the tensors that it wrote; rank 0 also all other files."""
     names = [path.name for path in folder.iterdir()]
     return [name for name in names if (_writer_of(name) or 0) == rank]
 

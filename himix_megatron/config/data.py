@@ -88,7 +88,7 @@ class DataConfig:
                 "packing has two budgets: give both --data.pack-max-text-tokens and --data.pack-max-images, or neither"
             )
         if self.pack_max_text_tokens is not None and self.pack_max_images is not None:
-            positive(data__pack_text_tokens=self.pack_max_text_tokens, data__pack_images=self.pack_max_images)
+            positive(data__pack_max_text_tokens=self.pack_max_text_tokens, data__pack_max_images=self.pack_max_images)
             if self.max_text_tokens > self.pack_max_text_tokens:
                 raise ValueError(
                     f"data.max_text_tokens ({self.max_text_tokens}) is above data.pack_max_text_tokens "

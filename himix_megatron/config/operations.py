@@ -107,7 +107,7 @@ class HealthConfig:
         positive(
             health__spike_sigmas=self.spike_sigmas,
             health__replica_check_steps=self.replica_check_steps,
-            health__max_fruitless_starts=self.max_starts_without_progress,
+            health__max_starts_without_progress=self.max_starts_without_progress,
         )
         for name in ("max_skipped_steps", "max_rollbacks"):
             if getattr(self, name) < 0:

@@ -23,7 +23,7 @@ from ..config.families import FAMILIES
 from ..config.towers import TOWERS
 from ..model.towers import build_tower
 from .authors_layout import shapes
-from .huggingface import check_shapes, check_weights, language_config
+from .huggingface import check_shapes, check_weights, language_config, language_settings, rope_scaling
 from .safetensors_io import MappedTensors, open_file, open_folder, read_json, write_folder
 
 _TOWER = "model.vision_tower."
@@ -103,25 +103,10 @@ def _settings_of_file(opened: MappedTensors, path: Path) -> dict[str, Any]:
 
 
 def _settings(model: ModelConfig, vision: VisionConfig) -> dict[str, Any]:
-    scaling = None
-    if model.rope_scaling_factor is not None:
-        scaling = {"rope_type": "llama3", "factor": model.rope_scaling_factor}
-        scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-    return {
+    return language_settings(model) | {
         "model_type": model.family,
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.ffn_hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.num_query_groups,
-        "head_dim": model.channels_per_head,
-        "hidden_act": "silu",
-        "rms_norm_eps": model.norm_eps,
         "rope_theta": model.rope_theta,
-        "rope_scaling": scaling,
-        "tie_word_embeddings": model.tie_embeddings,
-        "initializer_range": model.init_std,
+        "rope_scaling": rope_scaling(model),
         "vision_hidden_size": vision.hidden_size,
         "vision": dataclasses.asdict(dataclasses.replace(vision, path=None)),
     }

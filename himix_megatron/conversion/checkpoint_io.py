@@ -17,7 +17,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 
-from ..checkpoint.checkpointer import Position, check_architecture, read_tower, store_tower, write_description
+from ..checkpoint.description import Position, check_architecture, write_description
+from ..checkpoint.frozen_tower import read_tower, store_tower
 from ..checkpoint.manifest import LATEST, sync_and_digest, write_manifest
 from ..checkpoint.snapshot import describe_state, own_files, write
 from ..config import Config, ModelConfig, from_json, to_json
@@ -81,7 +82,7 @@ def write_run(
         )
     progress("writing the checkpoint")
     write(describe_state({"model0": state}, validate=True), writing, ControlGroup(config.checkpoint.timeout_seconds))
-    # Nothing trained: a run that would continue in this folder is told to start a new one from it.
+    # Nothing has trained: a run that would resume in this folder is refused, and must start a new one from it.
     write_description(writing, config, Position(step=0, place=START, data={}), (), store_tower(out, tower), None)
     write_manifest(writing, sync_and_digest(writing, own_files(writing, rank=0)))
     writing.rename(checkpoint)
@@ -170,7 +171,7 @@ def _read_unit(name: str) -> str:
 
 
 def read_config(checkpoint: Path) -> Config:
-    """The settings of the run that a checkpoint belongs to. Raises: ValueError if they are not beside it."""
+    """The settings of the run that a checkpoint belongs to. Raises: ValueError if its run folder has none."""
     path = checkpoint.parent.parent / "config.json"
     if not path.is_file():
         raise ValueError(f"checkpoint {checkpoint} lies in no run folder: {path} is missing")

@@ -62,6 +62,30 @@ def language_config(stored: Mapping[str, Any], where: Path) -> ModelConfig:
     )
 
 
+def language_settings(model: ModelConfig) -> dict[str, Any]:
+    """The sizes of a model by Hugging Face's names; the position embedding is `rope_scaling`'s."""
+    return {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_query_groups,
+        "head_dim": model.channels_per_head,
+        "hidden_act": "silu",
+        "rms_norm_eps": model.norm_eps,
+        "tie_word_embeddings": model.tie_embeddings,
+        "initializer_range": model.init_std,
+    }
+
+
+def rope_scaling(model: ModelConfig) -> dict[str, Any] | None:
+    """How a model scales its rotary frequencies, by Hugging Face's names; None: not at all."""
+    if model.rope_scaling_factor is None:
+        return None
+    return {"rope_type": "llama3", "factor": model.rope_scaling_factor, **_LLAMA3_ROPE}
+
+
 def _settings(config_class: Any, stored: Mapping[str, Any], where: Path) -> Any:
     """Stored settings through transformers, which knows the defaults of what a config.json leaves out."""
     from huggingface_hub.errors import StrictDataclassError

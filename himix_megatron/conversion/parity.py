@@ -1,6 +1,6 @@
-"""Does a conversion compute what it was made from? Logits of both sides on a fixed input, and every tensor bit for bit.
+"""Checks that a conversion computes what it was made from: logits of both sides on a fixed input, every tensor bit for bit.
 
-Flows in: a checkpoint of ours and the weights beside which it is held; out: the largest differences. A model of more than
+Flows in: a checkpoint of ours and the weights that it is compared with; out: the largest differences. A model of more than
 `WHOLE_MODEL_PARAMETERS` is compared by its first layers and the first rows of its vocabulary, so that memory stays bounded.
 """
 
@@ -217,30 +217,30 @@ def check_bits(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str
 def check_language(
     checkpoint: Path, folder: Path, weights: Mapping[str, Tensor], vision_width: int, topology: Topology
 ) -> Iterator[str]:
-    """A converted checkpoint beside transformers' own language model: a line per comparison. Raises: DiffersError."""
+    """Compare a converted checkpoint with transformers' own language model: a line per comparison. Raises: DiffersError."""
     model = read_config(checkpoint).model
     yield check_bits(AsAuthors(StoredWeights(checkpoint, model), model), weights)
     excerpt = Excerpt.of(model, vision_width)
     ids = excerpt.text_ids()
     wanted = transformers_logits(folder, weights, excerpt, ids)
     found = stored_logits(checkpoint, excerpt, topology, ids, torch.empty(len(ids), 0, vision_width))
-    yield check_logits(f"logits of {excerpt} on {ids.numel()} tokens, beside transformers", found, wanted)
+    yield check_logits(f"logits of {excerpt} on {ids.numel()} tokens, compared with transformers", found, wanted)
 
 
 def check_authors(checkpoint: Path, weights: Mapping[str, Tensor], vision_width: int, topology: Topology) -> Iterator[str]:
-    """A checkpoint beside weights in the authors' layout, on text and image features, by plain torch. Raises: DiffersError."""
+    """Compare a checkpoint with weights in the authors' layout, by plain torch on text and features. Raises: DiffersError."""
     model = read_config(checkpoint).model
     yield check_bits(AsAuthors(StoredWeights(checkpoint, model), model), weights)
     excerpt = Excerpt.of(model, vision_width)
     ids, features = excerpt.text_ids(), excerpt.features(vision_width)
     wanted = plain_logits(excerpt_weights(weights, excerpt), excerpt.model, ids, features)
     found = stored_logits(checkpoint, excerpt, topology, ids, features)
-    what = f"logits of {excerpt} on {ids.numel()} tokens and {features.shape[0]} images, beside HiMix in plain torch"
+    what = f"logits of {excerpt} on {ids.numel()} tokens and {features.shape[0]} images, compared with HiMix in plain torch"
     yield check_logits(what, found, wanted)
 
 
 def check_export(checkpoint: Path, folder: Path, topology: Topology, export: Callable[..., None]) -> Iterator[str]:
-    """An exported folder beside its checkpoint, on text and images, by transformers and the code in the folder.
+    """Compare an exported folder with its checkpoint, on text and images, by transformers and the code in the folder.
 
     Args: export: as it made the folder; makes another one of the excerpt where the model is too large to compare whole.
     Raises: DiffersError.
@@ -262,12 +262,12 @@ def check_export(checkpoint: Path, folder: Path, topology: Topology, export: Cal
         ours = himix_logits(answerer, given)
         del answerer
         difference, largest = parity(compared, config, given, ours), float(ours.abs().max())
-    yield check_difference(f"logits of {excerpt} on 3 samples with images, beside transformers", difference, largest)
+    yield check_difference(f"logits of {excerpt} on 3 samples with images, compared with transformers", difference, largest)
 
 
 @torch.no_grad()
 def check_tower(checkpoint: Path, folder: Path) -> str:
-    """A stored tower's features beside transformers' hidden states of its folder, on one image. Raises: DiffersError."""
+    """Compare a stored tower's features with transformers' hidden states of its folder, on one image. Raises: DiffersError."""
     from transformers import AutoConfig, AutoModel
 
     config = checking_config(read_config(checkpoint))
@@ -284,4 +284,6 @@ def check_tower(checkpoint: Path, folder: Path) -> str:
     tower = build_tower(vision, seed=0, dtype=torch.float32)
     tower.load_state_dict(stored_tower(checkpoint, config, StoredWeights(checkpoint, config.model)), strict=True)
     wanted = hidden[:, TOWERS[vision.tower].class_tokens :]
-    return check_logits("tower's features of one image, beside transformers", tower(pixels, torch.tensor([False])), wanted)
+    return check_logits(
+        "tower's features of one image, compared with transformers", tower(pixels, torch.tensor([False])), wanted
+    )

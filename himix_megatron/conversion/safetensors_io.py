@@ -142,25 +142,25 @@ def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     try:
         header = json.loads(raw)
         metadata = header.pop("__metadata__", None) or {}
-        entries = {name: _entry(path, 8 + length, told) for name, told in header.items()}
+        entries = {name: _entry(path, 8 + length, stated) for name, stated in header.items()}
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: its header is not one of safetensors ({error})") from None
     end = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
-        told_end = 8 + length + header[name]["data_offsets"][1]
-        if entry.start != end or told_end - entry.start != _SIZES[entry.dtype] * math.prod(entry.shape):
+        stated_end = 8 + length + header[name]["data_offsets"][1]
+        if entry.start != end or stated_end - entry.start != _SIZES[entry.dtype] * math.prod(entry.shape):
             raise ValueError(f"{path} is damaged: {name} does not fill the bytes that its header gives it")
-        end = told_end
+        end = stated_end
     if end != size:
         raise ValueError(f"{path} is {'cut short' if size < end else 'damaged'}: {size} bytes, its header wants {end}")
     return entries, metadata
 
 
-def _entry(path: Path, first: int, told: dict[str, Any]) -> Entry:
-    shape = tuple(told["shape"])
-    if told["dtype"] not in _SIZES or not all(isinstance(n, int) and n >= 0 for n in shape):
-        raise ValueError(f"dtype {told['dtype']}, shape {list(shape)}")
-    return Entry(path, told["dtype"], shape, first + int(told["data_offsets"][0]))
+def _entry(path: Path, first: int, stated: dict[str, Any]) -> Entry:
+    shape = tuple(stated["shape"])
+    if stated["dtype"] not in _SIZES or not all(isinstance(n, int) and n >= 0 for n in shape):
+        raise ValueError(f"dtype {stated['dtype']}, shape {list(shape)}")
+    return Entry(path, stated["dtype"], shape, first + int(stated["data_offsets"][0]))
 
 
 class Scratch:

@@ -1,8 +1,8 @@
 """Whole tensors in and out of a model that is cut over tensor ranks and pipeline stages.
 
 Flows in: megatron-core's modules on every rank, and whole tensors by global name (`decoder.layers.7...`, 7 counted over the
-whole model); out: filled parameters, or whole tensors gathered on every rank. For checkpoints use checkpoint.py: this is for
-models small enough to be whole somewhere.
+whole model); out: filled parameters, or whole tensors gathered on every rank. This is for models small enough to be whole
+somewhere; checkpoints use checkpoint/checkpointer.py.
 """
 
 from __future__ import annotations

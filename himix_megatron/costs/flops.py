@@ -37,7 +37,7 @@ class LayerFlops:
 
 
 def layer_flops(model: ModelConfig, vision_width: int, *, text_tokens: float, vision_tokens: float) -> LayerFlops:
-    """One HiMix decoder layer on a sample of so many text and vision tokens, attention as a full rectangle."""
+    """One HiMix decoder layer on a sample with this many text and vision tokens, attention as a full rectangle."""
     query, key_value = (heads * model.channels_per_head for heads in (model.num_attention_heads, model.num_query_groups))
     weights = 2 * model.hidden_size * (query + key_value) + 3 * model.hidden_size * model.ffn_hidden_size
     return LayerFlops(
@@ -94,7 +94,7 @@ class Work:
         images: float = 0.0,
         causal: bool = True,
     ) -> Work:
-        """Of samples with so many text and vision tokens; padding belongs to nobody, so leave it out."""
+        """Of samples with these numbers of text and vision tokens; padding belongs to no sample, so leave it out."""
         return Work(
             text_tokens=float(sum(text_lengths)),
             vision_tokens=float(sum(vision_lengths)),

@@ -100,7 +100,7 @@ def tower_parameters(config: Config) -> int:
 
 
 def layer_parameters(config: Config, tensor: int = 1) -> Parameters:
-    """Of one decoder layer, on one of so many tensor ranks."""
+    """Of one decoder layer, on one of `tensor` ranks."""
     model, width = config.model, config.vision.hidden_size
     query, key_value = (heads * model.channels_per_head for heads in (model.num_attention_heads, model.num_query_groups))
     split = 2 * model.hidden_size * (query + key_value) + 3 * model.hidden_size * model.ffn_hidden_size

@@ -1,4 +1,4 @@
-"""All ranks come to the same answer about a checkpoint, beside the training that goes on.
+"""All ranks come to the same answer about a checkpoint, while training continues.
 
 Flows in: what each rank does or found; out: everybody's answer, or the same error on every rank.
 """
@@ -21,7 +21,7 @@ class SaveError(RuntimeError):
 class ControlGroup:
     """A gloo group of all ranks that only checkpoints use, from one thread of each rank at a time.
 
-    Its own group, because a save that is written beside training would otherwise mix its messages with the steps'. gloo,
+    Its own group, because a save that is written during training would otherwise mix its messages with the steps'. gloo,
     because what is exchanged is small and in host memory.
     """
 

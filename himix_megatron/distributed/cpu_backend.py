@@ -68,7 +68,7 @@ def _redirect_devices() -> None:
     torch.nn.Module.cuda = go  # type: ignore[method-assign]
 
     # The optimizers sort parameters by the string of their type and know only 'torch.cuda.FloatTensor' and its kin.
-    # Only megatron-core gets this answer: other callers are told the truth.
+    # Only Megatron-core gets this answer; other callers get the true one.
     plain_type = torch.Tensor.type
 
     @functools.wraps(plain_type)

@@ -1,6 +1,6 @@
 """How this process was launched, and where its ranks meet. Flows in: environment variables; out: a Launch.
 
-`torchrun`, `srun` and one process alone are told apart by their variables, and end in the same place.
+`torchrun`, `srun` and a single process are recognised by their variables, and give the same result.
 """
 
 from __future__ import annotations

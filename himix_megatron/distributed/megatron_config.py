@@ -142,7 +142,7 @@ def text_multiple(config: Config) -> int:
 
 
 def overlaps(config: Config) -> bool:
-    """Whether data-parallel communication runs beside the passes."""
+    """Whether data-parallel communication overlaps the passes."""
     if config.parallel.overlap == "auto":
         return torch.cuda.is_available() and "tower" not in config.train.trainable_parts and config.train.cuda_graphs == "off"
     return config.parallel.overlap == "on"
@@ -244,6 +244,11 @@ def optimizer_config(config: Config) -> MegatronOptimizerConfig:
         use_distributed_optimizer=config.parallel.distributed_optimizer,
         overlap_param_gather=overlaps(config) and config.parallel.distributed_optimizer,
     )
+
+
+def optimizer_parts(optimizer: Any) -> list[Any]:
+    """The optimizers inside mcore's chain of them, or the one optimizer."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 def gpt_arguments(config: Config) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import torch
 
 from ..config import Config
 from ..data.errors import BadSampleError
-from ..data.images import image_file
+from ..data.images.decode import decode
 from ..data.text import chat_template
 from ..data.text.tokenizer import load_tokenizer
 from ..inference.generator import Answerer, Prompt
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 BATCHES_APART = 20
-"""Replicas wait for each other after so many batches: at the end, hours apart, the wait could outlast the ranks' timeout."""
+"""Replicas wait for each other after this many batches: at the end, hours apart, the wait could outlast the ranks' timeout."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ def read_questions(kind: str, questions: Path, annotations: Path | None, most: i
     identifier, times = Counter(question.id for question in found).most_common(1)[0]
     if times > 1:
         raise ValueError(f"{questions} has {times} questions with the id {identifier}: ids must be unique")
-    # What has no place in the answer file (half of an MME image's questions, say) is told before hours of asking.
+    # What has no place in the answer file (half of an MME image's questions, say) is found before hours of asking.
     BENCHMARKS[kind].files([(question, "") for question in found])
     return found
 
@@ -232,7 +232,7 @@ def ask(
         batch, prompts = [], []
         for question in mine[first : first + job.batch_questions]:
             try:
-                pictures = tuple(image_file.decode((job.images / file).read_bytes(), config.vision) for file in question.images)
+                pictures = tuple(decode((job.images / file).read_bytes(), config.vision) for file in question.images)
             except (BadSampleError, OSError) as error:
                 bad.append((question.id, str(error)))
                 logger.warning("%s: question %s cannot be asked: %s", job.name, *bad[-1])

@@ -1,7 +1,7 @@
 """One pipeline stage of a HiMix model: megatron-core's GPTModel, whose layers see the images.
 
 Flows in: text token ids of a micro-batch (first stage) or hidden states (later ones), and the features of its images, which
-every stage receives beside the pipeline; out: hidden states, or per-token losses (last stage).
+every stage receives outside of the pipeline; out: hidden states, or per-token losses (last stage).
 
 Shape letters: B samples, S text tokens, K images of the micro-batch, n tokens of one image, N vision tokens of a sample,
 V vision width.
@@ -107,7 +107,7 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
         self.fuses_loss = has_fused_loss(kernels)
         """Whether the cross-entropy is Transformer Engine's."""
         self.labelled: Tensor | None = None
-        """Of the pass under way: `token_losses`' argument of this name."""
+        """`token_losses`' argument of this name, for the pass under way."""
         if tower is not None:
             self.tower = tower
             for parameter in tower.parameters():
@@ -271,7 +271,7 @@ def part_of(name: str) -> Part:
 def build_stage(config: Config, kernels: Kernels, topology: Topology, tower: nn.Module, *, trains: bool = True) -> list[Any]:
     """This rank's model chunks (one, or `virtual_pipeline`), frozen as `train.trainable_parts` says.
 
-    The tower goes in only where it trains; a frozen one belongs to the ReplicaEncoder. Without `trains` everything is
+    The tower goes in only where it trains; a frozen one belongs to the ShardedVisionEncoder. Without `trains` everything is
     frozen and no gradient buffers are made.
     """
     torch.manual_seed(config.train.seed + 100 * topology.pipeline_rank)
@@ -292,6 +292,13 @@ def unwrap_model(stage: Any) -> HiMixModel:
     while not isinstance(stage, HiMixModel):
         stage = stage.module
     return stage
+
+
+def gather_parameters(stages: list[Any]) -> None:
+    """Complete the all-gather of updated parameters, which overlap leaves to the next forward pass."""
+    for stage in stages:
+        if stage.ddp_config.overlap_param_gather:
+            stage.start_param_sync(force_sync=True)
 
 
 def _wrap(config: Config, model: HiMixModel, *, trains: bool, first: bool) -> Any:

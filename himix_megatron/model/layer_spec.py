@@ -2,7 +2,7 @@
 
 `torch` runs anywhere; `te` is Transformer Engine: norms fused into the linear layers, fused attention. The vision norm and
 projection are the same in both: the norm's statistics are shared by all layers, which no fused layer offers. Parameters carry
-the same names in a checkpoint under both, and the extra states that some modules keep beside them are not stored
+the same names in a checkpoint under both, and the extra states that some modules have are not stored
 (checkpoint/checkpointer.py): a run may be continued on the other backend.
 """
 
@@ -49,8 +49,7 @@ def block_spec(
 
     Raises: ImportError for `te` where Transformer Engine is not installed.
     """
-    layer = (_transformer_engine_layer if backend == "te" else _torch_layer)(vision_hidden_size, CORES[core])
-    layer.params["vision_is_frozen"] = vision_is_frozen
+    layer = _layer(backend, CORES[core], vision_hidden_size, vision_is_frozen=vision_is_frozen)
     if (change := FAMILIES[family].layer) is not None:
         pkgutil.resolve_name(change)(layer, config)
     num_layers = get_num_layers_to_build(config, vp_stage=chunk, pp_rank=stage)
@@ -65,52 +64,33 @@ def _norm(backend: Literal["te", "torch"]) -> type:
     return TENorm  # type: ignore[no-any-return]
 
 
-def _torch_layer(vision_hidden_size: int, core: type) -> ModuleSpec:
+def _layer(backend: Literal["te", "torch"], core: type, vision_hidden_size: int, *, vision_is_frozen: bool) -> ModuleSpec:
+    parts: tuple[type, type, type] = (ColumnParallelLinear, RowParallelLinear, SwiGLU)
+    # Transformer Engine keeps these norms inside the linear layer after them: its names are used on disk.
+    norms: dict[str, Any] = {
+        "input_layernorm": RMSNorm,
+        "pre_mlp_layernorm": RMSNorm,
+        "sharded_state_dict_keys_map": {
+            "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+            "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+        },
+    }
+    if backend == "te":
+        from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TERowParallelLinear
+
+        parts, norms = (TELayerNormColumnParallelLinear, TERowParallelLinear, TransformerEngineSwiGLU), {}
+    column, row, activation = parts
     return ModuleSpec(
         module=HiMixLayer,
+        params={"vision_is_frozen": vision_is_frozen},
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
-            self_attention=_attention(
-                vision_hidden_size,
-                MixtureAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
+            self_attention=ModuleSpec(
+                module=MixtureAttention,
+                params={"attn_mask_type": AttnMaskType.causal, "vision_hidden_size": vision_hidden_size},
+                submodules=MixtureAttentionSubmodules(
+                    linear_qkv=column,
                     core_attention=core,
-                    linear_proj=RowParallelLinear,
-                    vision_norm=VisionNorm,
-                    linear_vision_kv=VisionLinear,
-                ),
-            ),
-            self_attn_bda=residual_add,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, activation_func=SwiGLU, linear_fc2=RowParallelLinear),
-            ),
-            mlp_bda=residual_add,
-            # Transformer Engine keeps these norms inside the linear layer after them: its names are used on disk.
-            sharded_state_dict_keys_map={
-                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-            },
-        ),
-    )
-
-
-def _transformer_engine_layer(vision_hidden_size: int, core: type) -> ModuleSpec:
-    from megatron.core.extensions.transformer_engine import (
-        TELayerNormColumnParallelLinear,
-        TERowParallelLinear,
-    )
-
-    return ModuleSpec(
-        module=HiMixLayer,
-        submodules=TransformerLayerSubmodules(
-            self_attention=_attention(
-                vision_hidden_size,
-                MixtureAttentionSubmodules(
-                    linear_qkv=TELayerNormColumnParallelLinear,
-                    core_attention=core,
-                    linear_proj=TERowParallelLinear,
+                    linear_proj=row,
                     vision_norm=VisionNorm,
                     linear_vision_kv=VisionLinear,
                 ),
@@ -118,20 +98,9 @@ def _transformer_engine_layer(vision_hidden_size: int, core: type) -> ModuleSpec
             self_attn_bda=residual_add,
             mlp=ModuleSpec(
                 module=MLP,
-                submodules=MLPSubmodules(
-                    linear_fc1=TELayerNormColumnParallelLinear,
-                    activation_func=TransformerEngineSwiGLU,
-                    linear_fc2=TERowParallelLinear,
-                ),
+                submodules=MLPSubmodules(linear_fc1=column, activation_func=activation, linear_fc2=row),
             ),
             mlp_bda=residual_add,
+            **norms,
         ),
-    )
-
-
-def _attention(vision_hidden_size: int, submodules: MixtureAttentionSubmodules) -> ModuleSpec:
-    return ModuleSpec(
-        module=MixtureAttention,
-        params={"attn_mask_type": AttnMaskType.causal, "vision_hidden_size": vision_hidden_size},
-        submodules=submodules,
     )

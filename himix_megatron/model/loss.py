@@ -4,7 +4,7 @@ Flows in: the last layer's states and the labels; then the per-token losses of a
 schedules add up over micro-batches, and over data ranks (`calculate_per_token_loss`). Data parallelism, gradient accumulation
 and padding therefore change nothing.
 
-Logits are the largest tensor of a small decoder: 152,000 of them for each token, 600 KB in fp32, beside 3.5 KB of state. So
+Logits are the largest tensor of a small decoder: 152,000 of them for each token, 600 KB in fp32, against 3.5 KB of state. So
 only tokens with a label go through the head. Where Transformer Engine's cross-entropy can be used, which reads each logit once
 for the loss and writes the gradient in its place, they do so once (12 bytes of traffic a logit in bf16); elsewhere a chunk at a
 time, whose logits are computed again in the backward pass.

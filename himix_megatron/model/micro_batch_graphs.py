@@ -6,7 +6,7 @@ long as they take an H100 at 8,192 text tokens (docs/results.md). A graph is rec
 the first micro-batch has everything compiled and chosen; all graphs share one pool of memory, since one runs at a time.
 
 Everything that differs between two micro-batches of one size is in tensors: what text and vision lengths decide is in the
-Layout's, which labels count in `labelled`. Nothing in the step may therefore depend on a number that the host reads.
+PackedLayout's, which labels count in `labelled`. Nothing in the step may therefore depend on a number that the host reads.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class MicroBatchGraphs:
         return self._replay(self._recorded[size], padded)
 
     def padded(self, given: StageInput) -> StageInput:
-        """The same micro-batch in one of the sizes, with its Layout."""
+        """The same micro-batch in one of the sizes, with its PackedLayout."""
         assert given.packed_lengths is not None
         assert given.labels is not None
         assert given.labelled is not None
@@ -129,7 +129,7 @@ class MicroBatchGraphs:
 
 
 def padded_sizes(config: Config, num_text: int, num_images: int) -> tuple[int, int]:
-    """To how many text tokens and images a micro-batch of so many is padded."""
+    """The numbers of text tokens and images that a micro-batch with these numbers is padded to."""
     num_text = _up(max(num_text, config.data.pack_max_text_tokens or 0), TEXT_MULTIPLE)
     return num_text, _up(max(1, num_images), IMAGE_MULTIPLE)
 
@@ -146,7 +146,7 @@ def _size(given: StageInput) -> tuple[Any, ...]:
 
 
 def _tensors(given: StageInput) -> list[Tensor]:
-    """All tensors of an input and its Layout, in a fixed order."""
+    """All tensors of an input and its PackedLayout, in a fixed order."""
     parts = (given, given.layout)
     found = [getattr(part, item.name) for part in parts for item in fields(part)]  # type: ignore[arg-type]
     return [value for value in found if isinstance(value, Tensor)]

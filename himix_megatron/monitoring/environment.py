@@ -1,30 +1,25 @@
-"""What a run ran on: versions, kernels, ranks, and which state of the code, as rows of name and value."""
+"""What a run runs on: versions, kernels, ranks and the commit of the code, as rows of name and value."""
 
 from __future__ import annotations
 
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-from ..config import Config
-from ..distributed.megatron_config import kernel_lines
+from ..config import ParallelConfig
 from ..distributed.topology import Topology
-
-if TYPE_CHECKING:
-    from ..training.resume import RunInputs
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "numpy", "himix-megatron")
 ROOT = Path(__file__).parents[2]
 
 
-def describe_environment(config: Config, start: RunInputs, topology: Topology) -> list[tuple[str, str]]:
-    """Everything beside the settings that decides how a run goes."""
-    layout = config.parallel
+def describe_environment(layout: ParallelConfig, topology: Topology, kernels: Iterable[str]) -> list[tuple[str, str]]:
+    """What decides how a run goes, apart from its settings. `kernels`: a line for each choice of a kernel."""
     gpu = torch.cuda.get_device_name(topology.device) if topology.device.type == "cuda" else f"none; {os.cpu_count()} CPU cores"
     rows = [
         ("ranks", f"{topology.world_size}"),
@@ -40,11 +35,11 @@ def describe_environment(config: Config, start: RunInputs, topology: Topology) -
         ("code", code_version()),
         ("Slurm job", os.environ.get("SLURM_JOB_ID", "none")),
     ]
-    return rows + [("kernels", line) for line in kernel_lines(config, start.kernels)]
+    return rows + [("kernels", line) for line in kernels]
 
 
 def version(package: str) -> str:
-    """Of an installed package."""
+    """The version of an installed package."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -52,7 +47,7 @@ def version(package: str) -> str:
 
 
 def code_version() -> str:
-    """The commit that this code is at, with a mark if files differ from it; unknown outside a git checkout."""
+    """The commit of this code, marked if files differ from it; unknown outside a git checkout."""
     if not (ROOT / ".git").exists():
         return "unknown: not a git checkout"
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]

@@ -1,6 +1,6 @@
-"""The gradient's norm by the parts of the model: a vision path that stops learning is not seen in the norm of all.
+"""The gradient norm of each part of the model: a vision path that stops learning does not show in the norm of all parameters.
 
-Flows in: this rank's model chunks and optimizer after a step; out: the squares that this rank is the one to count.
+Flows in: this rank's model chunks and optimizer after a step; out: the sums of squares that this rank counts.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
 from ..config import Part
+from ..distributed.megatron_config import optimizer_parts
 from ..model.himix_model import part_of, unwrap_model
 
 PARTS: tuple[Part, ...] = ("language", "vision_kv", "tower")
@@ -23,10 +24,11 @@ PARTS: tuple[Part, ...] = ("language", "vision_kv", "tower")
 
 @torch.no_grad()
 def squared_norms(stages: list[Any], optimizer: Any, data_rank: int) -> dict[Part, float]:
-    """Sums of squares by part, of what no other rank counts: added over all ranks they are the squared norms.
+    """Sums of squares by part; summed over all ranks they are the squared norms.
 
-    After an update gradients are as it clipped them (`whole` undoes it). Copies are counted once: of the tensor ranks, of
-    weights that two stages share, and of the data ranks, among which a distributed optimizer divides the gradient.
+    After an update the gradients are clipped; `unclipped_norms` undoes it. What several ranks hold is counted once: by one of
+    the tensor ranks, by one of two stages that share weights, and by one data rank, or by the data rank whose shard of a
+    distributed optimizer it is.
     """
     grads: dict[Part, list[Tensor]] = {part: [] for part in PARTS}
     for stage in stages:
@@ -41,9 +43,9 @@ def squared_norms(stages: list[Any], optimizer: Any, data_rank: int) -> dict[Par
 
 
 def _own(parameter: Any, optimizer: Any, data_rank: int) -> Iterator[Tensor]:
-    """What this data rank holds of a parameter's gradient."""
+    """The piece of a parameter's gradient that this data rank counts."""
     grad: Tensor = parameter.main_grad
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in optimizer_parts(optimizer):
         if not isinstance(part, DistributedOptimizer):
             if data_rank == 0:
                 yield grad
@@ -56,8 +58,8 @@ def _own(parameter: Any, optimizer: Any, data_rank: int) -> Iterator[Tensor]:
             return
 
 
-def whole(squares: Mapping[Part, float], grad_norm: float) -> dict[Part, float]:
-    """Norms by part, before clipping. `squares`: added over all ranks; `grad_norm`: of all parts, before clipping."""
+def unclipped_norms(squares: Mapping[Part, float], grad_norm: float) -> dict[Part, float]:
+    """Norms by part before clipping. `squares`: summed over all ranks; `grad_norm`: of all parts, before clipping."""
     total = math.sqrt(sum(squares.values()))
     scale = grad_norm / total if total > 0 else 1.0
     return {part: scale * math.sqrt(square) for part, square in squares.items()}

@@ -1,20 +1,22 @@
-"""What a run measures: counts and times of each step from every rank; out: the numbers of an interval, on the rank that writes.
+"""What a run measures. Flows in: counts and times of each step, from every rank; out, on rank 0: the numbers of an interval, as
+a line of the log, in TensorBoard and in status.json.
 
-What a step processed is known on all ranks (`StepCounts`). The rest is added up on each rank, and gathered once an interval.
-Rates are of real tokens, samples and images over the time of the steps: padding is not counted, nor samples that could not be
-read, nor the time of saves and validations. FLOPs are the model's (flops.py): recomputation is not counted, causal attention as
-causal, frozen parts as forward only.
+What a step processed is known on all ranks (`StepCounts`). The rest is added up on each rank and gathered once an interval.
+Rates count real tokens, samples and images over the time of the steps: they exclude padding, samples that could not be read,
+and the time of saves and validations. FLOPs are the model's (costs/flops.py): they exclude recomputation, count causal
+attention as causal, and frozen parts as forward only.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,14 +26,16 @@ from ..costs.hardware import device_of
 from ..data.loading.batch import StepBatch
 from ..distributed.topology import Topology
 from ..model.micro_batch_graphs import padded_sizes
-from .gradient_norms import PARTS, squared_norms, whole
+from ..runtime.log import clock
+from .gradient_norms import PARTS, squared_norms, unclipped_norms
+from .pipeline_timers import ScheduleTimers
 from .run_status import RunStatusWriter
 
 if TYPE_CHECKING:
-    from ..training.builder import TrainingComponents
-    from ..training.resume import RunInputs
     from .sample_predictions import Answered
-    from .tensorboard import TensorBoardReporter
+    from .tensorboard import TensorBoardReporter  # importing TensorBoard takes a second, which rank 0 alone spends
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,27 +54,27 @@ class StepCounts:
     truncated_samples: int
     """Samples whose text was cut to data.max_text_tokens."""
     sources: tuple[tuple[float, float], ...] = ()
-    """Of each dataset of a mixture: summed loss, answer tokens. One dataset alone: none."""
+    """Summed loss and answer tokens of each dataset of a mixture; empty for one dataset."""
 
 
 @dataclass(slots=True)
 class RankSums:
-    """What one rank adds up over an interval; all numbers, so that they travel as one row."""
+    """What one rank adds up over an interval; all fields are numbers, so that one collective gathers them as a row."""
 
     data_seconds: float = 0.0
     own_seconds: float = 0.0
-    """Spent on metrics themselves."""
+    """Spent in this module."""
     busy_seconds: float = 0.0
-    """Within forward and backward passes."""
+    """Spent in forward and backward passes."""
     schedule_seconds: float = 0.0
-    """From a schedule's beginning to its last pass's end."""
+    """From the start of a schedule to the end of its last pass."""
     peak_gib: float = 0.0
     language_square: float = 0.0
     vision_kv_square: float = 0.0
     tower_square: float = 0.0
-    """Parts of the squared gradient norm, of the interval's last step."""
+    """Squared gradient norm of each part in the interval's last step."""
     positions: float = 0.0
-    """Places for text tokens: the packs' budget, or rows with their padding."""
+    """Positions for text tokens: the packs' budget, or rows including padding."""
     computed_tokens: float = 0.0
     """Text and vision tokens of the decoder's tensors, padding included."""
     text_tokens: float = 0.0
@@ -79,7 +83,7 @@ class RankSums:
     vision_pairs: float = 0.0
     head_tokens: float = 0.0
     images: float = 0.0
-    """From `text_tokens` on: `flops.Work` of the samples, counted by the first rank of each replica."""
+    """The fields from `text_tokens` on are the `flops.Work` of the samples, counted by the first rank of each replica."""
 
     def add_batch(self, config: Config, batch: StepBatch) -> None:
         """Count a step's samples."""
@@ -100,7 +104,7 @@ class RankSums:
 
 @dataclass(slots=True)
 class _Interval:
-    """Since the last report."""
+    """What happened since the last report."""
 
     steps: int = 0
     packs: int = 0
@@ -111,14 +115,14 @@ class _Interval:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """This rank's peak: of the device's allocator, or of the process on CPU."""
+    """This rank's peak memory: of the device's allocator, or of the process on CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def peak_tflops(config: Config, device: torch.device) -> float | None:
-    """What one rank's chip could do at most, in the run's precision; None: not known."""
+    """Peak TFLOP/s of one rank's chip in the run's precision; None if unknown."""
     if config.log.peak_tflops is not None or device.type != "cuda" or config.train.precision != "bf16":
         return config.log.peak_tflops
     found = device_of(torch.cuda.get_device_name(device))
@@ -128,30 +132,43 @@ def peak_tflops(config: Config, device: torch.device) -> float | None:
 class Metrics:
     """Adds up the steps of an interval and reports them; call `data_ready` and `step_done` once a step."""
 
-    def __init__(self, config: Config, start: RunInputs, run: TrainingComponents, first_step: int, status: RunStatusWriter):
-        """`first_step`: steps done so far; points of later ones, which a killed run left behind, are taken back."""
-        self.config, self.run, self.topology, self.first_step = config, run, run.topology, first_step
-        self.status = status
-        self.report: TensorBoardReporter | None = None
-        if run.topology.rank == 0:
-            from .tensorboard import TensorBoardReporter  # TensorBoard takes a second to import: one rank alone pays it
-
-            self.report = TensorBoardReporter(config, start, run.topology, first_step)
-        self.peak_tflops = peak_tflops(config, run.topology.device)
+    def __init__(
+        self,
+        config: Config,
+        topology: Topology,
+        *,
+        stages: list[Any],
+        optimizer: Any,
+        schedule_timers: ScheduleTimers,
+        take_data_wait: Callable[[], float],
+        status: RunStatusWriter,
+        reporter: TensorBoardReporter | None,
+        first_step: int,
+    ):
+        """
+        Args:
+            take_data_wait: the seconds for which training waited for data since its last call.
+            reporter: TensorBoard on rank 0, None elsewhere.
+            first_step: steps done so far.
+        """
+        self.config, self.topology, self.stages, self.optimizer = config, topology, stages, optimizer
+        self.status, self.reporter, self.first_step = status, reporter, first_step
+        self.peak_tflops = peak_tflops(config, topology.device)
+        self._schedule_timers, self._take_data_wait = schedule_timers, take_data_wait
         self._interval = _Interval()
         self._last = time.perf_counter()
 
     def resume_clock(self) -> None:
-        """Forget the time since the last step (saving, validation): it belongs to no step."""
+        """Leave out the time since the last step, which saved or validated."""
         self._last = time.perf_counter()
-        self.run.schedule_timers.take()
-        self.run.prefetcher.take_waited_seconds()
+        self._schedule_timers.take()
+        self._take_data_wait()
 
     def data_ready(self, batch: StepBatch) -> None:
         """The step's batch has arrived."""
         now = time.perf_counter()
         interval, sums = self._interval, self._interval.sums
-        sums.data_seconds += self.run.prefetcher.take_waited_seconds()
+        sums.data_seconds += self._take_data_wait()
         interval.samples += batch.num_samples
         interval.packs += self.config.global_batch
         if self.topology.replica_rank == 0:
@@ -159,32 +176,34 @@ class Metrics:
         sums.own_seconds += time.perf_counter() - now
 
     def step_done(self, step: int, counts: StepCounts, learning_rate: float, grad_norm: float, *, last: bool) -> bool:
-        """Note one step; at the end of an interval report it. Returns: whether it was the end of one."""
+        """Record one step; report the interval if it ends here. Returns: whether it does."""
         now, at = time.perf_counter(), time.time()
         interval, sums = self._interval, self._interval.sums
         interval.seconds += now - self._last
         self._last = now
         interval.steps += 1
         interval.counts.append(counts)
-        busy, schedule = self.run.schedule_timers.take()
+        busy, schedule = self._schedule_timers.take()
         sums.busy_seconds += busy
         sums.schedule_seconds += schedule
+        self.status.record_step(step, counts.loss)
         due = last or step % self.config.log.interval_steps == 0 or step == self.first_step + 1
         if due:
             ranks = self._gather()
             self._interval = _Interval()
-            if self.report is not None:
+            if self.reporter is not None:
                 points = {"train/learning_rate": learning_rate, "train/grad_norm": grad_norm}
                 points |= interval_points(self.config, self.topology, interval, ranks, grad_norm, self.peak_tflops)
                 points |= source_points(source_names(self.config.data.datasets), interval.counts)
-                self.report.step(step, points, at, self.status.record_interval(step, points))
+                self.reporter.step(step, points, at)
+                self._log(step, points, self.status.record_interval(step, points))
         self._interval.sums.own_seconds += time.perf_counter() - now
         return due
 
     def _gather(self) -> list[RankSums]:
-        """Every rank's sums: the one collective of an interval."""
+        """The sums of every rank: the one collective of an interval."""
         sums, topology = self._interval.sums, self.topology
-        squares = squared_norms(self.run.stages, self.run.optimizer, topology.data_rank)
+        squares = squared_norms(self.stages, self.optimizer, topology.data_rank)
         for part, square in squares.items():
             setattr(sums, f"{part}_square", square)
         sums.peak_gib = peak_memory_gib(topology.device)
@@ -193,29 +212,37 @@ class Metrics:
         torch.distributed.all_gather_into_tensor(rows, own)
         return [RankSums(*row) for row in rows.view(topology.world_size, len(own)).tolist()]
 
+    def _log(self, step: int, points: Mapping[str, float], seconds_left: float) -> None:
+        mfu = f"  MFU {100 * points['compute/model_mfu']:.1f} %" if "compute/model_mfu" in points else ""
+        logger.info(
+            "step %d/%d  loss %.6f  lr %.3e  grad norm %.4f  %.3f s/step  data wait %.3f s  text %.0f tok/s  "
+            "vision %.0f tok/s  %.4g TFLOP/s%s  peak %.2f GiB  remaining %s",
+            step, self.status.status.planned_steps, points["train/loss"], points["train/learning_rate"],
+            points["train/grad_norm"], points["time/step_seconds"], points["time/data_wait_seconds"],
+            points["throughput/text_tokens_per_second"], points["throughput/vision_tokens_per_second"],
+            points["compute/model_tflops_per_second"], mfu, points["memory/peak_gib"], clock(seconds_left),
+        )  # fmt: skip
+
     def add(self, step: int, points: Mapping[str, float]) -> None:
-        """Write numbers that others measured."""
-        if self.report is not None:
-            self.report.points(step, points)
+        """Write numbers that were measured elsewhere."""
+        if self.reporter is not None:
+            self.reporter.points(step, points)
 
     def validation(self, step: int, loss: float) -> None:
-        """Note a validation loss."""
-        if self.report is not None:
-            self.report.validation(step, loss)
+        """Report a validation loss."""
+        if self.reporter is not None:
+            logger.info("step %d/%d  validation loss %.6f", step, self.status.status.planned_steps, loss)
+            self.reporter.points(step, {"validation/loss": loss})
 
-    def pictures(self, step: int, answered: Sequence[Answered]) -> None:
+    def predictions(self, step: int, answered: Sequence[Answered]) -> None:
         """Show samples with their answers."""
-        if self.report is not None and answered:
-            self.report.pictures(step, answered)
-
-    def save_stall(self, step: int, seconds: float) -> None:
-        """Note for how long a save kept training waiting."""
-        self.add(step, {"checkpoint/blocking_seconds": seconds})
+        if self.reporter is not None and answered:
+            self.reporter.predictions(step, answered)
 
     def close(self) -> None:
         """Write out what is pending."""
-        if self.report is not None:
-            self.report.close()
+        if self.reporter is not None:
+            self.reporter.close()
 
 
 # ---- an interval's numbers -------------------------------------------------------------------------------------------
@@ -224,7 +251,7 @@ class Metrics:
 def interval_points(
     config: Config, topology: Topology, interval: _Interval, ranks: Sequence[RankSums], grad_norm: float, peak: float | None
 ) -> dict[str, float]:
-    """The numbers of an interval by tag. `peak`: of one GPU in TFLOP/s; None: not known, so no MFU."""
+    """The numbers of an interval by tag. `peak`: TFLOP/s of one chip; None if unknown, then there is no MFU."""
     counts, steps = interval.counts, interval.steps
     answer_tokens = sum(c.answer_tokens for c in counts)
     usable = [c for c in counts if c.answer_tokens and math.isfinite(c.loss)]
@@ -233,7 +260,7 @@ def interval_points(
     points = {
         "train/loss": loss if usable else math.nan,
         "time/step_seconds": interval.seconds / steps,
-        # The slowest rank sets the pace: its waiting and its memory are the ones to show.
+        # The slowest rank sets the pace, so the largest wait is shown, and the largest memory.
         "time/data_wait_seconds": max(rank.data_seconds for rank in ranks) / steps,
         "time/metrics_seconds": max(rank.own_seconds for rank in ranks) / steps,
         "memory/peak_gib": max(rank.peak_gib for rank in ranks),
@@ -257,7 +284,7 @@ def interval_points(
 
 
 def source_names(paths: Sequence[str]) -> list[str]:
-    """A short name for each dataset of a mixture; none for one dataset alone."""
+    """A short name for each dataset of a mixture; empty for one dataset."""
     if len(paths) < 2:
         return []
     names = [Path(path).name for path in paths]
@@ -265,7 +292,7 @@ def source_names(paths: Sequence[str]) -> list[str]:
 
 
 def source_points(names: Sequence[str], counts: Sequence[StepCounts]) -> dict[str, float]:
-    """The loss of each dataset of a mixture over its own answer tokens; none of those that the interval did not meet."""
+    """The loss of each dataset of a mixture over its own answer tokens, where the interval had samples of it."""
     points = {}
     for number, name in enumerate(names):
         met = [c.sources[number] for c in counts if c.sources]
@@ -276,14 +303,14 @@ def source_points(names: Sequence[str], counts: Sequence[StepCounts]) -> dict[st
 
 
 def gradient_points(config: Config, ranks: Sequence[RankSums], grad_norm: float) -> dict[str, float]:
-    """The gradient's norm of text and vision apart."""
-    norms = whole({part: sum(getattr(rank, f"{part}_square") for rank in ranks) for part in PARTS}, grad_norm)
+    """The gradient norms of the parts that train."""
+    norms = unclipped_norms({part: sum(getattr(rank, f"{part}_square") for rank in ranks) for part in PARTS}, grad_norm)
     names = {"language": "text", "vision_kv": "vision_kv", "tower": "tower"}
     return {f"train/grad_norm_{names[part]}": norms[part] for part in PARTS if part in config.train.trainable_parts}
 
 
 def compute_points(config: Config, ranks: Sequence[RankSums], seconds: float, peak: float | None) -> dict[str, float]:
-    """Model TFLOP/s, without and with the tower, and what share of the chips' peak they are."""
+    """Model TFLOP/s, without and with the tower, and their share of the chips' peak."""
     flops = step_flops(config, Work(*(sum(getattr(rank, item.name) for rank in ranks) for item in fields(Work))))
     points = {"compute/model_tflops_per_second": flops.model / seconds / 1e12}
     for name, done in (("decoder", flops.language), ("model", flops.model)):
@@ -295,7 +322,7 @@ def compute_points(config: Config, ranks: Sequence[RankSums], seconds: float, pe
 
 
 def fill_points(config: Config, ranks: Sequence[RankSums], packs: int) -> dict[str, float]:
-    """How much of the places for tokens and images held any, and how much of what was computed was padding."""
+    """The share of text positions and image slots that was filled, and the share of computed tokens that was padding."""
     points = {"data/text_packing_efficiency": sum(rank.text_tokens for rank in ranks) / sum(rank.positions for rank in ranks)}
     real = sum(rank.text_tokens + rank.vision_tokens for rank in ranks)
     points["compute/padding_fraction"] = 1 - real / sum(rank.computed_tokens for rank in ranks)
@@ -306,10 +333,10 @@ def fill_points(config: Config, ranks: Sequence[RankSums], packs: int) -> dict[s
 
 
 def pipeline_points(topology: Topology, ranks: Sequence[RankSums], seconds: float, steps: int) -> dict[str, float]:
-    """How long each stage computes in a step; with several also the bubble: which part of the time between a schedule's
-    beginning and its last pass's end a stage does not, on average."""
+    """How long each stage computes in a step. With several stages also the bubble: the share of a schedule, up to the end of
+    its last pass, in which a stage is idle, averaged over stages."""
     T, D, P = topology.tensor_size, topology.data_size, topology.pipeline_size
-    # A replica's passes take as long as those of its slowest stage (rank = t + T x (d + D x p)).
+    # A replica's schedule takes as long as that of its slowest stage (rank = t + T x (d + D x p)).
     spans = [max(ranks[t + T * (d + D * p)].schedule_seconds for p in range(P) for t in range(T)) for d in range(D)]
     points, busy_seconds = {}, []
     for p in range(P):

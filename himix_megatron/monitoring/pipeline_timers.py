@@ -1,8 +1,8 @@
-"""How long a pipeline stage computes, and how long it waits for others: megatron-core's schedules tell when.
+"""How long a pipeline stage computes, and how long it waits for other stages, from the timers of megatron-core's schedules.
 
-Flows in: the schedule's calls at the beginning and end of each forward and backward pass of a micro-batch; out: seconds within
-them, and seconds from the schedule's beginning to the end of its last pass. What lies between passes is the bubble: waiting for
-other stages. On a GPU the times are the device's own (events), so queued work counts where it runs.
+Flows in: the schedule's calls at the start and end of each forward and backward pass of a micro-batch; out: the seconds within
+passes, and from the schedule's start to the end of its last pass. The time between passes is the bubble. On a GPU the times
+come from CUDA events, so queued work counts when it runs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _SCHEDULE = "forward-backward"
 
 
 class ScheduleTimers:
-    """Stands where megatron-core's schedules look for their timers (`config.timers`)."""
+    """The timers that megatron-core's schedules call (`config.timers`)."""
 
     def __init__(self, device: torch.device):
         self._mark = _event if device.type == "cuda" else time.perf_counter
@@ -27,22 +27,22 @@ class ScheduleTimers:
         self._opened: dict[str, Any] = {}
 
     def __call__(self, name: str, log_level: int | None = None) -> _Timer:
-        """The timer of that name, as the schedules ask for it."""
+        """The timer of that name."""
         return _Timer(self, name)
 
     def open(self, name: str) -> None:
-        """A pass, or the schedule, begins."""
+        """A pass or the schedule starts."""
         if name in _PASSES or name == _SCHEDULE:
             self._opened[name] = self._mark()
 
     def close(self, name: str) -> None:
-        """It ends; ending what is not open is nothing."""
+        """It ends; nothing happens if it was not open."""
         begun = self._opened.pop(name, None)
         if begun is not None:
             (self._schedules if name == _SCHEDULE else self._busy).append((begun, self._mark()))
 
     def ends_with(self, finalize: Callable[..., None]) -> Callable[..., None]:
-        """`finalize` (the sum of gradients over ranks, within the schedule), before which the last pass has ended."""
+        """`finalize`, which reduces gradients within the schedule after its last pass: it ends the schedule first."""
 
         def wrapped(*args: Any, **kwargs: Any) -> None:
             self.close(_SCHEDULE)
@@ -51,7 +51,7 @@ class ScheduleTimers:
         return wrapped
 
     def take(self) -> tuple[float, float]:
-        """Seconds within passes, and within schedules, since the last call; what was queued on the device must be done."""
+        """Seconds within passes, and within schedules, since the last call; the device must have finished its queue."""
         found = _seconds(self._busy), _seconds(self._schedules)
         self._busy, self._schedules = [], []
         return found

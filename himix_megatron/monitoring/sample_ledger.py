@@ -1,8 +1,8 @@
-"""The ledger: which sample was in which step, and to the bit what came of it, written as it happens (off unless --log.ledger).
+"""The sample ledger (--log.ledger): which sample was in which step, and each step's loss and gradient norm to the bit.
 
 Flows in: each step's batch, loss and gradient norm; out: RUN/ledger/rank-000.jsonl, one line a sample, by the first rank of
-each replica, and RUN/ledger/steps.jsonl, one line a step, by rank 0. Rates, lost and repeated samples, and whether two runs
-are the same run, can be checked against it without trusting anything else.
+each replica, and RUN/ledger/steps.jsonl, one line a step, by rank 0. It allows to check rates, lost and repeated samples, and
+whether two runs are equal, independently of the rest of the code.
 """
 
 from __future__ import annotations
@@ -13,23 +13,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from ..config import Config
 from ..data.loading.batch import StepBatch
 from ..distributed.topology import Topology
 
 
 class Ledger:
-    """Appends; a continued run goes on in the same file, so a repeated step is there twice."""
+    """Appends lines. A resumed run appends to the same file, so a repeated step is there twice."""
 
-    def __init__(self, config: Config, sources: Sequence[str], topology: Topology):
-        """`sources`: what `MicroBatch.sources` counts."""
-        self._tokens_per_image = config.vision.tokens_per_image
-        self._sources = sources
+    def __init__(self, run_dir: Path, topology: Topology, *, enabled: bool, sources: Sequence[str], tokens_per_image: int):
+        """`sources`: the names that `MicroBatch.sources` numbers."""
+        self._tokens_per_image, self._sources = tokens_per_image, sources
         self._file: TextIO | None = None
         self._steps: TextIO | None = None
-        if not config.log.ledger:
+        if not enabled:
             return
-        folder = config.run_dir / "ledger"
+        folder = run_dir / "ledger"
         folder.mkdir(parents=True, exist_ok=True)
         if topology.replica_rank == 0:
             self._file = open_whole(folder / f"rank-{topology.rank:03d}.jsonl")
@@ -37,7 +35,7 @@ class Ledger:
             self._steps = open_whole(folder / "steps.jsonl")
 
     def record(self, step: int, batch: StepBatch, loss: float, grad_norm: float) -> None:
-        """Write the samples of a step that has been taken, and its loss and gradient norm in hex: every bit of them."""
+        """Write the samples of a step that is done, and its loss and gradient norm in hexadecimal, which keeps every bit."""
         if self._steps is not None:
             self._steps.write(json.dumps({"step": step, "loss": loss.hex(), "grad_norm": grad_norm.hex()}) + "\n")
             self._steps.flush()
@@ -72,7 +70,7 @@ class Ledger:
 
 
 def open_whole(path: Path) -> TextIO:
-    """Open for appending, without the half line that a killed run may have left at the end."""
+    """Open for appending, after removing the partial last line that a killed run may have left."""
     with path.open("ab+") as file:
         end = size = file.seek(0, os.SEEK_END)
         while end:

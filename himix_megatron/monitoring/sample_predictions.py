@@ -1,7 +1,7 @@
-"""A few samples with their questions, looked at again and again while a run trains: picture, expected answer, given answer.
+"""The model's answers to a few fixed samples while it trains: images, question, expected and given answer.
 
-Flows in: the run's datasets and its weights as they are; out: pictures to show. The samples stay the same, so that one sees an
-answer get better. Answers are greedy, at the run's own layout, by a second set of modules that uses the same weights.
+Flows in: the run's datasets and its current weights; out: samples with answers, to show. Decoding is greedy, at the run's own
+layout, by a second set of modules that shares the weights.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,31 +19,32 @@ from PIL import Image, ImageDraw, ImageFont
 from ..config import Config
 from ..data.errors import BadSampleError
 from ..data.images import image_file
+from ..data.images.decode import decode
 from ..data.loading.plan import SamplingPlan
+from ..data.loading.webdataset_stream import Stream
 from ..data.text import chat_template
 from ..data.text.tokenizer import load_tokenizer
+from ..distributed.fused_kernels import Kernels
+from ..distributed.topology import Topology
 from ..inference.generator import Answerer, Prompt
-from ..model.himix_model import unwrap_model
+from ..model.himix_model import gather_parameters, unwrap_model
+from ..model.towers import Tower
 from ..runtime.failpoints import failpoint
-
-if TYPE_CHECKING:
-    from ..training.builder import TrainingComponents
-    from ..training.resume import RunInputs
 
 logger = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = 64
-"""Of an answer; one that goes on longer is cut."""
+"""Of an answer; a longer one is truncated."""
 WIDTH, PAD, TEXT_SIZE, LINE = 320, 10, 14, 19
-"""Of a drawn sample, in pixels."""
+"""Sizes of a drawn sample, in pixels."""
 MOST_LINES = 6
-"""Of each text that is drawn; all of it is in the table beside the pictures."""
+"""Of each text that is drawn; the table beside the images holds all of it."""
 PAPER, INK, WANTED, GIVEN = "#ffffff", "#1f2937", "#047857", "#1d4ed8"
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A sample to look at: its first question."""
+    """The first question of a sample."""
 
     key: str
     question: str
@@ -53,7 +54,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """A sample with what the model says to it."""
+    """A question with the model's answer."""
 
     key: str
     question: str
@@ -62,7 +63,7 @@ class Answered:
     images: tuple[image_file.Pixels, ...]
 
     def drawn(self) -> npt.NDArray[np.uint8]:
-        """uint8[height, width, 3]: the images as the tower gets them, side by side, and the texts below."""
+        """uint8[height, width, 3]: the images as the tower gets them, side by side, with the texts below."""
         texts = (("Question", self.question, INK), ("Expected", self.expected, WANTED), ("Given", self.given, GIVEN))
         font = ImageFont.load_default(TEXT_SIZE)
         lines = [(line, colour) for name, text, colour in texts for line in _wrapped(f"{name}: {text}", font)]
@@ -78,27 +79,31 @@ class Answered:
 
 
 class SamplePredictions:
-    """The samples of a run, answered at the intervals that `log` says. Every rank makes the same calls."""
+    """Answers the same samples every `log.predictions_interval_steps`. Every rank makes the same calls."""
 
-    def __init__(self, config: Config, start: RunInputs, run: TrainingComponents):
-        self.config, self.run = config, run
+    def __init__(
+        self, config: Config, plan: SamplingPlan | Stream, kernels: Kernels, topology: Topology, stages: list[Any], tower: Tower
+    ):
+        """`plan`: the samples are chosen from it. `tower`: the frozen one; unused where the tower trains."""
+        self.config, self.stages = config, stages
         self.questions: list[Question] = []
         if config.log.predictions_interval_steps:
-            plan = start.held_out or start.plan
-            assert isinstance(plan, SamplingPlan)  # Config has seen to it
+            assert isinstance(plan, SamplingPlan)  # Config has checked it
             self.questions = list(choose(config, plan))
-            self.answerer = answerer_of(config, start, run)
+            trained: Any = unwrap_model(stages[0]).tower if "tower" in config.train.trainable_parts else tower
+            frozen = replace(config, train=replace(config.train, trainable_parts=("vision_kv",)))
+            with torch.random.fork_rng(devices=[]):  # the random numbers of training stay the same
+                self.answerer = Answerer(frozen, kernels, topology, trained)
+            self.answerer.share(stages)
 
     @torch.no_grad()
     def maybe_predict(self, step: int, *, last: bool) -> list[Answered]:
-        """The samples and what the model answers now; none of them when it is not time."""
+        """The samples with the model's answers now; empty unless it is time."""
         if not self.questions or not (last or step % self.config.log.predictions_interval_steps == 0):
             return []
         failpoint("validation/pictures", progress=True)
-        for stage in self.run.stages:
-            if stage.ddp_config.overlap_param_gather:
-                stage.start_param_sync(force_sync=True)  # else they are gathered in the next forward pass
-        self.answerer.share(self.run.stages)
+        gather_parameters(self.stages)
+        self.answerer.share(self.stages)
         tokenizer = load_tokenizer(self.config.data.tokenizer)
         stops = chat_template.end_of_turn(tokenizer, self.config.data.template)
         answers = self.answerer.answer([asked.prompt for asked in self.questions], stops, MAX_NEW_TOKENS)
@@ -108,41 +113,29 @@ class SamplePredictions:
         ]
 
 
-def answerer_of(config: Config, start: RunInputs, run: TrainingComponents) -> Answerer:
-    """One that answers with the run's weights, whatever trains."""
-    frozen = replace(config, train=replace(config.train, trainable_parts=("vision_kv",)))
-    tower: Any = unwrap_model(run.stages[0]).tower if "tower" in config.train.trainable_parts else run.encoder.tower
-    with torch.random.fork_rng(devices=[]):  # training draws what it would have drawn
-        answerer = Answerer(frozen, start.kernels, run.topology, tower)
-    answerer.share(run.stages)
-    return answerer
-
-
 def choose(config: Config, plan: SamplingPlan) -> Iterator[Question]:
-    """Samples spread evenly over the data: those with images, where there are any; damaged ones are passed over."""
+    """Samples spread evenly over the data, with images if any have some; damaged ones are skipped."""
     datasets, data = plan.datasets, config.data
     fits = (datasets.text_tokens > 0) & (datasets.text_tokens <= data.max_text_tokens)
     seeing = np.flatnonzero(fits & (datasets.images > 0))
     numbers = seeing if len(seeing) else np.flatnonzero(fits)
     number_shown = min(config.log.predictions_samples, len(numbers))
     tokenizer = load_tokenizer(data.tokenizer)
-    for place in np.linspace(0, len(numbers) - 1, number_shown).round().astype(int):
-        dataset, number = datasets.locate(int(numbers[place]))
+    for index in np.linspace(0, len(numbers) - 1, number_shown).round().astype(int):
+        dataset, number = datasets.locate(int(numbers[index]))
         try:
-            said = dataset.text(number)
-            images = tuple(
-                image_file.decode(dataset.image_bytes(number, k), config.vision) for k in range(dataset.num_images(number))
-            )
+            conversation = dataset.text(number)
+            images = tuple(decode(dataset.image_bytes(number, k), config.vision) for k in range(dataset.num_images(number)))
         except BadSampleError as error:
-            logger.warning("%s is not among the pictures: %s", dataset.key(number), error.detail)
+            logger.warning("%s cannot be shown: %s", dataset.key(number), error.detail)
             continue
-        question, expected = chat_template.turns_of(said)[0]
-        ids = chat_template.prompt(said, tokenizer, data.template)
+        question, expected = chat_template.turns_of(conversation)[0]
+        ids = chat_template.prompt(conversation, tokenizer, data.template)
         yield Question(dataset.key(number), question, expected, Prompt(ids, images))
 
 
 def _side_by_side(images: tuple[image_file.Pixels, ...]) -> Image.Image | None:
-    """All of them in one row as wide as the picture."""
+    """All images in one row of the full width."""
     if not images:
         return None
     row = Image.fromarray(np.concatenate([pixels.transpose(1, 2, 0) for pixels in images], axis=1))
@@ -151,7 +144,7 @@ def _side_by_side(images: tuple[image_file.Pixels, ...]) -> Image.Image | None:
 
 
 def _wrapped(text: str, font: Any) -> list[str]:
-    """Lines that fit; a word that does not is broken; what is too much ends in dots."""
+    """Lines that fit the width; a long word is broken, and a long text ends in dots."""
     lines = [""]
     for word in text.split():
         for piece in _pieces(word, font):

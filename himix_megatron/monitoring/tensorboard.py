@@ -1,8 +1,7 @@
-"""What a run says, on its one writing rank: a line on the log, and TensorBoard made ready.
+"""TensorBoard, written by rank 0. Flows in: numbers by tag, samples with answers; out: RUN/tensorboard.
 
-Flows in: numbers by tag, pictures with answers; out: RUN/tensorboard and log lines. A continued run writes into the same
-folder, and takes back the points behind the step that it goes on from, so there is one story. What each tag means is in
-docs/monitoring.md.
+A resumed run writes into the same folder and purges the points beyond its checkpoint, so that each step appears once.
+docs/monitoring.md explains every tag.
 """
 
 from __future__ import annotations
@@ -17,12 +16,14 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams, scalar
 
 from ..config import Config, to_json
+from ..data.loading.plan import SamplingPlan
+from ..data.loading.webdataset_stream import Stream
+from ..distributed.fused_kernels import Kernels
+from ..distributed.megatron_config import kernel_lines
 from ..distributed.topology import Topology
-from ..runtime.log import clock
 from .environment import describe_environment
 
 if TYPE_CHECKING:
-    from ..training.resume import RunInputs
     from .sample_predictions import Answered
 
 logger = logging.getLogger(__name__)
@@ -53,27 +54,28 @@ PAGES = {
         "steps without an update, rollbacks": ["health/.*"],
     },
 }
-"""The custom scalars' layout: a page for a question, charts of tags (regular expressions)."""
+"""Layout of the custom scalars: one page a question, whose charts show tags (regular expressions)."""
 
 COMPARED = (
     *("train/loss", "validation/loss", "time/step_seconds", "throughput/text_tokens_per_second_per_rank"),
     *("compute/model_tflops_per_second_per_rank", "memory/peak_gib"),
 )
-"""What the hyper-parameters page shows beside them."""
+"""Results that the page of hyper-parameters shows."""
 
 
 class TensorBoardReporter:
-    """Writes the run's story."""
+    """Writes RUN/tensorboard."""
 
-    def __init__(self, config: Config, start: RunInputs, topology: Topology, first_step: int):
-        self.config, self.first_step = config, first_step
-        self.total_steps = start.plan.expected_steps(start.end)
-        self.fixed = fixed_points(start)
+    def __init__(self, config: Config, plan: SamplingPlan | Stream, kernels: Kernels, topology: Topology, *, first_step: int):
+        """`first_step`: steps done so far; points of later steps, which a killed launch left behind, are purged."""
+        self._folder = config.run_dir / "tensorboard"
+        self._data_points = data_points(plan)
         begins, self._ends = _hyper_parameters(config, topology)
         self._writer: SummaryWriter | None = None
         self._purge_step = first_step + 1 if first_step else None
         pages = {page: {chart: ["Multiline", tags] for chart, tags in charts.items()} for page, charts in PAGES.items()}
-        environment = table(("what", "value"), describe_environment(config, start, topology))
+        rows = describe_environment(config.parallel, topology, kernel_lines(config, kernels))
+        environment = table(("what", "value"), rows)
 
         def begin(writer: SummaryWriter) -> None:
             writer.add_custom_scalars(pages)
@@ -85,43 +87,28 @@ class TensorBoardReporter:
         self._write(begin)
 
     def _write(self, write: Callable[[SummaryWriter], None]) -> None:
-        """A disk that is full or away costs what was to be written, and no more: the next time a new file is tried. (The
-        library writes on a thread of its own, which ends at its first error and is heard of at a later call.)"""
+        """On an error of the disk only these points are lost: the next call opens a new file. (The library's writer thread ends
+        at its first error, which a later call raises.)"""
         try:
             if self._writer is None:
-                folder = str(self.config.run_dir / "tensorboard")
-                self._writer = SummaryWriter(folder, purge_step=self._purge_step, max_queue=100, flush_secs=10)
-                self._purge_step = None  # a later file takes nothing back
+                self._writer = SummaryWriter(str(self._folder), purge_step=self._purge_step, max_queue=100, flush_secs=10)
+                self._purge_step = None  # a later file purges nothing
             write(self._writer)
         except OSError as error:
             logger.error("TensorBoard's points are lost until its file can be written again: %s", error)
             self._writer = None
 
     def points(self, step: int, points: Mapping[str, float], at: float | None = None) -> None:
-        """Numbers by tag, as one event. `at`: when they held, in seconds since 1970; None: now."""
+        """Write numbers by tag as one event. `at`: their time in seconds since 1970; None: now."""
         values = [scalar(tag, value).value[0] for tag, value in points.items()]  # type: ignore[no-untyped-call]
         self._write(lambda writer: _add(writer, Summary(value=values), step, at))
 
-    def step(self, step: int, points: dict[str, float], at: float, seconds_left: float) -> None:
-        """An interval's numbers; a line of them on the log. `at`: when its last step ended."""
-        self.points(step, points | self.fixed, at)
-        mfu = f"  MFU {100 * points['compute/model_mfu']:.1f} %" if "compute/model_mfu" in points else ""
-        logger.info(
-            "step %d/%d  loss %.6f  lr %.3e  grad norm %.4f  %.3f s/step  data wait %.3f s  text %.0f tok/s  "
-            "vision %.0f tok/s  %.4g TFLOP/s%s  peak %.2f GiB  remaining %s",
-            step, self.total_steps, points["train/loss"], points["train/learning_rate"], points["train/grad_norm"],
-            points["time/step_seconds"], points["time/data_wait_seconds"], points["throughput/text_tokens_per_second"],
-            points["throughput/vision_tokens_per_second"], points["compute/model_tflops_per_second"], mfu,
-            points["memory/peak_gib"], clock(seconds_left),
-        )  # fmt: skip
+    def step(self, step: int, points: dict[str, float], at: float) -> None:
+        """Write the numbers of an interval. `at`: when its last step ended."""
+        self.points(step, points | self._data_points, at)
 
-    def validation(self, step: int, loss: float) -> None:
-        """A validation loss."""
-        logger.info("step %d/%d  validation loss %.6f", step, self.total_steps, loss)
-        self.points(step, {"validation/loss": loss})
-
-    def pictures(self, step: int, answered: Sequence[Answered]) -> None:
-        """Samples with question, expected and given answer: as pictures, and as text that can be searched and copied."""
+    def predictions(self, step: int, answered: Sequence[Answered]) -> None:
+        """Show samples with question, expected and given answer: as images, and as text that can be searched and copied."""
         rows = [(str(number), one.key, one.question, one.expected, one.given) for number, one in enumerate(answered)]
 
         def add(writer: SummaryWriter) -> None:
@@ -142,26 +129,25 @@ class TensorBoardReporter:
 
 
 def _add(writer: SummaryWriter, summary: Any, step: int | None = None, at: float | None = None) -> None:
-    """Through the writer's own door for finished summaries: its methods write an event for each number, and make another run of
-    hyper-parameters."""
+    """Write a finished summary. SummaryWriter's own methods write one event for each number, and put hyper-parameters into
+    another run."""
     writer._get_file_writer().add_summary(summary, step, at)  # type: ignore[no-untyped-call]
 
 
-def fixed_points(start: RunInputs) -> dict[str, float]:
-    """Numbers of the data that no step changes."""
-    datasets = getattr(start.plan, "datasets", None)
-    if datasets is None:
+def data_points(plan: SamplingPlan | Stream) -> dict[str, float]:
+    """Numbers of the datasets, which are the same at every step; none of a stream."""
+    if isinstance(plan, Stream):
         return {}
     return {
-        "data/dropped_samples": sum(start.plan.left_out.values()),  # type: ignore[union-attr]
-        "data/quarantined_samples": sum(sum(part.manifest.quarantined.values()) for part in datasets.parts),
+        "data/dropped_samples": sum(plan.left_out.values()),
+        "data/quarantined_samples": sum(sum(part.manifest.quarantined.values()) for part in plan.datasets.parts),
     }
 
 
 def _hyper_parameters(config: Config, topology: Topology) -> tuple[list[Any], Any]:
-    """The plug-in's summaries, for the run's own folder (`SummaryWriter.add_hparams` would make another run of them).
+    """Summaries of the HParams plug-in for the run's own folder; `SummaryWriter.add_hparams` would create another run.
 
-    Returns: those for the beginning, and that for the end.
+    Returns: the summaries for the beginning, and the one for the end.
     """
     model, train, parallel = config.model, config.train, config.parallel
     values = {

@@ -1,18 +1,21 @@
 """Training: from a configuration to a trained run folder, at any layout of ranks.
 
-`pretrain` reads as the list of what happens; `train_loop` is the loop. One step: read this rank's texts and image share, encode
-the share and gather the replica's features, run megatron-core's schedule over the micro-batches, clip, update, report, and now
-and then save.
+`pretrain` is the table of contents; `TrainLoop` runs the steps. A step: wait for the batch and its features, run
+megatron-core's schedule over the micro-batches, clip, update, report; at intervals validate, show predictions and save.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ..checkpoint.checkpointer import Position
+from torch import Tensor
+
+from ..checkpoint.description import Position
 from ..config import Config, check_ranks
+from ..data.loading.batch import StepBatch
 from ..data.loading.plan import DataPosition
 from ..distributed.launch import check_launch
 from ..distributed.topology import init_distributed
@@ -22,18 +25,29 @@ from ..monitoring.run_status import RunStatusWriter
 from ..monitoring.sample_ledger import Ledger
 from ..monitoring.sample_predictions import SamplePredictions
 from ..resilience import out_of_memory
+from ..resilience.bad_samples import BadSampleBudget
 from ..resilience.journal import Journal
-from ..resilience.loss_guard import LossGuard
-from ..resilience.replica_check import check_replica_weights
+from ..resilience.loss_guard import LossGuard, StepDecision
 from ..resilience.watchdog import Watchdog
 from ..runtime import failpoints, log
 from ..runtime.durable_files import publish
 from ..runtime.failpoints import failpoint
 from ..runtime.stop_signals import EXIT_REQUEUE, EXIT_STOPPED, StopRequest, exit_now
-from .builder import TrainingComponents, batches_from, build_components, describe
+from .builder import TrainingComponents, build_components, describe
+from .checkpoint_policy import CheckpointPolicy
+from .data_setup import RunInputs, batches_from, prepare_inputs, stop_file
 from .optimizer import Schedule, apply_settings
-from .resume import RunInputs, lock_run_dir, prepare_inputs, restore_or_initialize, select_checkpoint, stop_file
-from .startup import RunContext, record_start, refuse_crash_loop, status_writer
+from .resume import (
+    ResumePoint,
+    RunContext,
+    expected_checkpoint,
+    lock_run_dir,
+    record_start,
+    refuse_crash_loop,
+    restore_or_initialize,
+    select_checkpoint,
+    status_writer,
+)
 from .train_step import synced_batches, train_step
 from .validation import Validation
 
@@ -41,216 +55,214 @@ logger = logging.getLogger(__name__)
 
 
 def pretrain(config: Config, request: StopRequest | None = None) -> int:
-    """Train one run to its last step, or continue it. `request`: where it has been listened for longer already.
+    """Train one run to its last step, or continue it. `request`: one that has listened for signals for longer already.
 
-    Returns: 0 at the last step; 85 (`EXIT_REQUEUE`) after a stop request, saved; 3 (`EXIT_STOPPED`) if it gave up on
-    purpose, with the reason in RUN/STOP. Raises: ValueError for a user's mistake, before ranks meet.
+    Returns: 0 after the last step; 85 (`EXIT_REQUEUE`) after a requested stop, saved; 3 (`EXIT_STOPPED`) after a stop on
+    purpose, with the reason in RUN/STOP. Raises: ValueError for a mistake of the user, before ranks meet.
     """
     started_at, request = time.time(), request or StopRequest()
     launch = check_launch(config)
     failpoints.schedule_faults(config.run.fault_injection, launch.rank)
-    start = prepare_inputs(config, check_ranks(config, launch.world_size))
+    inputs = prepare_inputs(config, check_ranks(config, launch.world_size))
+    expected = expected_checkpoint(config, inputs.plan)
     journal = Journal(config.run_dir)
-    if reason := refuse_crash_loop(config, start, journal):
+    if reason := refuse_crash_loop(config, expected, inputs.length, journal):
         request.ignore_signals()
-        return stop_run(config, reason, status_writer(config, start, started_at, launch))
+        return stop_run(config, reason, status_writer(config, inputs, expected, launch, started_at))
     topology = init_distributed(config.parallel, seed=config.train.seed, launch=launch)
-    start = lock_run_dir(config, start)
-    log.start(config.run_dir, topology.rank, topology.world_size)
-    start = select_checkpoint(config, start)
-    watchdog = Watchdog.over(config, topology, launch.host, request)
-    status = status_writer(config, start, started_at, launch)
+    ranks, run_lock = lock_run_dir(config, topology)
+    start = ResumePoint(ranks, run_lock, select_checkpoint(config, inputs.plan, ranks))
+    status = status_writer(config, inputs, start.checkpoint, launch, started_at)
+    watchdog = Watchdog.over(config, topology, launch.host, request, status.record_end)
     with log.failures(), status.failures(), watchdog, out_of_memory.explained(config):
-        context = record_start(config, start, journal, watchdog, request, status)
-        status.record_state("starting")
+        context = record_start(config, start.checkpoint, journal, watchdog, request, status)
         failpoint("start/load", progress=True)
-        run = build_components(config, start, topology)
-        describe(config, start, run)
+        run = build_components(config, inputs, topology, ranks=ranks, run_lock=run_lock)
+        describe(config, inputs, run)
         run.checkpoints.check_disk_space()
-        position = restore_or_initialize(config, start, run.checkpoints)
-        apply_settings(config, run.optimizer)
-        code = train_with_rollbacks(config, start, run, position, context)
+        position = restore_or_initialize(config, inputs, start.checkpoint, run.checkpoints)
+        apply_settings(config.optimizer, run.optimizer)
+        code = train_with_rollbacks(config, inputs, run, position, context)
         run.checkpoints.close()
         if code != EXIT_STOPPED:
             status.record_end(code)
     if not run.prefetcher.drain(seconds=2):
-        exit_now(code)  # a read or a peer of the next step is stuck, and nobody needs that step
+        exit_now(code)  # the read of a step that nobody needs any more is stuck
     return code
 
 
-def train_with_rollbacks(
-    config: Config, start: RunInputs, run: TrainingComponents, position: Position, context: RunContext
-) -> int:
-    """From a position to the last step; each rollback begins anew from an earlier position. Returns: the exit code."""
-    context.watchdog.begin_steps()
-    context.status.record_state("training", step=position.step)
-    while not isinstance(end := train_loop(config, start, run, position, context), int):
-        position = roll_back(config, run, context, end)
-    return end
-
-
-@dataclass(frozen=True, slots=True)
-class Rollback:
-    """The loop ended at a spike."""
-
-    place: DataPosition
-    """Where the data goes on behind it."""
-    reason: str
-
-
-def train_loop(
-    config: Config, start: RunInputs, run: TrainingComponents, position: Position, context: RunContext
-) -> int | Rollback:
-    """From a position to the last step, a stop or a rollback. Returns: the exit code, or what to roll back."""
-    request, goodput, journal = context.request, context.goodput, context.journal
-    rollback_data_offsets = journal.rollback_data_offsets()
-    schedule = Schedule(config, run.optimizer)
-    metrics = Metrics(config, start, run, position.step, context.status)
-    pictures = SamplePredictions(config, start, run)
-    ledger = Ledger(config, start.plan.sources, run.topology)
-    validation = Validation(config, start, run, context)
-    tolerance = BadSampleBudget(config)
-    health = LossGuard(config.health, journal.loss_guard_state_at(position.step), num_rollbacks=journal.num_rollbacks)
-    policy = CheckpointPolicy(config, run, context, health, metrics, position.step)
-    end: int | Rollback = 0
-    goodput.switch("data")
-    for batch, images in synced_batches(
-        run, batches_from(config, start, run.topology, position, rollback_data_offsets), request
-    ):
-        metrics.data_ready(batch)
-        goodput.switch("step")
-        failpoints.begin_step(position.step + 1)
-        failpoint("step/begin", progress=True)
-        position = replace(position, place=rollback_data_offsets.get(position.step, position.place))
-        learning_rate = schedule.set(start.end.progress(position.step, position.place))
-        health.begin_step(
-            position.step + 1, can_roll_back=policy.can_go_back and not start.end.reached(policy.step, batch.after)
-        )
-        with profiled(config, run.topology, position.step + 1):
-            counts, grad_norm, decision = train_step(config, run, batch, images, health.check)
-        if decision.action == "rollback":
-            end = Rollback(batch.after, decision.reason)
-            break
-        position = replace(position, step=position.step + 1, place=batch.after)
-        context.status.record_step(position.step, counts.loss)
-        if metrics.step_done(position.step, counts, learning_rate, grad_norm, last=batch.is_last):
-            metrics.add(position.step, goodput.points() | health.points())
-            goodput.record_alive(position.step)
-        ledger.record(position.step, batch, counts.loss, grad_norm)
-        run.checkpoints.poll()
-        reason = decision.stop_reason or tolerance.exceeded(counts, batch.num_samples)
-        if not reason:
-            with goodput.doing("validation"):
-                loss = validation.measure(position.step, last=batch.is_last)
-            if loss is not None:
-                metrics.validation(position.step, loss)
-            with goodput.doing("validation"):
-                metrics.pictures(position.step, pictures.maybe_predict(position.step, last=batch.is_last))
-            reason = policy.maybe_save(position, loss, due=batch.is_last or validation.is_best(loss))
-        if reason:
-            end = stop_run(config, reason, context.status)
-            break
-        metrics.resume_clock()
-        failpoint("step/end", progress=True)
-        context.watchdog.heartbeat("waiting for data")
-        goodput.switch("data")
-        if batch.is_last or request.is_agreed:
-            break
-    if request.is_agreed and end != EXIT_STOPPED:
-        reason = policy.save_before_exit(position)
-        end = stop_run(config, reason, context.status) if reason else EXIT_REQUEUE
-    with goodput.doing("save"):
-        if isinstance(end, Rollback) or end == EXIT_STOPPED:
-            run.checkpoints.wait()  # there is an older one to go back to, or to go on from
-        else:
-            run.checkpoints.finish()
-    if end == EXIT_REQUEUE:
-        logger.info("stop requested (%s): step %d is saved", request.received, policy.step)
-    metrics.close()
-    ledger.close()
-    if isinstance(end, int):
-        goodput.record_end(position.step, end)
-    return end
-
-
-def roll_back(config: Config, run: TrainingComponents, context: RunContext, spike: Rollback) -> Position:
-    """Go back to the newest checkpoint, and on from there behind the spike. Returns: the position there."""
-    logger.warning("%s: going back to the newest checkpoint, and on behind the spike", spike.reason)
-    context.goodput.switch("recovery")
-    position = run.checkpoints.roll_back()
-    apply_settings(config, run.optimizer)
-    context.journal.record_rollback(position.step, spike.place, spike.reason)
-    context.goodput.record_rollback(position.step)
-    return position
-
-
-class CheckpointPolicy:
-    """Saves when it is time, and only what replicas agree on."""
-
-    def __init__(
-        self, config: Config, run: TrainingComponents, context: RunContext, health: LossGuard, metrics: Metrics, step: int
-    ):
-        """`step`: of the checkpoint that the run goes on from, 0 if there is none."""
-        self.config, self.run, self.context, self.health = config, run, context, health
-        self.metrics, self.step = metrics, step
-
-    @property
-    def can_go_back(self) -> bool:
-        """Whether there is a checkpoint of this run."""
-        return self.step > 0
-
-    def maybe_save(self, position: Position, validation_loss: float | None, *, due: bool) -> str | None:
-        """After a step: check and save if it is time, or `due` for another reason; a step is saved once.
-
-        Returns: why the run must not go on; None: all is well.
-        """
-        checkpoint, health = self.config.checkpoint, self.config.health
-        due = (due or position.step % checkpoint.interval_steps == 0) and position.step > self.step
-        if due or position.step % health.replica_check_steps == 0:
-            difference = check_replica_weights(self.run.topology, self.run.stages, self.run.checkpoints.frozen_tower)
-            if difference:
-                return (
-                    f"after step {position.step} {difference}. A machine may be broken: find it before you go on, from the "
-                    f"checkpoint of step {self.step}"
-                )
-        if due:
-            with self.context.goodput.doing("save"):
-                self.context.goodput.record_save(position.step, self.health.state())
-                stall_seconds = self.run.checkpoints.save(position, validation_loss=validation_loss)
-            self.metrics.save_stall(position.step, stall_seconds)
-            self.step = position.step
-        return None
-
-    def save_before_exit(self, position: Position) -> str | None:
-        """Before leaving: what is not on the disk, because its save failed, is saved once more. Returns: as `maybe_save`."""
-        self.run.checkpoints.wait()
-        if self.run.checkpoints.saves.failures:
-            self.step = 0
-        return self.maybe_save(position, None, due=True)
-
-
-class BadSampleBudget:
-    """How many samples may fail to read: `data.max_bad_fraction` of those since this start, counted as at least 1,000."""
-
-    def __init__(self, config: Config):
-        self.fraction = config.data.max_bad_fraction
-        self.bad = self.seen = 0
-
-    def exceeded(self, counts: StepCounts, num_samples: int) -> str | None:
-        """Note a step. Returns: that there were too many, in one line for RUN/STOP; the same on every rank."""
-        self.bad, self.seen = self.bad + counts.bad_samples, self.seen + num_samples
-        if self.bad <= self.fraction * max(self.seen, 1000):
-            return None
-        return (
-            f"{self.bad} of {self.seen} samples could not be read, more than data.max_bad_fraction {self.fraction}: "
-            "RUN/log names them"
-        )
-
-
 def stop_run(config: Config, reason: str, status: RunStatusWriter) -> int:
-    """Stop on purpose: say why in RUN/STOP. Nothing is saved, so going on starts from the last good checkpoint."""
+    """Stop on purpose: write the reason into RUN/STOP. Nothing is saved, so the run would continue from the last checkpoint."""
     if status.writes:
         logger.error("stopped: %s", reason)
         publish(stop_file(config), f"{reason}\n".encode())
         status.record_end(EXIT_STOPPED, reason)
     return EXIT_STOPPED
+
+
+def train_with_rollbacks(
+    config: Config, inputs: RunInputs, run: TrainingComponents, position: Position, context: RunContext
+) -> int:
+    """Train from a position to the end of the run; after a rollback again from an earlier one. Returns: the exit code."""
+    context.watchdog.begin_steps()
+    context.status.record_state("training", step=position.step)
+    loop = TrainLoop(config, inputs, run, position, context)
+    while isinstance(end := loop.run(), Rollback):
+        del loop  # its second set of modules, before the next loop makes its own
+        with context.goodput.doing("recovery"):
+            loop = TrainLoop(config, inputs, run, roll_back(config, run, context, end), context)
+    return end
+
+
+@dataclass(frozen=True, slots=True)
+class Rollback:
+    """The loop ended at a loss spike."""
+
+    place: DataPosition
+    """Where the data continues behind it."""
+    reason: str
+
+
+def roll_back(config: Config, run: TrainingComponents, context: RunContext, spike: Rollback) -> Position:
+    """Restore the newest checkpoint; the data will continue behind the spike. Returns: the position of the checkpoint."""
+    logger.warning("%s: going back to the newest checkpoint, and on behind the spike", spike.reason)
+    position = run.checkpoints.roll_back()
+    apply_settings(config.optimizer, run.optimizer)
+    context.journal.record_rollback(position.step, spike.place, spike.reason)
+    context.goodput.record_rollback(position.step)
+    return position
+
+
+class TrainLoop:
+    """Takes steps from a position to the last step, a stop or a rollback."""
+
+    def __init__(self, config: Config, inputs: RunInputs, run: TrainingComponents, position: Position, context: RunContext):
+        self.config, self.inputs, self.components, self.position, self.context = config, inputs, run, position, context
+        self.request, self.goodput = context.request, context.goodput
+        journal, topology, stages = context.journal, run.topology, run.stages
+        self.rollback_data_offsets = journal.rollback_data_offsets()
+        self.schedule = Schedule(config.optimizer, run.optimizer)
+        self.metrics = _metrics(config, inputs, run, position.step, context.status)
+        self.predictions = SamplePredictions(
+            config, inputs.held_out or inputs.plan, inputs.kernels, topology, stages, run.encoder.tower
+        )
+        self.ledger = Ledger(
+            config.run_dir,
+            topology,
+            enabled=config.log.ledger,
+            sources=inputs.plan.sources,
+            tokens_per_image=config.vision.tokens_per_image,
+        )
+        self.validation = Validation(config, inputs.held_out, inputs.held_out_features, run, context.request)
+        self.bad_samples = BadSampleBudget(config.data.max_bad_fraction)
+        state = journal.loss_guard_state_at(position.step)
+        self.loss_guard = LossGuard(config.health, state, num_rollbacks=journal.num_rollbacks)
+        self.policy = CheckpointPolicy(
+            config.checkpoint,
+            config.health,
+            checkpoints=run.checkpoints,
+            topology=topology,
+            stages=stages,
+            loss_guard=self.loss_guard,
+            goodput=context.goodput,
+            metrics=self.metrics,
+            saved_step=position.step,
+        )
+
+    def run(self) -> int | Rollback:
+        """Returns: the exit code, or what to roll back."""
+        with self.goodput.doing("step"):
+            end = self._finish(self._steps())
+            self.metrics.close()
+            self.ledger.close()
+        if isinstance(end, int):
+            self.goodput.record_end(self.position.step, end)
+        return end
+
+    def _steps(self) -> int | Rollback:
+        """Take steps. Returns: why it ended, as `run`; 0 also where a stop was requested and is still to be saved."""
+        for batch, images in self.goodput.waiting("data", self._batches()):
+            counts, decision = self._train(batch, images)
+            if decision.action == "rollback":
+                return Rollback(batch.after, decision.reason)
+            reason = decision.stop_reason or self.bad_samples.exceeded(counts.bad_samples, batch.num_samples)
+            if reason := reason or self._evaluate_and_save(last=batch.is_last):
+                return stop_run(self.config, reason, self.context.status)
+            self.metrics.resume_clock()
+            failpoint("step/end", progress=True)
+            self.context.watchdog.heartbeat("waiting for data")
+            if batch.is_last or self.request.is_agreed:
+                break
+        return 0
+
+    def _batches(self) -> Iterator[tuple[StepBatch, Tensor]]:
+        """The remaining steps of the run, each with its images or features."""
+        step, place = self.position.step, self.position.place
+        batches = batches_from(self.config, self.inputs, self.components.topology, step, place, self.rollback_data_offsets)
+        return synced_batches(self.components, batches, self.request)
+
+    def _train(self, batch: StepBatch, images: Tensor) -> tuple[StepCounts, StepDecision]:
+        """Take a step and record it, unless it is to be rolled back."""
+        self.metrics.data_ready(batch)
+        step, length = self.position.step + 1, self.inputs.length
+        failpoints.begin_step(step)
+        failpoint("step/begin", progress=True)
+        place = self.rollback_data_offsets.get(self.position.step, self.position.place)
+        learning_rate = self.schedule.set(length.progress(self.position.step, place))
+        data_remains = not length.reached(self.policy.saved_step, batch.after)
+        self.loss_guard.begin_step(step, can_roll_back=self.policy.can_roll_back and data_remains)
+        with profiled(self.config.run_dir, self.components.topology, enabled=step in self.config.log.profile_steps, step=step):
+            counts, grad_norm, decision = train_step(self.config, self.components, batch, images, self.loss_guard.check)
+        if decision.action == "rollback":
+            self.position = replace(self.position, place=place)
+            return counts, decision
+        self.position = replace(self.position, step=step, place=batch.after)
+        if self.metrics.step_done(step, counts, learning_rate, grad_norm, last=batch.is_last):
+            self.metrics.add(step, self.goodput.points() | self.loss_guard.points())
+            self.goodput.record_alive(step)
+        self.ledger.record(step, batch, counts.loss, grad_norm)
+        self.components.checkpoints.poll()
+        return counts, decision
+
+    def _evaluate_and_save(self, *, last: bool) -> str | None:
+        """After a step: validate, show predictions and save, where it is time. Returns: why the run must stop, if it must."""
+        step = self.position.step
+        with self.goodput.doing("validation"):
+            loss = self.validation.measure(step, last=last)
+            if loss is not None:
+                self.metrics.validation(step, loss)
+            self.metrics.predictions(step, self.predictions.maybe_predict(step, last=last))
+        return self.policy.maybe_save(self.position, loss, due=last or self.validation.is_best(loss))
+
+    def _finish(self, end: int | Rollback) -> int | Rollback:
+        """Save what a requested stop leaves to be saved, and complete the save in flight. Returns: as `run`."""
+        if self.request.is_agreed and end != EXIT_STOPPED:
+            reason = self.policy.save_before_exit(self.position)
+            end = stop_run(self.config, reason, self.context.status) if reason else EXIT_REQUEUE
+        with self.goodput.doing("save"):
+            if isinstance(end, Rollback) or end == EXIT_STOPPED:
+                self.components.checkpoints.wait()  # if it fails, there is an older one to continue from
+            else:
+                self.components.checkpoints.finish()
+        if end == EXIT_REQUEUE:
+            logger.info("stop requested (%s): step %d is saved", self.request.received, self.policy.saved_step)
+        return end
+
+
+def _metrics(config: Config, inputs: RunInputs, run: TrainingComponents, first_step: int, status: RunStatusWriter) -> Metrics:
+    reporter = None
+    if run.topology.rank == 0:
+        from ..monitoring.tensorboard import TensorBoardReporter  # importing TensorBoard takes a second
+
+        reporter = TensorBoardReporter(config, inputs.plan, inputs.kernels, run.topology, first_step=first_step)
+    return Metrics(
+        config,
+        run.topology,
+        stages=run.stages,
+        optimizer=run.optimizer,
+        schedule_timers=run.schedule_timers,
+        take_data_wait=run.prefetcher.take_waited_seconds,
+        status=status,
+        reporter=reporter,
+        first_step=first_step,
+    )

@@ -1,6 +1,6 @@
 """The optimizer and its learning-rate schedule, both megatron-core's.
 
-Flows in: Config and this rank's model chunks; out: an optimizer to step and a schedule that is a function of samples seen.
+Flows in: Config and this rank's model chunks; out: an optimizer, and a schedule that is a function of the run's progress.
 """
 
 from __future__ import annotations
@@ -13,29 +13,28 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
-from ..config import Config
-from ..distributed.megatron_config import optimizer_config
+from ..config import Config, OptimizerConfig
+from ..distributed.megatron_config import optimizer_config, optimizer_parts
 
 
 def build_optimizer(config: Config, stages: list[DistributedDataParallel]) -> Any:
-    """AdamW over the parameters that train, with fp32 main weights under bf16; gradients clipped by global norm."""
+    """AdamW over the trainable parameters, with fp32 main weights under bf16; gradients are clipped by their global norm."""
     return get_megatron_optimizer(optimizer_config(config), stages, use_gloo_process_groups=False)
 
 
-def apply_settings(config: Config, optimizer: Any) -> None:
-    """Make the configuration's values hold in every parameter group: a restored optimizer brings its old ones along."""
-    settings = config.optimizer
+def apply_settings(settings: OptimizerConfig, optimizer: Any) -> None:
+    """Put the configuration's values into every parameter group: a restored optimizer has those of its checkpoint."""
     for group in optimizer.param_groups:
         group["max_lr"], group["min_lr"] = settings.learning_rate, settings.min_learning_rate
         group["betas"], group["eps"] = (settings.beta1, settings.beta2), settings.eps
 
 
 def gradient_norm(optimizer: Any) -> Tensor | float:
-    """Make the gradients ready for an update. Returns: their global norm, before clipping; all ranks call it. With fused
-    kernels newer versions of mcore leave it on the device, for which nobody has waited then.
+    """Prepare the gradients for an update; all ranks call it. Returns: their global norm before clipping. With fused kernels
+    newer versions of mcore return it on the device, without waiting for it.
 
-    With `update` it does what mcore's `optimizer.step` does, which without a gradient scaler takes any gradient: here somebody
-    can look at the norm in between.
+    This and `update` do what mcore's `optimizer.step` does without a gradient scaler, so that the norm can be checked in
+    between.
     """
     optimizer.prepare_grads()
     norm: Tensor | float = optimizer.get_grad_norm()
@@ -43,8 +42,8 @@ def gradient_norm(optimizer: Any) -> Tensor | float:
 
 
 def update(optimizer: Any, norm: float, clip_norm: float) -> None:
-    """Clip the gradients to `clip_norm` (0: not), and take the optimizer's step. `norm`: what `gradient_norm` gave."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    """Clip the gradients to `clip_norm` (0: no clipping) and step. `norm`: as `gradient_norm` returns it."""
+    for part in optimizer_parts(optimizer):
         parameters = [] if part.is_stub_optimizer else part.get_parameters()
         if clip_norm > 0 and parameters:
             clip_grad_by_total_norm_fp32(
@@ -57,14 +56,13 @@ def update(optimizer: Any, norm: float, clip_norm: float) -> None:
 
 
 RESOLUTION = 1 << 30
-"""Parts into which a run's length is divided for the schedule."""
+"""Steps of mcore's scheduler in a run, however long the run is."""
 
 
 class Schedule:
-    """The learning rate as a pure function of the part of the run that is done: a checkpoint needs to store no schedule."""
+    """The learning rate as a pure function of the run's progress: a checkpoint stores no schedule."""
 
-    def __init__(self, config: Config, optimizer: Any):
-        settings = config.optimizer
+    def __init__(self, settings: OptimizerConfig, optimizer: Any):
         self._optimizer = optimizer
         self._mcore = OptimizerParamScheduler(
             optimizer,
@@ -81,7 +79,7 @@ class Schedule:
         )
 
     def set(self, progress: float) -> float:
-        """Put the optimizer at the rate that holds at this part of the run, 0 to 1 (the warm-up starts from 0); returns it."""
+        """Set the optimizer's learning rate for a progress from 0 to 1 (the warm-up starts from 0). Returns: the rate."""
         self._mcore.num_steps = min(RESOLUTION, int(progress * RESOLUTION))
         self._mcore.step(0)
         return max(float(group["lr"]) for group in self._optimizer.param_groups)

@@ -1,6 +1,6 @@
-"""One step, and how ranks come to it together: its data read and encoded, the pass, the verdict, the update.
+"""One optimizer step on all ranks: its batch with features, forward and backward passes, the loss guard's decision, the update.
 
-Flows in: batches as this rank reads them; out: what the step processed over all ranks, and what became of it.
+Flows in: batches as this rank reads them; out: what the step processed over all ranks, and the decision.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ def _read(batches: Iterable[StepBatch], device: torch.device) -> Iterator[StepBa
 def train_step(
     config: Config, run: TrainingComponents, batch: StepBatch, images: Tensor, check: Callable[[float, bool], StepDecision]
 ) -> tuple[StepCounts, float, StepDecision]:
-    """One optimizer step, unless `judge(loss, finite)`, which is the same on every rank, says otherwise. The host waits for
-    the device once, in `count`; megatron-core may wait for it too.
+    """One optimizer step, if `check(loss, finite)` decides for the update, which it decides alike on every rank. The host waits
+    for the device once, in `count`; megatron-core may wait for it too.
 
-    Returns: what it processed over all ranks, the gradient's global norm before clipping, and the verdict.
+    Returns: what it processed over all ranks, the gradient's global norm before clipping, and the decision.
     """
     for stage in run.stages:
         stage.zero_grad_buffer()
@@ -81,8 +81,8 @@ def train_step(
 
 
 def has_finite_gradients(run: TrainingComponents) -> Tensor:
-    """bool[], on the device: whether all gradients that this rank holds are finite, those too that its norm leaves to another
-    rank."""
+    """bool[] on the device: whether all gradients that this rank holds are finite, also those that another rank counts in the
+    norm."""
     largest = [
         torch.linalg.vector_norm(buffer.grad_data, ord=math.inf)
         for stage in run.stages
@@ -96,14 +96,14 @@ def has_finite_gradients(run: TrainingComponents) -> Tensor:
 def run_schedule(run: TrainingComponents, batch: StepBatch, images: Tensor, *, forward_only: bool) -> list[Tensor]:
     """Forward (and backward) over a step's micro-batches. `images`: as `with_features` gives them.
 
-    Returns: on the last stage per micro-batch what `loss.answer_loss` reports; elsewhere nothing.
+    Returns: for each micro-batch what `loss.answer_loss` reports, on the last stage; elsewhere nothing.
     """
     inputs = stage_inputs(batch, images, run.topology.device)
     return run_losses(run.stages, inputs, forward_only=forward_only, graphs=run.graphs)
 
 
 def agree_on_bad(batch: StepBatch, topology: Topology) -> StepBatch:
-    """The same step on every rank of a replica: an image that one rank could not read is blank and silent on all."""
+    """The same step on every rank of a replica: an image that one rank could not read is blank, without loss, on all."""
     if topology.replica_size == 1:
         return batch
     num_samples = sum(len(m.keys) for m in batch.micro_batches)
@@ -132,10 +132,10 @@ def count(
     finite: Tensor | bool = True,
     norm: Tensor | float = 0.0,
 ) -> tuple[StepCounts, bool, float]:
-    """Add the step up over all ranks: the loss from the last stages, the counts once from each replica.
+    """Sum the step over all ranks, with one collective and one wait for the device: the loss from the last stages, the counts
+    once from each replica.
 
-    Returns: the counts; whether the loss and the norm are finite and all ranks find their gradients `finite`; and the first
-    rank's norm. One collective, and one wait for the device, for all of it.
+    Returns: the counts; whether loss, norm and the gradients of all ranks (`finite`) are finite; and rank 0's norm.
     """
     if batch.bad_keys:
         logger.warning("could not read %s: no loss from them", ", ".join(batch.bad_keys))

@@ -80,7 +80,7 @@ def each_other_damage() -> Iterator[tuple[str, Callable[[Path], Any], str]]:
     yield (
         "no manifest",
         lambda f: (f / "manifest.json").unlink(),
-        "manifest.json is missing: nothing vouches for this checkpoint",
+        "manifest.json is missing: the checkpoint cannot be verified",
     )
     yield "empty manifest", lambda f: (f / "manifest.json").write_bytes(b""), "manifest.json is damaged"
     yield "edited manifest", all_hashes_redone, "manifest.json is damaged"

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from himix_megatron.checkpoint import checkpointer as checkpoints
+from himix_megatron.checkpoint.description import Position
 from himix_megatron.checkpoint.manifest import find_checkpoint
 from himix_megatron.config import RunConfig, to_json
 from himix_megatron.conversion.checkpoint_io import read_config
@@ -121,7 +122,7 @@ def load_and_save(checkpoint: Path, run: Path, attention: str, change: Callable[
     assert own._checkpoint_bytes() > 0
     if old_way:
         checkpoints._EXTRA_STATE = "nothing ends like this"
-    own.save(checkpoints.Position(step=1, place=START, data={}))
+    own.save(Position(step=1, place=START, data={}))
     own.finish()
     checkpoints._EXTRA_STATE = "_extra_state"
     for parameter in unwrap_model(stages[0]).parameters():

@@ -37,7 +37,7 @@ def test_each_start_takes_the_next_attempt_and_the_older_one_s_folder_away(tmp_p
     second = acquire(tmp_path)
     assert (first.number, second.number) == (1, 2)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["attempt-000002"]
-    with pytest.raises(run_lock.StaleAttemptError, match=r"another start has taken over .*: attempt 1 ends"):
+    with pytest.raises(run_lock.StaleLockError, match=r"another launch has taken over .*: lock generation 1 ends"):
         first.check()
     second.check()
     second.end()
@@ -111,7 +111,7 @@ def test_a_stale_attempt_changes_nothing_wherever_it_is(mixed_dataset: Path, tmp
     for point in POINTS:
         config = saving_config(mixed_dataset, tmp_path / point, steps=3, mode=mode, keep_last=1)
         before, after, error = run_ranks(overtaken, 1, config, point, start_gloo=False)[0]
-        assert "another start has taken over" in error, (point, error)
+        assert "another launch has taken over" in error, (point, error)
         assert after == before, point
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from himix_megatron.checkpoint.manifest import complete_checkpoints
-from himix_megatron.checkpoint.snapshot import HostCopies, PinnedRoom
+from himix_megatron.checkpoint.snapshot import HostCopies, PinnedPool
 from himix_megatron.config import Config, ParallelConfig
 from himix_megatron.costs.memory import padded_vocab
 from pipelines.recipes import RECIPES
@@ -47,18 +47,18 @@ def test_blocks_of_powers_of_two_are_filled(recipe: str) -> None:
         sizes.append(size)
         return torch.empty(size, dtype=torch.uint8)  # address space only: nothing is written
 
-    room = PinnedRoom(allocate)
+    room = PinnedPool(allocate)
     for dtype, times in ((torch.bfloat16, 1), (torch.float32, 3)):
         for shape in state_shapes(recipe) * times:
             given = torch.empty(shape, dtype=dtype, device="meta")
             asked += given.nbytes
             room.empty_like(given)
     assert all(size & (size - 1) == 0 for size in sizes)
-    assert sum(sizes) <= max(1.1 * asked, PinnedRoom.SMALLEST)
+    assert sum(sizes) <= max(1.1 * asked, PinnedPool.SMALLEST)
 
 
 def test_what_is_laid_into_a_block_is_as_if_allocated_alone() -> None:
-    room = PinnedRoom(lambda size: torch.full((size,), 7, dtype=torch.uint8))
+    room = PinnedPool(lambda size: torch.full((size,), 7, dtype=torch.uint8))
     given = [
         torch.randn(3, 5), torch.tensor(2.5), torch.randn(7).bfloat16(), torch.arange(4), torch.empty(0, 2),
         torch.randn(2, 3, dtype=torch.float64),
@@ -78,7 +78,7 @@ def test_what_is_laid_into_a_block_is_as_if_allocated_alone() -> None:
 def test_copies_are_kept_from_one_to_the_next() -> None:
     with patch("torch.cuda.is_available", return_value=True):
         copies = HostCopies()
-        copies._room = PinnedRoom(lambda size: torch.empty(size, dtype=torch.uint8))
+        copies._pool = PinnedPool(lambda size: torch.empty(size, dtype=torch.uint8))
         first = copies.copy(("a",), torch.ones(3))
         assert copies.copy(("a",), torch.zeros(3)).data_ptr() == first.data_ptr()
         assert first.tolist() == [0, 0, 0]

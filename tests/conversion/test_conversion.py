@@ -125,7 +125,8 @@ def test_files_on_disk_are_those_of_a_saved_model(tmp_path: Path, tower: Path) -
 
 def save_again(checkpoint: Path, run: Path) -> Path:
     """Load a checkpoint into a model, and save that."""
-    from himix_megatron.checkpoint.checkpointer import Checkpoints, Position
+    from himix_megatron.checkpoint.checkpointer import Checkpoints
+    from himix_megatron.checkpoint.description import Position
     from himix_megatron.checkpoint.run_lock import acquire
     from himix_megatron.config import RunConfig
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed

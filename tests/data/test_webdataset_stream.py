@@ -13,7 +13,7 @@ import pytest
 import torch
 import webdataset
 
-from himix_megatron.data.images.image_file import decode
+from himix_megatron.data.images.decode import decode
 from himix_megatron.data.loading.loader import ReadSpec
 from himix_megatron.data.loading.plan import START, DataPosition, TrainingLength
 from himix_megatron.data.loading.webdataset_stream import Stream, stream_steps

@@ -25,7 +25,7 @@ from himix_megatron.distributed.megatron_config import (
     text_multiple,
     transformer_config,
 )
-from himix_megatron.training.resume import prepare_inputs
+from himix_megatron.training.data_setup import prepare_inputs
 from pipelines.recipes import RECIPES
 from tests.support.ranks import run_ranks
 from tests.support.small_runs import small_config

@@ -186,7 +186,9 @@ def train() -> dict[str, object]:
 
 
 def test_a_family_of_the_page_computes_what_transformers_computes(played: dict[str, object]) -> None:
-    assert re.search(r"logits of the whole model on 48 tokens, beside transformers: largest difference", str(played["printed"]))
+    assert re.search(
+        r"logits of the whole model on 48 tokens, compared with transformers: largest difference", str(played["printed"])
+    )
     assert played["norms"] == 4, "each layer's key norm is converted"
     published, counted = played["parameters"]  # type: ignore[misc]
     assert published == counted

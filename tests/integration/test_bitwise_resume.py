@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from himix_megatron.checkpoint.checkpointer import complete_checkpoints
+from himix_megatron.checkpoint.manifest import complete_checkpoints
 from himix_megatron.config import Config
 from tests.support.ranks import run_ranks
 from tests.support.small_runs import small_config, train

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from himix_megatron.checkpoint.checkpointer import Checkpoints, complete_checkpoints
+from himix_megatron.checkpoint.checkpointer import Checkpoints
+from himix_megatron.checkpoint.manifest import complete_checkpoints
 from himix_megatron.config import Config, RunConfig
 from tests.support.ranks import run_ranks
 from tests.support.small_runs import small_config, train
@@ -68,14 +69,15 @@ def save_again(config: Config, folder: Path) -> None:
     from himix_megatron.config import check_ranks
     from himix_megatron.distributed.launch import check_launch
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
-    from himix_megatron.training.loop import build_components
-    from himix_megatron.training.resume import prepare_inputs, restore_or_initialize
+    from himix_megatron.training.builder import build_components
+    from himix_megatron.training.data_setup import prepare_inputs
+    from himix_megatron.training.resume import expected_checkpoint, restore_or_initialize
 
     launch = check_launch(config)
     start = prepare_inputs(config, check_ranks(config, launch.world_size))
     topology = init_distributed(config.parallel, seed=config.train.seed, launch=launch)
     run = build_components(config, start, topology)
-    position = restore_or_initialize(config, start, run.checkpoints)
+    position = restore_or_initialize(config, start, expected_checkpoint(config, start.plan), run.checkpoints)
     elsewhere = replace(config, run=RunConfig(dir=str(folder)))
     checkpoints = Checkpoints(elsewhere, run.stages, run.optimizer, run.checkpoints.frozen_tower)
     checkpoints.save(position)

@@ -14,7 +14,7 @@ import pytest
 
 from himix_megatron.config import Config
 from himix_megatron.data.loading.plan import SamplingPlan
-from himix_megatron.training.resume import make_plan
+from himix_megatron.training.data_setup import make_plan
 from tests.support.ranks import run_ranks
 from tests.support.small_runs import history, small_config, train
 

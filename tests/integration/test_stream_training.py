@@ -10,7 +10,8 @@ import pytest
 import webdataset
 
 from himix_megatron.config import Config
-from himix_megatron.training.resume import prepare_inputs
+from himix_megatron.training.data_setup import prepare_inputs
+from himix_megatron.training.resume import expected_checkpoint
 from tests.support.datasets import COLOURS
 from tests.support.ranks import run_ranks
 from tests.support.small_runs import history, small_config, train
@@ -55,13 +56,15 @@ def test_steps_from_our_own_shards_continue(mixed_dataset: Path, tmp_path: Path)
     for steps in (5, 50):
         run_ranks(train, 1, streaming(tars, tmp_path, steps=steps), start_gloo=False)
     assert len(history(tmp_path)["train/loss"]) == 50
-    with pytest.raises(ValueError, match=r"stands at step 50 of another data order: data\.stream is .*, it was"):
-        prepare_inputs(streaming(tars.replace("..2", "..1"), tmp_path, steps=60), 1)
+    config = streaming(tars.replace("..2", "..1"), tmp_path, steps=60)
+    changed = r"cannot resume .* \(step 50\): data\.webdataset_urls changed from .* changes the data order"
+    with pytest.raises(ValueError, match=changed):
+        expected_checkpoint(config, prepare_inputs(config, 1).plan)
 
 
 def test_a_stream_needs_steps_and_a_tar_for_each_data_rank(foreign: str, tmp_path: Path) -> None:
     config = streaming(foreign, tmp_path)
-    with pytest.raises(ValueError, match=r"data\.stream names 2 tars for 4 data-parallel ranks"):
+    with pytest.raises(ValueError, match=r"data\.webdataset_urls names 2 tars for 4 data-parallel ranks"):
         prepare_inputs(config, 4)
-    with pytest.raises(ValueError, match=r"data\.stream has no end, .* give --train\.steps"):
+    with pytest.raises(ValueError, match=r"data\.webdataset_urls has no end, .* give --train\.steps"):
         prepare_inputs(replace(config, train=replace(config.train, steps=None)), 1)

@@ -194,15 +194,19 @@ def test_data_order_of_a_run_cannot_change(mixed_dataset: Path, tmp_path: Path) 
     run_ranks(train, 1, config, start_gloo=False)
     kept = (tmp_path / "config.json").read_text()
     changed = {
-        "train.seed is 99, it was 1234": replace(config, train=replace(config.train, seed=99)),
-        "train.global_batch_samples is 16, it was 8": replace(config, train=replace(config.train, global_batch_samples=16)),
-        "data.max_text_tokens is 95, it was 96": replace(config, data=replace(config.data, max_text_tokens=95)),
-        "data.template is plain, it was tiny": replace(config, data=replace(config.data, template="plain")),
-        r"data.weights is \[1.0\], it was \[\]": replace(config, data=replace(config.data, weights=(1.0,))),
-        "data.shuffle is shards, it was samples": replace(config, data=replace(config.data, shuffle="shards")),
+        "train.seed changed from 1234 to 99": replace(config, train=replace(config.train, seed=99)),
+        "train.global_batch_samples changed from 8 to 16": replace(
+            config, train=replace(config.train, global_batch_samples=16)
+        ),
+        "data.max_text_tokens changed from 96 to 95": replace(config, data=replace(config.data, max_text_tokens=95)),
+        "data.template changed from tiny to plain": replace(config, data=replace(config.data, template="plain")),
+        r"data.weights changed from \[\] to \[1.0\]": replace(config, data=replace(config.data, weights=(1.0,))),
+        "data.shuffle changed from samples to shards": replace(config, data=replace(config.data, shuffle="shards")),
     }
     for said, other in changed.items():
-        with pytest.raises(RuntimeError, match=f"ValueError: .* at step 2 of another data order: {said}"):
+        with pytest.raises(
+            RuntimeError, match=rf"ValueError: cannot resume .* \(step 2\): {said}, which changes the data order"
+        ):
             run_ranks(train, 1, with_steps(other, 4), start_gloo=False)
     assert (tmp_path / "config.json").read_text() == kept
 

@@ -344,7 +344,7 @@ def step_batch(config: Config, topology: Any, number: int) -> Any:
     from himix_megatron.data.loading.batch import StepBatch, collate, rank_share
     from himix_megatron.data.loading.plan import START
     from himix_megatron.data.text.chat_template import EncodedText
-    from himix_megatron.training.builder import reads_of
+    from himix_megatron.training.data_setup import reads_of
 
     def text(length: int) -> EncodedText:
         return EncodedText(np.arange(length), np.arange(length) > length // 2, False)

@@ -33,7 +33,7 @@ def described(attention: str) -> dict[str, str | None]:
     import torch
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
 
-    from himix_megatron.checkpoint.checkpointer import _metadata
+    from himix_megatron.checkpoint.distributed_optimizer import sharding_metadata
     from himix_megatron.distributed.fused_kernels import detect
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
     from himix_megatron.model.himix_model import build_stage, unwrap_model
@@ -47,7 +47,7 @@ def described(attention: str) -> dict[str, str | None]:
     kernels = detect()
     with as_with_gpu(attention):
         stages = build_stage(config, kernels, topology, tower)
-    state = unwrap_model(stages[0]).sharded_state_dict(metadata=_metadata()).values()
+    state = unwrap_model(stages[0]).sharded_state_dict(metadata=sharding_metadata()).values()
     shutdown_distributed()
     found: dict[str, str | None] = {}
     for value in state:

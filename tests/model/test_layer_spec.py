@@ -19,7 +19,7 @@ def names_and_shapes(attention: str) -> dict[str, tuple[int, ...]]:
     import torch
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-    from himix_megatron.checkpoint.checkpointer import _model_state
+    from himix_megatron.checkpoint.checkpointer import model_state
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
     from himix_megatron.model.himix_model import build_stage
     from himix_megatron.model.towers import build_tower
@@ -32,7 +32,7 @@ def names_and_shapes(attention: str) -> dict[str, tuple[int, ...]]:
     # Transformer Engine's modules refuse to be built, not only to run, where torch sees no GPU.
     with patch("torch.cuda.is_available", return_value=attention == "te" or torch.cuda.is_available()):
         stages = build_stage(config, kernels, topology, tower)
-    tensors = [t for t in _model_state(stages)["model0"].values() if isinstance(t, ShardedTensor)]
+    tensors = [t for t in model_state(stages)["model0"].values() if isinstance(t, ShardedTensor)]
     shutdown_distributed()
     return {f"{tensor.key}{list(tensor.global_offset)}": tuple(tensor.global_shape) for tensor in tensors}
 

@@ -216,15 +216,16 @@ def _tower_gradients(config: Config) -> tuple[float, dict[str, torch.Tensor]]:
     from himix_megatron.model.himix_model import unwrap_model
     from himix_megatron.runtime import log
     from himix_megatron.training import builder, train_step
-    from himix_megatron.training.resume import prepare_inputs, restore_or_initialize
+    from himix_megatron.training.data_setup import prepare_inputs, step_reader
+    from himix_megatron.training.resume import expected_checkpoint, restore_or_initialize
 
     start = prepare_inputs(config, 1)
     topology = init_distributed(config.parallel, seed=config.train.seed)
     log.start(config.run_dir, topology.rank, topology.world_size)
     run = builder.build_components(config, start, topology)
-    restore_or_initialize(config, start, run.checkpoints)
-    reader = builder.step_reader(config, start.plan, topology)
-    batch, images = next(train_step.with_features(run, [reader[next(start.plan.steps(start.end))]]))
+    restore_or_initialize(config, start, expected_checkpoint(config, start.plan), run.checkpoints)
+    reader = step_reader(config, start.plan, topology)
+    batch, images = next(train_step.with_features(run, [reader[next(start.plan.steps(start.length))]]))
     for stage in run.stages:
         stage.zero_grad_buffer()
     reported = train_step.run_schedule(run, batch, images, forward_only=False)

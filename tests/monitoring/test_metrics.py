@@ -162,14 +162,16 @@ def first_norms(config: Config) -> dict[str, float]:
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
     from himix_megatron.monitoring import gradient_norms
     from himix_megatron.training import builder, optimizer, train_step
-    from himix_megatron.training.resume import prepare_inputs, restore_or_initialize
+    from himix_megatron.training.data_setup import batches_from, prepare_inputs
+    from himix_megatron.training.resume import expected_checkpoint, restore_or_initialize
 
     launch = check_launch(config)
     start = prepare_inputs(config, check_ranks(config, launch.world_size))
     topology = init_distributed(config.parallel, seed=config.train.seed, launch=launch)
     run = builder.build_components(config, start, topology)
-    position = restore_or_initialize(config, start, run.checkpoints)
-    batch, images = next(train_step.with_features(run, builder.batches_from(config, start, topology, position, {})))
+    position = restore_or_initialize(config, start, expected_checkpoint(config, start.plan), run.checkpoints)
+    batches = batches_from(config, start, topology, position.step, position.place, {})
+    batch, images = next(train_step.with_features(run, batches))
     for stage in run.stages:
         stage.zero_grad_buffer()
     run.optimizer.zero_grad()

@@ -57,7 +57,7 @@ def saved_answers(config: Config) -> list[list[str]]:
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
     from himix_megatron.inference.generator import Answerer
     from himix_megatron.monitoring.sample_predictions import MAX_NEW_TOKENS, choose
-    from himix_megatron.training.resume import make_plan
+    from himix_megatron.training.data_setup import make_plan
 
     topology = init_distributed(config.parallel, seed=1)
     answerer = Answerer(replace(config, train=replace(config.train, trainable_parts=("vision_kv",))), detect(), topology)

@@ -28,7 +28,7 @@ def test_three_starts_without_a_new_step_stop_the_run(mixed_dataset: Path, tmp_p
             assert ranks.codes() == [-signal.SIGKILL]
     with Ranks(config, 1) as ranks:
         assert ranks.codes() == [3]
-    assert (tmp_path / "STOP").read_text().startswith("3 starts in a row have saved no step beyond 0")
+    assert (tmp_path / "STOP").read_text().startswith("3 consecutive launches made no progress past step 0")
     with Ranks(replace(config, run=replace(config.run, ignore_stop_file=True)), 1) as ranks:
         assert ranks.codes() == [0]
     with Ranks(config, 1) as ranks:

@@ -13,7 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
-from himix_megatron.checkpoint.checkpointer import complete_checkpoints
+from himix_megatron.checkpoint.manifest import complete_checkpoints
+from himix_megatron.monitoring.run_status import read_status
 from tests.support.processes import FaultSchedule, Ranks, manners_config, reached
 from tests.support.small_runs import history
 
@@ -116,6 +117,9 @@ def test_a_signal_before_the_first_step_leaves_nothing(
         assert max(ranks.ended_at.values()) - asked_at <= 2
     assert saved_steps(tmp_path) == []
     assert not (tmp_path / "STOP").exists()
+    status = read_status(tmp_path)
+    assert status is not None
+    assert (status.step, status.exit_code) == (0, code)
 
 
 def test_a_signal_while_peers_are_waited_for_is_heard(mixed_dataset: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from himix_megatron.monitoring.run_status import read_status
 from himix_megatron.runtime.process import free_port
 from tests.support.processes import Ranks, manners_config
 
@@ -84,7 +85,7 @@ def test_a_failed_rank_ends_all_and_says_why(mixed_dataset: Path, tmp_path: Path
     with Ranks(manners_config(mixed_dataset, tmp_path), 2, fail) as ranks:
         assert ranks.codes() == [1, 1]
         assert abs(ranks.ended_at[0] - ranks.ended_at[1]) <= 2
-        assert "rank 1 failed: RuntimeError: the card is on fire: this rank ends too" in ranks.log(0)
+        assert "rank 1 failed: RuntimeError: the card is on fire; shutting down this rank" in ranks.log(0)
         assert "Traceback" in ranks.log(1)
         assert "Traceback" not in ranks.log(0)
 
@@ -115,6 +116,10 @@ def test_a_hang_ends_with_the_stacks_of_all_ranks(mixed_dataset: Path, tmp_path:
         assert "rank 1 is the farthest behind, at step/backward" in ranks.log(0)
         assert "in sleep_for_ever" in ranks.log(1)
         assert "most recent call first" in ranks.log(0)
+    status = read_status(tmp_path)
+    assert status is not None
+    assert (status.state, status.exit_code) == ("failed", 1)
+    assert "rank 1 is the farthest behind, at step/backward" in str(status.reason)
 
 
 def hold_pythons_lock(rank: int, point: str, count: int) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from himix_megatron.checkpoint.checkpointer import complete_checkpoints
+from himix_megatron.checkpoint.manifest import complete_checkpoints
 from tests.support import ROOT
 
 from .cluster import Job, Slurm, processes_of, rank_process, step_now, steps_taken, wait_until
@@ -234,7 +234,7 @@ def test_three_starts_without_a_new_step_stop_the_run_with_the_reason(train: Tra
     assert refuse_crash_loop.wait() == "FAILED"
     assert refuse_crash_loop.code == 3
     assert refuse_crash_loop.field("Restarts") == "0"
-    assert "3 starts in a row have saved no step beyond 0" in (run / "STOP").read_text()
+    assert "3 consecutive launches made no progress past step 0" in (run / "STOP").read_text()
     assert train(steps=400, flags=rarely).wait() == "FAILED"
     asked = train(steps=5, flags=("--run.ignore-stop-file",))
     assert asked.wait() == "COMPLETED", asked.text

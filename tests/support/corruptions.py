@@ -6,7 +6,6 @@ import logging
 import os
 import random
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -43,7 +42,8 @@ def starts(config: Config, found: list[Damage]) -> list[tuple[str, str]]:
     """For each damage: the checkpoint that a start settles on, and what it says; by a rank of a world."""
     from himix_megatron.distributed.control_group import ControlGroup
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
-    from himix_megatron.training.resume import prepare_inputs, select_checkpoint
+    from himix_megatron.training.data_setup import prepare_inputs
+    from himix_megatron.training.resume import expected_checkpoint, select_checkpoint
 
     said: list[str] = []
     handler = logging.Handler()
@@ -58,8 +58,10 @@ def starts(config: Config, found: list[Damage]) -> list[tuple[str, str]]:
         torch.distributed.barrier()
         said.clear()
         try:
-            start = select_checkpoint(config, replace(prepare_inputs(config, 1), ranks=ranks))
-            results.append((start.checkpoint.name if start.checkpoint else "", " ".join(said)))
+            plan = prepare_inputs(config, 1).plan
+            expected_checkpoint(config, plan)
+            checkpoint = select_checkpoint(config, plan, ranks)
+            results.append((checkpoint.folder.name if checkpoint else "", " ".join(said)))
         except ValueError as error:
             results.append(("refused", str(error)))
         torch.distributed.barrier()

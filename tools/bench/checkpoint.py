@@ -24,7 +24,8 @@ from typing import Literal
 
 import torch
 
-from himix_megatron.checkpoint.checkpointer import Checkpoints, Position
+from himix_megatron.checkpoint.checkpointer import Checkpoints
+from himix_megatron.checkpoint.description import Position
 from himix_megatron.checkpoint.manifest import complete_checkpoints, verify_checkpoint
 from himix_megatron.config import CheckpointConfig, Config, RunConfig
 from himix_megatron.data.loading.plan import START

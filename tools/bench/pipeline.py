@@ -121,13 +121,13 @@ def calibrate(config: Config) -> dict[str, Any]:
     """One rank: the width of the tower's MLP at which its forward pass costs as much CPU time as the decoder's passes."""
     from himix_megatron.model.towers import build_tower
     from himix_megatron.training import builder, train_step
-    from himix_megatron.training.resume import prepare_inputs
+    from himix_megatron.training.data_setup import prepare_inputs, step_reader
 
     start = prepare_inputs(config, 1)
     topology = init_distributed(config.parallel, seed=config.train.seed)
     run = builder.build_components(config, start, topology)
-    reader = builder.step_reader(config, start.plan, topology)
-    batch = reader[next(start.plan.steps(start.end))]
+    reader = step_reader(config, start.plan, topology)
+    batch = reader[next(start.plan.steps(start.length))]
     images = run.encoder.encode(batch.pixels, batch.blank, len(batch.blank))
 
     def decoder() -> None:
@@ -163,13 +163,13 @@ def measure(config: Config, topology: Topology) -> dict[str, Any]:
     from himix_megatron.data.loading.loader import step_loader
     from himix_megatron.resilience.loss_guard import UPDATE
     from himix_megatron.training import builder, train_step
-    from himix_megatron.training.resume import prepare_inputs
+    from himix_megatron.training.data_setup import prepare_inputs, step_reader
 
     start = prepare_inputs(config, topology.data_size)
     run = builder.build_components(config, start, topology)
-    reader = builder.step_reader(config, start.plan, topology, start.features)
+    reader = step_reader(config, start.plan, topology, start.features)
     losses, clocks = [], []
-    for batch, images in train_step.with_features(run, step_loader(reader, start.plan.steps(start.end), 0)):
+    for batch, images in train_step.with_features(run, step_loader(reader, start.plan.steps(start.length), 0)):
         counts, _, _ = train_step.train_step(config, run, batch, images, lambda *_: UPDATE)
         losses.append(counts.loss)
         clocks.append((time.process_time(), time.perf_counter()))

@@ -17,7 +17,7 @@ from itertools import islice
 
 from himix_megatron.config import Config
 from himix_megatron.costs.memory import GIB, MicroBatch, rank_memory
-from himix_megatron.training.resume import end_of, make_plan
+from himix_megatron.training.data_setup import make_plan, training_length
 from pipelines.cli import parse
 from tools.bench import checkpoint
 from tools.bench.measure import Line
@@ -88,7 +88,7 @@ def lines_of(config: Config, run: dict[str, float], context: Context) -> Iterato
 def predicted_gib(config: Config) -> float:
     """The prediction for the plan's first steps: the widest pack, the most images of a pack and of a step."""
     plan = make_plan(config, config.data)
-    steps = [[len(pack) for pack in step.packs] for step in islice(plan.steps(end_of(config, plan)), 20)]
+    steps = [[len(pack) for pack in step.packs] for step in islice(plan.steps(training_length(config, plan)), 20)]
     largest = MicroBatch(
         text_tokens=float(config.data.pack_max_text_tokens or 0),
         vision_tokens=max(max(step) for step in steps) * config.vision.tokens_per_image,

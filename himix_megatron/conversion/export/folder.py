@@ -14,9 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ...config import Config, ModelConfig, VisionConfig
+from ...config import Config, VisionConfig
 from ...config.families import FAMILIES
 from ...model.towers import tower_settings
+from ..huggingface import language_settings, rope_scaling
 from ..safetensors_io import write_folder
 from .tokenizer import write_tokenizer
 
@@ -50,21 +51,21 @@ def export(weights: Mapping[str, Tensor], config: Config, out: Path, tokenizer: 
         )
     if out.exists():
         raise ValueError(f"{out} exists: name a folder that does not")
-    beside = out.with_name(f"{out.name}.writing")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    writing = out.with_name(f"{out.name}.writing")
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir(parents=True)
     try:
-        tokens = write_tokenizer(str(tokenizer or config.data.tokenizer), config.data.template, beside)
-        write_folder(beside, weights)
+        tokens = write_tokenizer(str(tokenizer or config.data.tokenizer), config.data.template, writing)
+        write_folder(writing, weights)
         dtype = str(weights["model.embed_tokens.weight"].dtype).removeprefix("torch.")
-        _write(beside / "config.json", _settings(config, dtype) | tokens)
-        _write(beside / "generation_config.json", {"do_sample": False, "max_new_tokens": MAX_NEW_TOKENS, **tokens})
-        _write(beside / "preprocessor_config.json", _image_processor(config.vision))
-        _write(beside / "processor_config.json", _processor())
-        shutil.copyfile(Path(__file__).with_name(f"{CODE}.py"), beside / f"{CODE}.py")
-        beside.rename(out)
+        _write(writing / "config.json", _settings(config, dtype) | tokens)
+        _write(writing / "generation_config.json", {"do_sample": False, "max_new_tokens": MAX_NEW_TOKENS, **tokens})
+        _write(writing / "preprocessor_config.json", _image_processor(config.vision))
+        _write(writing / "processor_config.json", _processor())
+        shutil.copyfile(Path(__file__).with_name(f"{CODE}.py"), writing / f"{CODE}.py")
+        writing.rename(out)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(writing, ignore_errors=True)
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
@@ -83,35 +84,12 @@ def _settings(config: Config, dtype: str) -> dict[str, Any]:
         },
         "model_type": "himix",
         "dtype": dtype,
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.ffn_hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.num_query_groups,
-        "head_dim": model.channels_per_head,
-        "hidden_act": "silu",
-        "rms_norm_eps": model.norm_eps,
-        "rope_parameters": _rope(model),
+        **language_settings(model),
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta} | (rope_scaling(model) or {}),
         "max_position_embeddings": config.data.max_text_tokens,
         "attention_bias": model.has_qkv_bias,
-        "tie_word_embeddings": model.tie_embeddings,
-        "initializer_range": model.init_std,
         "text_only_vision": model.text_only_vision,
         "vision_config": _tower(config.vision),
-    }
-
-
-def _rope(model: ModelConfig) -> dict[str, Any]:
-    if model.rope_scaling_factor is None:
-        return {"rope_type": "default", "rope_theta": model.rope_theta}
-    return {
-        "rope_type": "llama3",
-        "rope_theta": model.rope_theta,
-        "factor": model.rope_scaling_factor,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
     }
 
 

@@ -3,7 +3,7 @@
 
 Mixture Attention (HiMix, arXiv 2501.10318): in every decoder layer the text attends to `[vision keys; text keys]`. Vision keys
 and values come from the tower's features through the layer's own norm and projections, carry no position, and are computed once
-per image: they lie in the cache beside the text's. No image token is in the text; `<image>` marks are removed.
+per image: the cache holds them with the text's. No image token is in the text; `<image>` marks are removed.
 
     model = AutoModelForImageTextToText.from_pretrained(DIR, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(DIR, trust_remote_code=True)

@@ -36,7 +36,7 @@ _MACROS = r"""
     {{- last.segment -}}
 {%- endmacro -%}
 """
-"""`<image>` marks go as in `conversation.without_marks`: each with one newline beside it."""
+"""`<image>` marks are removed as in `chat_template.without_marks`: each with one adjacent newline."""
 
 _TURNS = r"""
 {{- OPENING -}}

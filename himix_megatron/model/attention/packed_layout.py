@@ -141,7 +141,7 @@ class Sizes:
     num_vision: int
     """Rows of the features."""
     max_text: int
-    """What the kernels are told of the longest sample."""
+    """The longest sample's text tokens, as the kernels get them."""
     max_vision: int
     """The same, of its vision."""
 
