@@ -21,6 +21,7 @@ from himix_megatron.checkpoint.manifest import find_checkpoint
 from himix_megatron.config import Config, Count, ParallelConfig
 from himix_megatron.data.errors import BadSampleError
 from himix_megatron.data.images import image_file
+from himix_megatron.data.images.decode import decode
 from himix_megatron.data.text import chat_template
 from himix_megatron.data.text.tokenizer import Tokenizer, load_tokenizer
 from himix_megatron.distributed.launch import ensure_ranks
@@ -100,7 +101,7 @@ def read_image(path: Path, config: Config) -> image_file.Pixels:
     """The tower's pixels of an image file. Raises: ValueError naming the file, when it is no image or a damaged one."""
 
     try:
-        return image_file.decode(path.read_bytes(), config.vision)
+        return decode(path.read_bytes(), config.vision)
     except BadSampleError as error:
         raise ValueError(f"--image {path}: {error}") from None
 

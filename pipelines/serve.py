@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from himix_megatron.config import Count
 from himix_megatron.data.errors import BadSampleError
-from himix_megatron.data.images import image_file
+from himix_megatron.data.images.decode import decode
 from himix_megatron.data.text import chat_template
 from himix_megatron.inference.text_stream import TextStream
 from himix_megatron.runtime import log
@@ -150,7 +150,7 @@ class Model:
         from himix_megatron.inference.generator import Prompt
 
         try:
-            pixels = tuple(image_file.decode(data, self.vision) for data in request.images)
+            pixels = tuple(decode(data, self.vision) for data in request.images)
         except BadSampleError as error:
             raise ValueError(f"an image cannot be read: {error}") from None
         said = {"conversations": request.turns}

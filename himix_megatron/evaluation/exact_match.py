@@ -17,6 +17,7 @@ import torch
 from ..config import Config, VisionConfig
 from ..data.errors import BadSampleError
 from ..data.images import image_file
+from ..data.images.decode import decode
 from ..data.loading.shuffle import permutation
 from ..data.shards.reader import ShardDataset
 from ..data.text import chat_template
@@ -70,7 +71,7 @@ def batches(items: Sequence[Question], topology: Topology, size: int) -> Iterato
 def pictures_of(dataset: ShardDataset, sample: int, vision: VisionConfig) -> tuple[image_file.Pixels, ...] | None:
     """A sample's images as the tower wants them; None, and a log line that names the sample, if one is damaged."""
     try:
-        return tuple(image_file.decode(dataset.image_bytes(sample, k), vision) for k in range(dataset.num_images(sample)))
+        return tuple(decode(dataset.image_bytes(sample, k), vision) for k in range(dataset.num_images(sample)))
     except BadSampleError as error:
         logger.warning("%s counts as wrong: %s", dataset.key(sample), error.detail)
         return None

@@ -23,7 +23,7 @@ import torch
 
 from ..config import Config
 from ..data.errors import BadSampleError
-from ..data.images import image_file
+from ..data.images.decode import decode
 from ..data.text import chat_template
 from ..data.text.tokenizer import load_tokenizer
 from ..inference.generator import Answerer, Prompt
@@ -232,7 +232,7 @@ def ask(
         batch, prompts = [], []
         for question in mine[first : first + job.batch_questions]:
             try:
-                pictures = tuple(image_file.decode((job.images / file).read_bytes(), config.vision) for file in question.images)
+                pictures = tuple(decode((job.images / file).read_bytes(), config.vision) for file in question.images)
             except (BadSampleError, OSError) as error:
                 bad.append((question.id, str(error)))
                 logger.warning("%s: question %s cannot be asked: %s", job.name, *bad[-1])

@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ..config import Config
 from ..data.errors import BadSampleError
 from ..data.images import image_file
+from ..data.images.decode import decode
 from ..data.loading.plan import SamplingPlan
 from ..data.loading.webdataset_stream import Stream
 from ..data.text import chat_template
@@ -124,9 +125,7 @@ def choose(config: Config, plan: SamplingPlan) -> Iterator[Question]:
         dataset, number = datasets.locate(int(numbers[index]))
         try:
             conversation = dataset.text(number)
-            images = tuple(
-                image_file.decode(dataset.image_bytes(number, k), config.vision) for k in range(dataset.num_images(number))
-            )
+            images = tuple(decode(dataset.image_bytes(number, k), config.vision) for k in range(dataset.num_images(number)))
         except BadSampleError as error:
             logger.warning("%s cannot be shown: %s", dataset.key(number), error.detail)
             continue

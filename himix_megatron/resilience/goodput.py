@@ -1,8 +1,8 @@
-"""Where a run's wall time goes, by cause, over all its starts.
+"""Goodput: where a run's wall time goes, by cause, over all its launches.
 
-Flows in: what this start is doing, and the journal of the starts before it; out: seconds by cause, which add up to the time
-since the first start. A start's clock runs from the beginning of its process; between the last word of one and the beginning
-of the next is recovery. Steps done after the checkpoint that a later start (or a rollback) went on from are lost.
+Flows in: what this launch is doing, and the journal of the launches before it; out: seconds by cause, which add up to the time
+since the first launch. A launch is timed from the start of its process; the time between the last record of one and the start
+of the next is recovery. Steps after the checkpoint that a later launch (or a rollback) resumed from are lost.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 Cause = Literal["start", "data", "step", "validation", "save", "recovery", "lost"]
 CAUSES: tuple[Cause, ...] = ("start", "data", "step", "validation", "save", "recovery", "lost")
-"""Getting ready; waiting for the data of the slowest rank; training; ...; standing still for a save; ...; done in vain."""
+"""start: before the first step; data: waiting for the slowest rank's data; save: training blocked by a save; lost: steps
+redone."""
 _REDONE: tuple[Cause, ...] = ("data", "step", "validation")
 _NOTE_SECONDS = 60.0
 
@@ -32,7 +33,7 @@ Item = TypeVar("Item")
 
 
 class Goodput:
-    """Stopwatches of this start: at each moment one of them runs."""
+    """The stopwatches of this launch; exactly one runs at any time."""
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
@@ -41,23 +42,23 @@ class Goodput:
         self._at_save: dict[int, Seconds] = {}
         self.began = psutil.Process().create_time()
         self._cause: Cause = "start"
-        # By the wall clock once, to include what came before this line; from here on by one that nobody sets.
+        # The wall clock once, to include what came before this line; from here on a monotonic one.
         self._since = time.perf_counter() - max(0.0, time.time() - self.began)
         self._noted_at = time.perf_counter()
 
     def count_past(self) -> None:
-        """This start is in the journal: book what came before it."""
+        """This launch is in the journal: count the time before it."""
         self._before = account(self._journal.events)
 
     def _switch(self, cause: Cause) -> None:
-        """From now on the time is this cause's."""
+        """From now on time counts for this cause."""
         now = time.perf_counter()
         self._seconds[self._cause] += now - self._since
         self._cause, self._since = cause, now
 
     @contextmanager
     def doing(self, cause: Cause) -> Iterator[None]:
-        """Within it the time is this cause's, after it the former's."""
+        """Within it time counts for this cause, afterwards for the earlier one."""
         before = self._cause
         self._switch(cause)
         try:
@@ -81,27 +82,27 @@ class Goodput:
         self._journal.record("save", step, seconds=self._rounded(), health=health)
 
     def record_rollback(self, step: int) -> None:
-        """The run goes back to the checkpoint of this step: what was done since then is lost."""
+        """The run rolls back to the checkpoint of this step: the time since then is lost."""
         _lose(self._now(), self._at_save.get(step, dict.fromkeys(CAUSES, 0.0)))
 
     def record_alive(self, step: int) -> None:
-        """Now and then, so that a kill leaves little of the account open."""
+        """Record the account once a minute, so that a kill loses little of it."""
         if time.perf_counter() - self._noted_at > _NOTE_SECONDS:
             self._noted_at = time.perf_counter()
             self._journal.record("alive", step, seconds=self._rounded())
 
     def record_end(self, step: int, code: int) -> None:
-        """This start is over."""
+        """This launch is over."""
         self._journal.record("end", step, code=code, seconds=self._rounded())
         total = self.seconds()
         elapsed = sum(total.values())
         logger.info(
-            "goodput %.1f %% of %.1f s in all: %s",
+            "goodput %.1f %% of %.1f s: %s",
             100 * total["step"] / elapsed, elapsed, ", ".join(f"{cause} {total[cause]:.1f} s" for cause in CAUSES),
         )  # fmt: skip
 
     def seconds(self) -> Seconds:
-        """By cause, since the first start."""
+        """By cause, since the first launch."""
         own = self._now()
         total: Seconds = {cause: self._before[cause] + own[cause] for cause in CAUSES}
         return total
@@ -121,7 +122,7 @@ class Goodput:
 
 
 def account(events: Sequence[Event]) -> Seconds:
-    """Seconds by cause from the first start to the last one's beginning, which is the last of `events`."""
+    """Seconds by cause from the first launch to the start of the last one, which is the last of `events`."""
     total: Seconds = dict.fromkeys(CAUSES, 0.0)
     starts = [number for number, event in enumerate(events) if event["event"] == "start"]
     for first, following in pairwise(starts):
@@ -138,7 +139,7 @@ def account(events: Sequence[Event]) -> Seconds:
         if events[following]["step"] < (noted[-1]["step"] if noted else 0):
             _lose(own, kept)
         if noted and noted[-1]["event"] == "end" and noted[-1]["code"] in (0, EXIT_STOPPED):
-            ended = events[following]["began"]  # the run was over; that somebody has gone on with it later is no fault
+            ended = events[following]["began"]  # the run was over; continuing it later is not a recovery
         own["recovery"] += max(0.0, events[following]["began"] - ended)
         for cause in CAUSES:
             total[cause] += own[cause]
@@ -146,7 +147,7 @@ def account(events: Sequence[Event]) -> Seconds:
 
 
 def _lose(seconds: Seconds, kept: Seconds) -> None:
-    """Book what came after `kept` as lost."""
+    """Move the seconds after `kept` to `lost`."""
     for cause in _REDONE:
         seconds["lost"] += seconds[cause] - kept[cause]
         seconds[cause] = kept[cause]

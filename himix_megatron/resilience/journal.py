@@ -1,8 +1,8 @@
-"""The run's journal: what happened to a run over all its starts, one JSON line an event, in RUN/journal.jsonl.
+"""The journal: what happened to a run over all its launches, one JSON line per event, in RUN/journal.jsonl.
 
-Flows in: starts, saves, rollbacks, ends, each with the step and the time; out: what a later start must know: whether starting
-helps at all, how the loss was doing at a checkpoint, which batches a rollback left out, where the time went. Every rank reads
-it, rank 0 writes it, a line at a time and synced; a line that a kill cut short is passed over.
+Flows in: launches, saves, rollbacks, ends, each with the step and the time; out: what a later launch needs: whether launches
+make progress, the loss guard's state at a checkpoint, which batches a rollback skipped, where the time went. Every rank reads
+it, rank 0 writes it, line by line and synced; a line that a kill cut short is ignored.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Event = dict[str, Any]
 
 
 class Journal:
-    """The events so far, and those of this start."""
+    """The events of earlier launches, and those of this one."""
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / "journal.jsonl"
@@ -33,31 +33,31 @@ class Journal:
         self._writes = self._is_torn = False
 
     def open(self, *, writes: bool) -> None:
-        """Ranks have met, so all have read: from now on one of them `writes`."""
+        """The ranks have met, so all have read the file: from now on one of them `writes`."""
         self._writes = writes
-        # Else the last writer was killed within a line.
+        # The last writer may have been killed within a line.
         self._is_torn = writes and self.path.is_file() and not self.path.read_bytes().endswith(b"\n")
 
     def record(self, event: str, step: int, **facts: Any) -> None:
-        """Something happened after `step` steps. All ranks call it alike, with what all know."""
+        """Record an event after `step` steps. All ranks make the same call."""
         noted = {"event": event, "time": round(time.time(), 3), "step": step} | facts
         self.events.append(noted)
         if self._writes:
             self._append(json.dumps(noted) + "\n")
 
     def _append(self, text: str) -> None:
-        """A full disk costs the line, not the run."""
+        """A full disk loses the line, not the run."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             append_synced(self.path, "\n" * self._is_torn + text)
             self._is_torn = False
         except OSError as error:
             self._is_torn = True
-            logger.warning("%s misses a line: %s", self.path, error)
+            logger.warning("a line of %s could not be written: %s", self.path, error)
 
     def starts_without_progress(self, step: int, settings: str) -> int:
-        """How many of the last starts in a row began at this saved step with these settings. One that went on after a stop on
-        purpose begins the count anew."""
+        """How many of the last launches in a row began at this saved step with these settings. A launch that ignored the stop
+        file restarts the count."""
         count = 0
         for event in reversed(self.events):
             if event["event"] == "start":
@@ -69,8 +69,8 @@ class Journal:
         return count
 
     def rollback_data_offsets(self) -> dict[int, DataPosition]:
-        """Where rollbacks made the data go on: after so many steps, at which place. One that went further back than those
-        before it has left them behind."""
+        """Data position after a rollback, by the step it went back to. A rollback cancels earlier ones to the same step or a
+        later one."""
         found: dict[int, DataPosition] = {}
         for event in self.events:
             if event["event"] == "rollback":
@@ -84,17 +84,17 @@ class Journal:
         return sum(event["event"] == "rollback" for event in self.events)
 
     def record_rollback(self, step: int, place: DataPosition, reason: str) -> None:
-        """The run goes back to `step`, and on from there at `place`."""
+        """The run rolls back to `step` and continues with the data at `place`."""
         self.record("rollback", step, place=asdict(place), reason=reason)
 
     def loss_guard_state_at(self, step: int) -> Event:
-        """`Health.state` as it was noted with the newest save of that step; empty where there is none."""
+        """`LossGuard.state` as recorded with the newest save of that step; empty where there is none."""
         saves = (event for event in reversed(self.events) if event["event"] == "save" and event["step"] == step)
         return next((event["health"] for event in saves), {})
 
 
 def settings_of(config: Config) -> str:
-    """A fingerprint of everything that a user chose, but for where the run is."""
+    """A fingerprint of all settings except those of the run folder."""
     return hash_of(json.loads(to_json(replace(config, run=RunConfig()))))[:16]
 
 

@@ -1,7 +1,8 @@
-"""Whether a step may change the model: not if its loss or gradient is not finite, nor, if asked, at a spike of the loss.
+"""The loss guard decides whether a step may change the model: not with a loss or gradient that is not finite, nor, if
+configured, at a loss spike.
 
-Flows in: each step's loss and whether all is finite, the same on every rank; out: a verdict, the same on every rank. What it
-remembers is noted with each save, so that a run that is continued judges as one that was never stopped.
+Flows in: each step's loss and whether everything is finite, the same on every rank; out: a decision, the same on every rank.
+Its state is recorded with each save, so that a resumed run decides as one that was never stopped.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from ..config import HealthConfig
 logger = logging.getLogger(__name__)
 
 BUDGET_STEPS = 1000
-"""Over which `health.max_skipped_steps` counts."""
+"""The window in which `health.max_skipped_steps` counts."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepDecision:
-    """What becomes of a step."""
+    """What to do with a step."""
 
     action: Literal["update", "skip", "rollback", "stop"]
     reason: str = ""
@@ -39,19 +40,19 @@ UPDATE = StepDecision("update")
 
 
 class LossGuard:
-    """Judges steps one after the other."""
+    """Checks steps one after the other."""
 
     def __init__(self, config: HealthConfig, state: dict[str, Any] | None = None, *, num_rollbacks: int = 0) -> None:
-        """`state`: as `state` gave it at the checkpoint that the run goes on from; `num_rollbacks`: in the run so far."""
+        """`state`: of the checkpoint that the run resumes from (`state()`); `num_rollbacks`: in the run so far."""
         state = state or {}
         self.config, self.num_rollbacks = config, num_rollbacks
         self.skipped: list[int] = list(state.get("skipped", ()))
-        """Steps without an update, the recent ones."""
+        """Recent steps without an update."""
         self._step, self._can_roll_back = 0, False
         self._losses: deque[float] = deque(state.get("losses", ()), maxlen=config.spike_window_steps)
 
     def state(self) -> dict[str, Any]:
-        """What is remembered, as JSON."""
+        """What a later launch needs, as JSON."""
         return {"skipped": self.skipped, "losses": list(self._losses)}
 
     def points(self) -> dict[str, float]:
@@ -59,25 +60,25 @@ class LossGuard:
         return {"health/recently_skipped_steps": len(self.skipped), "health/rollbacks": self.num_rollbacks}
 
     def begin_step(self, step: int, *, can_roll_back: bool) -> None:
-        """The next step to judge has this number; there is, or is not, a checkpoint to go back to and data to go on with."""
+        """Number of the step to check next, and whether there is a checkpoint to roll back to and data to continue with."""
         self._step, self._can_roll_back = step, can_roll_back
         self.skipped = [number for number in self.skipped if number > step - BUDGET_STEPS]
 
     def check(self, loss: float, finite: bool) -> StepDecision:
-        """What becomes of the step. `loss`: nan where no answer was read; `finite`: loss and gradient, on all ranks."""
+        """What to do with the step. `loss`: nan where no answer was read; `finite`: loss and gradient, on all ranks."""
         limit = self._limit()
         if not finite:
-            decision = self._skip(f"step {self._step} has a loss or a gradient that is not finite (loss {loss:.6g})")
+            decision = self._skip(f"step {self._step}: the loss or a gradient is not finite (loss {loss:.6g})")
         elif loss > limit:  # nan is not
             decision = self._spike(
-                f"step {self._step} has a loss of {loss:.6g}, a spike: above {limit:.6g} by the {len(self._losses)} before it"
+                f"step {self._step}: loss {loss:.6g} is a spike (limit {limit:.6g} from the last {len(self._losses)} losses)"
             )
         else:
             decision = UPDATE
         if decision.action == "update" and not math.isnan(loss):
             self._losses.append(loss)
         if decision.action in ("update", "skip") and decision.reason:
-            logger.warning("%s: %s", decision.reason, "no update" if decision.action == "skip" else "trained on all the same")
+            logger.warning("%s: %s", decision.reason, "no update" if decision.action == "skip" else "update applied anyway")
         return decision
 
     def _spike(self, reason: str) -> StepDecision:
@@ -100,7 +101,7 @@ class LossGuard:
         )
 
     def _limit(self) -> float:
-        """The highest loss that is no spike."""
+        """The highest loss that is not a spike."""
         if len(self._losses) < self.config.spike_window_steps:
             return math.inf
         mean = statistics.fmean(self._losses)

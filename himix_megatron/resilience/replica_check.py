@@ -1,10 +1,10 @@
-"""Do ranks that should hold the same weights hold the same bits? And one hash of a whole training state.
+"""Checks that replicas hold the same weights bit for bit; and a hash of a whole training state.
 
-Flows in: tensors; out: a 64-bit hash each, an integer sum over all elements (of their bits, each times an odd number made of
-its place), so that it does not depend on the order of summation, on any device. One changed bit always changes it; two changes
-cancel with a chance of about 2^-64. Comparing costs two small collectives.
+Flows in: tensors; out: a 64-bit hash of each: the sum over its elements' bits as integers, each times an odd number derived
+from its index, so that the order of summation does not matter, on any device. One changed bit always changes it; two changes
+cancel with a probability of about 2^-64. A comparison costs two small collectives.
 
-A replica that went astray (a flipped bit, a wrong sum on one card) trains on without a word: its gradients are averaged in.
+Without it a replica with wrong weights (a flipped bit, a wrong sum on one card) goes unnoticed: its gradients are averaged in.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..distributed.topology import Topology
 from ..model.himix_model import gather_parameters, unwrap_model
 
 _CHUNKS = {"cpu": 1 << 16, "cuda": 1 << 24}
-"""Elements that are widened at once: what stays in a core's cache (6 times as fast as 64 times as many), or fills a GPU."""
+"""Elements widened at once: what stays in a core's cache (6 times as fast as with 64 times as many), or fills a GPU."""
 _ODD = -7046029254386353131
 """2^64 divided by the golden ratio, as a signed number: multiples of it spread evenly."""
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -31,7 +31,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @torch.no_grad()
 def bitwise_hash(tensor: Tensor) -> Tensor:
-    """int64 scalar: hash of a tensor's bits and of their places."""
+    """int64 scalar: hash of a tensor's bits and their positions."""
     flat = tensor.detach().contiguous().flatten()
     bits = flat.view(_BITS[flat.element_size()])
     chunk = min(len(bits), _CHUNKS[tensor.device.type])
@@ -51,10 +51,10 @@ def _wrapped(number: int) -> int:
 
 
 def check_replica_weights(topology: Topology, stages: list[Any], tower: nn.Module | None) -> str | None:
-    """Compare parameters over the ranks that should hold the same: all of them over data ranks, those that tensor parallelism
-    does not cut over tensor ranks, a frozen tower over data ranks. All ranks call it.
+    """Compare parameters among the ranks that should hold the same: all of them among data ranks, those that tensor parallelism
+    does not split among tensor ranks, a frozen tower among data ranks. All ranks call it.
 
-    Returns: who differs in what, the same line on every rank; None: all agree.
+    Returns: which rank differs in which parameter, the same line on every rank; None: all agree.
     """
     gather_parameters(stages)
     named = [
@@ -65,7 +65,7 @@ def check_replica_weights(topology: Topology, stages: list[Any], tower: nn.Modul
     whole = [(name, p) for name, p in named if not getattr(p, "tensor_model_parallel", False)]
     if tower is not None:
         named += [(f"tower.{name}", p) for name, p in tower.named_parameters() if p.device.type == topology.device.type]
-    # Both on every rank, also where the first has found something: its neighbours in the second may not have.
+    # Both on every rank, also after a difference in the first: the peers in the second may have found none.
     apart = _compare(named, topology.data, topology), _compare(whole, topology.tensor, topology)
     found = apart[0] or apart[1]
     told: list[str | None] = [None] * topology.world_size
@@ -78,7 +78,7 @@ def check_replica_weights(topology: Topology, stages: list[Any], tower: nn.Modul
 
 
 def _compare(named: list[tuple[str, Tensor]], group: Any, topology: Topology) -> str | None:
-    """What differs over a group, said alike by all its ranks."""
+    """What differs within a group, the same line on all its ranks."""
     if dist.get_world_size(group) == 1 or not named:
         return None
     hashes = torch.stack([bitwise_hash(parameter).to(topology.device) for _, parameter in named])

@@ -1,7 +1,7 @@
-"""The connections of the watch over the ranks: a star of TCP connections to rank 0, that carry one JSON object a line.
+"""The watchdog's connections: a star of TCP connections to rank 0, which carry one JSON object per line.
 
 Flows in: ranks that have met in torch.distributed; out: on rank 0 a link to each other rank, on the others one to rank 0. They
-know each other by a secret that rank 0 draws and broadcasts; strangers are turned away.
+recognise each other by a secret that rank 0 draws and broadcasts; other connections are turned away.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..runtime.errors import RankError
 from ..runtime.process import allow_files
 
 SEND_SECONDS = 2.0
-"""A peer that takes nothing in for so long is not waited for."""
+"""How long a peer that reads nothing is waited for."""
 _WELCOME = b"welcome"
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 
@@ -38,16 +38,16 @@ class PeerLink:
     rank: int
     """The other end."""
     received: bytearray = field(default_factory=bytearray)
-    is_over: bool = False
-    """It said goodbye: that it closes means nothing."""
+    said_goodbye: bool = False
+    """Then it may close without having died."""
 
     def send(self, kind: str, **facts: Any) -> None:
-        """Say something; that the connection is closed is found out by reading."""
+        """Send a message. A closed connection is noticed by reading."""
         with contextlib.suppress(OSError):
             self.socket.sendall(json.dumps({"kind": kind} | facts).encode() + b"\n")
 
-    def lines(self) -> Iterator[dict[str, Any] | None]:
-        """What has arrived; None: the connection is closed."""
+    def messages(self) -> Iterator[dict[str, Any] | None]:
+        """The messages that have arrived; None: the connection is closed."""
         try:
             data = self.socket.recv(65536)
         except OSError:
@@ -93,7 +93,7 @@ def accept(listener: socket.socket, world_size: int, secret: str, timeout_second
             for key, _ in waiting.select(1):
                 if key.fileobj is listener:
                     connection = listener.accept()[0]
-                    _settle(connection)
+                    _configure(connection)
                     waiting.register(connection, selectors.EVENT_READ)
                     continue
                 assert isinstance(key.fileobj, socket.socket)
@@ -107,7 +107,7 @@ def accept(listener: socket.socket, world_size: int, secret: str, timeout_second
 
 
 def _greet(connection: socket.socket, secret: str) -> PeerLink | None:
-    """Hear who a new connection is. One that says nothing, or does not know the secret, is closed."""
+    """Read who a new connection is. One that sends nothing, or does not know the secret, is closed."""
     with contextlib.suppress(OSError):
         said, _, rank = connection.recv(4096).rstrip(b"\n").partition(b" ")
         if hmac.compare_digest(said, secret.encode()) and rank.isdigit():
@@ -126,7 +126,7 @@ def connect(host: str, port: int, secret: str, rank: int, timeout_seconds: float
             raise ConnectionError("turned away")
     except OSError as error:
         raise RankError(f"rank {rank} cannot reach rank 0 at {host}:{port} ({error}): is a firewall between them?") from error
-    _settle(connection)
+    _configure(connection)
     return PeerLink(connection, 0)
 
 
@@ -140,8 +140,8 @@ def _listen(host: str) -> socket.socket:
     return socket.create_server(("", 0), family=family, backlog=4096, dualstack_ipv6=dual)
 
 
-def _settle(connection: socket.socket) -> None:
-    """No delays; no reading or writing for ever; a peer whose machine is gone is noticed within half a minute."""
+def _configure(connection: socket.socket) -> None:
+    """No delays; no endless reads or writes; a peer whose machine is gone is noticed within half a minute."""
     connection.settimeout(SEND_SECONDS)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from himix_megatron.conversion.export.folder import export
 from himix_megatron.conversion.export.tokenizer import write_tokenizer
-from himix_megatron.data.images.image_file import decode
+from himix_megatron.data.images.decode import decode
 from himix_megatron.data.text import chat_template
 from himix_megatron.data.text.tokenizer import BYTE_SPECIAL, ByteTokenizer
 from tests.data.test_chat_template import family, folders  # noqa: F401  (fixtures)

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from himix_megatron.data.errors import BadSampleError
-from himix_megatron.data.images.image_file import blank_pixels, decode
+from himix_megatron.data.images.decode import decode
+from himix_megatron.data.images.image_file import blank_pixels
 from tests.support.data_fixtures import EMOJI, VISION, encoded, picture
 
 SIZES = [(640, 480), (427, 640), (333, 501), (97, 61), (48, 48), (16, 16), (7, 5), (1, 1), (1, 300), (1201, 37)]
@@ -165,10 +166,11 @@ def test_verifying_and_exact_decoding_need_no_torch(tmp_path):
     script = f"""
 import sys
 from himix_megatron.config import VisionConfig
-from himix_megatron.data import image
+from himix_megatron.data.images.decode import decode
+from himix_megatron.data.images.image_file import verify
 data = open({str(tmp_path / "picture.jpg")!r}, "rb").read()
-image.verify(data)
-image.decode(data, VisionConfig(**{vision!r}))
+verify(data)
+decode(data, VisionConfig(**{vision!r}))
 print("torch" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from himix_megatron.data.errors import BadSampleError
-from himix_megatron.data.images.image_file import decode, verify
+from himix_megatron.data.images.decode import decode
+from himix_megatron.data.images.image_file import verify
 from tests.support.data_fixtures import VISION, encoded, picture
 
 SIZES = [(40, 30), (30, 40), (97, 61), (16, 16), (7, 5), (200, 9)]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from himix_megatron.data.images.image_file import decode
+from himix_megatron.data.images.decode import decode
 from himix_megatron.data.loading.batch import mask_samples, rank_share
 from himix_megatron.data.loading.loader import ReadSpec, StepReader, step_loader
 from himix_megatron.data.loading.plan import Datasets, SamplingPlan, TrainingLength

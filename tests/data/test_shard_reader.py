@@ -8,8 +8,10 @@ import pytest
 import webdataset
 
 from himix_megatron.data.errors import BadSampleError
+from himix_megatron.data.ingest.shard_writer import load_receipt, verify_shard
 from himix_megatron.data.shards import shard_format
-from himix_megatron.data.shards.reader import DamagedShardError, ShardDataset, load_receipt, verify_shard
+from himix_megatron.data.shards.reader import DamagedShardError, ShardDataset
+from himix_megatron.data.shards.storage import LocalFolder
 from tests.support.data_fixtures import EMOJI, make, mixed, mixed_source
 
 
@@ -89,8 +91,8 @@ def test_the_manifest_adds_up(dataset):
     assert manifest["num_images"] == 24 - 4 + 4
     assert manifest["fingerprint"] == dataset.fingerprint
     for shard in dataset.manifest.shards:
-        assert shard == load_receipt(dataset.path, shard.name)
-        assert verify_shard(dataset.path, shard) == []
+        assert shard == load_receipt(LocalFolder(dataset.path), shard.name)
+        assert verify_shard(LocalFolder(dataset.path), shard) == []
 
 
 def test_nothing_written_tells_where_or_when(tmp_path):
@@ -146,7 +148,9 @@ def test_a_flipped_bit_in_any_member_is_found_when_read(dataset):
         with pytest.raises(BadSampleError, match=f"rows-000000/{i:09d}"):
             read(i)
         found += 1
-        assert verify_shard(dataset.path, opened.manifest.shards[0]) == ["rows-000000.tar is damaged (10 samples at stake)"]
+        assert verify_shard(LocalFolder(dataset.path), opened.manifest.shards[0]) == [
+            "rows-000000.tar is damaged (10 samples at stake)"
+        ]
     assert found == 6
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import webdataset
 
-from himix_megatron.data.images.image_file import decode
+from himix_megatron.data.images.decode import decode
 from himix_megatron.data.loading.loader import ReadSpec
 from himix_megatron.data.loading.plan import START, DataPosition, TrainingLength
 from himix_megatron.data.loading.webdataset_stream import Stream, stream_steps
@@ -177,7 +177,9 @@ def test_passes_and_restarts_have_orders_of_their_own(foreign):
 )
 def test_other_schemes_are_refused_and_nothing_is_run(url, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"data\.webdataset_urls .* is not read; wanted a path, file:///PATH or s3://BUCKET/KEY"):
+    with pytest.raises(
+        ValueError, match=r"data\.webdataset_urls .* is not read; wanted a path, file:///PATH or s3://BUCKET/KEY"
+    ):
         opened(url.replace("OUT", str(tmp_path / "made")))
     assert not any(tmp_path.iterdir())
 

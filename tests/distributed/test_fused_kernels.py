@@ -180,7 +180,8 @@ import himix_megatron
 before = list(loaded)
 import megatron.core
 from himix_megatron.distributed import fused_kernels
-print(json.dumps([before, loaded[len(before):], os.environ.get("CUDNN_HOME"), fused_kernels.detect(has_gpu=True).transformer_engine]))
+usable = fused_kernels.detect(has_gpu=True).transformer_engine
+print(json.dumps([before, loaded[len(before):], os.environ.get("CUDNN_HOME"), usable]))
 """
 MEGATRON = {"megatron/core/__init__.py": ""}
 USABLE_ENGINE = "class Linear: ...\nLayerNormLinear = DotProductAttention = RMSNorm = Linear\nimport ctypes, os\n"

@@ -50,7 +50,7 @@ def command(*words: str, given: str = "") -> str:
 
 def answers_of(run: Path, picture: Path | None, talks: list[list[str]], stops: tuple[str, ...]) -> list[str]:
     """The library's answers to the last question of each talk (questions and answers in turn), without a cache."""
-    from himix_megatron.data.images import image_file
+    from himix_megatron.data.images.decode import decode
     from himix_megatron.data.text import chat_template
     from himix_megatron.distributed.fused_kernels import detect
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
@@ -59,7 +59,7 @@ def answers_of(run: Path, picture: Path | None, talks: list[list[str]], stops: t
     job = generate.prepare(Arguments(run=run))
     answerer = Answerer(job.config, detect(), init_distributed(job.config.parallel, seed=0))
     answerer.load(job.checkpoint)
-    images = () if picture is None else (image_file.decode(picture.read_bytes(), job.config.vision),)
+    images = () if picture is None else (decode(picture.read_bytes(), job.config.vision),)
     found = []
     for talk in talks:
         asked = {"conversations": [{"from": "human", "value": text} for text in talk]}

@@ -68,7 +68,7 @@ def test_nan_on_one_rank_updates_no_rank(mixed_dataset: Path, tmp_path: Path, la
         assert hashes == results[0][1]  # of all ranks together
         assert hashes[2] == hashes[1]
         assert len(set(hashes)) == 3
-    assert "step 3 has a loss or a gradient that is not finite" in (tmp_path / "log" / "rank-000.log").read_text()
+    assert "step 3: the loss or a gradient is not finite" in (tmp_path / "log" / "rank-000.log").read_text()
 
 
 def test_too_many_steps_that_are_not_finite_stop_the_run(mixed_dataset: Path, tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_a_rollback_leaves_the_spike_out_also_when_it_is_interrupted(mixed_datas
     assert runs["killed"][0] == 0
     assert runs["killed"][1] == hashes[-4:]
     log = (tmp_path / "whole" / "log" / "rank-000.log").read_text()
-    assert re.search(r"step 8 has a loss of \S+, a spike: above .*: going back", log)
+    assert re.search(r"step 8: loss \S+ is a spike \(limit .*\): going back", log)
     told = [line.split('"key": "')[1].split('"')[0] for line in (tmp_path / "whole" / "ledger" / "rank-000.jsonl").open()]
     assert len(told) == 8 * (7 + 4)
     steps = [set(told[first : first + 8]) for first in range(0, len(told), 8)]

@@ -85,7 +85,7 @@ def test_a_failed_rank_ends_all_and_says_why(mixed_dataset: Path, tmp_path: Path
     with Ranks(manners_config(mixed_dataset, tmp_path), 2, fail) as ranks:
         assert ranks.codes() == [1, 1]
         assert abs(ranks.ended_at[0] - ranks.ended_at[1]) <= 2
-        assert "rank 1 failed: RuntimeError: the card is on fire: this rank ends too" in ranks.log(0)
+        assert "rank 1 failed: RuntimeError: the card is on fire; shutting down this rank" in ranks.log(0)
         assert "Traceback" in ranks.log(1)
         assert "Traceback" not in ranks.log(0)
 

@@ -39,6 +39,7 @@ from typing import Any, Literal
 import numpy as np
 
 from himix_megatron.data.images import image_file
+from himix_megatron.data.images.decode import decode
 from himix_megatron.data.loading.packing import plan_packs
 from himix_megatron.data.loading.plan import WINDOW
 from himix_megatron.data.shards.reader import ShardDataset
@@ -254,7 +255,7 @@ def our_pixels(dataset: ShardDataset, num_samples: int) -> Iterator[image_file.P
         pixels = image_file.blank_pixels(BATCH, VISION)
         for place, i in enumerate(range(first, first + BATCH)):
             _, data = dataset.sample(i)
-            image_file.decode(data[0], VISION, "fast", out=pixels[place])
+            decode(data[0], VISION, "fast", out=pixels[place])
         yield pixels
 
 
@@ -289,7 +290,7 @@ def level_differences(dataset: ShardDataset, num_samples: int) -> tuple[int, flo
     largest, total = 0, 0.0
     for i in range(num_samples):
         data = dataset.image_bytes(i, 0)
-        fast, exact = (image_file.decode(data, VISION, how).astype(np.int16) for how in ("fast", "exact"))
+        fast, exact = (decode(data, VISION, how).astype(np.int16) for how in ("fast", "exact"))
         difference = np.abs(fast - exact)
         largest, total = max(largest, int(difference.max())), total + float(difference.mean())
     return largest, total / num_samples

@@ -1,8 +1,8 @@
-"""Image bytes in, pixels out, in less than half of Pillow's time and within 2 of its 255 levels.
+"""Image bytes to the tower's pixels in less than half of Pillow's time, within 2 of 255 levels of it (`decode.py`, `fast`).
 
-JPEGs are decoded by libjpeg-turbo without Pillow's detour, at full resolution (smaller scales of the DCT differ from a resize
-by tens of levels); all else by Pillow. torch resizes uint8 pixels with the filters and the two rounded passes of Pillow, but in
-16-bit arithmetic and with vector instructions.
+libjpeg-turbo decodes plain JPEGs at full resolution (smaller scales of the DCT differ from a resize by tens of levels), Pillow
+everything else. torch resizes uint8 pixels with the filters and the two rounded passes of Pillow, but in 16-bit arithmetic and
+with vector instructions.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ PLAIN_COLORSPACES = {"YCbCr", "RGB", "Gray"}
 RESIZE = {"bicubic": torch.ops.aten._upsample_bicubic2d_aa.out, "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out}
 
 
-def decode(data: bytes, vision: VisionConfig, out: Pixels | None = None) -> Pixels:
-    """`image.decode(data, vision, "fast", out)`."""
+def decode_fast(data: bytes, vision: VisionConfig, out: Pixels | None) -> Pixels:
+    """As `decode(data, vision, "fast", out)`."""
     rgb = _jpeg(data)
     if rgb is None:
         rgb = np.array(image_file.to_rgb(image_file.open_image(data)))

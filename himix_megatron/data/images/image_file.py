@@ -1,8 +1,7 @@
-"""Image bytes in, pixels out. `verify` really decodes once, in preprocessing; `decode` makes the tower's input in training.
+"""Image files: which are accepted, what they hold, and how they are opened upright as RGB.
 
-Exact pixels are resized by Pillow and equal those of transformers' PIL image processors bit for bit; fast ones are resized by
-torch (fast_image.py). Pixels stay uint8 here: normalisation is (x / 255 - mean) / std where they are used. No torch here:
-preprocessing workers import this.
+Flows in: the bytes of a file; out: its facts, or a Pillow image. `verify` decodes completely, once, in preprocessing;
+`decode.py` makes the tower's input in training. No torch here: preprocessing workers import this.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import io
 import struct
 import zlib
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +25,6 @@ SUFFIXES = {"JPEG": "jpg", "PNG": "png", "GIF": "gif", "WEBP": "webp", "BMP": "b
 
 MAX_PIXELS = 50_000_000
 """Larger images are refused before decoding: 50 million pixels with alpha take 550 MB on their way to RGB."""
-
-FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 # EXIF orientation -> what turns the picture upright (EXIF 2.32, table 6).
 UPRIGHT = {
@@ -145,31 +141,6 @@ def _facts(image: Image.Image, turn: int) -> ImageFacts:
     suffix = SUFFIXES["JPEG" if image.format == "MPO" else str(image.format)]  # MPO: a JPEG with more pictures behind it
     width, height = image.size
     return ImageFacts(suffix, *((height, width) if turn >= 5 else (width, height)))
-
-
-def decode(data: bytes, vision: VisionConfig, how: Literal["fast", "exact"] = "exact", out: Pixels | None = None) -> Pixels:
-    """Image bytes to the tower's pixels, uint8[3, H, W] with H = W = `vision.image_size`.
-
-    `square` scales both sides; `crop` scales the shorter one and cuts the centre. Both as transformers' PIL processors do: to
-    the bit when `exact`, within 2 of 255 levels when `fast`. Given `out`, the pixels are written there; fast ones sooner when
-    it is a part of `blank_pixels`, or laid out alike.
-    Raises: BadSampleError, as `verify`.
-    """
-    if how == "fast":
-        from . import decode_fast  # it needs torch
-
-        return decode_fast.decode(data, vision, out)
-    rgb = to_rgb(open_image(data))
-    left, top, width, height = scaling(rgb.width, rgb.height, vision)
-    size, resample = vision.image_size, FILTERS[vision.interpolation]
-    scaled = rgb.resize((width, height), resample)
-    if scaled.size != (size, size):
-        scaled = scaled.crop((left, top, left + size, top + size))
-    pixels = np.asarray(scaled).transpose(2, 0, 1)
-    if out is None:
-        return np.ascontiguousarray(pixels)
-    out[...] = pixels
-    return out
 
 
 def blank_pixels(num_images: int, vision: VisionConfig) -> Pixels:

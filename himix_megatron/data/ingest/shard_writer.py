@@ -97,6 +97,18 @@ def load_receipt(folder: Folder, name: str) -> Receipt | None:
         return None
 
 
+def verify_shard(folder: Folder, receipt: Receipt) -> list[str]:
+    """Compare a shard's files with its receipt, byte for byte. Returns: what is wrong, one line each; empty: nothing."""
+    names = _names(receipt.name)
+    wrong = []
+    for name, wanted in ((names.tar, receipt.tar), (names.index, receipt.index), (names.quarantine, receipt.quarantine)):
+        found = folder.digest(name)
+        if found != wanted:
+            state = "missing" if found is None else "unexpected" if wanted is None else "damaged"
+            wrong.append(f"{Path(name).name} is {state} ({receipt.num_samples} samples at stake)")
+    return wrong
+
+
 def write_shard(job: ShardJob, part: Part) -> Receipt:
     """Write and publish one shard: tar, index, quarantine, then the receipt. Bad rows are left out and listed."""
     with contextlib.nullcontext(job.attempt) if job.attempt else _temporary_folder() as folder:
@@ -186,10 +198,9 @@ def _is_of(receipt: Receipt, job: ShardJob, part: Part) -> bool:
 
 def _is_whole(folder: Folder, receipt: Receipt) -> bool:
     """Compare a shard's files with its receipt, byte for byte, and then the receipt, which has no hash, with them."""
-    names = _names(receipt.name)
-    wanted = ((names.index, receipt.index), (names.quarantine, receipt.quarantine), (names.tar, receipt.tar))
-    if any(folder.digest(name) != digest for name, digest in wanted):
+    if verify_shard(folder, receipt):
         return False
+    names = _names(receipt.name)
     samples, images = shard_format.decode_index(folder.read(names.index) or b"")
     rejected = (folder.read(names.quarantine) or b"").decode().splitlines()
     reasons = Counter(json.loads(line)["reason"] for line in rejected)

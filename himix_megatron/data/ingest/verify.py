@@ -20,8 +20,9 @@ from pathlib import Path
 
 from ..images import image_file
 from ..shards import shard_format
-from ..shards.reader import load_receipt, verify_shard
 from ..shards.shard_format import Manifest, Receipt, Records
+from ..shards.storage import LocalFolder
+from .shard_writer import load_receipt, verify_shard
 
 PARTS = ("shards", "receipts", "quarantine")
 """Folders in which every file belongs to a shard of the manifest."""
@@ -95,7 +96,7 @@ def check_shard(folder: Path, receipt: Receipt) -> list[str]:
     try:
         if _content(paths.receipt) != shard_format.to_json(receipt).encode():
             problems.append(_state(paths.receipt))
-        problems += [problem.split(" (")[0] for problem in verify_shard(folder, receipt)]
+        problems += [problem.split(" (")[0] for problem in verify_shard(LocalFolder(folder), receipt)]
         if not any(problem.startswith(paths.index.name) for problem in problems) and paths.tar.is_file():
             samples, images = shard_format.decode_index(paths.index.read_bytes())
             problems += _count_problems(receipt, samples, images, _content(paths.quarantine) or b"")
@@ -123,7 +124,7 @@ def _expected(folder: Path) -> tuple[list[Receipt], list[Finding]]:
     except ValueError as error:
         problem = f"{path.name}: {error}"
     names = sorted(file.stem for file in (folder / "receipts").glob("*.json"))
-    receipts = [receipt for name in names if (receipt := load_receipt(folder, name)) and receipt.name == name]
+    receipts = [receipt for name in names if (receipt := load_receipt(LocalFolder(folder), name)) and receipt.name == name]
     if content is None and not names:
         num_tars = sum(1 for _ in folder.rglob("*.tar"))
         what = f"{num_tars} tar files of somebody else's" if num_tars else "no tar files"

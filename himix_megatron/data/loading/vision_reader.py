@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...config import VisionConfig
 from ..images import image_file
+from ..images.decode import decode
 from ..shards.reader import ShardDataset
 from .feature_cache import FeatureCache
 
@@ -29,7 +30,7 @@ class PixelReader:
 
     def read_into(self, place: Tensor, dataset: ShardDataset, i: int, k: int) -> None:
         """Image k of sample i. Raises: BadSampleError for a damaged one; OSError when the machine fails."""
-        image_file.decode(dataset.image_bytes(i, k), self.vision, self.decode, out=place.numpy())
+        decode(dataset.image_bytes(i, k), self.vision, self.decode, out=place.numpy())
 
 
 class FeatureReader:

@@ -34,6 +34,7 @@ from webdataset.tariterators import base_plus_ext, group_by_keys
 from ...config import DataConfig, VisionConfig, check_batch
 from ..errors import BadSampleError
 from ..images import image_file
+from ..images.decode import decode
 from ..shards import storage
 from ..shards.shard_format import BLOCK
 from ..text import chat_template
@@ -189,7 +190,7 @@ class _StreamReader(IterableDataset[StepBatch]):
             if blank[n]:
                 continue
             try:
-                image_file.decode(samples[slot].images[k], self.vision_config, self.stream.config.decode, out=pixels[into])
+                decode(samples[slot].images[k], self.vision_config, self.stream.config.decode, out=pixels[into])
             except BadSampleError as error:
                 log.warning("%s is left out of the loss: image %d, %s", samples[slot].key, k, error.detail)
                 blank[n] = True

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ...runtime.durable_files import file_digest
 from ..errors import BadSampleError
 from . import remote_cache, shard_format, storage
 from .remote_cache import DamagedFileError, ShardCache
@@ -63,29 +62,6 @@ class DamagedShardError(RuntimeError):
     """A shard's index is damaged, so none of its samples can be placed."""
 
 
-def load_receipt(folder: Path, name: str) -> Receipt | None:
-    """A shard's receipt; None where there is none that can be read (the shard is then made again)."""
-    try:
-        return shard_format.receipt_from_json(shard_format.shard_paths(folder, name).receipt.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-
-
-def verify_shard(folder: Path, receipt: Receipt) -> list[str]:
-    """Compare a shard's files with its receipt, byte for byte. Returns: what is wrong, one line each; empty: nothing."""
-    paths = shard_format.shard_paths(folder, receipt.name)
-    wrong = []
-    for path, wanted in ((paths.tar, receipt.tar), (paths.index, receipt.index), (paths.quarantine, receipt.quarantine)):
-        try:
-            found = file_digest(path)
-        except FileNotFoundError:
-            found = None
-        if found != wanted:
-            state = "missing" if found is None else "unexpected" if wanted is None else "damaged"
-            wrong.append(f"{path.name} is {state} ({receipt.num_samples} samples at stake)")
-    return wrong
-
-
 class ShardDataset:
     """A finished dataset, by sample number 0 .. len - 1 in source order. Reading is by position: it keeps no state.
 
@@ -93,7 +69,7 @@ class ShardDataset:
     `cache_bytes`, for all processes of the machine together. With `checksums` False members are handed out as they are read.
     It can be sent to worker processes; each opens the files it needs.
     Raises: ValueError where there is no finished dataset, where a shard is missing or has another size than the manifest says
-    (contents are checked as they are read; `verify_shard` checks them all), or where a shard does not fit into the cache.
+    (contents are checked as they are read; `data.ingest.verify` checks them all), or where a shard does not fit into the cache.
     """
 
     def __init__(
