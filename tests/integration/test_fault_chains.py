@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from himix_megatron.monitoring.sample_ledger import open_whole
+from himix_megatron.monitoring.sample_ledger import open_for_append
 from himix_megatron.runtime import failpoints
 from himix_megatron.runtime.failpoints import Fault
 from tests.support.fault_chains import LENGTH, Bench
@@ -113,7 +113,7 @@ def test_a_run_without_a_plan_passes_all_points() -> None:
 def test_a_half_written_line_of_a_killed_run_is_taken_back(tmp_path: Path, left: bytes) -> None:
     file = tmp_path / "steps.jsonl"
     file.write_bytes(left)
-    with open_whole(file) as opened:
+    with open_for_append(file) as opened:
         opened.write("next\n")
     assert file.read_bytes() == left[: left.rfind(b"\n") + 1] + b"next\n"
 
