@@ -66,7 +66,7 @@ def test_a_journal_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, c
     journal.path.rename(tmp_path / "kept")
     journal.path.mkdir()
     journal.record("save", 2, health={"skipped": [2]})
-    assert "journal.jsonl misses a line" in caplog.text
+    assert "journal.jsonl: a line could not be written" in caplog.text
     assert journal.loss_guard_state_at(2) == {"skipped": [2]}
     journal.path.rmdir()
     (tmp_path / "kept").rename(journal.path)
