@@ -79,12 +79,12 @@ else
     python=("$venv/bin/python")
 fi
 
-# Ranks that each take every core slow each other down many times over.
+# Ranks that each use every core slow each other down many times over.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 
-# When one rank leaves with a code, srun sends the others TERM, and reports the highest code of all. So that a failure of one is
-# not taken for a wish to be requeued, 1, 2 and 3 travel as 101, 102 and 103. A rank that is asked to stop before it has anything
-# to save, or before Python could listen, leaves with 84, below 85. The shell itself lets signals pass, and waits.
+# When one rank exits with a code, srun sends the others TERM, and reports the highest code of all. So that a failure of one is
+# not taken for a request to requeue, 1, 2 and 3 travel as 101, 102 and 103. A rank that gets a stop request before it has anything
+# to save, or before Python could listen, exits with 84, below 85. The shell itself lets signals pass, and waits.
 export HIMIX_UNSAVED_CODE=84
 # shellcheck disable=SC2016 # expanded in the tasks
 rank='trap : TERM USR1 USR2; "$@"; code=$?

@@ -24,7 +24,7 @@ StageName = Literal["align", "instruct"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cluster:
-    """Where and how large. Nothing here reaches a shell unchecked."""
+    """Where a job runs, and its size. Nothing here reaches a shell unchecked."""
 
     partition: str | None = None
     """Partition, or several with commas; None: the cluster's default."""
@@ -39,9 +39,9 @@ class Cluster:
     memory_gib: int | None = None
     """Memory on each node; None: what the cluster gives."""
     time_limit_minutes: int | None = None
-    """Longest attempt; a run that needs more is requeued and goes on. None: the partition's limit."""
+    """Time limit of a job; a run that needs more is requeued and resumes. None: the partition's limit."""
     save_seconds: int = 60
-    """So long before the time limit the run is told to save (USR1)."""
+    """Seconds before the time limit at which the run is signalled to save (USR1)."""
     account: str | None = None
     """Account that is charged."""
     qos: str | None = None
@@ -71,7 +71,7 @@ class Cluster:
         if self.time_limit_minutes is not None and self.save_seconds >= 60 * self.time_limit_minutes:
             raise ValueError(
                 f"cluster.save_seconds ({self.save_seconds}) leaves nothing of cluster.time_limit_minutes "
-                f"({self.time_limit_minutes}): the run would be told to save at once, for ever"
+                f"({self.time_limit_minutes}): the run would be signalled to save at once, every time"
             )
 
     @property
@@ -115,13 +115,13 @@ class Stage:
                 )
 
     def output(self, job_id: str) -> Path:
-        """What a job prints, over all its attempts."""
+        """What a job prints, over all its launches."""
         return self.folder / f"{job_id}_0_log.out"
 
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """What submitit saves and each rank of the job calls: become the training process."""
+    """What submitit saves and each rank of the job calls, to become the training process."""
 
     words: tuple[str, ...]
 

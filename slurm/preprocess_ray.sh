@@ -21,7 +21,7 @@ if [[ ! -f slurm/environment.sh ]]; then
 fi
 source slurm/environment.sh
 
-# Ray answers nobody without this job's token. Other users of these nodes can reach its ports.
+# Other users of these nodes can reach Ray's ports: it answers only with this job's token.
 RAY_AUTH_MODE=token
 RAY_AUTH_TOKEN=$(head -c 32 /dev/urandom | od -An -vtx1 | tr -d ' \n')
 export RAY_AUTH_MODE RAY_AUTH_TOKEN

@@ -10,10 +10,10 @@
 #   sbatch slurm/pretrain_himix.sh [RECIPE] [--section.field value ...]
 #   sbatch --nodes 2 --gpus-per-node 8 --cpus-per-gpu 8 slurm/pretrain_himix.sh qwen2_0_5b_align --data.datasets /data/llava
 #
-# Submit from the repository's root. RECIPE defaults to tiny_align, which runs anywhere. Where no GPUs are asked for, a node gets
+# Submit from the repository's root. RECIPE defaults to tiny_align, which runs anywhere. Without GPUs, a node gets
 # one task, or --ntasks-per-node. Environment, containers, modules: slurm/environment.sh. A minute before the time limit (USR1),
 # and when preempted, the run saves and exits with 85: the job is put back into the queue and continues from there. Any other
-# code ends it: 0 done, 1 failed, 2 a mistake in what was asked, 3 stopped on purpose (RUN/STOP says why).
+# code ends it: 0 done, 1 failed, 2 a mistake in the settings, 3 stopped on purpose (RUN/STOP says why).
 set -uo pipefail
 
 if [[ ! -f slurm/environment.sh ]]; then

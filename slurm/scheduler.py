@@ -1,7 +1,7 @@
 """States of our jobs from Slurm's controller, without an accounting database. Flows in: run folders or job ids; out: states.
 
 `scontrol show job` knows a job while it is in the queue, and for some minutes after its end (MinJobAge). A job is recognised by
-the file it prints to, which lies in its run folder: nothing has to be remembered, and ids given out again mislead nobody.
+the file it prints to, which lies in its run folder: nothing has to be stored, and reused job ids do no harm.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Submit the stages of a family to Slurm as one chain: align, and instruct once align has ended well.
+"""Submit the stages of a family to Slurm as one chain: align, then instruct when align has finished.
 
     python -m slurm.submit tiny --cluster.nodes 2 --cluster.tasks-per-node 2 --watch
     python -m slurm.submit qwen2_0_5b --stages align instruct --cluster.partition gpu --cluster.nodes 2 \\
@@ -15,16 +15,16 @@ stages (--train.steps 100), or for one (--instruct.train.steps 100). The fields 
 
 Everything is checked before anything is submitted: settings, layout, data, checkpoints, and whether the cluster can ever run
 such a job. Each stage has its run folder, runs/FAMILY_STAGE (--align.run.dir and --instruct.run.dir change that), and what the
-jobs print is under RUN/slurm. A job that is preempted or reaches its time limit saves, goes back into the queue, and loses no
-step. If align fails, instruct is taken out of the queue. The same command continues the same runs.
+jobs print is under RUN/slurm. A job that is preempted or reaches its time limit saves, is requeued, and loses no step. If
+align fails, instruct is removed from the queue. The same command continues the same runs.
 
     ... --dry-run          print the batch scripts; submit nothing
-    ... --watch            submit, and follow state, step, loss and remaining time; if the chain is in the queue, just follow it
-                           (Ctrl-C ends the watching, not the jobs). Its exit code is the chain's.
-    ... --cancel           take the chain's jobs out of the queue, running or not
-    ... --executor local   no Slurm: the stages one after the other on this machine, --cluster.tasks-per-node ranks each
+    ... --watch            submit, and follow state, step, loss and remaining time; a chain that is in the queue is only
+                           followed (Ctrl-C ends the watching, not the jobs). Exits with the chain's code.
+    ... --cancel           cancel the chain's jobs, running or not
+    ... --executor local   without Slurm: run the stages in turn on this machine, with --cluster.tasks-per-node ranks
 
-Exit codes: 0 submitted, or (--watch, local) all has ended well; 2 a mistake, with nothing submitted; else the failing stage's.
+Exit codes: 0 submitted, or (--watch, local) all stages have finished; 2 a mistake, nothing submitted; else the failing stage's.
 """
 
 from __future__ import annotations
@@ -62,17 +62,17 @@ CANCEL_SECONDS = 90.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """Fields of the submission itself."""
+    """Settings of the submission itself."""
 
     stages: tuple[StageName, ...] = STAGES
-    """Which stages, in their order."""
+    """Stages to run, in this order."""
     cluster: Cluster = field(default_factory=Cluster)
     executor: Literal["slurm", "local"] = "slurm"
-    """`local`: run the stages here, without Slurm."""
+    """`local`: run the stages on this machine, without Slurm."""
     watch: bool = False
     """Follow the jobs until they end."""
     cancel: bool = False
-    """Take the jobs out of the queue."""
+    """Cancel the jobs."""
     dry_run: bool = False
     """Print what would be submitted."""
 
@@ -118,7 +118,7 @@ def main() -> int:
     try:
         return watch(chain)
     except KeyboardInterrupt:
-        print("\nthe jobs go on: --watch follows them again, --cancel ends them")
+        print("\nthe jobs continue: --watch follows them again, --cancel ends them")
         return 0
 
 

@@ -155,7 +155,7 @@ def authors_to_himix(arguments: AuthorsToHimix) -> None:
     vision, tower = source.vision, source.tower
     if arguments.vision is not None:
         if vision is not None:
-            raise ValueError(f"--vision is {arguments.vision}, but {arguments.weights} holds a tower of its own: leave it out")
+            raise ValueError(f"--vision is {arguments.vision}, but {arguments.weights} holds its own tower: leave it out")
         vision, tower = _read_tower(arguments.vision, arguments.feature_layer, recipe)
     if vision is None:
         raise ValueError(f"{arguments.weights} holds no vision tower: give its folder with --vision")

@@ -6,9 +6,9 @@
     python -m tools.dev_slurm down              # ends its jobs and its daemons
 
 Real slurmctld, munged and two slurmd (`n1`, `n2`), each node with 4 CPUs and 2 `gpu`s that are only counted; no database, no
-cgroups, any user. Jobs go to the partition `main`; a job of the partition `urgent` takes their place: they get TERM, 30 seconds
-to save, and are put back into the queue. Ports, keys and state are this cluster's own, so several run side by side, one to a
---dir, beside a Slurm that serves the machine. `up` starts what does not run, so it also brings a killed daemon back.
+cgroups, any user. Jobs go to the partition `main`; a job of the partition `urgent` preempts them: they get TERM, 30 seconds to
+save, and are requeued. Each cluster has its own ports, keys and state, so several run side by side, one per --dir, and beside a
+Slurm that serves the machine. `up` starts what does not run, so it also restarts a killed daemon.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 CredType=cred/munge
-# A job may start again so many seconds after it was put back, plus one.
+# A job may start again this many seconds after it was requeued, plus one.
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/%n
@@ -88,17 +88,17 @@ PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE
 
 @dataclass(frozen=True)
 class Arguments:
-    """Start, end or look at a private Slurm of two nodes."""
+    """Start, stop or describe a private Slurm of two nodes."""
 
     command: Annotated[Literal["up", "down", "status"], tyro.conf.Positional]
-    """`up` starts what does not run; `down` ends jobs and daemons and removes the folder; `status` tells."""
+    """`up` starts what does not run; `down` ends jobs and daemons and removes the folder; `status` prints what runs."""
     dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path(tempfile.gettempdir()) / f"himix-slurm-{os.getuid()}"
     """The cluster's own folder, made by `up`; another folder is another cluster."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """What lies in the folder: slurm.conf, log/, state, and daemons.json: each daemon's pid and when it started."""
+    """The cluster's folder: slurm.conf, log/, state, and daemons.json (each daemon's pid and start time)."""
 
     folder: Path
 
@@ -109,12 +109,12 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """For daemons and clients: nothing of a job that this process may itself be part of."""
+        """Environment of daemons and clients, without anything of a job that this process may be part of."""
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "SQUEUE"))}
         return clean | {"SLURM_CONF": str(self.conf)}
 
     def daemons(self) -> dict[str, psutil.Process]:
-        """Those that run."""
+        """The daemons that run."""
         with contextlib.suppress(FileNotFoundError):
             recorded = json.loads((self.folder / "daemons.json").read_text())
             return {name: found for name, known in recorded.items() if (found := _process(*known)) is not None}
@@ -162,9 +162,7 @@ def checked(folder: Path) -> Path:
         raise ValueError(f"--dir is {str(folder)!r}: slurm.conf takes letters, digits, and . _ - / only")
     longest = 107 - len("/munge.socket") - 8  # of a Unix socket's path; Slurm's own are a little longer than munge's
     if len(str(folder)) > longest:
-        raise ValueError(
-            f"--dir has {len(str(folder))} characters: a socket's path leaves room for {longest}, give a shorter one"
-        )
+        raise ValueError(f"--dir has {len(str(folder))} characters: a socket's path allows {longest}, give a shorter one")
     if folder.exists() and not (folder / "lock").is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--dir {folder} holds something else: name a folder that is empty or does not exist")
     if folder.exists() and folder.stat().st_uid != os.getuid():
@@ -174,7 +172,7 @@ def checked(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def locked(cluster: Cluster) -> Iterator[None]:
-    """Nobody else starts or ends this cluster meanwhile."""
+    """Hold the cluster's lock, so that nobody else starts or stops it."""
     cluster.folder.mkdir(parents=True, exist_ok=True)
     cluster.folder.chmod(0o755)  # munged wants its socket reachable
     with (cluster.folder / "lock").open("a") as lock:
@@ -245,8 +243,8 @@ def write_files(cluster: Cluster) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now, below those that Linux hands out by itself, apart from what a run derives for its
-    ranks' meeting (himix_megatron/distributed/topology.py: from 16384)."""
+    """Free ports, below those that Linux assigns by itself and those that a run derives for its ranks (distributed/launch.py:
+    from 16384)."""
     ports: list[int] = []
     while len(ports) < count:
         port = 8192 + secrets.randbelow(8192)
@@ -257,7 +255,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def start(cluster: Cluster, name: str, command: list[str]) -> psutil.Process:
-    """A daemon in a session of its own, that says what it has to say in log/NAME.log; noted in daemons.json."""
+    """Start a daemon in its own session, with its output in log/NAME.log, and record it in daemons.json."""
     with (cluster.folder / "log" / f"{name}.log").open("ab") as log:
         child = subprocess.Popen(
             command,
@@ -307,7 +305,7 @@ def down(cluster: Cluster) -> None:
 
 
 def end(processes: list[psutil.Process]) -> None:
-    """TERM, and after a while KILL."""
+    """End processes with TERM, and after a while KILL."""
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()

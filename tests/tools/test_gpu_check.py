@@ -208,7 +208,7 @@ def test_packs_of_every_kind_are_tried() -> None:
 
 def test_checks_that_start_at_once_share_a_folder() -> None:
     with ThreadPoolExecutor(8) as pool:
-        rooms = list(pool.map(processes.room, map(str, range(64))))
+        rooms = list(pool.map(processes.scratch_folder, map(str, range(64))))
     assert len({room.parent for room in rooms}) == 1
     assert all(room.is_dir() for room in rooms)
 

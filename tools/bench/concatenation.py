@@ -78,7 +78,7 @@ def lines_of(arguments: Arguments, config: Config, seconds: dict[str, list[float
     for text in arguments.text_tokens:
         predicted = flops(text + arguments.vision_tokens, 0) / flops(text, arguments.vision_tokens)
         of_himix = time[f"himix {text}"]
-        what = f"vanilla concatenation takes so many times longer than HiMix, {text} text tokens (by FLOPs {predicted:.1f})"
+        what = f"vanilla concatenation's time over HiMix's, {text} text tokens (by FLOPs {predicted:.1f})"
         held = not torch.cuda.is_available()  # the ratios are wanted of a CPU
         lines.append(Line(what, time[f"vanilla {text}"] / of_himix, WANTED.get((arguments.part, text)) if held else None))
         lines.append(Line("the same through this project's layers", time[f"ours, concatenating {text}"] / of_himix))

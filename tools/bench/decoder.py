@@ -26,7 +26,7 @@ PARTS = ("concatenation", "tensor", "padding")
 
 
 def run_parts() -> int:
-    """Each part in a process of its own. Returns: 1 if one missed a line."""
+    """Run each part in its own process. Returns: 1 if one missed a line."""
     codes = [
         subprocess.run([sys.executable, "-m", "tools.bench.decoder", "--part", p, *sys.argv[1:]]).returncode for p in PARTS
     ]

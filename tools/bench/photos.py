@@ -69,7 +69,7 @@ def photo(number: int) -> bytes:
 
 
 def row(number: int, words: tuple[int, int] = (40, 120)) -> dict[str, object]:
-    """A LLaVA row about a picture: a question, and an answer of so many words, the second number not among them."""
+    """A LLaVA row about a picture: a question, and an answer of words[0] to words[1] - 1 words."""
     draw = np.random.default_rng(number)
     answer = " ".join(draw.choice(WORDS, int(draw.integers(*words))))
     turns = [{"from": "human", "value": "<image>\nWhat is in the picture?"}, {"from": "gpt", "value": answer}]

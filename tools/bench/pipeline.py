@@ -182,7 +182,7 @@ def measure(config: Config, topology: Topology) -> dict[str, Any]:
 
 
 def work(folder: Path) -> None:
-    """A rank of a run: its settings are in a file, and what it measured goes to one."""
+    """A rank of a run: reads its settings from a file, and writes what it measured to another."""
     torch.set_num_threads(1)
     config = from_json((folder / "config.json").read_text())
     if config.parallel.pipeline == 1:
@@ -206,7 +206,7 @@ def variants(config: Config, folder: Path) -> Iterator[tuple[str, Config]]:
 
 
 def torchrun(size: int, folder: Path) -> None:
-    """Run `work` on so many ranks."""
+    """Run `work` on this many ranks."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
     command = [sys.executable, *launcher, "-m", "tools.bench.pipeline", WORKER, str(folder)]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "LOGLEVEL": "ERROR"})

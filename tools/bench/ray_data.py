@@ -49,7 +49,7 @@ def ray_with_room(num_workers: int) -> Iterator[None]:
 
 
 def write_by_ray_data(annotations: Path, images: Path, out: Path, *, check: Check, samples_per_shard: int) -> None:
-    """Write a WebDataset of a LLaVA source, with about as many samples in a tar as asked for."""
+    """Write a WebDataset of a LLaVA source, with about this many samples in a tar."""
     import ray
 
     context = ray.data.DataContext.get_current()

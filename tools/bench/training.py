@@ -50,7 +50,7 @@ class Packs:
 
     @staticmethod
     def of(text_tokens: int, samples: int, packs: int, tokens_per_image: int) -> Packs:
-        """Packs of so many text tokens and samples each, log-normal lengths."""
+        """Packs of this many text tokens and samples each, with log-normal lengths."""
         lengths = tuple(lengths_of(text_tokens, samples, seed) for seed in range(packs))
         return Packs(text_lengths=lengths, row_tokens=text_tokens, tokens_per_image=tokens_per_image)
 
@@ -232,7 +232,7 @@ def training(arguments: Arguments) -> list[Line]:
 
 
 def tower_step(tower: Any, images: int, config: Config, device: torch.device) -> Callable[[], object]:
-    """The frozen tower over so many images, in batches of at most 64."""
+    """The frozen tower on this many images, in batches of at most 64."""
     tower, size = tower.to(device).requires_grad_(False), config.vision.image_size
     pixels = torch.zeros(images, 3, size, size, dtype=torch.uint8, device=device)
     blank = torch.zeros(images, dtype=torch.bool, device=device)

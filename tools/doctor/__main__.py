@@ -1,12 +1,12 @@
-"""What is installed and usable here, one line each, with the remedy.
+"""Check what is installed and usable on this machine: one line each, with the remedy.
 
     python -m tools.doctor                                     this machine
     python -m tools.doctor --data DIR --recipe llama3_2_1b_align    also datasets, and the recipe's tower and tokenizer
     srun --nodes 4 --ntasks-per-node 1 python -m tools.doctor  every node, one file system, and the network between them
 
-`ok`; `warning`: works, but look at it; `missing`: not there, and training goes without; `broken`: does not work, though it is
-there or needed. With several ranks (srun, torchrun) rank 0 prints; of other nodes it prints what differs from its own.
-Exit code 1 when something that training needs is broken, else 0.
+`ok`; `warning`: works, but deserves a look; `missing`: not installed, and training works without it; `broken`: does not work,
+or is missing and needed. With several ranks (srun, torchrun) rank 0 prints, for other nodes only what differs from its own
+findings. Exit code 1 if something that training needs is broken, else 0.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from tools.doctor.finding import Finding
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Look at this machine, or with several ranks at the machines of a job."""
+    """Check this machine, or with several ranks the machines of a job."""
 
     data: tuple[str, ...] = ()
-    """Shard datasets to look into."""
+    """Shard datasets to check."""
     recipe: str | None = None
-    """Recipe whose datasets (without --data), tower and tokenizer have to be here."""
+    """Recipe whose datasets (without --data), tower and tokenizer to check."""
     tower: Path | None = None
-    """Folder of a vision tower; None: the recipe's."""
+    """Folder of a vision tower. None: the recipe's."""
     tokenizer: str | None = None
-    """Folder of a tokenizer; None: the recipe's."""
+    """Folder of a tokenizer. None: the recipe's."""
     folder: Path = Path(".")
-    """Where runs are to be written; on a cluster a folder that all nodes see."""
+    """Folder for runs; on a cluster one that all nodes see."""
     timeout_seconds: float = 30.0
-    """Most that one answer of another rank is waited for."""
+    """Longest wait for an answer of another rank."""
     json: bool = False
     """Print one JSON object a line."""
 

@@ -1,7 +1,7 @@
-"""Whether this project is right and fast on the GPU of a bare machine, in one command.
+"""Check in one command that this project is correct and fast on the GPU of a bare machine.
 
     python -m tools.gpu_check --out DIR                                      (everything on one GPU; no network, no Ray)
-    python -m tools.gpu_check --out DIR --gpus 8                             (and layouts of 8 ranks beside one)
+    python -m tools.gpu_check --out DIR --gpus 8                             (also layouts of 8 ranks, compared with one)
     python -m tools.gpu_check --out DIR --stage correctness --budget-seconds 200
     python -m tools.gpu_check --out DIR --only core-te-bf16 layer-te-bf16
 
@@ -28,21 +28,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """Settings of the check."""
+    """Check correctness and speed on this machine's GPU."""
 
     out: Path
-    """Where results.jsonl and errors.txt go (the performance stage adds a few small files)."""
+    """Folder for results.jsonl and errors.txt (the performance stage adds a few small files)."""
     stage: Literal["correctness", "performance", "all"] = "all"
-    """Which checks run."""
+    """Stage whose checks run."""
     budget_seconds: float = 3600.0
-    """On a GPU a check starts only if what it is estimated to take is left of this; else it is skipped, by name. Processes that
-    checks started are killed when the budget ends; a check inside this process, once started, runs to its end."""
+    """Time budget. On a GPU a check starts only if its estimated time is left; otherwise it is reported as skipped. Processes
+    that checks started are killed when the budget ends; a check inside this process runs to its end."""
     only: tuple[str, ...] = ()
-    """Names of checks; empty: all of the stage."""
+    """Names of checks to run. Empty: all of the stage."""
     gpus: int = 1
-    """N above 1 adds the check `layouts` to the correctness stage: a tiny model trains in fp32 on one GPU and on N, tensor
-    parallel with sequence parallelism, pipeline parallel, data parallel with the distributed optimizer, and for an even N from
-    4 on by a mixture; losses and gradient norms must be one GPU's. Over NCCL; without a GPU, N processes over gloo."""
+    """Number of GPUs. N above 1 adds the check `layouts` to the correctness stage: a tiny model trains in fp32 on one GPU and
+    on N (tensor and sequence parallel, pipeline parallel, data parallel with the distributed optimizer, and for an even N of at
+    least 4 a mixture); losses and gradient norms must equal one GPU's. Uses NCCL; without a GPU, N processes over gloo."""
 
 
 def quiet() -> None:
@@ -54,7 +54,7 @@ def quiet() -> None:
 
 
 def check_gpus(wanted: int, found: int) -> None:
-    """Raises: ValueError if there are not so many GPUs. `found`: 0 where there is none, and processes stand for them."""
+    """Raises: ValueError if there are fewer GPUs. `found`: 0 where there is none; processes then replace them."""
     if wanted < 1:
         raise ValueError(f"--gpus is {wanted}: wanted 1 or more")
     if 0 < found < wanted:

@@ -69,8 +69,8 @@ HEADS = (Heads(14, 2, 64), Heads(32, 8, 64), Heads(24, 8, 128), Heads(32, 32, 12
 """Qwen2-0.5B's, Llama-3.2-1B's, Llama-3.2-3B's and Vicuna-7B's."""
 TINY_HEADS = (Heads(4, 2, 16), Heads(4, 4, 32))
 CORE_ROUNDINGS, CPU_CORE_ROUNDINGS, LAYER_ROUNDINGS = 2.0, 4.0, 3.0
-"""bf16 may be so many times as far from float64 as float64 on inputs rounded to bf16. An attention core rounds once between its
-two products and once at the end, and the CPU's also where it merges images and text; a layer also between its other products.
+"""How many times as far from float64 bf16 may be as float64 on inputs rounded to bf16. An attention core rounds once between
+its two products and once at the end, the CPU's also where it merges images and text; a layer also between its other products.
 """
 
 

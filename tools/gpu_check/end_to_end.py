@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tools.bench.measure import Line
-from tools.gpu_check.processes import Command, apart, complain, in_turn, losses, pretrain, python, room, widest
+from tools.gpu_check.processes import Command, apart, complain, in_turn, losses, pretrain, python, scratch_folder, widest
 from tools.gpu_check.runner import Check, Context
 
 FP32_LOSS = 1e-4
@@ -52,7 +52,7 @@ def specs(context: Context) -> tuple[str, str]:
 
 def training(context: Context) -> Iterator[Line]:
     """20 steps from the same weights on the CPU and under both specs, packs and rows, fp32 and bf16; as graphs; inline."""
-    folder, steps = room("training"), 6 if context.tiny else 20
+    folder, steps = scratch_folder("training"), 6 if context.tiny else 20
     data = ("--data.datasets", folder / "data" / "shards")
 
     def train(name: str, *flags: str) -> Command:
@@ -117,7 +117,7 @@ def scenes(folder: str) -> None:
 
 
 def copied(run: str, other: str, spec: str, precision: str) -> None:
-    """A run's folder under another name, to go on from or to evaluate under any spec and in any precision."""
+    """Copy a run's folder, to continue or evaluate it under any spec and in any precision."""
     shutil.copytree(run, other)
     file = Path(other) / "config.json"
     config = json.loads(file.read_text())
@@ -126,8 +126,8 @@ def copied(run: str, other: str, spec: str, precision: str) -> None:
 
 
 def chain(context: Context) -> Iterator[Line]:
-    """Convert, train with asynchronous saves, be killed, resume, evaluate under both specs, go on under the other one."""
-    folder = room("chain")
+    """Convert, train with asynchronous saves, kill, resume, evaluate under both specs, continue under the other one."""
+    folder = scratch_folder("chain")
     own, other = specs(context)
     run, data, plan = folder / "run", folder / "scenes", folder / "faults.jsonl"
     plan.write_text(json.dumps({"kind": "kill", "point": "step/backward", "step": KILLED_IN}) + "\n")
@@ -198,7 +198,7 @@ def answers(run: Path) -> list[str]:
 
 def quickstart(context: Context) -> Iterator[Line]:
     """The whole job on a small world, in bf16 on a GPU; a few steps of it without one."""
-    folder = room("quickstart")
+    folder = scratch_folder("quickstart")
     of_gpu = ("--train.precision", "bf16", "--model.layer-spec", "te")
     words = ("--align-steps", "2", "--instruct-steps", "2") if context.tiny else of_gpu
     python(context, "-m", "pipelines.quickstart", "--out", folder, "--tensor", "1", "--engine", "local", *words)

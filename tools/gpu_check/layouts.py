@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 
 from tools.bench.measure import Line
 from tools.gpu_check.end_to_end import FP32_LOSS, HERE, specs
-from tools.gpu_check.processes import Command, ProcessError, apart, complain, in_turn, losses, pretrain, room
+from tools.gpu_check.processes import Command, ProcessError, apart, complain, in_turn, losses, pretrain, scratch_folder
 from tools.gpu_check.runner import Check, Context
 
 TIMEOUT_SECONDS = "120"
@@ -48,7 +48,7 @@ def beside_one_rank(context: Context, chosen: Mapping[str, tuple[str, ...]]) -> 
 
     Norms say more: left unsummed over tensor ranks, the norm layers' gradients moved them by 1e-3, and losses by 3e-5.
     """
-    folder, steps = room("layouts"), 10 if context.tiny else 20
+    folder, steps = scratch_folder("layouts"), 10 if context.tiny else 20
     common = ("--model.layer-spec", specs(context)[0], "--parallel.timeout-seconds", TIMEOUT_SECONDS, *sizes(context.gpus))
     common += ("--data.datasets", str(folder / "data" / "shards"))
 

@@ -44,7 +44,8 @@ Spec = Literal["te", "torch"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Model:
-    """A recipe's decoder, and the packs it is measured with: of text tokens and samples of 314 on average, so many a step.
+    """A recipe's decoder and the packs with which it is measured: text tokens and samples (314 tokens on average)
+    of a pack, and packs of a step.
 
     Beside packs with the images inside the text (as many samples as fit into 80 GB) stand chats of about as many tokens through
     the decoder, and captions. `optimizer`: whether its step is measured too.
@@ -139,7 +140,7 @@ def built(config: Config) -> Iterator[Decoder]:
 
 
 def free() -> None:
-    """Give back what nobody holds (megatron-core's wrappers refer to each other in circles); the peak begins anew."""
+    """Free unreferenced memory (megatron-core's wrappers refer to each other in cycles), and reset the peak."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -292,7 +293,7 @@ def gain_lines(name: str, own: Decoder, beside: Packs, inside: Packs, tower: flo
         gain = (times[1] + seconds) / (times[0] + seconds)
         honest = (flops[1] + operations) / (flops[0] + operations)
         each = f"{1e3 * (times[0] + seconds):.2f} and {1e3 * (times[1] + seconds):.2f} ms a sample"
-        yield Line(f"{name}, {what}: concatenation takes so many times longer ({each}; by FLOPs {honest:.2f})", gain)
+        yield Line(f"{name}, {what}: concatenation's time over HiMix's ({each}; by FLOPs {honest:.2f})", gain)
         yield Line(f"{name}, {what}: that gain over the FLOPs' one", gain / honest, on_gpu(WANTED_GAIN))
     mfu = [operations / seconds / rates.peak_flops() for operations, seconds in zip(flops, times, strict=True)]
     yield Line(f"{name}: the concatenating decoder's own MFU (HiMix's {mfu[0]:.3f})", mfu[1])

@@ -1,7 +1,7 @@
-"""Commands of this project in processes of their own, and what a run leaves behind.
+"""Run commands of this project in separate processes, and read what a run leaves behind.
 
-Each gets the environment that this process started with (a check may have changed its own since), one thread, and a time limit:
-the budget's end. Where libraries take ten seconds to load, commands that need no process each run in one: `in_turn`.
+Each gets the environment with which this process started (a check may have changed it since), one thread, and the end of the
+budget as its time limit. Loading libraries takes ten seconds, so commands that need no separate process share one: `in_turn`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _SCRATCH: list[tempfile.TemporaryDirectory[str]] = []
 _LOCK = threading.Lock()
 
 
-def room(name: str) -> Path:
+def scratch_folder(name: str) -> Path:
     """A fresh folder in one temporary folder for all checks, which is removed when this process ends."""
     with _LOCK:  # checks that run at once would make two, and the first to be forgotten takes its files along
         if not _SCRATCH:
@@ -96,7 +96,7 @@ def python(context: Context, *words: str | Path, on_cpu: bool = False, wanted: i
 def in_turn(context: Context, commands: Sequence[Command], *, on_cpu: bool = False, wanted: int = 0) -> ProcessError | None:
     """Run these one after the other in one process; one that fails does not stop the others.
 
-    Returns: what went wrong, to be raised when what the others found has been told. Args: as for `python`.
+    Returns: what went wrong, to be raised after the others' results were reported. Args: as for `python`.
     """
     words = json.dumps([[str(word) for word in command] for command in commands])
     try:

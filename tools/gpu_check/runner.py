@@ -1,8 +1,8 @@
 """Runs checks in their order within a budget of seconds. Flows in: checks; out: OUT/results.jsonl, OUT/errors.txt, stdout.
 
 Every line is in the file, and on stdout, as soon as it is known: a machine that is taken away leaves what was found so far.
-A check that raises does not end the others. Checks that are marked `beside` mostly wait for processes of their own; they run
-beside the others of their stage, one thread each, and no check of the next stage begins before they have ended.
+A check that raises does not end the others. Checks marked `beside` mostly wait for processes that they start; they run in
+parallel with the others of their stage, one thread each, and no check of the next stage begins before they have ended.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Check:
-    """Something to find out."""
+    """One check."""
 
     name: str
     """One word, as `--only` takes it."""
@@ -56,14 +56,14 @@ class Check:
     run: Callable[[Context], Iterable[Line]]
     """Gives lines as they come."""
     beside: bool = False
-    """It waits for processes of its own, and runs beside the others of its stage."""
+    """It waits for processes that it starts, and runs in parallel with the others of its stage."""
     gpus: int = 1
-    """It needs as many at the least."""
+    """Least number of GPUs it needs."""
 
 
 @dataclass
 class Recorder:
-    """Where lines go; may be used by several threads."""
+    """Writes and prints lines; several threads may use it."""
 
     out: Path
     failures: list[str] = field(default_factory=list)
@@ -71,12 +71,12 @@ class Recorder:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def line(self, check: str, line: Line) -> None:
-        """Note what a check found."""
+        """Record what a check found."""
         row = {"what": line.what, "value": line.value, "wanted": line.wanted, "at_most": line.at_most, "holds": line.holds}
         self.write(check, str(line), failed=not line.holds, **row)
 
     def failed(self, check: str, error: Exception, seconds: float) -> None:
-        """Note that a check raised; the traceback goes to errors.txt."""
+        """Record that a check raised; the traceback goes to errors.txt."""
         text = "".join(traceback.format_exception(error))
         with self.lock, (self.out / "errors.txt").open("a") as errors:
             errors.write(f"== {check} failed after {seconds:.0f} s\n{text[-_TRACEBACK_CHARACTERS:]}\n")
@@ -97,7 +97,7 @@ _TRACEBACK_CHARACTERS = 20_000
 
 
 def run_checks(checks: Sequence[Check], context: Context) -> int:
-    """Run them and say what came of it. Returns: the exit code, 1 if a line is missed or a check failed."""
+    """Run them and print a summary. Returns: the exit code, 1 if a line is missed or a check failed."""
     context.out.mkdir(parents=True, exist_ok=True)
     (context.out / "errors.txt").unlink(missing_ok=True)
     found, recorder = header(), Recorder(context.out)

@@ -22,7 +22,7 @@ from pipelines.cli import parse
 from tools.bench import checkpoint
 from tools.bench.measure import Line
 from tools.bench.photos import write_source
-from tools.gpu_check.processes import python, room
+from tools.gpu_check.processes import python, scratch_folder
 from tools.gpu_check.runner import Check, Context
 
 MOST_DATA_WAIT = 0.02
@@ -49,7 +49,7 @@ _LINE = re.compile(
 def train(context: Context) -> Iterator[Line]:
     """A run of some steps, which kills itself then: a last save would take longer than the steps."""
     num_samples, steps = (64, 15) if context.tiny else (600, 25)
-    folder, begun = room("train"), time.monotonic()
+    folder, begun = scratch_folder("train"), time.monotonic()
     annotations, images = write_source(folder / "source", num_samples, words=WORDS)
     flags = shlex.split("--engine local --check header --samples-per-shard 250 --tokenizer bytes --template tiny")
     where = ("--annotations", annotations, "--images", images, "--out", folder / "shards")

@@ -79,7 +79,7 @@ def verdict(folder: Path, report: Report) -> Iterator[str]:
     for finding in report.findings:
         yield str(finding)
     for path in report.foreign:
-        yield f"{path}: not of the dataset; nobody reads it"
+        yield f"{path}: does not belong to the dataset; it is ignored"
     what = f"{report.num_shards} shards, {report.num_samples} samples, {report.num_images} images, {_size(report.num_bytes)}"
     if not report.findings:
         yield f"{folder}: {what}: hashes, headers, counts and checksums are all right"

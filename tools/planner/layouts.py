@@ -1,4 +1,4 @@
-"""All layouts of a recipe on so many GPUs: which fit, how long a step takes, what a million samples cost.
+"""All layouts of a recipe on a number of GPUs: which fit, how long a step takes, what a million samples cost.
 
 Flows in: a recipe's Config, a Machine, the number of GPUs and what a sample is like; out: Plans, fastest first. Layouts that
 the settings themselves refuse (heads or batch that do not divide) are passed over, by the same checks that a run makes.
