@@ -50,6 +50,11 @@ class ModelConfig:
     text_only_vision: Literal["zero_image", "none"] = "none"
     """A sample without an image attends to the features of an all-zero image (as the authors' code does), or to none."""
 
+    @property
+    def images_without(self) -> int:
+        """Images that a sample without an image counts for: 1, the all-zero image, or 0."""
+        return int(self.text_only_vision == "zero_image")
+
     def __post_init__(self) -> None:
         known("model.family", self.family, FAMILIES)
         positive(

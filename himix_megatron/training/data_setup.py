@@ -104,8 +104,9 @@ def make_plan(config: Config, data: DataConfig) -> SamplingPlan:
     cache_dir = None if data.cache_dir is None else Path(data.cache_dir)
     cache_bytes = int(data.cache_gib * 2**30)
     datasets = Datasets([ShardDataset(path, cache_dir=cache_dir, cache_bytes=cache_bytes) for path in data.datasets], data)
-    without = 1 if config.model.text_only_vision == "zero_image" else 0
-    plan = SamplingPlan(datasets, data, seed=config.train.seed, global_batch=config.global_batch, images_without=without)
+    plan = SamplingPlan(
+        datasets, data, seed=config.train.seed, global_batch=config.global_batch, images_without=config.model.images_without
+    )
     if plan.left_out:
         logger.warning("%s: samples left out: %s", " ".join(data.datasets), plan.describe_left_out(plan.left_out))
     return plan
@@ -118,8 +119,9 @@ def make_stream(config: Config, data_size: int) -> Stream:
     """
     if config.train.steps is None:
         raise ValueError("data.webdataset_urls has no end, so epochs cannot be counted: give --train.steps")
-    without = 1 if config.model.text_only_vision == "zero_image" else 0
-    stream = Stream(config.data, seed=config.train.seed, global_batch=config.global_batch, images_without=without)
+    stream = Stream(
+        config.data, seed=config.train.seed, global_batch=config.global_batch, images_without=config.model.images_without
+    )
     stream.check_ranks(data_size)
     return stream
 
