@@ -178,30 +178,20 @@ def stages(plan: Plan) -> Iterator[str]:
 
 
 def command(plan: Plan, node_size: int) -> str:
-    """What runs it: torchrun on one node, sbatch on several."""
-    config, layout = plan.config, plan.layout
-    size = "packs" if config.data.packs else "samples"
-    flags = [
-        f"--train.global-batch-{size} {config.global_batch}",
-        *(
-            [
-                f"--data.pack-max-text-tokens {config.data.pack_max_text_tokens}",
-                f"--data.pack-max-images {config.data.pack_max_images}",
-            ]
-            if config.data.packs
-            else []
-        ),
-        *([f"--data.max-text-tokens {config.data.max_text_tokens}"] if config.data.packs else []),
-        *([] if config.data.packs else [f"--train.micro-batch-samples {config.micro_batch}"]),
-        f"--train.recompute {layout.recompute}",
-        f"--parallel.tensor {layout.tensor}",
-        f"--parallel.pipeline {layout.pipeline}",
-        f"--parallel.virtual-pipeline {layout.virtual_pipeline}",
-        f"--parallel.split {config.parallel.split}",
-        f"--parallel.split-text-tokens {config.parallel.split_text_tokens}",
-        "--parallel.sequence" if layout.sequence else "--parallel.no-sequence",
-        "--parallel.distributed-optimizer" if layout.distributed_optimizer else "--parallel.no-distributed-optimizer",
-    ]
+    """The command that runs it: torchrun on one node, sbatch on several."""
+    config, layout, data = plan.config, plan.layout, plan.config.data
+    packing = ("pack_max_text_tokens", "pack_max_images", "max_text_tokens")
+    values = {
+        config.batch_flags[0]: config.global_batch,
+        **({f"data.{name}": getattr(data, name) for name in packing} if data.packs else {}),
+        **({} if data.packs else {"train.micro_batch_samples": config.micro_batch}),
+        "train.recompute": layout.recompute,
+        **{f"parallel.{name}": getattr(layout, name) for name in ("tensor", "pipeline", "virtual_pipeline")},
+        **{f"parallel.{name}": getattr(config.parallel, name) for name in ("split", "split_text_tokens")},
+    }
+    flags = [f"--{name.replace('_', '-')} {value}" for name, value in values.items()]
+    for name in ("sequence", "distributed_optimizer"):
+        flags.append(f"--parallel.{'' if getattr(layout, name) else 'no-'}{name.replace('_', '-')}")
     nodes = max(1, layout.ranks // node_size)
     if nodes == 1:
         start = f"torchrun --nproc-per-node {layout.ranks} -m pipelines.pretrain"

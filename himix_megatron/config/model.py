@@ -51,6 +51,11 @@ class ModelConfig:
     """Vision input of a sample without images. zero_image: the features of an all-zero image, as in the authors' code; none: no
     vision tokens."""
 
+    @property
+    def images_without(self) -> int:
+        """Images that a sample without an image counts for: 1, the all-zero image, or 0."""
+        return int(self.text_only_vision == "zero_image")
+
     def __post_init__(self) -> None:
         check_known("model.family", self.family, FAMILIES)
         check_limits(self, "model")

@@ -170,14 +170,12 @@ class Answerer:
 
     def _encode(self, prompts: Sequence[Prompt]) -> tuple[list[int], Tensor, Tensor]:
         """Features of all the prompts' images, encoded once: this rank encodes its share, and all get all."""
-        zero_image = self.config.model.text_only_vision == "zero_image"
-        images_per_sample = [len(p.images) or int(zero_image) for p in prompts]
+        without = self.config.model.images_without
+        images_per_sample = [len(p.images) or without for p in prompts]
         size = self.config.vision.image_size
         nothing = np.zeros((3, size, size), np.uint8)
-        images = [image for p in prompts for image in (p.images or ((nothing,) if zero_image else ()))]
-        blank = torch.tensor(
-            [b for p in prompts for b in ([False] * len(p.images) or [True] * int(zero_image))], dtype=torch.bool
-        )
+        images = [image for p in prompts for image in (p.images or (nothing,) * without)]
+        blank = torch.tensor([b for p in prompts for b in ([False] * len(p.images) or [True] * without)], dtype=torch.bool)
         share = [images[i] for i in rank_share(len(images), self.topology.replica_rank, self.topology.replica_size)]
         pixels = torch.from_numpy(np.stack(share)) if share else torch.empty(0, 3, size, size, dtype=torch.uint8)
         device = self.topology.device

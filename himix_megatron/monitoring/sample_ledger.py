@@ -30,9 +30,9 @@ class Ledger:
         folder = run_dir / "ledger"
         folder.mkdir(parents=True, exist_ok=True)
         if topology.replica_rank == 0:
-            self._file = open_whole(folder / f"rank-{topology.rank:03d}.jsonl")
+            self._file = open_for_append(folder / f"rank-{topology.rank:03d}.jsonl")
         if topology.rank == 0:
-            self._steps = open_whole(folder / "steps.jsonl")
+            self._steps = open_for_append(folder / "steps.jsonl")
 
     def record(self, step: int, batch: StepBatch, loss: float, grad_norm: float) -> None:
         """Write the samples of a step that is done, and its loss and gradient norm in hexadecimal, which keeps every bit."""
@@ -69,7 +69,7 @@ class Ledger:
                 file.close()
 
 
-def open_whole(path: Path) -> TextIO:
+def open_for_append(path: Path) -> TextIO:
     """Open for appending, after removing the partial last line that a killed run may have left."""
     with path.open("ab+") as file:
         end = size = file.seek(0, os.SEEK_END)

@@ -53,7 +53,7 @@ class Journal:
             self._is_torn = False
         except OSError as error:
             self._is_torn = True
-            logger.warning("a line of %s could not be written: %s", self.path, error)
+            logger.warning("%s: a line could not be written: %s", self.path, error)
 
     def starts_without_progress(self, step: int, settings: str) -> int:
         """How many of the last launches in a row began at this saved step with these settings. A launch that ignored the stop

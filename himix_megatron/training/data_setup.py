@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..checkpoint.description import Position
 from ..config import Config, DataConfig, from_json
 from ..data.loading.batch import StepBatch
 from ..data.loading.feature_cache import FeatureCache, feature_key
@@ -103,8 +104,9 @@ def make_plan(config: Config, data: DataConfig) -> SamplingPlan:
     cache_dir = None if data.cache_dir is None else Path(data.cache_dir)
     cache_bytes = int(data.cache_gib * 2**30)
     datasets = Datasets([ShardDataset(path, cache_dir=cache_dir, cache_bytes=cache_bytes) for path in data.datasets], data)
-    without = 1 if config.model.text_only_vision == "zero_image" else 0
-    plan = SamplingPlan(datasets, data, seed=config.train.seed, global_batch=config.global_batch, images_without=without)
+    plan = SamplingPlan(
+        datasets, data, seed=config.train.seed, global_batch=config.global_batch, images_without=config.model.images_without
+    )
     if plan.left_out:
         logger.warning("%s: samples left out: %s", " ".join(data.datasets), plan.describe_left_out(plan.left_out))
     return plan
@@ -117,8 +119,9 @@ def make_stream(config: Config, data_size: int) -> Stream:
     """
     if config.train.steps is None:
         raise ValueError("data.webdataset_urls has no end, so epochs cannot be counted: give --train.steps")
-    without = 1 if config.model.text_only_vision == "zero_image" else 0
-    stream = Stream(config.data, seed=config.train.seed, global_batch=config.global_batch, images_without=without)
+    stream = Stream(
+        config.data, seed=config.train.seed, global_batch=config.global_batch, images_without=config.model.images_without
+    )
     stream.check_ranks(data_size)
     return stream
 
@@ -172,17 +175,9 @@ def step_reader(config: Config, plan: SamplingPlan, topology: Topology, features
 
 
 def batches_from(
-    config: Config,
-    inputs: RunInputs,
-    topology: Topology,
-    step: int,
-    place: DataPosition,
-    rollback_data_offsets: Mapping[int, DataPosition],
+    config: Config, inputs: RunInputs, topology: Topology, position: Position, rollback_data_offsets: Mapping[int, DataPosition]
 ) -> Iterator[StepBatch]:
-    """This rank's part of the remaining steps, from the one after `step` and from `place` in the data.
-
-    `rollback_data_offsets`: where rollbacks made the data continue, by the steps done.
-    """
+    """This rank's part of the remaining steps. `rollback_data_offsets`: where rollbacks made the data continue, by step."""
     if isinstance(inputs.plan, Stream):
         return stream_steps(
             inputs.plan,
@@ -190,22 +185,19 @@ def batches_from(
             micro_batch=config.micro_batch,
             reads=reads_of(config, topology),
             end=inputs.length,
-            place=rollback_data_offsets.get(step, place),
-            step=step,
+            place=rollback_data_offsets.get(position.step, position.place),
+            step=position.step,
             pad_multiple=text_multiple(config),
         )
-    steps = planned(inputs.plan, inputs.length, step, place, rollback_data_offsets)
+    steps = planned(inputs.plan, inputs.length, position, rollback_data_offsets)
     return step_loader(step_reader(config, inputs.plan, topology, inputs.features), steps, config.data.num_workers)
 
 
 def planned(
-    plan: SamplingPlan,
-    length: TrainingLength,
-    step: int,
-    place: DataPosition,
-    rollback_data_offsets: Mapping[int, DataPosition],
+    plan: SamplingPlan, length: TrainingLength, position: Position, rollback_data_offsets: Mapping[int, DataPosition]
 ) -> Iterator[StepPlan]:
     """The plan's remaining steps, with the jumps in the data that rollbacks made."""
+    step, place = position.step, position.place
     while not length.reached(step, place):
         for planned_step in plan.steps(length, rollback_data_offsets.get(step, place), step):
             yield planned_step

@@ -38,14 +38,12 @@ from .checkpoint_policy import CheckpointPolicy
 from .data_setup import RunInputs, batches_from, prepare_inputs, stop_file
 from .optimizer import Schedule, apply_settings
 from .resume import (
-    ResumePoint,
     RunContext,
     expected_checkpoint,
     lock_run_dir,
     record_start,
     refuse_crash_loop,
     restore_or_initialize,
-    select_checkpoint,
     status_writer,
 )
 from .train_step import synced_batches, train_step
@@ -70,17 +68,16 @@ def pretrain(config: Config, request: StopRequest | None = None) -> int:
         request.ignore_signals()
         return stop_run(config, reason, status_writer(config, inputs, expected, launch, started_at))
     topology = init_distributed(config.parallel, seed=config.train.seed, launch=launch)
-    ranks, run_lock = lock_run_dir(config, topology)
-    start = ResumePoint(ranks, run_lock, select_checkpoint(config, inputs.plan, ranks))
-    status = status_writer(config, inputs, start.checkpoint, launch, started_at)
+    resume = lock_run_dir(config, inputs.plan, topology)
+    status = status_writer(config, inputs, resume.checkpoint, launch, started_at)
     watchdog = Watchdog.over(config, topology, launch.host, request, status.record_end)
     with log.failures(), status.failures(), watchdog, out_of_memory.explained(config):
-        context = record_start(config, start.checkpoint, journal, watchdog, request, status)
+        context = record_start(config, resume.checkpoint, journal, watchdog, request, status)
         failpoint("start/load", progress=True)
-        run = build_components(config, inputs, topology, ranks=ranks, run_lock=run_lock)
+        run = build_components(config, inputs, topology, ranks=resume.ranks, run_lock=resume.run_lock)
         describe(config, inputs, run)
         run.checkpoints.check_disk_space()
-        position = restore_or_initialize(config, inputs, start.checkpoint, run.checkpoints)
+        position = restore_or_initialize(config, inputs, resume.checkpoint, run.checkpoints)
         apply_settings(config.optimizer, run.optimizer)
         code = train_with_rollbacks(config, inputs, run, position, context)
         run.checkpoints.close()
@@ -197,8 +194,8 @@ class TrainLoop:
 
     def _batches(self) -> Iterator[tuple[StepBatch, Tensor]]:
         """The remaining steps of the run, each with its images or features."""
-        step, place = self.position.step, self.position.place
-        batches = batches_from(self.config, self.inputs, self.components.topology, step, place, self.rollback_data_offsets)
+        topology = self.components.topology
+        batches = batches_from(self.config, self.inputs, topology, self.position, self.rollback_data_offsets)
         return synced_batches(self.components, batches, self.request)
 
     def _train(self, batch: StepBatch, images: Tensor) -> tuple[StepCounts, StepDecision]:

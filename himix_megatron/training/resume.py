@@ -191,15 +191,16 @@ def _saved_step(checkpoint: StartCheckpoint | None) -> int:
     return saved.step if saved else 0
 
 
-def lock_run_dir(config: Config, topology: Topology) -> tuple[ControlGroup, RunLock]:
-    """Make this launch the only one that writes into the run folder, and start its log there; all ranks call it.
+def lock_run_dir(config: Config, plan: SamplingPlan | Stream, topology: Topology) -> ResumePoint:
+    """Make this launch the only one that writes into the run folder, start the log there, and select the checkpoint to start
+    from; all ranks call it.
 
-    Raises: ValueError while another launch holds the lock, or if the folder cannot be written.
+    Raises: ValueError while another launch holds the lock, if the folder cannot be written, or as `select_checkpoint`.
     """
     ranks = ControlGroup(config.checkpoint.group_timeout_seconds)
     run_lock = acquire_on_all_ranks(config.run_dir, ranks)
     log.start(config.run_dir, topology.rank, topology.world_size)
-    return ranks, run_lock
+    return ResumePoint(ranks, run_lock, select_checkpoint(config, plan, ranks))
 
 
 def record_start(

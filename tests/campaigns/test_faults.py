@@ -22,19 +22,19 @@ import pytest
 
 from tests.support import ROOT
 from tests.support.fault_chains import LENGTH, Bench
-from tests.support.fault_sampling import cards
+from tests.support.fault_sampling import sample_cases
 
 SEED = int(os.environ.get("SEED") or 1)
 FAULTS = int(os.environ.get("FAULTS") or 500)
 FOLDER = Path(os.environ.get("REPORT") or ROOT / "runs" / "campaign-faults")
-TESTS = ("chains.py", "drawn_faults.py", "scheduler.py", "runs.py", "traces.py", "datasets.py")
+SUPPORT = ("fault_chains", "fault_sampling", "restarter", "small_runs", "traces", "datasets")
 
 pytestmark = pytest.mark.campaign
 
 
 def code_hash() -> str:
     """Of what is under test, and of the tests."""
-    files = [*(ROOT / "himix_megatron").rglob("*.py"), *(ROOT / "tests" / name for name in TESTS)]
+    files = [*(ROOT / "himix_megatron").rglob("*.py"), *(ROOT / "tests" / "support" / f"{name}.py" for name in SUPPORT)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:16]
 
 
@@ -53,7 +53,7 @@ def test_every_fault_is_recovered_from(mixed_dataset: Path, tmp_path: Path) -> N
         numbers = range(first, min(first + LENGTH, FAULTS))
         if all(number in found for number in numbers):
             continue
-        outcomes = bench.chain(SEED, first // LENGTH, cards(SEED, numbers))
+        outcomes = bench.chain(SEED, first // LENGTH, sample_cases(SEED, numbers))
         with report.open("a") as file:
             for number, outcome in zip(numbers, outcomes, strict=True):
                 outcome.number = number

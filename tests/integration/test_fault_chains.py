@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from himix_megatron.monitoring.sample_ledger import open_whole
+from himix_megatron.monitoring.sample_ledger import open_for_append
 from himix_megatron.runtime import failpoints
 from himix_megatron.runtime.failpoints import Fault
 from tests.support.fault_chains import LENGTH, Bench
-from tests.support.fault_sampling import AREAS, Card, cards, deck
+from tests.support.fault_sampling import AREAS, FaultCase, all_cases, sample_cases
 
 SEED = 318
 """Its chains 1 and 2 are quick (nothing freezes, and what only a timeout ends takes seconds), and of 16 kinds."""
@@ -113,14 +113,14 @@ def test_a_run_without_a_plan_passes_all_points() -> None:
 def test_a_half_written_line_of_a_killed_run_is_taken_back(tmp_path: Path, left: bytes) -> None:
     file = tmp_path / "steps.jsonl"
     file.write_bytes(left)
-    with open_whole(file) as opened:
+    with open_for_append(file) as opened:
         opened.write("next\n")
     assert file.read_bytes() == left[: left.rfind(b"\n") + 1] + b"next\n"
 
 
 def test_the_campaign_has_at_least_24_kinds_of_fault() -> None:
     assert set(AREAS) <= failpoints.KINDS.keys()
-    assert len({card.name(card.area) for card in deck()}) >= 24
+    assert len({card.name(card.area) for card in all_cases()}) >= 24
 
 
 @pytest.fixture(scope="module")
@@ -130,10 +130,10 @@ def bench(mixed_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Benc
 
 @pytest.mark.parametrize("chain", [1, 2])
 def test_a_run_recovers_from_a_chain_of_eight_faults(bench: Bench, chain: int) -> None:
-    outcomes = bench.chain(SEED, chain, cards(SEED, range(chain * LENGTH, (chain + 1) * LENGTH)))
+    outcomes = bench.chain(SEED, chain, sample_cases(SEED, range(chain * LENGTH, (chain + 1) * LENGTH)))
     assert [(outcome.kind, outcome.error) for outcome in outcomes if outcome.error] == []
 
 
 def test_a_rank_that_freezes_alone_is_replaced(bench: Bench) -> None:
-    outcomes = bench.chain(SEED, 0, [Card("freeze", "step")])  # chain 0: one rank, nobody who could end it
+    outcomes = bench.chain(SEED, 0, [FaultCase("freeze", "step")])  # chain 0: one rank, nobody who could end it
     assert [(outcome.kind, outcome.error) for outcome in outcomes] == [("freeze in step", None)]

@@ -170,7 +170,7 @@ def first_norms(config: Config) -> dict[str, float]:
     topology = init_distributed(config.parallel, seed=config.train.seed, launch=launch)
     run = builder.build_components(config, start, topology)
     position = restore_or_initialize(config, start, expected_checkpoint(config, start.plan), run.checkpoints)
-    batches = batches_from(config, start, topology, position.step, position.place, {})
+    batches = batches_from(config, start, topology, position, {})
     batch, images = next(train_step.with_features(run, batches))
     for stage in run.stages:
         stage.zero_grad_buffer()

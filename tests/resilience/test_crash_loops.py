@@ -12,7 +12,7 @@ import pytest
 
 from himix_megatron.resilience.goodput import CAUSES, account
 from himix_megatron.resilience.journal import Journal
-from tests.support.processes import Ranks, manners_config
+from tests.support.processes import Ranks, resilience_config
 from tests.support.small_runs import history
 
 
@@ -22,7 +22,7 @@ def die_in_the_first_step(rank: int, point: str, count: int) -> None:
 
 
 def test_three_starts_without_a_new_step_stop_the_run(mixed_dataset: Path, tmp_path: Path) -> None:
-    config = manners_config(mixed_dataset, tmp_path, steps=2)
+    config = resilience_config(mixed_dataset, tmp_path, steps=2)
     for _ in range(3):
         with Ranks(config, 1, die_in_the_first_step) as ranks:
             assert ranks.codes() == [-signal.SIGKILL]
@@ -66,7 +66,7 @@ def test_a_journal_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, c
     journal.path.rename(tmp_path / "kept")
     journal.path.mkdir()
     journal.record("save", 2, health={"skipped": [2]})
-    assert "journal.jsonl misses a line" in caplog.text
+    assert "journal.jsonl: a line could not be written" in caplog.text
     assert journal.loss_guard_state_at(2) == {"skipped": [2]}
     journal.path.rmdir()
     (tmp_path / "kept").rename(journal.path)
@@ -85,7 +85,7 @@ def work_slowly(rank: int, point: str, count: int) -> None:
 
 
 def test_the_time_of_all_starts_adds_up(mixed_dataset: Path, tmp_path: Path) -> None:
-    config = manners_config(
+    config = resilience_config(
         mixed_dataset,
         tmp_path,
         data={"validation_path": str(mixed_dataset)},

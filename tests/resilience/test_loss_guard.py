@@ -18,7 +18,7 @@ from himix_megatron.data.loading.plan import START
 from himix_megatron.resilience.journal import Journal
 from himix_megatron.resilience.loss_guard import LossGuard
 from himix_megatron.resilience.replica_check import bitwise_hash
-from tests.support.processes import Ranks, manners_config
+from tests.support.processes import Ranks, resilience_config
 from tests.support.ranks import run_ranks
 
 
@@ -61,7 +61,7 @@ def hashes_of(config: Config, poison: tuple[int, tuple[int, ...]] | None = None)
     ids=["data 2", "tensor 2", "pipeline 2", "data 2, distributed bf16"],
 )
 def test_nan_on_one_rank_updates_no_rank(mixed_dataset: Path, tmp_path: Path, layout: dict[str, Any]) -> None:
-    config = manners_config(mixed_dataset, tmp_path, steps=4, **layout)
+    config = resilience_config(mixed_dataset, tmp_path, steps=4, **layout)
     results = run_ranks(hashes_of, 2, config, (1, (3,)), start_gloo=False)
     for code, hashes in results:
         assert code == 0
@@ -72,7 +72,7 @@ def test_nan_on_one_rank_updates_no_rank(mixed_dataset: Path, tmp_path: Path, la
 
 
 def test_too_many_steps_that_are_not_finite_stop_the_run(mixed_dataset: Path, tmp_path: Path) -> None:
-    config = manners_config(mixed_dataset, tmp_path, health={"max_skipped_steps": 1})
+    config = resilience_config(mixed_dataset, tmp_path, health={"max_skipped_steps": 1})
     results = run_ranks(hashes_of, 2, config, (1, (2, 4)), start_gloo=False)
     assert [(code, len(hashes)) for code, hashes in results] == [(3, 4), (3, 4)]
     assert "2 of the last 1000 steps, more than health.max_skipped_steps 1" in (tmp_path / "STOP").read_text()
@@ -137,7 +137,7 @@ def test_a_rollback_leaves_the_spike_out_also_when_it_is_interrupted(mixed_datas
     """Checkpoints at 3 and 6, a spike in step 8: back to 6, on with the ninth batch. A kill right after changes nothing."""
     runs = {}
     for name, die_at in (("whole", None), ("killed", 7)):
-        config = manners_config(
+        config = resilience_config(
             mixed_dataset,
             tmp_path / name,
             steps=10,
@@ -198,7 +198,7 @@ def test_a_flipped_bit_is_found_and_named(
     mixed_dataset: Path, tmp_path: Path, ranks: int, layout: dict[str, Any], who: str
 ) -> None:
     name = "decoder.layers.1.self_attention.vision_norm.weight"
-    config = manners_config(
+    config = resilience_config(
         mixed_dataset, tmp_path, health={"replica_check_steps": 2}, checkpoint={"interval_steps": 1}, **layout
     )
     assert run_ranks(flip, ranks, config, ranks - 1, name, start_gloo=False) == [3] * ranks
@@ -235,7 +235,7 @@ def use_up_the_memory(rank: int, point: str, count: int) -> None:
 
 
 def test_out_of_memory_names_the_settings_to_lower(mixed_dataset: Path, tmp_path: Path) -> None:
-    with Ranks(manners_config(mixed_dataset, tmp_path), 2, use_up_the_memory) as ranks:
+    with Ranks(resilience_config(mixed_dataset, tmp_path), 2, use_up_the_memory) as ranks:
         assert ranks.codes() == [1, 1]
         for rank in (0, 1):
             (line,) = [line for line in ranks.log(rank).splitlines() if "out of memory (" in line]

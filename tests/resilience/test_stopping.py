@@ -15,7 +15,7 @@ import pytest
 
 from himix_megatron.checkpoint.manifest import complete_checkpoints
 from himix_megatron.monitoring.run_status import read_status
-from tests.support.processes import FaultSchedule, Ranks, manners_config, reached
+from tests.support.processes import PointHook, Ranks, reached, resilience_config
 from tests.support.small_runs import history
 
 
@@ -32,7 +32,7 @@ def read_slowly(rank: int, point: str, count: int) -> None:
 @pytest.mark.parametrize("layout", [{}, {"tensor": 2}], ids=["data 2", "tensor 2"])
 def test_a_rank_that_waits_for_data_stops_with_the_others(mixed_dataset: Path, tmp_path: Path, layout: dict[str, Any]) -> None:
     """The disk of rank 1 hangs, and rank 0 is asked: three steps are done, and none is lost."""
-    with Ranks(manners_config(mixed_dataset, tmp_path, **layout), 2, read_slowly) as ranks:
+    with Ranks(resilience_config(mixed_dataset, tmp_path, **layout), 2, read_slowly) as ranks:
         ranks.wait_for("slow read")
         time.sleep(0.3)  # rank 0 is waiting for rank 1 by now
         asked_at = time.monotonic()
@@ -52,7 +52,7 @@ def stop_in_save(rank: int, point: str, count: int) -> None:
 
 
 def test_a_second_signal_does_not_break_the_save(mixed_dataset: Path, tmp_path: Path) -> None:
-    config = manners_config(mixed_dataset, tmp_path, steps=50, log={"ledger": True})
+    config = resilience_config(mixed_dataset, tmp_path, steps=50, log={"ledger": True})
     with Ranks(config, 2, stop_in_save) as ranks:
         ranks.wait_for("step")
         ranks.send(1, signal.SIGUSR2)
@@ -76,7 +76,7 @@ def validate_slowly(rank: int, point: str, count: int) -> None:
 
 
 def test_a_signal_during_validation_ends_it(mixed_dataset: Path, tmp_path: Path) -> None:
-    config = manners_config(
+    config = resilience_config(
         mixed_dataset,
         tmp_path,
         data={"validation_path": str(mixed_dataset)},
@@ -107,9 +107,9 @@ def load_slowly_in_a_job(rank: int, point: str, count: int) -> None:
 @pytest.mark.parametrize(("plan", "code"), [(load_slowly, 85), (load_slowly_in_a_job, 84)], ids=["alone", "in a job"])
 @pytest.mark.parametrize("asked", [0, 1])
 def test_a_signal_before_the_first_step_leaves_nothing(
-    mixed_dataset: Path, tmp_path: Path, asked: int, plan: FaultSchedule, code: int
+    mixed_dataset: Path, tmp_path: Path, asked: int, plan: PointHook, code: int
 ) -> None:
-    with Ranks(manners_config(mixed_dataset, tmp_path), 2, plan) as ranks:
+    with Ranks(resilience_config(mixed_dataset, tmp_path), 2, plan) as ranks:
         ranks.wait_for("load")
         asked_at = time.monotonic()
         ranks.send(asked, signal.SIGUSR1)
@@ -124,7 +124,7 @@ def test_a_signal_before_the_first_step_leaves_nothing(
 
 def test_a_signal_while_peers_are_waited_for_is_heard(mixed_dataset: Path, tmp_path: Path) -> None:
     """Rank 1 never comes, and rank 0 is inside torch's rendezvous."""
-    with Ranks(manners_config(mixed_dataset, tmp_path), 2, only=[0]) as ranks:
+    with Ranks(resilience_config(mixed_dataset, tmp_path), 2, only=[0]) as ranks:
         rank_0 = psutil.Process(ranks.processes[0].pid)
         deadline = time.monotonic() + 60
         while not any(own.laddr.port == ranks.port for own in rank_0.net_connections("tcp")):

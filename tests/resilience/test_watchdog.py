@@ -16,7 +16,7 @@ import torch
 
 from himix_megatron.monitoring.run_status import read_status
 from himix_megatron.runtime.process import free_port
-from tests.support.processes import Ranks, manners_config
+from tests.support.processes import Ranks, resilience_config
 
 
 def die_while_others_compute(rank: int, point: str, count: int) -> None:
@@ -66,7 +66,7 @@ def die_as_rank_0_while_others_compute(rank: int, point: str, count: int) -> Non
     ids=["in compute", "in a collective", "in a data wait", "in a save", "of rank 0, in compute"],
 )
 def test_a_killed_rank_ends_all_within_two_seconds(mixed_dataset: Path, tmp_path: Path, plan: object, victim: int) -> None:
-    with Ranks(manners_config(mixed_dataset, tmp_path, steps=3), 2, plan) as ranks:  # type: ignore[arg-type]
+    with Ranks(resilience_config(mixed_dataset, tmp_path, steps=3), 2, plan) as ranks:  # type: ignore[arg-type]
         codes = ranks.codes()
         assert codes[victim] == -signal.SIGKILL
         assert codes[1 - victim] == 1
@@ -82,7 +82,7 @@ def fail(rank: int, point: str, count: int) -> None:
 
 
 def test_a_failed_rank_ends_all_and_says_why(mixed_dataset: Path, tmp_path: Path) -> None:
-    with Ranks(manners_config(mixed_dataset, tmp_path), 2, fail) as ranks:
+    with Ranks(resilience_config(mixed_dataset, tmp_path), 2, fail) as ranks:
         assert ranks.codes() == [1, 1]
         assert abs(ranks.ended_at[0] - ranks.ended_at[1]) <= 2
         assert "rank 1 failed: RuntimeError: the card is on fire; shutting down this rank" in ranks.log(0)
@@ -96,7 +96,7 @@ def stop_for_good(rank: int, point: str, count: int) -> None:
 
 
 def test_a_stopped_rank_is_named_and_the_others_show_their_stacks(mixed_dataset: Path, tmp_path: Path) -> None:
-    config = manners_config(mixed_dataset, tmp_path, timeout_seconds=4, train={"global_batch_samples": 6})
+    config = resilience_config(mixed_dataset, tmp_path, timeout_seconds=4, train={"global_batch_samples": 6})
     with Ranks(config, 3, stop_for_good) as ranks:
         assert ranks.codes(timeout_seconds=30, but=1) == [1, None, 1]
         for rank in (0, 2):
@@ -111,7 +111,7 @@ def sleep_for_ever(rank: int, point: str, count: int) -> None:
 
 
 def test_a_hang_ends_with_the_stacks_of_all_ranks(mixed_dataset: Path, tmp_path: Path) -> None:
-    with Ranks(manners_config(mixed_dataset, tmp_path, timeout_seconds=4), 2, sleep_for_ever) as ranks:
+    with Ranks(resilience_config(mixed_dataset, tmp_path, timeout_seconds=4), 2, sleep_for_ever) as ranks:
         assert ranks.codes(timeout_seconds=30) == [1, 1]
         assert "rank 1 is the farthest behind, at step/backward" in ranks.log(0)
         assert "in sleep_for_ever" in ranks.log(1)
@@ -128,7 +128,7 @@ def hold_pythons_lock(rank: int, point: str, count: int) -> None:
 
 
 def test_a_rank_stuck_in_native_code_shows_its_stack_too(mixed_dataset: Path, tmp_path: Path) -> None:
-    with Ranks(manners_config(mixed_dataset, tmp_path, timeout_seconds=4), 2, hold_pythons_lock) as ranks:
+    with Ranks(resilience_config(mixed_dataset, tmp_path, timeout_seconds=4), 2, hold_pythons_lock) as ranks:
         assert ranks.codes(timeout_seconds=30) == [1, 1]
         assert "rank 1 does not answer" in ranks.log(0)
         assert "in hold_pythons_lock" in ranks.log(1)

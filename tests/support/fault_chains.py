@@ -21,7 +21,7 @@ from himix_megatron.checkpoint.manifest import complete_checkpoints
 from himix_megatron.config import Config
 from himix_megatron.runtime.failpoints import Fault
 
-from .fault_sampling import COSTS_A_SAVE, DAMAGES, INTERVAL, SIGNALS, Card, place
+from .fault_sampling import COSTS_A_SAVE, DAMAGES, INTERVAL, SIGNALS, FaultCase, place
 from .restarter import Attempt, Ended
 from .small_runs import small_config
 from .traces import Trace, hash_of, lines_of, samples_of, steps_of
@@ -87,7 +87,7 @@ class Outcome:
     seconds: float = 0.0
 
 
-def case_of(seed: int, chain: int, drawn: Sequence[Card]) -> Case:
+def case_of(seed: int, chain: int, drawn: Sequence[FaultCase]) -> Case:
     """Layouts take turns."""
     kinds = {card.kind for card in drawn}
     return Case(
@@ -156,7 +156,7 @@ class Bench:
             self._references[case] = Reference(steps_of(run), samples_of(run), final_state(run), reached)
         return self._references[case]
 
-    def chain(self, seed: int, chain: int, drawn: Sequence[Card]) -> list[Outcome]:
+    def chain(self, seed: int, chain: int, drawn: Sequence[FaultCase]) -> list[Outcome]:
         """Let these kinds of faults happen to one run, one after the other."""
         began = time.monotonic()
         case = case_of(seed, chain, drawn)
@@ -190,7 +190,12 @@ class Journey:
     """One run on its way through its faults."""
 
     def __init__(
-        self, config: Config, ranks: int, placed: Sequence[tuple[Card, Fault]], outcomes: Sequence[Outcome], draw: random.Random
+        self,
+        config: Config,
+        ranks: int,
+        placed: Sequence[tuple[FaultCase, Fault]],
+        outcomes: Sequence[Outcome],
+        draw: random.Random,
     ) -> None:
         self.config, self.ranks, self.run, self.draw = config, ranks, config.run_dir, draw
         self.open = {number: (card, outcome) for number, ((card, _), outcome) in enumerate(zip(placed, outcomes, strict=True))}
@@ -199,7 +204,7 @@ class Journey:
 
     def go(self) -> str | None:
         """Start the run until it has ended. Returns: what was wrong on the way."""
-        happened: list[tuple[Card, Outcome]] = []
+        happened: list[tuple[FaultCase, Outcome]] = []
         for _ in range(2 * len(self.open) + 4):
             before, number = steps_in(self.run), self.starts
             attempt = self._start()
@@ -234,7 +239,7 @@ class Journey:
         """Whether a fault to come leaves no rank that could end the others: a scheduler replaces such an attempt."""
         return any(card.kind == "freeze_node" or (card.kind == "freeze" and self.ranks == 1) for card, _ in self.open.values())
 
-    def _note_happened(self) -> list[tuple[Card, Outcome]]:
+    def _note_happened(self) -> list[tuple[FaultCase, Outcome]]:
         """Faults since the last look."""
         done = self.run / "faults.jsonl.done"
         happened = [self.open.pop(number) for number in list(self.open) if (done / f"{number:03d}").exists()]
@@ -243,7 +248,7 @@ class Journey:
         return happened
 
 
-def count_lost(before: list[int], now: list[int], happened: Sequence[tuple[Card, Outcome]], mode: str) -> str | None:
+def count_lost(before: list[int], now: list[int], happened: Sequence[tuple[FaultCase, Outcome]], mode: str) -> str | None:
     """Steps that a start did again, by what ended the one before it. Returns: what is wrong with their number.
 
     An interval may be lost; another one where a save was under way beside it, failed, or was damaged.
@@ -271,7 +276,7 @@ def come_back(replaced: Attempt, newer: Attempt, after_seconds: float) -> list[i
         raise
 
 
-def verdict(ended: Ended, happened: Sequence[Card]) -> str | None:
+def verdict(ended: Ended, happened: Sequence[FaultCase]) -> str | None:
     """What is wrong with how an attempt ended, if anything is."""
     if ended.killed and not any(card.kind == "freeze" for card in happened):
         return f"ranks {list(ended.killed)} stayed {ended.leaving_seconds:.0f} s after another's death: {ended.codes}"

@@ -1,6 +1,6 @@
-"""Kinds of fault, and the draw of a chain of them: what happens where, on which rank, in which step.
+"""Samples a chain of faults: what happens where, on which rank, in which step.
 
-Flows in: a seed; out: cards (kinds), and for each its `himix_megatron.runtime.failpoints.Fault`, or a damage to the run folder.
+Flows in: a seed; out: cases (kinds), and for each its `himix_megatron.runtime.failpoints.Fault`, or a damage to the run folder.
 """
 
 from __future__ import annotations
@@ -84,14 +84,14 @@ AREAS = {
     "cut_network": "step save",
     "slow": "data step save",
 }
-"""Kinds of `himix_megatron.runtime.failpoints`, and where each is drawn: its share of a deck."""
+"""Kinds of `himix_megatron.runtime.failpoints`, and where each is drawn: as often as listed."""
 SIGNALS = ("term", "usr1", "usr2")
 COSTS_A_SAVE = ("no_space", "io_error", "full_disk", "error", "out_of_memory")
 """In a save these cost that save, and not the run."""
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
+class FaultCase:
     """A kind of fault."""
 
     kind: str
@@ -104,21 +104,21 @@ class Card:
         return self.damage or f"{self.kind} in {area}"
 
 
-def deck() -> list[Card]:
-    """Every kind, as often as it shall come."""
-    cards = [Card(kind, area) for kind, areas in AREAS.items() for area in areas.split()]
-    cards += [Card("kill", "step", damage) for damage in DAMAGES]
-    return [*cards, Card("kill_worker", "step"), Card("nan", "gradient"), Card("bad_image", "shard")]
+def all_cases() -> list[FaultCase]:
+    """Every kind, as often as it is to occur."""
+    cases = [FaultCase(kind, area) for kind, areas in AREAS.items() for area in areas.split()]
+    cases += [FaultCase("kill", "step", damage) for damage in DAMAGES]
+    return [*cases, FaultCase("kill_worker", "step"), FaultCase("nan", "gradient"), FaultCase("bad_image", "shard")]
 
 
-def cards(seed: int, numbers: Sequence[int]) -> list[Card]:
-    """The kinds of the faults with these numbers: a shuffled deck, and another one when it is used up."""
-    size = len(deck())
-    decks = {number // size: random.Random(f"{seed} deck {number // size}").sample(deck(), size) for number in numbers}
-    return [decks[number // size][number % size] for number in numbers]
+def sample_cases(seed: int, numbers: Sequence[int]) -> list[FaultCase]:
+    """The kinds of the faults with these numbers: all cases in a random order, then in another one."""
+    size = len(all_cases())
+    shuffled = {number // size: random.Random(f"{seed} deck {number // size}").sample(all_cases(), size) for number in numbers}
+    return [shuffled[number // size][number % size] for number in numbers]
 
 
-def place(drawn: Sequence[Card], draw: random.Random, reached: dict[str, list[int]]) -> Iterator[tuple[Card, Fault]]:
+def place(drawn: Sequence[FaultCase], draw: random.Random, reached: dict[str, list[int]]) -> Iterator[tuple[FaultCase, Fault]]:
     """Give each kind its point, rank and step, in the order of steps; nothing for those that are part of the case."""
     step = draw.randint(1, 2)
     # A fault of the start needs a start: the first one, or that after a fault that ends the attempt.

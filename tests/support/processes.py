@@ -1,4 +1,4 @@
-"""A run's ranks as processes that can be signalled, stopped and killed, and that do something unplanned at named points."""
+"""A run's ranks as processes that can be signalled, stopped and killed, and that call a test's hook at failpoints."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from himix_megatron.runtime.process import free_port
 
 from .small_runs import small_config
 
-FaultSchedule = Callable[[int, str, int], None]
-"""Called at every point with this rank, the point, and how many times it has come to it; a module's function."""
+PointHook = Callable[[int, str, int], None]
+"""Called at every failpoint with the rank, the point, and how often the rank has reached it; a module-level function."""
 
 
-def manners_config(dataset: Path, run: Path, /, *, steps: int = 6, timeout_seconds: float = 60, **changes: Any) -> Config:
+def resilience_config(dataset: Path, run: Path, /, *, steps: int = 6, timeout_seconds: float = 60, **changes: Any) -> Config:
     """A run of 6 steps that trains all but the tower. `changes`: sections with fields to change, or a layout."""
     sections = {name: changes.pop(name) for name in ("checkpoint", "health", "log", "data", "train") if name in changes}
     config = small_config(dataset, run, parts=("language", "vision_kv"), steps=steps, **changes)
@@ -36,7 +36,7 @@ def manners_config(dataset: Path, run: Path, /, *, steps: int = 6, timeout_secon
 class Ranks:
     """`with Ranks(config, 2) as ranks`: they run; what is left at the end is killed."""
 
-    def __init__(self, config: Config, world_size: int, plan: FaultSchedule | None = None, *, only: list[int] | None = None):
+    def __init__(self, config: Config, world_size: int, plan: PointHook | None = None, *, only: list[int] | None = None):
         self.config = config
         context = multiprocessing.get_context("forkserver")
         self.port = free_port()
@@ -87,11 +87,11 @@ class Ranks:
 
 
 def reached(name: str) -> None:
-    """Tell the test, from within a plan."""
+    """Tell the test, from within a hook."""
     Path(os.environ["RUN_DIR"], f"reached-{name}").touch()
 
 
-def _rank(config: Config, rank: int, world_size: int, port: int, plan: FaultSchedule | None) -> None:
+def _rank(config: Config, rank: int, world_size: int, port: int, plan: PointHook | None) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
         OMP_NUM_THREADS="1", RUN_DIR=str(config.run_dir),
@@ -109,7 +109,7 @@ def _rank(config: Config, rank: int, world_size: int, port: int, plan: FaultSche
         sys.exit(pretrain(config))
 
 
-def _counting(plan: FaultSchedule, rank: int) -> Callable[[str, bool], None]:
+def _counting(plan: PointHook, rank: int) -> Callable[[str, bool], None]:
     counts: Counter[str] = Counter()
 
     def act(point: str, _: bool) -> None:

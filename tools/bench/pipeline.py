@@ -26,20 +26,10 @@ from typing import Any
 
 import torch
 
-from himix_megatron.config import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    RunConfig,
-    TrainConfig,
-    VisionConfig,
-    from_json,
-    to_json,
-)
+from himix_megatron.config import Config, ParallelConfig, RunConfig, from_json, to_json
 from himix_megatron.distributed.topology import Topology, init_distributed, shutdown_distributed
 from pipelines.cli import parse_settings, run_main
+from pipelines.recipes import RECIPES
 
 MOST = 1.10
 """Largest ratio of the slowest rank's CPU time to the fastest's, with the sharded tower."""
@@ -77,39 +67,16 @@ class Arguments:
 
 
 def settings(arguments: Arguments, data: Path, folder: Path) -> Config:
-    """One rank; the tower's MLP is as wide as `calibrate` makes it."""
-    hidden = arguments.hidden
-    return Config(
+    """One rank; `calibrate` finds the width of the tower's MLP."""
+    tiny, hidden, samples = RECIPES["tiny_instruct"](), arguments.hidden, arguments.samples
+    model = {"num_layers": arguments.layers, "hidden_size": hidden, "ffn_hidden_size": 3 * hidden, "vocab_size": 1024}
+    return replace(
+        tiny,
         recipe="bench_pipeline",
-        model=ModelConfig(
-            family="llama",
-            num_layers=arguments.layers,
-            hidden_size=hidden,
-            ffn_hidden_size=3 * hidden,
-            num_attention_heads=4,
-            num_query_groups=2,
-            vocab_size=1024,
-            layer_spec="torch",
-        ),
-        vision=VisionConfig(
-            tower="tiny",
-            image_size=96,
-            patch_size=8,
-            hidden_size=hidden,
-            num_layers=8,
-            num_attention_heads=4,
-            ffn_hidden_size=4 * hidden,
-            feature_layer=-1,
-        ),
-        data=DataConfig(datasets=(str(data),), template="tiny", max_text_tokens=256, num_workers=0),
-        train=TrainConfig(
-            trainable_parts=("language", "vision_kv"),
-            steps=arguments.steps + 1,
-            global_batch_samples=arguments.samples,
-            micro_batch_samples=2,
-            precision="fp32",
-        ),
-        optimizer=OptimizerConfig(learning_rate=1e-4),
+        model=replace(tiny.model, **model, layer_spec="torch"),
+        vision=replace(tiny.vision, image_size=96, hidden_size=hidden, num_layers=8, ffn_hidden_size=4 * hidden),
+        data=replace(tiny.data, datasets=(str(data),)),
+        train=replace(tiny.train, steps=arguments.steps + 1, global_batch_samples=samples, micro_batch_samples=2),
         run=RunConfig(dir=str(folder / "run")),
     )
 

@@ -46,13 +46,22 @@ def memory() -> Finding:
 
 def shared_memory(folder: Path) -> Finding:
     """Where decoding processes hand over batches."""
+    remedy = "containers: --shm-size 16g or --ipc=host; or --data.num-workers 0"
+    return _space("shared memory", folder, LEAST_SHM_GIB, remedy)
+
+
+def free_space(folder: Path) -> Finding:
+    """Where checkpoints are written."""
+    remedy = "a checkpoint takes 4 to 14 bytes a parameter, and --checkpoint.keep-last of them are kept; or --folder DIR"
+    return _space("free space", folder, LEAST_FREE_GIB, remedy)
+
+
+def _space(what: str, folder: Path, least_gib: float, remedy: str) -> Finding:
     if not folder.is_dir():
-        return Finding("shared memory", "broken", f"no {folder}", "mount a tmpfs there, or --data.num-workers 0", needed=True)
+        return Finding(what, "broken", f"{folder} is not a folder", remedy, needed=True)
     total, _, free = shutil.disk_usage(folder)
-    text = f"{folder}: {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
-    if free / 2**30 < LEAST_SHM_GIB:
-        return Finding("shared memory", "warning", text, "containers: --shm-size 16g or --ipc=host; or --data.num-workers 0")
-    return Finding("shared memory", "ok", text)
+    text = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free in {folder.absolute()}"
+    return Finding(what, "warning", text, remedy) if free / 2**30 < least_gib else Finding(what, "ok", text)
 
 
 def open_files() -> Finding:
@@ -147,15 +156,3 @@ def file_system(folder: Path) -> str:
     mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
     fits = [(len(where), kind) for where, kind in mounts if path == where or path.startswith(where.rstrip("/") + "/")]
     return max(fits, default=(0, "unknown"))[1]
-
-
-def free_space(folder: Path) -> Finding:
-    """Where checkpoints go."""
-    if not folder.is_dir():
-        return Finding("free space", "broken", f"{folder} is no folder", "--folder DIR", needed=True)
-    total, _, free = shutil.disk_usage(folder)
-    text = f"{free / 2**30:.0f} of {total / 2**30:.0f} GiB in {folder.absolute()}"
-    if free / 2**30 < LEAST_FREE_GIB:
-        remedy = "a checkpoint takes 4 to 14 bytes a parameter, and --checkpoint.keep-last of them are kept"
-        return Finding("free space", "warning", text, remedy)
-    return Finding("free space", "ok", text)

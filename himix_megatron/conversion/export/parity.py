@@ -46,7 +46,7 @@ def fixed_input(config: Config) -> FixedInput:
 def himix_logits(answerer: Answerer, given: FixedInput) -> Tensor:
     """Our own float[B, S, vocab], of a model that is whole on this rank."""
     model, device = answerer.config.model, answerer.topology.device
-    counts = tuple(max(count, int(model.text_only_vision == "zero_image")) for count in given.images_per_sample)
+    counts = tuple(max(count, model.images_without) for count in given.images_per_sample)
     blank = torch.tensor([k >= own for own, all_ in zip(given.images_per_sample, counts, strict=True) for k in range(all_)])
     pixels = given.pixels.new_zeros(len(blank), *given.pixels.shape[1:])
     pixels[~blank] = given.pixels
