@@ -94,6 +94,14 @@ def parse_settings(cls: type[Settings], argv: Sequence[str], program: str, descr
     raise ValueError(_condense(shown.getvalue(), program))
 
 
+def check_positive(settings: object, *names: str) -> None:
+    """Raises: ValueError if one of these numbers, which may be None, is below 1."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}: wanted 1 or more")
+
+
 def run_main(main: Callable[[], int | None]) -> NoReturn:
     """Run an entry point and leave with its exit code (None is 0).
 

@@ -38,7 +38,7 @@ from himix_megatron.data.shards.storage import LocalFolder
 from himix_megatron.distributed import cpu_backend
 from himix_megatron.model.towers import build_tower
 from himix_megatron.runtime.durable_files import file_digest
-from pipelines.cli import parse, parse_settings, run_main
+from pipelines.cli import check_positive, parse, parse_settings, run_main
 from pipelines.launchers.task_engine import ray_started
 from pipelines.preprocess import Progress, attempt_in
 
@@ -65,10 +65,7 @@ class Settings:
     """Threads of each actor that decode images."""
 
     def __post_init__(self) -> None:
-        for name in ("num_workers", "decode_threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}: wanted 1 or more")
+        check_positive(self, "num_workers", "decode_threads")
 
 
 def encode(config: Config, settings: Settings) -> FeatureManifest:

@@ -57,8 +57,7 @@ from himix_megatron.distributed.launch import Launch
 from himix_megatron.distributed.topology import Topology, init_distributed, shutdown_distributed
 from himix_megatron.model.towers import build_tower
 from himix_megatron.runtime import log
-from pipelines.cli import parse_settings, run_main
-from pipelines.recipes import RECIPES
+from pipelines.cli import find_recipe, parse_settings, run_main
 
 PROGRAM = "python -m tools.convert"
 ChatTemplate = Literal["chatml", "llama3", "vicuna", "tiny"]
@@ -214,9 +213,7 @@ def himix_to_hf(arguments: HimixToHf) -> None:
 
 
 def _recipe(name: str | None) -> Config | None:
-    if name is not None and name not in RECIPES:
-        raise ValueError(f"--recipe is {name}: wanted one of {', '.join(RECIPES)}")
-    return None if name is None else RECIPES[name]()
+    return None if name is None else find_recipe(name)[1]()
 
 
 def _read_tower(folder: Path, feature_layer: int | None, recipe: Config | None) -> tuple[VisionConfig, dict[str, Tensor]]:

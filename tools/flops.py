@@ -23,7 +23,7 @@ import tyro
 from himix_megatron.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from himix_megatron.costs.flops import StepFlops, Work, forward_flops, step_flops, tower_flops
 from himix_megatron.costs.memory import GIB, MicroBatch, RankMemory, model_parameters, rank_memory
-from pipelines.cli import parse_settings, run_main
+from pipelines.cli import check_positive, find_recipe, parse_settings, run_main
 from pipelines.recipes import RECIPES, clip_large_336, siglip_so400m_384
 
 PAPER = {
@@ -92,10 +92,7 @@ def config_of(arguments: Arguments) -> Config:
             )
         config = _bare(given)
     else:
-        name = arguments.recipe.replace("-", "_")
-        if name not in RECIPES:
-            raise ValueError(f"unknown recipe {arguments.recipe}: there are {', '.join(RECIPES)}")
-        config = RECIPES[name]()
+        config = find_recipe(arguments.recipe)[1]()
         config = replace(config, model=replace(config.model, **{SIZES[name]: value for name, value in given.items()}))
     return config if arguments.tower is None else replace(config, vision=TOWERS[arguments.tower]())
 
@@ -249,10 +246,7 @@ def plot(config: Config, text: int, images: int, path: Path) -> None:
 
 def check(arguments: Arguments) -> None:
     """Raises: ValueError naming the flag."""
-    for name in ("text_tokens", "micro_batch", *SIZES):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}: wanted 1 or more")
+    check_positive(arguments, "text_tokens", "micro_batch", *SIZES)
     if arguments.images < 0:
         raise ValueError(f"--images is {arguments.images}: wanted 0 or more")
     if not 0 < arguments.label_share <= 1:

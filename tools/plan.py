@@ -22,7 +22,7 @@ import tyro
 
 from himix_megatron.config import Config
 from himix_megatron.costs.memory import GIB, RankMemory
-from pipelines.cli import parse_settings, run_main
+from pipelines.cli import find_recipe, parse_settings, run_main
 from pipelines.recipes import RECIPES
 from tools.planner.layouts import Plan, Sample, plans
 from tools.planner.machine import Machine, machine_named, machine_of_file
@@ -80,8 +80,7 @@ def check(arguments: Arguments) -> None:
     """Raises: ValueError naming the flag."""
     if arguments.recipe is None:
         raise ValueError(f"no recipe given: there are {', '.join(RECIPES)}; or --compare published")
-    if arguments.recipe.replace("-", "_") not in RECIPES:
-        raise ValueError(f"unknown recipe {arguments.recipe}: there are {', '.join(RECIPES)}")
+    find_recipe(arguments.recipe)
     if arguments.gpus is None:
         raise ValueError("--gpus must be given: how many GPUs there are")
     for name in (
@@ -114,7 +113,7 @@ def check(arguments: Arguments) -> None:
 def settings(arguments: Arguments) -> tuple[Config, Sample]:
     """The recipe with the batch given, and what its samples are like."""
     assert arguments.recipe is not None
-    config = RECIPES[arguments.recipe.replace("-", "_")]()
+    config = find_recipe(arguments.recipe)[1]()
     batch, data = arguments.global_batch, config.data
     if arguments.pack_max_text_tokens is not None:
         longest = min(data.max_text_tokens, arguments.pack_max_text_tokens)

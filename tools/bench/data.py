@@ -43,7 +43,7 @@ from himix_megatron.data.images.decode import decode
 from himix_megatron.data.loading.packing import plan_packs
 from himix_megatron.data.loading.plan import WINDOW
 from himix_megatron.data.shards.reader import ShardDataset
-from pipelines.cli import parse_settings, run_main
+from pipelines.cli import check_positive, parse_settings, run_main
 from pipelines.recipes import siglip_so400m_384
 from tools.bench.measure import Line, report, take_turns
 from tools.bench.photos import write_source
@@ -87,9 +87,7 @@ class Arguments:
     def __post_init__(self) -> None:
         if not 0.005 <= self.scale <= 10:
             raise ValueError(f"--scale is {self.scale}: wanted 0.005 to 10")
-        for name in ("repetitions", "workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}: wanted 1 or more")
+        check_positive(self, "repetitions", "workers")
         if not self.only:
             raise ValueError(f"--only names no section: wanted some of {', '.join(PEERS)}")
 

@@ -11,7 +11,7 @@ import torch
 
 from himix_megatron.config import Config, Part
 from himix_megatron.distributed.topology import Topology
-from pipelines.recipes import RECIPES
+from pipelines.cli import check_positive, find_recipe
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,8 @@ def sizes(arguments: Arguments, parts: tuple[Part, ...] = ("vision_kv", "languag
 
     Raises: ValueError for a bad argument.
     """
-    if arguments.recipe not in RECIPES:
-        raise ValueError(f"--recipe is {arguments.recipe}: wanted one of {', '.join(RECIPES)}")
-    for name in ("samples", "vision_tokens", "repetitions", "threads"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}: wanted 1 or more")
-    config = RECIPES[arguments.recipe]()
+    check_positive(arguments, "samples", "vision_tokens", "repetitions", "threads")
+    config = find_recipe(arguments.recipe)[1]()
     return dataclasses.replace(
         config,
         # The embedding and the head are not run: a small vocabulary saves their memory.

@@ -22,8 +22,7 @@ from torch import Tensor
 
 from himix_megatron.config import Config
 from himix_megatron.distributed.topology import Topology, init_distributed, shutdown_distributed
-from pipelines.cli import parse_settings, run_main
-from pipelines.recipes import RECIPES
+from pipelines.cli import check_positive, find_recipe, parse_settings, run_main
 from tools.bench.decoder_setup import precision
 from tools.bench.measure import Line, report, take_turns
 
@@ -55,12 +54,8 @@ class Arguments:
 
 def sizes(arguments: Arguments) -> Config:
     """The recipe with this number of layers on one rank; fp32 on a CPU. Raises: ValueError for a bad argument."""
-    if arguments.recipe not in RECIPES:
-        raise ValueError(f"--recipe is {arguments.recipe}: wanted one of {', '.join(RECIPES)}")
-    for name in ("layers", "images", "text_tokens", "vision_tokens", "new_tokens", "repetitions", "threads"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}: wanted 1 or more")
-    config = RECIPES[arguments.recipe]()
+    check_positive(arguments, "layers", "images", "text_tokens", "vision_tokens", "new_tokens", "repetitions", "threads")
+    config = find_recipe(arguments.recipe)[1]()
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, num_layers=arguments.layers, layer_spec="torch"),

@@ -28,7 +28,7 @@ import torch
 
 from himix_megatron.config import Config, ParallelConfig, RunConfig, from_json, to_json
 from himix_megatron.distributed.topology import Topology, init_distributed, shutdown_distributed
-from pipelines.cli import parse_settings, run_main
+from pipelines.cli import check_positive, parse_settings, run_main
 from pipelines.recipes import RECIPES
 
 MOST = 1.10
@@ -58,9 +58,7 @@ class Arguments:
     """Width of decoder and tower."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "samples", "layers", "hidden"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}: wanted 1 or more")
+        check_positive(self, "steps", "samples", "layers", "hidden")
         for size in self.stages:
             if self.layers % size or self.samples % (2 * size):
                 raise ValueError(f"--stages {size}: --layers and half of --samples must be multiples of it")

@@ -19,8 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from himix_megatron.runtime.errors import RankError
-from pipelines.cli import parse_settings, run_main
-from pipelines.recipes import RECIPES
+from pipelines.cli import find_recipe, parse_settings, run_main
 from tools.doctor import machine, software
 from tools.doctor.finding import Finding
 
@@ -45,8 +44,8 @@ class Arguments:
     """Print one JSON object a line."""
 
     def __post_init__(self) -> None:
-        if self.recipe is not None and self.recipe not in RECIPES:
-            raise ValueError(f"--recipe is {self.recipe}: wanted one of {', '.join(RECIPES)}")
+        if self.recipe is not None:
+            find_recipe(self.recipe)
         if self.timeout_seconds <= 0:
             raise ValueError(f"--timeout-seconds is {self.timeout_seconds}: it must be above 0")
 
@@ -77,7 +76,7 @@ def main() -> int:
 
 def files(arguments: Arguments) -> list[Finding]:
     """Datasets, tower and tokenizer that are named."""
-    config = RECIPES[arguments.recipe]() if arguments.recipe else None
+    config = find_recipe(arguments.recipe)[1]() if arguments.recipe else None
     data = arguments.data or (config.data.datasets if config else ())
     found = [software.dataset(path) for path in data]
     if not data:

@@ -24,7 +24,7 @@ import tyro
 
 from himix_megatron.data.ingest.verify import Report, verify_dataset
 from himix_megatron.data.shards.reader import ShardDataset
-from pipelines.cli import parse_settings, run_main
+from pipelines.cli import check_positive, parse_settings, run_main
 from tools.inspect_shards.histogram import drawn, histogram, summary
 from tools.inspect_shards.statistics import Numbers, Statistics, draw, statistics
 
@@ -54,9 +54,7 @@ class Arguments:
 def main() -> int:
     """The command line."""
     arguments = parse_settings(Arguments, sys.argv[1:], "python -m tools.inspect_shards", __doc__)
-    for name in ("sheet_samples", "texts", "num_workers"):
-        if (value := getattr(arguments, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}: wanted 1 or more")
+    check_positive(arguments, "sheet_samples", "texts", "num_workers")
     if not arguments.dir.is_dir():
         raise ValueError(f"{arguments.dir}: no such folder")
     if arguments.verify:
