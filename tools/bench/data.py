@@ -38,12 +38,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from himix_megatron.config import Count
 from himix_megatron.data.images import image_file
 from himix_megatron.data.images.decode import decode
 from himix_megatron.data.loading.packing import plan_packs
 from himix_megatron.data.loading.plan import WINDOW
 from himix_megatron.data.shards.reader import ShardDataset
-from pipelines.cli import check_positive, parse_settings, run_main
+from pipelines.cli import parse_settings, run_main
 from pipelines.recipes import siglip_so400m_384
 from tools.bench.measure import Line, report, take_turns
 from tools.bench.photos import write_source
@@ -75,9 +76,9 @@ class Arguments:
     """Sections to run."""
     scale: float = 1.0
     """Amount of data; 1 is 8,192 samples (550 MB), for which the wanted ratios are meant."""
-    repetitions: int = 5
+    repetitions: Count = 5
     """Counted repetitions; preprocessing does half as many, rounded up."""
-    workers: int = 2
+    workers: Count = 2
     """Worker processes of preprocessing and of --export-energon."""
     work: Path | None = None
     """Folder for the data (3 GB at --scale 1), emptied at the end. None: the system's temporary folder."""
@@ -87,7 +88,6 @@ class Arguments:
     def __post_init__(self) -> None:
         if not 0.005 <= self.scale <= 10:
             raise ValueError(f"--scale is {self.scale}: wanted 0.005 to 10")
-        check_positive(self, "repetitions", "workers")
         if not self.only:
             raise ValueError(f"--only names no section: wanted some of {', '.join(PEERS)}")
 
