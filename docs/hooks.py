@@ -6,13 +6,11 @@ Neither module imports torch, so the site is built in seconds, wherever the pack
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import importlib
 import inspect
 import re
 import sys
-import textwrap
 import types
 import typing
 from collections.abc import Iterator
@@ -94,7 +92,7 @@ def settings_reference(config: type) -> str:
         fields = list(leaf_fields(section))
         if not path:
             lines += ["## The recipe's name {#recipe}", "", about, ""] if fields else []
-        docs = field_docs(section)
+        docs = importlib.import_module("pipelines.flags").field_docs(section)
         for field, hint in fields:
             lines += _field_lines(path, field, hint, docs.get(field.name, ""))
     return "\n".join(lines)
@@ -115,11 +113,8 @@ def _field_lines(path: str, field: dataclasses.Field[Any], hint: Any, about: str
 
 
 def config_class() -> type:
-    """`Config`, from a module `himix_megatron.config` or from the file `run.py` of a package of that name."""
-    module: Any = importlib.import_module("himix_megatron.config")
-    if not hasattr(module, "Config"):
-        module = importlib.import_module("himix_megatron.config.run")
-    found: type = module.Config
+    """The settings of a run."""
+    found: type = importlib.import_module("himix_megatron.config").Config
     return found
 
 
@@ -143,21 +138,6 @@ def _dataclass_in(hint: Any) -> type | None:
     """The dataclass that a type is, or may be (`Section | None`)."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     return next((option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)), None)
-
-
-def field_docs(section: type) -> dict[str, str]:
-    """The string literal below each field, those of base classes included."""
-    found: dict[str, str] = {}
-    for cls in reversed(section.__mro__):
-        if not dataclasses.is_dataclass(cls):
-            continue
-        definition = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-        assert isinstance(definition, ast.ClassDef)
-        for statement, below in zip(definition.body, definition.body[1:], strict=False):
-            match statement, below:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                    found[name] = text
-    return found
 
 
 def type_text(hint: Any) -> str:

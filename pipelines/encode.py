@@ -21,32 +21,27 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from safetensors.torch import load_file
-from torch import Tensor
-
-from himix_megatron.config import Config, ParallelConfig
-from himix_megatron.data.ingest.feature_writer import FeatureJob, load_receipt, make_features, write_manifest
-from himix_megatron.data.loading import feature_cache
-from himix_megatron.data.loading.feature_cache import FeatureManifest, FeatureReceipt
-from himix_megatron.data.loading.vision_reader import PixelReader
+from himix_megatron.config import Config, Count, ParallelConfig
 from himix_megatron.data.shards import shard_format
 from himix_megatron.data.shards.reader import ShardDataset
 from himix_megatron.data.shards.storage import LocalFolder
-from himix_megatron.distributed import cpu_backend
-from himix_megatron.model.towers import build_tower
 from himix_megatron.runtime.durable_files import file_digest
-from pipelines.cli import parse, parse_settings, run_main
+from pipelines.cli import parse, parse_settings, run_main, split_recipe_flags
 from pipelines.launchers.task_engine import ray_started
 from pipelines.preprocess import Progress, attempt_in
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from himix_megatron.data.ingest.feature_writer import FeatureJob
+    from himix_megatron.data.loading.feature_cache import FeatureManifest, FeatureReceipt
 
 PROGRAM = "python -m pipelines.encode"
 PARTS = ("features", "receipts", "towers")
 BATCH_IMAGES = 64
 """Per forward pass of the tower."""
-Made = tuple[FeatureReceipt, bool]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,16 +54,10 @@ class Settings:
     """The folder of features to write."""
     engine: Literal["ray", "local"] = "ray"
     """`local` encodes in this process, without Ray."""
-    num_workers: int | None = None
+    num_workers: Count | None = None
     """Actors; None: one for each GPU, or core where there is none (of the cluster, with RAY_ADDRESS)."""
-    decode_threads: int = 4
+    decode_threads: Count = 4
     """Threads of each actor that decode images."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_workers", "decode_threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}: wanted 1 or more")
 
 
 def encode(config: Config, settings: Settings) -> FeatureManifest:
@@ -76,6 +65,9 @@ def encode(config: Config, settings: Settings) -> FeatureManifest:
 
     Raises: ValueError for a missing dataset or tower, or an output folder that holds other features or is being written.
     """
+    from himix_megatron.data.ingest.feature_writer import FeatureJob, write_manifest
+    from himix_megatron.data.loading import feature_cache
+
     dataset = ShardDataset(_data(config, settings))
     with attempt_in(str(settings.out), PARTS) as (folder, attempt):
         if not isinstance(folder, LocalFolder):
@@ -93,7 +85,7 @@ def encode(config: Config, settings: Settings) -> FeatureManifest:
         receipts = {receipt.name: receipt for receipt, _ in made}
         shards = tuple(receipts[shard.name] for shard in dataset.manifest.shards)
         squares = sum(receipt.squared for receipt in shards)
-        manifest = FeatureManifest(
+        manifest = feature_cache.FeatureManifest(
             features_version=feature_cache.FEATURES_VERSION,
             key=key,
             tokens_per_image=shape[0],
@@ -111,6 +103,12 @@ class Encoder:
     """A tower at work: makes one feature file a call. As a Ray actor it has its GPU to itself."""
 
     def __init__(self, config: Config, data: str, tower_file: Path, decode_threads: int) -> None:
+        import torch
+        from safetensors.torch import load_file
+
+        from himix_megatron.data.loading.vision_reader import PixelReader
+        from himix_megatron.model.towers import build_tower
+
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         tower = build_tower(config.vision, seed=config.train.seed, dtype=dtype)
@@ -121,17 +119,23 @@ class Encoder:
         self.dataset, self.reader = ShardDataset(data), PixelReader(config.vision, config.data.decode)
         self.pool = ThreadPoolExecutor(decode_threads)
 
-    def make(self, job: FeatureJob) -> Made:
+    def make(self, job: FeatureJob) -> tuple[FeatureReceipt, bool]:
         """See that one feature file exists."""
+        from himix_megatron.data.ingest.feature_writer import make_features
+
         return make_features(job, self.dataset, self._features, self.reader, batch=BATCH_IMAGES, pool=self.pool)
 
-    @torch.no_grad()
     def _features(self, pixels: Tensor, blank: Tensor) -> Tensor:
-        computed: Tensor = self.tower(pixels.to(self.device), blank.to(self.device))
+        import torch
+
+        with torch.no_grad():
+            computed: Tensor = self.tower(pixels.to(self.device), blank.to(self.device))
         return computed.cpu()
 
 
-def _with_ray(worker: functools.partial[Encoder], jobs: Sequence[FeatureJob], settings: Settings) -> Iterator[Made]:
+def _with_ray(
+    worker: functools.partial[Encoder], jobs: Sequence[FeatureJob], settings: Settings
+) -> Iterator[tuple[FeatureReceipt, bool]]:
     """An actor on each GPU, or core; one that dies is started again, and its file made anew."""
     with ray_started(settings.num_workers) as cores:
         import ray
@@ -160,12 +164,15 @@ def _data(config: Config, settings: Settings) -> str:
 
 def _store_tower(config: Config, folder: Path) -> Path:
     """Put the tower's weights into the cache, under their hash. Returns: the file."""
+    from himix_megatron.distributed import cpu_backend
+
     cpu_backend.activate_if_needed()  # before megatron-core
     from himix_megatron.checkpoint.checkpointer import Checkpoints
     from himix_megatron.checkpoint.frozen_tower import store_tower
     from himix_megatron.checkpoint.manifest import find_checkpoint
     from himix_megatron.distributed.megatron_config import params_dtype
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
+    from himix_megatron.model.towers import build_tower
 
     tower = build_tower(config.vision, seed=config.train.seed, dtype=params_dtype(config))
     if config.checkpoint.init_from is not None:
@@ -178,6 +185,8 @@ def _store_tower(config: Config, folder: Path) -> Path:
 
 def _refuse_other_features(folder: LocalFolder, key: dict[str, Any]) -> None:
     """Raises: ValueError when the folder has features of another key: they would be overwritten."""
+    from himix_megatron.data.ingest.feature_writer import load_receipt
+
     for name in folder.receipts():
         receipt = load_receipt(folder, name)
         if receipt is not None and receipt.key_hash != shard_format.hash_of(key):
@@ -187,7 +196,7 @@ def _refuse_other_features(folder: LocalFolder, key: dict[str, Any]) -> None:
             )
 
 
-def _with_progress(made: Iterator[Made], dataset: ShardDataset) -> Iterator[Made]:
+def _with_progress(made: Iterator[tuple[FeatureReceipt, bool]], dataset: ShardDataset) -> Iterator[tuple[FeatureReceipt, bool]]:
     """The same; each file is told on stderr."""
     progress = Progress("encode", "files", 1 + len(dataset.manifest.shards), 1 + dataset.manifest.num_images, "image")
     for receipt, was_written in made:
@@ -195,21 +204,9 @@ def _with_progress(made: Iterator[Made], dataset: ShardDataset) -> Iterator[Made
         progress.show(receipt.num_images, not was_written, len(receipt.damaged))
 
 
-def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """A command's words for `parse` (the recipe, and flags with a dot in their name) and for Settings (the other flags)."""
-    recipe: list[str] = []
-    own: list[str] = []
-    current = recipe
-    for word in words:
-        if word.startswith("--"):
-            current = recipe if "." in word.split("=", 1)[0] else own
-        current.append(word)
-    return recipe, own
-
-
 def main() -> None:
     """The command line."""
-    recipe, own = split_words(sys.argv[1:])
+    recipe, own = split_recipe_flags(sys.argv[1:])
     settings = parse_settings(Settings, own, f"{PROGRAM} RECIPE", __doc__)
     config = parse(recipe, PROGRAM)
     manifest = encode(config, settings)

@@ -8,7 +8,7 @@ Writes RUN/evaluation/NAME.json and one line per question to NAME.answers.jsonl.
 
     python -m pipelines.evaluate RUN --benchmark gqa --questions testdev_balanced_questions.json --images gqa/images
 
-Asks one of the paper's seven benchmarks instead: official scores, official answer files, resumable (benchmark.py).
+Asks one of the paper's seven benchmarks instead: official scores, official answer files, resumable (docs/evaluation.md).
 """
 
 from __future__ import annotations
@@ -18,46 +18,34 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import torch
-import tyro
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from himix_megatron.checkpoint.description import check_architecture
 from himix_megatron.checkpoint.manifest import find_checkpoint
-from himix_megatron.config import Config, ParallelConfig, VisionConfig, from_json
-from himix_megatron.data.errors import BadSampleError
-from himix_megatron.data.images import image_file
-from himix_megatron.data.images.decode import decode
-from himix_megatron.data.loading.shuffle import permutation
+from himix_megatron.config import Config, Count, Fraction, ParallelConfig, check_known, from_json
 from himix_megatron.data.shards.reader import ShardDataset
-from himix_megatron.data.text import chat_template
 from himix_megatron.data.text.tokenizer import Piece, load_tokenizer
-from himix_megatron.distributed.fused_kernels import detect
 from himix_megatron.distributed.launch import ensure_ranks
-from himix_megatron.distributed.topology import Topology, init_distributed, shutdown_distributed
-from himix_megatron.evaluation import runner
-from himix_megatron.inference.generator import Answerer, Prompt
 from himix_megatron.runtime import log
-from himix_megatron.runtime.log import clock
 from pipelines.cli import parse_settings, run_main
+from pipelines.flags import Word
+
+if TYPE_CHECKING:
+    from himix_megatron.inference.generator import Answerer
 
 logger = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = 32
-"""Of an answer to a shard dataset's question, unless --max-new-tokens says otherwise."""
-UNREADABLE = "(an image could not be read)"
-"""Stands where there is no answer."""
+"""Default of --max-new-tokens for a shard dataset's questions."""
 
 
 @dataclass(frozen=True)
 class Arguments:
     """Exact-match accuracy of a run over a shard dataset, with its images and with shuffled ones; or a benchmark's scores."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, Word("RUN")]
     """The run folder."""
     data: Path | None = None
     """The shard dataset whose questions are asked."""
@@ -71,15 +59,15 @@ class Arguments:
     """The benchmark's answers, where they are not in its question file."""
     name: str | None = None
     """Of a benchmark's results, RUN/evaluation/NAME; None: the benchmark's."""
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: Fraction = 0.01
     """A benchmark's questions whose image cannot be read count as wrong; above this share the evaluation fails."""
     checkpoint: Path | None = None
     """A checkpoints/step-... folder; None: the run's newest."""
-    max_samples: int | None = None
+    max_samples: Count | None = None
     """Samples (of a benchmark: questions) to ask; None: all."""
-    batch_questions: int = 64
+    batch_questions: Count = 64
     """Questions answered at once on each replica."""
-    max_new_tokens: int | None = None
+    max_new_tokens: Count | None = None
     """An answer that goes on longer is cut; None: 32, and each benchmark's own number."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Layout of the ranks that are started."""
@@ -87,47 +75,14 @@ class Arguments:
     def __post_init__(self) -> None:
         if (self.data is None) == (self.benchmark is None):
             raise ValueError("give either --data, a shard dataset, or --benchmark with --questions and --images")
-        if self.benchmark is not None and self.benchmark not in runner.BENCHMARKS:
-            raise ValueError(f"--benchmark is {self.benchmark}: wanted one of {', '.join(runner.BENCHMARKS)}")
+        if self.benchmark is not None:
+            from himix_megatron.evaluation.runner import BENCHMARKS
+
+            check_known("--benchmark", self.benchmark, BENCHMARKS)
         if self.benchmark and self.questions is None:
             raise ValueError(f"--questions must be given: the question file of {self.benchmark} (docs/evaluation.md)")
         if self.data is not None and (self.questions or self.images or self.annotations or self.name):
             raise ValueError("--questions, --images, --annotations and --name belong to --benchmark, not to --data")
-        for flag, number in (
-            ("--batch-questions", self.batch_questions),
-            ("--max-new-tokens", self.max_new_tokens),
-            ("--max-samples", self.max_samples),
-        ):
-            if number is not None and number < 1:
-                raise ValueError(f"{flag} is {number}: wanted 1 or more")
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """One turn of one sample."""
-
-    sample: int
-    turn: int
-    asked: str
-    expected: str
-
-
-def questions(dataset: ShardDataset, max_samples: int | None) -> list[Question]:
-    """Every turn, in the dataset's order. Raises: ValueError if there is none."""
-    found = []
-    for sample in range(min(len(dataset), max_samples or len(dataset))):
-        for turn, (asked, expected) in enumerate(chat_template.turns_of(dataset.text(sample))):
-            found.append(Question(sample, turn, asked, expected))
-    if not found:
-        raise ValueError(f"{dataset.path} holds no questions: every row was quarantined")
-    return found
-
-
-def partners(dataset: ShardDataset, seed: int) -> dict[int, int]:
-    """For each sample with images another one, whose images it gets when they are shuffled; itself if it is the only one."""
-    seeing = [sample for sample in range(len(dataset)) if dataset.num_images(sample)]
-    order = [seeing[i] for i in permutation(len(seeing), seed, 0, "shuffled images")]
-    return dict(zip(order, order[1:] + order[:1], strict=True))
 
 
 def load_config(run: Path, layout: ParallelConfig) -> Config:
@@ -153,6 +108,10 @@ def trained(arguments: Arguments) -> tuple[Config, Path, int]:
 
 def start(config: Config, checkpoint: Path) -> Answerer:
     """The ranks, and a checkpoint's model on them."""
+    from himix_megatron.distributed.fused_kernels import detect
+    from himix_megatron.distributed.topology import init_distributed
+    from himix_megatron.inference.generator import Answerer
+
     topology = init_distributed(config.parallel, seed=config.train.seed)
     log.start(None, topology.rank, topology.world_size)
     answerer = Answerer(config, detect(), topology)
@@ -160,66 +119,15 @@ def start(config: Config, checkpoint: Path) -> Answerer:
     return answerer
 
 
-def batches(items: Sequence[Question], topology: Topology, size: int) -> Iterator[list[Question]]:
-    """This replica's questions, in batches; every replica gets the same number of batches."""
-    own = list(items[topology.data_rank :: topology.data_size])
-    most = -(-len(items) // topology.data_size)
-    for first in range(0, most, size):
-        yield own[first : first + size]
-
-
-def pictures_of(dataset: ShardDataset, sample: int, vision: VisionConfig) -> tuple[image_file.Pixels, ...] | None:
-    """A sample's images as the tower wants them; None, and a line that names it, if one is damaged."""
-    try:
-        return tuple(decode(dataset.image_bytes(sample, k), vision) for k in range(dataset.num_images(sample)))
-    except BadSampleError as error:
-        logger.warning("%s counts as wrong: %s", dataset.key(sample), error.detail)
-        return None
-
-
-def ask(
-    config: Config,
-    answerer: Answerer,
-    dataset: ShardDataset,
-    items: Sequence[Question],
-    arguments: Arguments,
-    source: Mapping[int, int],
-) -> list[str]:
-    """The answers to this replica's questions, in its order; `source` says whose images a sample is shown, if not its own."""
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    template = config.data.template
-    stops = chat_template.end_of_turn(tokenizer, template)
-    answers: list[str] = []
-    started = time.perf_counter()
-    for batch in batches(items, answerer.topology, arguments.batch_questions):
-        pictures = [pictures_of(dataset, source.get(q.sample, q.sample), config.vision) for q in batch]
-        texts = [chat_template.prompt(dataset.text(q.sample), tokenizer, template, q.turn) for q in batch]
-        prompts = [Prompt(ids, seen) for ids, seen in zip(texts, pictures, strict=True) if seen is not None]
-        found = answerer.answer(prompts, stops, arguments.max_new_tokens or MAX_NEW_TOKENS) if prompts else []
-        given = iter(tokenizer.decode(ids).strip() for ids in found)
-        answers += [UNREADABLE if seen is None else next(given) for seen in pictures]
-        done = min(len(answers) * answerer.topology.data_size, len(items))
-        remaining = (time.perf_counter() - started) * (len(items) - done) / max(done, 1)
-        logger.info("%d/%d questions, remaining %s", done, len(items), clock(remaining))
-    return answers
-
-
-def everyone(own: list[str], items: Sequence[Question], topology: Topology) -> list[str]:
-    """All replicas' answers, back in the questions' order."""
-    parts: list[Any] = [None] * topology.data_size
-    torch.distributed.all_gather_object(parts, own, group=topology.data)
-    merged = [""] * len(items)
-    for rank, part in enumerate(parts):
-        merged[rank :: topology.data_size] = part
-    return merged
-
-
 def evaluate(arguments: Arguments) -> dict[str, Any]:
     """Both accuracies, on every rank; rank 0 writes them down. Raises: ValueError for a user's mistake."""
+    from himix_megatron.distributed.topology import shutdown_distributed
+    from himix_megatron.evaluation import exact_match, runner
+
     assert arguments.data is not None
     dataset = ShardDataset(arguments.data)
     config, checkpoint, step = trained(arguments)
-    items = questions(dataset, arguments.max_samples)
+    items = exact_match.questions(dataset, arguments.max_samples)
     tokenizer, limit = load_tokenizer(config.data.tokenizer), arguments.max_new_tokens or MAX_NEW_TOKENS
     overlong = sum(len(tokenizer.encode([Piece(q.expected)])[0]) > limit for q in items)
     answerer = start(config, checkpoint)
@@ -228,9 +136,12 @@ def evaluate(arguments: Arguments) -> dict[str, Any]:
         logger.warning("%d expected answers are longer than %d tokens and cannot be given: --max-new-tokens", overlong, limit)
     started = time.perf_counter()
     given = {}
-    for name, source in (("own", {}), ("shuffled", partners(dataset, config.train.seed))):
+    for name, source in (("own", {}), ("shuffled", exact_match.partners(dataset, config.train.seed))):
         logger.info("asking with %s images", name)
-        given[name] = everyone(ask(config, answerer, dataset, items, arguments, source), items, topology)
+        answers = exact_match.ask(
+            config, answerer, dataset, items, source, batch_questions=arguments.batch_questions, max_new_tokens=limit
+        )
+        given[name] = exact_match.everyone(answers, items, topology)
     shutdown_distributed()
 
     def accuracy(answers: list[str]) -> float:
@@ -261,6 +172,9 @@ def evaluate(arguments: Arguments) -> dict[str, Any]:
 
 def evaluate_benchmark(arguments: Arguments) -> dict[str, Any]:
     """A benchmark's scores; rank 0 writes them down and returns them. Raises: ValueError for a user's mistake."""
+    from himix_megatron.distributed.topology import shutdown_distributed
+    from himix_megatron.evaluation import runner
+
     kind, source = arguments.benchmark, arguments.questions
     assert kind is not None
     assert source is not None
@@ -286,10 +200,12 @@ def evaluate_benchmark(arguments: Arguments) -> dict[str, Any]:
 
 
 def main() -> None:
+    """The command line."""
     arguments = parse_settings(Arguments, sys.argv[1:], "python -m pipelines.evaluate")
+
     layout = arguments.parallel
     if arguments.data is not None:
-        # Mistakes are told here, once, and not by each of the ranks that are started next.
+        # A mistake is reported here, once, and not by each of the ranks that are started next.
         ShardDataset(arguments.data)
     trained(arguments)
     ensure_ranks(layout.tensor * layout.pipeline, "pipelines.evaluate", sys.argv[1:])

@@ -14,28 +14,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
-
-import torch
-import tyro
+from typing import TYPE_CHECKING, Annotated, Any
 
 from himix_megatron.checkpoint.description import check_architecture
 from himix_megatron.checkpoint.manifest import find_checkpoint
-from himix_megatron.config import Config, ParallelConfig
+from himix_megatron.config import Config, Count, ParallelConfig
 from himix_megatron.data.errors import BadSampleError
 from himix_megatron.data.images import image_file
 from himix_megatron.data.images.decode import decode
 from himix_megatron.data.text import chat_template
 from himix_megatron.data.text.tokenizer import Tokenizer, load_tokenizer
-from himix_megatron.distributed.fused_kernels import detect
 from himix_megatron.distributed.launch import ensure_ranks
-from himix_megatron.distributed.topology import Topology, init_distributed, shutdown_distributed
-from himix_megatron.inference.generator import Answerer, Prompt
-from himix_megatron.inference.sampling import Sampling
 from himix_megatron.inference.text_stream import TextStream
-from himix_megatron.runtime import log
 from pipelines.cli import parse_settings, run_main
-from pipelines.evaluate import load_config
+from pipelines.evaluate import load_config, start
+from pipelines.flags import Word
+
+if TYPE_CHECKING:
+    from himix_megatron.distributed.topology import Topology
+    from himix_megatron.inference.sampling import Sampling
 
 A_DAY_SECONDS = 86400.0
 """How long the other ranks wait for the next question."""
@@ -45,7 +42,7 @@ A_DAY_SECONDS = 86400.0
 class Arguments:
     """Answer questions about images with a run's model."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, Word("RUN")]
     """The run folder."""
     question: str | None = None
     """What to ask; None: questions are read from standard input, one a line."""
@@ -53,7 +50,7 @@ class Arguments:
     """Image files that the first question is about, in order."""
     checkpoint: Path | None = None
     """A checkpoints/step-... folder; None: the run's newest."""
-    max_new_tokens: int = 256
+    max_new_tokens: Count = 256
     """An answer that goes on longer is cut."""
     temperature: float = 0.0
     """0: always the most likely token; 1: drawn as the model weighs them."""
@@ -80,8 +77,8 @@ class Job:
 
 def prepare(arguments: Arguments) -> Job:
     """Find what is wrong before any rank starts. Raises: ValueError."""
-    if arguments.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens is {arguments.max_new_tokens}: wanted 1 or more")
+    from himix_megatron.inference.sampling import Sampling
+
     TextStream(load_tokenizer("bytes"), arguments.stop)  # refuses an empty stop text
     layout = arguments.parallel
     if arguments.question is None:
@@ -102,6 +99,7 @@ def prepare(arguments: Arguments) -> Job:
 
 def read_image(path: Path, config: Config) -> image_file.Pixels:
     """The tower's pixels of an image file. Raises: ValueError naming the file, when it is no image or a damaged one."""
+
     try:
         return decode(path.read_bytes(), config.vision)
     except BadSampleError as error:
@@ -113,6 +111,8 @@ def questions(asked: str | None, topology: Topology) -> Iterator[str]:
     if asked is not None:
         yield asked
         return
+    import torch
+
     while True:
         line: list[Any] = [None]
         if topology.rank == 0:
@@ -128,11 +128,12 @@ def questions(asked: str | None, topology: Topology) -> Iterator[str]:
 
 def generate(arguments: Arguments, job: Job) -> list[str]:
     """Answer, writing to standard output on rank 0. Returns: the answers, on every rank."""
-    config, template = job.config, job.config.data.template
-    topology = init_distributed(config.parallel, seed=config.train.seed)
-    log.start(None, topology.rank, topology.world_size)
-    answerer = Answerer(config, detect(), topology)
-    answerer.load(job.checkpoint)
+    from himix_megatron.distributed.topology import shutdown_distributed
+    from himix_megatron.inference.generator import Prompt
+
+    template = job.config.data.template
+    answerer = start(job.config, job.checkpoint)
+    topology = answerer.topology
     stops = chat_template.end_of_turn(job.tokenizer, template)
     write = partial(print, end="", flush=True) if topology.rank == 0 else None
     turns: list[dict[str, str]] = []
@@ -157,7 +158,9 @@ def generate(arguments: Arguments, job: Job) -> list[str]:
 
 
 def main() -> None:
+    """The command line."""
     arguments = parse_settings(Arguments, sys.argv[1:], "python -m pipelines.generate")
+
     job = prepare(arguments)
     layout = arguments.parallel
     ensure_ranks(layout.tensor * layout.pipeline, "pipelines.generate", sys.argv[1:])

@@ -28,10 +28,9 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import tyro
-
+from himix_megatron.config import Count, Fraction
 from himix_megatron.data.images import image_file
 from himix_megatron.data.ingest import shard_writer
 from himix_megatron.data.ingest.shard_writer import Check, ShardJob
@@ -55,7 +54,6 @@ SOURCES = {
     "webdataset": "himix_megatron.data.ingest.sources.webdataset:TarReader",
 }
 """The sources by name, and what reads their files (imported only then: a task that reads LLaVA's rows needs no pyarrow)."""
-_PLACE = tyro.conf.arg(metavar="PLACE")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,11 +64,11 @@ class Settings:
     """Layout of the source: `llava`, a JSON list of {id, image, conversations} beside a folder of images; `parquet`, files with
     the images in them; `img2dataset`, what it wrote; `webdataset`, tars of any; or `package.module:Reader`, files that a reader
     of your own reads."""
-    annotations: Annotated[str | Path | None, _PLACE] = None
+    annotations: str | Path | None = None
     """llava: the JSON file (or .jsonl: one object a line)."""
-    images: Annotated[str | Path | None, _PLACE] = None
+    images: str | Path | None = None
     """llava: the folder that image names start from."""
-    input: Annotated[tuple[str | Path, ...], tyro.conf.arg(metavar="PLACE ...")] = ()
+    input: tuple[str | Path, ...] = ()
     """The other sources: files, or folders of them (their files in the order of their names)."""
     image_column: str | None = None
     """parquet: bytes, {bytes, path}, or lists of them; None: images, image, jpg, png or webp."""
@@ -78,11 +76,11 @@ class Settings:
     """parquet: LLaVA's turns, or captions; None: conversations, text or caption."""
     id_column: str | None = None
     """parquet: None: id or key, where there is one."""
-    out: Annotated[str | Path, _PLACE]
+    out: str | Path
     """The dataset folder to write."""
     name: str | None = None
     """Shards are called NAME-000000.tar; None: the annotation file's name, or the first input's."""
-    samples_per_shard: int = 1000
+    samples_per_shard: Count = 1000
     """Rows per shard, and per task."""
     check: Check = "decode"
     """`decode` decodes every image; `header` only looks what it is, and leaves damaged ones for training to find."""
@@ -92,18 +90,12 @@ class Settings:
     """The template that goes with `tokenizer`, as in --data.template."""
     engine: Literal["ray", "local"] = "ray"
     """`local` uses processes of this machine without Ray; the bytes are the same."""
-    num_workers: int | None = None
+    num_workers: Count | None = None
     """Shards made at the same time; None: one per core (of the cluster, with RAY_ADDRESS)."""
-    max_bad_fraction: float = 0.1
+    max_bad_fraction: Fraction = 0.1
     """No dataset is made when a larger share of the rows is bad."""
 
     def __post_init__(self) -> None:
-        if self.samples_per_shard < 1:
-            raise ValueError(f"--samples-per-shard is {self.samples_per_shard}: wanted 1 or more")
-        if self.num_workers is not None and self.num_workers < 1:
-            raise ValueError(f"--num-workers is {self.num_workers}: wanted 1 or more")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"--max-bad-fraction is {self.max_bad_fraction}: wanted 0 to 1")
         if self.source not in SOURCES and ":" not in self.source:
             raise ValueError(f"--source is {self.source}: wanted one of {', '.join(SOURCES)}, or package.module:Reader")
         self._check_source()

@@ -12,29 +12,33 @@ from __future__ import annotations
 
 from himix_megatron.runtime.stop_signals import StopRequest
 
-# Before the libraries are loaded, which takes seconds, or a minute on a busy file system: who asks then is heard too.
+# Before the libraries are loaded, which takes seconds, or a minute on a busy file system: a request to stop then counts too.
 REQUEST = StopRequest() if __name__ == "__main__" else None
 
 import dataclasses  # noqa: E402
 import sys  # noqa: E402
 
 from himix_megatron.config import Config  # noqa: E402
-from himix_megatron.training.loop import pretrain  # noqa: E402
 from pipelines.cli import parse, run_main  # noqa: E402
-from pipelines.scenes import ensure_scene_data  # noqa: E402
 
 
 def with_data(config: Config) -> Config:
     """A tiny recipe without --data.datasets trains on scenes that it renders and preprocesses itself."""
     if config.data.datasets or not config.recipe.startswith("tiny_"):
         return config
+    from pipelines.scenes import ensure_scene_data
+
     paths = ensure_scene_data()
     path = paths.align if config.recipe == "tiny_align" else paths.instruct
     return dataclasses.replace(config, data=dataclasses.replace(config.data, datasets=(str(path),)))
 
 
 def main() -> int:
-    return pretrain(with_data(parse(sys.argv[1:])), REQUEST)
+    """The command line. Returns: the exit code."""
+    config = parse(sys.argv[1:])
+    from himix_megatron.training.loop import pretrain  # loads torch and megatron-core: after the settings are checked
+
+    return pretrain(with_data(config), REQUEST)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from himix_megatron.config import check_ranks
 from himix_megatron.data.shards.shard_format import manifest_path
-from pipelines.cli import parse, parse_settings, run_main
+from pipelines.cli import parse, parse_settings, run_main, split_recipe_flags
 from pipelines.scenes import SceneSettings, write_corpus
 
 PARTS = ("vision_kv", "language", "tower")
@@ -72,13 +72,7 @@ class Job:
 
 def arguments(argv: Sequence[str]) -> tuple[Settings, list[str]]:
     """The quickstart's own settings, and the flags for its trainings: those with a dot in their name."""
-    own: list[str] = []
-    flags: list[str] = []
-    target = own
-    for word in argv:
-        if word.startswith("--"):
-            target = flags if "." in word.split("=", 1)[0] else own
-        target.append(word)
+    flags, own = split_recipe_flags(argv)
     return parse_settings(Settings, own, PROGRAM, __doc__), flags
 
 

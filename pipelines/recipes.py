@@ -243,68 +243,78 @@ def _tiny(recipe: str, parts: tuple[Part, ...], steps: int) -> Config:
 
 
 def tiny_align() -> Config:
-    """A 1.4M-parameter model, first stage: vision K/V on captions of rendered scenes, on a CPU.
+    """1.4M parameters: vision K/V on captions of rendered scenes, on a CPU.
 
     Command: python -m pipelines.pretrain tiny_align (or torchrun --nproc-per-node 2 ... --parallel.tensor 2)
-    Hardware: a CPU; about a minute on one core. Expected: the loss falls, but not far: what trains is what the paper trains,
-    and here neither tower nor language model knows anything yet (`--train.trainable-parts tower language vision_kv` trains it
-    all). The data is rendered on first use under data/scenes when data.datasets is not given.
+    Hardware: a CPU; about a minute on one core.
+    Expected: the loss falls, but not far: what trains is what the paper trains, and here neither tower nor language model
+    knows anything yet (`--train.trainable-parts tower language vision_kv` trains it all).
+    Data: rendered on first use under data/scenes when data.datasets is not given.
     """
     return _tiny("tiny_align", ("vision_kv",), steps=200)
 
 
 def tiny_instruct() -> Config:
-    """A 1.4M-parameter model, second stage: language model and vision K/V on questions about rendered scenes, on a CPU.
+    """1.4M parameters: language and vision K/V on questions about scenes, on a CPU.
 
     Command: python -m pipelines.pretrain tiny_instruct --checkpoint.init-from runs/tiny_align
-    Hardware: a CPU; 3 minutes on one core. Expected: the form of the answers is learned; with `--train.trainable-parts tower
+    Hardware: a CPU; 3 minutes on one core.
+    Expected: the form of the answers is learned; with `--train.trainable-parts tower
     language vision_kv` the answers too (seen after 400 steps from nothing: 359 of 360 held-out questions, 60 with shuffled
-    images; a learning rate of 2e-3 is too much). The data is rendered on first use under data/scenes when data.datasets is
-    not given.
+    images; a learning rate of 2e-3 is too much).
+    Data: rendered on first use under data/scenes when data.datasets is not given.
     """
     return _tiny("tiny_instruct", ("language", "vision_kv"), steps=400)
 
 
 def qwen2_0_5b_align() -> Config:
-    """Qwen2-0.5B, first stage: vision K/V on LLaVA-558K, 1 epoch, learning rate 1e-3.
+    """Qwen2-0.5B: vision K/V on LLaVA-558K, 1 epoch at 1e-3.
 
     Command: torchrun --nproc-per-node 8 -m pipelines.pretrain qwen2_0_5b_align --checkpoint.init-from DIR
     (DIR: the language model's weights as a checkpoint of ours; without it the language model is random).
-    Hardware: one node of 8 GPUs of 80 GB. Expected: 2181 steps; the paper's decoder FLOPs an image fall from 837 to 78 G.
-    Sizes: Qwen/Qwen2-0.5B. No script is public: TinyLlama's learning rate. Source of the rest: this module's head.
+    Hardware: one node of 8 GPUs of 80 GB.
+    Expected: 2181 steps; the paper's decoder FLOPs an image fall from 837 to 78 G.
+    Sizes: Qwen/Qwen2-0.5B. No script is public: TinyLlama's learning rate.
+    Source: of the rest, the head of pipelines/recipes.py.
     """
     return _align("qwen2_0_5b_align", QWEN2_0_5B, "Qwen2-0.5B", learning_rate=1e-3)
 
 
 def qwen2_0_5b_instruct() -> Config:
-    """Qwen2-0.5B, second stage: language model and vision K/V on mix665k, 1 epoch, learning rate 2e-5.
+    """Qwen2-0.5B: language and vision K/V on mix665k, 1 epoch at 2e-5.
 
     Command: torchrun --nproc-per-node 8 -m pipelines.pretrain qwen2_0_5b_instruct
     (starts from runs/qwen2_0_5b_align; --checkpoint.init-from DIR names another).
-    Hardware: one node of 8 GPUs of 80 GB. Expected: 5198 steps; not yet reproduced here.
-    Sizes: Qwen/Qwen2-0.5B. Source of the rest: this module's head.
+    Hardware: one node of 8 GPUs of 80 GB.
+    Expected: 5198 steps; not yet reproduced here.
+    Sizes: Qwen/Qwen2-0.5B.
+    Source: of the rest, the head of pipelines/recipes.py.
     """
     return _instruct("qwen2_0_5b_instruct", QWEN2_0_5B, "Qwen2-0.5B", template="chatml", micro_batch=4)
 
 
 def tinyllama_1_1b_align() -> Config:
-    """TinyLlama-1.1B-Chat-v1.0, first stage: vision K/V on LLaVA-558K, 8 epochs, learning rate 1e-3.
+    """TinyLlama-1.1B-Chat: vision K/V on LLaVA-558K, 8 epochs at 1e-3.
 
     Command: torchrun --nproc-per-node 8 -m pipelines.pretrain tinyllama_1_1b_align --checkpoint.init-from DIR
     (DIR: the language model's weights as a checkpoint of ours; without it the language model is random).
-    Hardware: one node of 8 GPUs of 80 GB. Expected: 17442 steps; the paper's decoder FLOPs an image fall from 1750 to 161 G.
-    Sizes: TinyLlama/TinyLlama-1.1B-Chat-v1.0. Source of the rest: this module's head.
+    Hardware: one node of 8 GPUs of 80 GB.
+    Expected: 17442 steps; the paper's decoder FLOPs an image fall from 1750 to 161 G.
+    Sizes: TinyLlama/TinyLlama-1.1B-Chat-v1.0.
+    Source: of the rest, the head of pipelines/recipes.py.
     """
     return _align("tinyllama_1_1b_align", TINYLLAMA_1_1B, "TinyLlama-1.1B-Chat-v1.0", learning_rate=1e-3, epochs=8.0)
 
 
 def tinyllama_1_1b_instruct() -> Config:
-    """TinyLlama-1.1B-Chat-v1.0, second stage: language model and vision K/V on mix665k, 5 epochs, learning rate 2e-5.
+    """TinyLlama-1.1B-Chat: language and vision K/V on mix665k, 5 epochs at 2e-5.
 
     Command: torchrun --nproc-per-node 8 -m pipelines.pretrain tinyllama_1_1b_instruct
     (starts from runs/tinyllama_1_1b_align; --checkpoint.init-from DIR names another).
-    Hardware: one node of 8 GPUs of 80 GB. Expected: 25989 steps; not yet reproduced here.
-    Sizes: TinyLlama/TinyLlama-1.1B-Chat-v1.0. Source of the rest: this module's head.
+    Hardware: one node of 8 GPUs of 80 GB.
+    Expected: 25989 steps; not yet reproduced here.
+    Sizes: TinyLlama/TinyLlama-1.1B-Chat-v1.0.
+    Source: of the rest, the head of pipelines/recipes.py.
     """
     return _instruct(
         "tinyllama_1_1b_instruct", TINYLLAMA_1_1B, "TinyLlama-1.1B-Chat-v1.0", template="vicuna", epochs=5.0, micro_batch=8
@@ -312,67 +322,79 @@ def tinyllama_1_1b_instruct() -> Config:
 
 
 def llama3_2_1b_align() -> Config:
-    """Llama-3.2-1B, first stage: vision K/V on LLaVA-558K, 1 epoch, learning rate 5e-4.
+    """Llama-3.2-1B: vision K/V on LLaVA-558K, 1 epoch at 5e-4.
 
     Command: torchrun --nproc-per-node 8 -m pipelines.pretrain llama3_2_1b_align --checkpoint.init-from DIR
     (DIR: the language model's weights as a checkpoint of ours; without it the language model is random).
-    Hardware: one node of 8 GPUs of 80 GB. Expected: 2181 steps; the paper's decoder FLOPs an image fall from 2040 to 192 G.
-    Sizes: meta-llama/Llama-3.2-1B. Source of the rest: this module's head.
+    Hardware: one node of 8 GPUs of 80 GB.
+    Expected: 2181 steps; the paper's decoder FLOPs an image fall from 2040 to 192 G.
+    Sizes: meta-llama/Llama-3.2-1B.
+    Source: of the rest, the head of pipelines/recipes.py.
     """
     return _align("llama3_2_1b_align", LLAMA3_2_1B, "Llama-3.2-1B", learning_rate=5e-4)
 
 
 def llama3_2_1b_instruct() -> Config:
-    """Llama-3.2-1B, second stage: language model and vision K/V on mix665k, 1 epoch, learning rate 2e-5.
+    """Llama-3.2-1B: language and vision K/V on mix665k, 1 epoch at 2e-5.
 
     Command: torchrun --nproc-per-node 8 -m pipelines.pretrain llama3_2_1b_instruct
     (starts from runs/llama3_2_1b_align; --checkpoint.init-from DIR names another).
-    Hardware: one node of 8 GPUs of 80 GB. Expected: 5198 steps; not yet reproduced here.
-    Sizes: meta-llama/Llama-3.2-1B. Source of the rest: this module's head.
+    Hardware: one node of 8 GPUs of 80 GB.
+    Expected: 5198 steps; not yet reproduced here.
+    Sizes: meta-llama/Llama-3.2-1B.
+    Source: of the rest, the head of pipelines/recipes.py.
     """
     return _instruct("llama3_2_1b_instruct", LLAMA3_2_1B, "Llama-3.2-1B", template="llama3", micro_batch=4)
 
 
 def llama3_2_3b_align() -> Config:
-    """Llama-3.2-3B, first stage: vision K/V on LLaVA-558K, 1 epoch, learning rate 5e-4.
+    """Llama-3.2-3B: vision K/V on LLaVA-558K, 1 epoch at 5e-4.
 
     Command: torchrun --nproc-per-node 8 -m pipelines.pretrain llama3_2_3b_align --checkpoint.init-from DIR
     (DIR: the language model's weights as a checkpoint of ours; without it the language model is random).
-    Hardware: one node of 8 GPUs of 80 GB. Expected: 2181 steps; not yet reproduced here.
-    Sizes: meta-llama/Llama-3.2-3B. Source of the rest: this module's head.
+    Hardware: one node of 8 GPUs of 80 GB.
+    Expected: 2181 steps; not yet reproduced here.
+    Sizes: meta-llama/Llama-3.2-3B.
+    Source: of the rest, the head of pipelines/recipes.py.
     """
     return _align("llama3_2_3b_align", LLAMA3_2_3B, "Llama-3.2-3B", learning_rate=5e-4)
 
 
 def llama3_2_3b_instruct() -> Config:
-    """Llama-3.2-3B, second stage: language model and vision K/V on mix665k, 1 epoch, learning rate 2e-5.
+    """Llama-3.2-3B: language and vision K/V on mix665k, 1 epoch at 2e-5.
 
     Command: torchrun --nproc-per-node 8 -m pipelines.pretrain llama3_2_3b_instruct
     (starts from runs/llama3_2_3b_align; --checkpoint.init-from DIR names another).
-    Hardware: one node of 8 GPUs of 80 GB, TP2. Expected: 5198 steps; not yet reproduced here.
-    Sizes: meta-llama/Llama-3.2-3B. Source of the rest: this module's head.
+    Hardware: one node of 8 GPUs of 80 GB, TP2.
+    Expected: 5198 steps; not yet reproduced here.
+    Sizes: meta-llama/Llama-3.2-3B.
+    Source: of the rest, the head of pipelines/recipes.py.
     """
     return _instruct("llama3_2_3b_instruct", LLAMA3_2_3B, "Llama-3.2-3B", template="llama3", micro_batch=4, tensor=2)
 
 
 def vicuna_7b_align() -> Config:
-    """vicuna-7b-v1.5, first stage: vision K/V on LLaVA-558K, 1 epoch, learning rate 5e-4.
+    """vicuna-7b-v1.5: vision K/V on LLaVA-558K, 1 epoch at 5e-4.
 
     Command: torchrun --nproc-per-node 8 -m pipelines.pretrain vicuna_7b_align --checkpoint.init-from DIR
     (DIR: the language model's weights as a checkpoint of ours; without it the language model is random).
-    Hardware: one node of 8 GPUs of 80 GB. Expected: 2181 steps; not yet reproduced here.
-    Sizes: lmsys/vicuna-7b-v1.5. No script is public: Llama 3.2's learning rate. Source of the rest: this module's head.
+    Hardware: one node of 8 GPUs of 80 GB.
+    Expected: 2181 steps; not yet reproduced here.
+    Sizes: lmsys/vicuna-7b-v1.5. No script is public: Llama 3.2's learning rate.
+    Source: of the rest, the head of pipelines/recipes.py.
     """
     return _align("vicuna_7b_align", VICUNA_7B, "vicuna-7b-v1.5", learning_rate=5e-4)
 
 
 def vicuna_7b_instruct() -> Config:
-    """vicuna-7b-v1.5, second stage: language model and vision K/V on mix665k, 1 epoch, learning rate 2e-5.
+    """vicuna-7b-v1.5: language and vision K/V on mix665k, 1 epoch at 2e-5.
 
     Command: torchrun --nproc-per-node 8 -m pipelines.pretrain vicuna_7b_instruct
     (starts from runs/vicuna_7b_align; --checkpoint.init-from DIR names another).
-    Hardware: one node of 8 GPUs of 80 GB, TP2. Expected: 5198 steps; not yet reproduced here.
-    Sizes: lmsys/vicuna-7b-v1.5. Source of the rest: this module's head.
+    Hardware: one node of 8 GPUs of 80 GB, TP2.
+    Expected: 5198 steps; not yet reproduced here.
+    Sizes: lmsys/vicuna-7b-v1.5.
+    Source: of the rest, the head of pipelines/recipes.py.
     """
     return _instruct("vicuna_7b_instruct", VICUNA_7B, "vicuna-7b-v1.5", template="vicuna", micro_batch=4, tensor=2)
 

@@ -27,10 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from himix_megatron.config import Config, check_ranks
+from himix_megatron.config import Config, Count, check_ranks
 from himix_megatron.monitoring.run_status import read_status
 from himix_megatron.runtime.stop_signals import COMMAND_STOP_SIGNALS, EXIT_REQUEUE, StopRequest
-from pipelines.cli import parse, parse_settings, run_main
+from pipelines.cli import parse, parse_settings, run_main, split_recipe_flags
 from pipelines.launchers.local_ranks import run_ranks
 from pipelines.pretrain import with_data
 
@@ -52,7 +52,7 @@ class Settings:
     """Name of the series. None: RECIPE-MODE. Series with different settings need different names."""
     submit: bool = False
     """Submit each run with sbatch instead of starting its ranks on this machine."""
-    gpus_per_node: int = 8
+    gpus_per_node: Count = 8
     """With --submit: GPUs per node; larger sizes use whole nodes."""
     sbatch: str = ""
     """With --submit: further arguments of sbatch, e.g. --sbatch="--partition=gpu --time=30"."""
@@ -61,8 +61,6 @@ class Settings:
         sizes = self.world_sizes
         if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
             raise ValueError(f"--world-sizes is {' '.join(map(str, sizes))}: wanted different numbers of ranks, each 1 or more")
-        if self.gpus_per_node < 1:
-            raise ValueError(f"--gpus-per-node is {self.gpus_per_node}: wanted 1 or more")
         if self.name is not None and not re.fullmatch(r"[\w.-]+", self.name):
             raise ValueError(f"--name is {self.name!r}: it names folders, so wanted letters, digits and . _ -")
 
@@ -93,7 +91,7 @@ class Series:
     """series.json: the runs of a series and how each ended. Written after every change."""
 
     def __init__(self, settings: Settings, recipe: str, flags: Sequence[str]):
-        self.name = settings.name or f"{recipe}-{settings.mode}"
+        self.name = settings.name or f"{recipe.replace(':', '.')}-{settings.mode}"
         self.folder = settings.runs / self.name
         self.file = self.folder / "series.json"
         self.content: dict[str, Any] = {"recipe": recipe, "mode": settings.mode, "flags": list(flags), "runs": {}}
@@ -152,16 +150,9 @@ def main() -> int:
 
 def arguments(argv: Sequence[str]) -> tuple[Settings, str, list[str]]:
     """The series' own settings, the recipe, and the flags for its runs: those with a dot in their name."""
-    if not argv or argv[0] in ("-h", "--help"):
-        parse_settings(Settings, ["--help"], f"{PROGRAM} RECIPE", __doc__)
-    own: list[str] = []
-    flags: list[str] = []
-    target = own
-    for word in argv[1:]:
-        if word.startswith("--"):
-            target = flags if "." in word.split("=", 1)[0] else own
-        target.append(word)
-    return parse_settings(Settings, own, f"{PROGRAM} RECIPE", __doc__), argv[0], flags
+    (recipe, *flags), own = split_recipe_flags(argv if argv and not argv[0].startswith("-") else ["", *argv])
+    settings = parse_settings(Settings, own, f"{PROGRAM} RECIPE", __doc__)
+    return settings, recipe, flags
 
 
 def plan(settings: Settings, recipe: str, flags: Sequence[str]) -> list[Member]:
@@ -175,7 +166,7 @@ def plan(settings: Settings, recipe: str, flags: Sequence[str]) -> list[Member]:
             f"{given.recipe} runs for {given.train.epochs:g} epochs, and every size of the series would: give --train.steps, "
             "e.g. 60"
         )
-    sizes, name = sorted(settings.world_sizes), settings.name or f"{given.recipe}-{settings.mode}"
+    sizes, name = sorted(settings.world_sizes), settings.name or f"{given.recipe.replace(':', '.')}-{settings.mode}"
     batch_flag = f"--{given.batch_flags[0].replace('_', '-')}"
     members = []
     for size in sizes:

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from himix_megatron.config import Count, check_limits
 from pipelines import preprocess
 from pipelines.cli import parse_settings, run_main
 
@@ -59,16 +60,15 @@ OVERSAMPLING = 4
 class SceneSettings:
     """Settings of a corpus of rendered scenes."""
 
-    num_train: int = 7200
+    num_train: Count = 7200
     """Images of the training splits; align and instruct speak of the same ones."""
-    num_heldout: int = 360
+    num_heldout: Count = 360
     """Images of the held-out split, one question each."""
     seed: int = 0
     """Of everything random."""
 
     def __post_init__(self) -> None:
-        if self.num_train < 1 or self.num_heldout < 1:
-            raise ValueError(f"num_train ({self.num_train}) and num_heldout ({self.num_heldout}) must be above 0")
+        check_limits(self, "scenes")
 
 
 @dataclass(frozen=True, slots=True)

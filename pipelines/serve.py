@@ -22,21 +22,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import tyro
-
+from himix_megatron.config import Count
 from himix_megatron.data.errors import BadSampleError
 from himix_megatron.data.images.decode import decode
 from himix_megatron.data.text import chat_template
-from himix_megatron.distributed.fused_kernels import detect
-from himix_megatron.distributed.topology import init_distributed
-from himix_megatron.inference.generator import Answerer, Prompt
-from himix_megatron.inference.sampling import Sampling
 from himix_megatron.inference.text_stream import TextStream
 from himix_megatron.runtime import log
 from pipelines import generate
 from pipelines.cli import parse_settings, run_main
+from pipelines.evaluate import start
+from pipelines.flags import Word
+
+if TYPE_CHECKING:
+    from himix_megatron.inference.sampling import Sampling
 
 logger = logging.getLogger("pipelines.serve")
 
@@ -48,7 +48,7 @@ MOST_BYTES = 64 << 20
 class Arguments:
     """Answer questions about images over HTTP."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, Word("RUN")]
     """The run folder."""
     checkpoint: Path | None = None
     """A checkpoints/step-... folder; None: the run's newest."""
@@ -56,7 +56,7 @@ class Arguments:
     """Address to listen on; 0.0.0.0 lets every machine that reaches this one ask."""
     port: int = 8000
     """TCP port; 0: any free one, which the first line of the log names."""
-    max_new_tokens: int = 1024
+    max_new_tokens: Count = 1024
     """Most tokens of an answer, whatever a request asks for."""
 
 
@@ -75,6 +75,8 @@ class Request:
 
 def read_request(body: Any, most_tokens: int) -> Request:
     """A request's JSON. Raises: ValueError with one line for the client."""
+    from himix_megatron.inference.sampling import Sampling
+
     messages = body.get("messages") if isinstance(body, dict) else None
     if not isinstance(messages, list) or not messages:
         raise ValueError('"messages" is missing: wanted a list of {"role": ..., "content": ...}')
@@ -137,15 +139,16 @@ class Model:
     """The loaded run; answers one request at a time."""
 
     def __init__(self, job: generate.Job):
+
         self.job, self.vision, self.template = job, job.config.vision, job.config.data.template
-        topology = init_distributed(job.config.parallel, seed=job.config.train.seed)
-        self.answerer = Answerer(job.config, detect(), topology)
-        self.answerer.load(job.checkpoint)
+        self.answerer = start(job.config, job.checkpoint)
         self.ends = chat_template.end_of_turn(job.tokenizer, self.template)
         self.lock = threading.Lock()
 
     def answer(self, request: Request, write: Callable[[str], object] | None) -> tuple[str, int, int, str]:
         """Text, tokens of the question, tokens of the answer, and why it ended. Raises: ValueError for a broken image."""
+        from himix_megatron.inference.generator import Prompt
+
         try:
             pixels = tuple(decode(data, self.vision) for data in request.images)
         except BadSampleError as error:
@@ -243,9 +246,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def main() -> None:
+    """The command line."""
     arguments = parse_settings(Arguments, sys.argv[1:], "python -m pipelines.serve", __doc__)
-    if arguments.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens is {arguments.max_new_tokens}: wanted 1 or more")
     job = generate.prepare(generate.Arguments(run=arguments.run, checkpoint=arguments.checkpoint))
     try:
         server = ThreadingHTTPServer((arguments.host, arguments.port), Handler)

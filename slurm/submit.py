@@ -33,6 +33,7 @@ import dataclasses
 import difflib
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -45,6 +46,7 @@ from himix_megatron.config import Config, check_ranks
 from himix_megatron.runtime import log
 from himix_megatron.runtime.stop_signals import COMMAND_STOP_SIGNALS, StopRequest
 from pipelines.cli import parse, parse_settings, run_main
+from pipelines.flags import flag, split_flags
 from pipelines.launchers.local_ranks import run_chain
 from pipelines.recipes import RECIPES
 from slurm import scheduler
@@ -132,8 +134,8 @@ def read(words: Sequence[str]) -> tuple[Settings, list[Stage]]:
     """
     if not words or words[0].startswith("-"):
         raise ValueError(f"no family given: use {PROGRAM} ..., with FAMILY one of {', '.join(FAMILIES)}")
-    family = words[0].replace("-", "_")
-    if family not in FAMILIES:
+    family = words[0] if ":" in words[0] else words[0].replace("-", "_")
+    if ":" not in family and family not in FAMILIES:
         near = difflib.get_close_matches(family.lower(), FAMILIES, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(f"unknown family {words[0]}: {hint}There are {', '.join(FAMILIES)}")
@@ -160,30 +162,26 @@ def read(words: Sequence[str]) -> tuple[Settings, list[Stage]]:
 
 def split(words: Sequence[str]) -> tuple[list[str], list[str], dict[StageName, list[str]]]:
     """Flags with their values: of the submission, of every stage, of one stage (its name taken off)."""
-    own: list[str] = []
-    shared: list[str] = []
-    of_stage: dict[StageName, list[str]] = {name: [] for name in STAGES}
     sections = [item.name for item in dataclasses.fields(Config) if item.name != "recipe"]
     ours = [item.name for item in dataclasses.fields(Settings)]
-    target = None
-    for word in words:
-        if word.startswith("--"):
-            section = word[2:].split("=")[0].split(".")[0].replace("-", "_")
-            if section in STAGES and "." in word:
-                target = of_stage[section]
-                word = "--" + word.split(".", 1)[1]
-            elif section.removeprefix("no_") in ours:
-                target = own
-            elif section in sections:
-                target = shared
-            else:
-                near = difflib.get_close_matches(section, [*ours, *sections, *STAGES], n=1, cutoff=0.5)
-                hint = f"did you mean --{near[0].replace('_', '-')}?" if near else "it belongs to no section"
-                raise ValueError(f"unknown setting {word.split('=')[0]}: {hint} ({PROGRAM} --help)")
-        if target is None:
-            raise ValueError(f"{word!r} belongs to no setting: after the family come --name value ...")
-        target.append(word)
-    return own, shared, of_stage
+
+    def group(name: str) -> str:
+        section = name.split(".")[0]
+        if not name or (section in STAGES and "." in name):
+            return section
+        if section.removeprefix("no_") in ours:
+            return "own"
+        if section in sections:
+            return "shared"
+        near = difflib.get_close_matches(section, [*ours, *sections, *STAGES], n=1, cutoff=0.5)
+        hint = f"did you mean {flag(near[0])}?" if near else "it belongs to no section"
+        raise ValueError(f"unknown setting {flag(name)}: {hint} ({PROGRAM} --help)")
+
+    found = split_flags(words, group)
+    if "" in found:
+        raise ValueError(f"{found[''][0]!r} belongs to no setting: after the family come --name value ...")
+    of_stage = {name: [re.sub(rf"^--{name}\.", "--", word) for word in found.get(name, [])] for name in STAGES}
+    return found.get("own", []), found.get("shared", []), of_stage
 
 
 # ---- checks that look at data, checkpoints and cluster -----------------------------------------------------------------

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import tyro
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from himix_megatron.config import Config, DataConfig, ModelConfig, OptimizerConf
 from himix_megatron.distributed.launch import ensure_ranks
 from himix_megatron.distributed.topology import Topology, init_distributed, shutdown_distributed
 from pipelines.cli import parse_settings, run_main
+from pipelines.flags import Word
 
 LOGITS_LIMIT = LOSS_LIMIT = 2e-5
 GRADIENT_LIMIT = 1e-5
@@ -37,7 +37,7 @@ GRADIENT_LIMIT = 1e-5
 class Arguments:
     """Compare the Megatron model with a reference file."""
 
-    file: Annotated[Path, tyro.conf.Positional]
+    file: Annotated[Path, Word("FILE")]
     """The .safetensors reference file."""
     tensor: int = 1
     """Tensor-parallel ranks."""

@@ -33,9 +33,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import psutil
-import tyro
 
 from pipelines.cli import parse_settings, run_main
+from pipelines.flags import Word
 
 NODES = ("n1", "n2")
 DAEMONS = ("munged", "slurmctld", *NODES)
@@ -90,9 +90,9 @@ PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE
 class Arguments:
     """Start, stop or describe a private Slurm of two nodes."""
 
-    command: Annotated[Literal["up", "down", "status"], tyro.conf.Positional]
+    command: Annotated[Literal["up", "down", "status"], Word("COMMAND")]
     """`up` starts what does not run; `down` ends jobs and daemons and removes the folder; `status` prints what runs."""
-    dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path(tempfile.gettempdir()) / f"himix-slurm-{os.getuid()}"
+    dir: Path = Path(tempfile.gettempdir()) / f"himix-slurm-{os.getuid()}"
     """The cluster's own folder, made by `up`; another folder is another cluster."""
 
 

@@ -18,12 +18,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
-
-from himix_megatron.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from himix_megatron.config import Config, Count, CountOrZero, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from himix_megatron.costs.flops import StepFlops, Work, forward_flops, step_flops, tower_flops
 from himix_megatron.costs.memory import GIB, MicroBatch, RankMemory, model_parameters, rank_memory
-from pipelines.cli import parse_settings, run_main
+from pipelines.cli import load_recipe, parse_settings, run_main
+from pipelines.flags import Word
 from pipelines.recipes import RECIPES, clip_large_336, siglip_so400m_384
 
 PAPER = {
@@ -51,29 +50,29 @@ SIZES = {
 class Arguments:
     """Print what a model costs: parameters, FLOPs, memory."""
 
-    recipe: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")] = None
+    recipe: Annotated[str | None, Word("RECIPE")] = None
     """Recipe; the sizes below override its own."""
     paper: bool = False
     """Print only the paper's five models, at 64 text tokens and one image."""
-    text_tokens: int | None = None
+    text_tokens: Count | None = None
     """Text tokens of a sample. None: the recipe's usual number, else 64."""
-    images: int = 1
+    images: CountOrZero = 1
     """Images of a sample."""
     label_share: float = 0.5
     """Share of the text tokens that have a label and go through the head in training."""
-    micro_batch: int | None = None
+    micro_batch: Count | None = None
     """Samples of a forward pass, for the memory. None: the recipe's, else 1."""
-    layers: int | None = None
+    layers: Count | None = None
     """Decoder layers."""
-    hidden: int | None = None
+    hidden: Count | None = None
     """Width of the decoder."""
-    ffn: int | None = None
+    ffn: Count | None = None
     """Inner width of its SwiGLU MLP."""
-    heads: int | None = None
+    heads: Count | None = None
     """Query heads."""
-    groups: int | None = None
+    groups: Count | None = None
     """Key/value heads."""
-    vocab: int | None = None
+    vocab: Count | None = None
     """Vocabulary size."""
     tower: Literal["siglip", "clip"] | None = None
     """Vision tower. None: the recipe's, else siglip."""
@@ -92,10 +91,7 @@ def config_of(arguments: Arguments) -> Config:
             )
         config = _bare(given)
     else:
-        name = arguments.recipe.replace("-", "_")
-        if name not in RECIPES:
-            raise ValueError(f"unknown recipe {arguments.recipe}: there are {', '.join(RECIPES)}")
-        config = RECIPES[name]()
+        config = load_recipe(arguments.recipe)()
         config = replace(config, model=replace(config.model, **{SIZES[name]: value for name, value in given.items()}))
     return config if arguments.tower is None else replace(config, vision=TOWERS[arguments.tower]())
 
@@ -249,12 +245,6 @@ def plot(config: Config, text: int, images: int, path: Path) -> None:
 
 def check(arguments: Arguments) -> None:
     """Raises: ValueError naming the flag."""
-    for name in ("text_tokens", "micro_batch", *SIZES):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}: wanted 1 or more")
-    if arguments.images < 0:
-        raise ValueError(f"--images is {arguments.images}: wanted 0 or more")
     if not 0 < arguments.label_share <= 1:
         raise ValueError(f"--label-share is {arguments.label_share}: wanted above 0, at most 1")
     if arguments.paper and arguments.recipe is not None:

@@ -11,18 +11,16 @@ that of a micro-batch of the longest texts, time that of usual texts.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-
-from himix_megatron.config import Config
+from himix_megatron.config import Config, Count, Positive, ZeroOrMore
 from himix_megatron.costs.memory import GIB, RankMemory
-from pipelines.cli import parse_settings, run_main
+from pipelines.cli import load_recipe, parse_settings, run_main
+from pipelines.flags import Word
 from pipelines.recipes import RECIPES
 from tools.planner.layouts import Plan, Sample, plans
 from tools.planner.machine import Machine, machine_named, machine_of_file
@@ -42,9 +40,9 @@ REMEDIES = {
 class Arguments:
     """List the layouts that fit, fastest first, and print the command of the best one."""
 
-    recipe: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")] = None
+    recipe: Annotated[str | None, Word("RECIPE")] = None
     """Recipe of pipelines.pretrain."""
-    gpus: int | None = None
+    gpus: Count | None = None
     """Number of GPUs."""
     gpu: str = "h100-80gb"
     """Kind of GPU: a100-40gb, a100-80gb, h100-80gb, h100-80gb-pcie, h100-94gb-nvl, h200-141gb, b200-180gb."""
@@ -52,25 +50,25 @@ class Arguments:
     """File of measured rates (DIR/machine.json of tools.gpu_check), instead of --gpu's assumed ones."""
     interconnect: str | None = None
     """Network between nodes: ib-hdr-200, ib-ndr-400, ethernet-100, ethernet-400. None: the usual one for these GPUs."""
-    gpus_per_node: int = 8
+    gpus_per_node: Count = 8
     """GPUs of a node, which share its fast links."""
-    global_batch: int | None = None
+    global_batch: Count | None = None
     """Samples (with packing: packs) of a step. None: the recipe's."""
-    pack_max_text_tokens: int | None = None
+    pack_max_text_tokens: Count | None = None
     """Text tokens of a pack. None: the recipe's."""
-    pack_max_images: int | None = None
+    pack_max_images: Count | None = None
     """Images of a pack."""
-    text_tokens: float | None = None
+    text_tokens: Positive | None = None
     """Text tokens of a usual sample. None: the recipe's."""
-    longest_text: int | None = None
+    longest_text: Count | None = None
     """Text tokens of the longest sample. None: the recipe's data.max_text_tokens."""
-    images: float = 1.0
+    images: ZeroOrMore = 1.0
     """Images of a usual sample."""
     label_share: float = 0.5
     """Share of the text tokens that have a label."""
-    price_per_gpu_hour: float = 2.0
+    price_per_gpu_hour: Positive = 2.0
     """Price of a GPU hour, in any currency."""
-    show: int = 10
+    show: Count = 10
     """Number of layouts to list."""
     compare: Literal["published"] | None = None
     """Print the predictions beside published step times, and nothing else."""
@@ -80,28 +78,10 @@ def check(arguments: Arguments) -> None:
     """Raises: ValueError naming the flag."""
     if arguments.recipe is None:
         raise ValueError(f"no recipe given: there are {', '.join(RECIPES)}; or --compare published")
-    if arguments.recipe.replace("-", "_") not in RECIPES:
-        raise ValueError(f"unknown recipe {arguments.recipe}: there are {', '.join(RECIPES)}")
     if arguments.gpus is None:
         raise ValueError("--gpus must be given: how many GPUs there are")
-    for name in (
-        "gpus",
-        "gpus_per_node",
-        "global_batch",
-        "text_tokens",
-        "longest_text",
-        "show",
-        "price_per_gpu_hour",
-        "pack_max_text_tokens",
-        "pack_max_images",
-    ):
-        value = getattr(arguments, name)
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be above 0")
     if (arguments.pack_max_text_tokens is None) != (arguments.pack_max_images is None):
         raise ValueError("packing has two budgets: give both --pack-max-text-tokens and --pack-max-images, or neither")
-    if not 0 <= arguments.images < math.inf:
-        raise ValueError(f"--images is {arguments.images}: wanted 0 or more")
     if not 0 < arguments.label_share <= 1:
         raise ValueError(f"--label-share is {arguments.label_share}: wanted above 0, at most 1")
     if arguments.gpus > arguments.gpus_per_node and arguments.gpus % arguments.gpus_per_node:
@@ -114,7 +94,7 @@ def check(arguments: Arguments) -> None:
 def settings(arguments: Arguments) -> tuple[Config, Sample]:
     """The recipe with the batch given, and what its samples are like."""
     assert arguments.recipe is not None
-    config = RECIPES[arguments.recipe.replace("-", "_")]()
+    config = load_recipe(arguments.recipe)()
     batch, data = arguments.global_batch, config.data
     if arguments.pack_max_text_tokens is not None:
         longest = min(data.max_text_tokens, arguments.pack_max_text_tokens)

@@ -1,14 +1,16 @@
 """Every setting of a run as one frozen tree of dataclasses. Imports no torch, so it can be built and checked anywhere."""
 
 from .data import DataConfig
+from .limits import Count, CountOrZero, Fraction, Limit, Positive, ZeroOrMore, check_known, check_limits
 from .model import ModelConfig, VisionConfig
 from .operations import CheckpointConfig, HealthConfig, LogConfig, RunConfig
-from .run import Config, check_layout, check_ranks
-from .serialization import current_fields, current_name, differences, field_names, from_json, to_json
+from .run import Config, check_batch, check_layout, check_ranks
+from .serialization import current_fields, current_name, differences, from_json, to_json
 from .training import OptimizerConfig, ParallelConfig, Part, TrainConfig
 
 __all__ = [
     "CheckpointConfig", "Config", "DataConfig", "HealthConfig", "LogConfig", "ModelConfig", "OptimizerConfig", "ParallelConfig",
-    "Part", "RunConfig", "TrainConfig", "VisionConfig", "check_layout", "check_ranks",
-    "current_fields", "current_name", "differences", "field_names", "from_json", "to_json",
+    "Part", "RunConfig", "TrainConfig", "VisionConfig", "check_batch", "check_layout", "check_ranks",
+    "Count", "CountOrZero", "Fraction", "Limit", "Positive", "ZeroOrMore", "check_known", "check_limits",
+    "current_fields", "current_name", "differences", "from_json", "to_json",
 ]  # fmt: skip

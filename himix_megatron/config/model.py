@@ -5,50 +5,51 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .checks import known, positive
 from .families import FAMILIES
+from .limits import Count, Positive, check_known, check_limits
 from .towers import TOWERS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """The language decoder, and how it takes vision in."""
+    """The language decoder, and how vision enters it."""
 
     family: str
-    """Language family: `llama`, or `qwen2` (biases on q, k and v, those of the vision included)."""
-    num_layers: int
-    """Decoder layers."""
-    hidden_size: int
+    """Language family: llama, or qwen2 (biases on q, k and v, those of the vision included)."""
+    num_layers: Count
+    """Number of decoder layers."""
+    hidden_size: Count
     """Width of the text's hidden states."""
-    ffn_hidden_size: int
+    ffn_hidden_size: Count
     """Inner width of the SwiGLU MLP."""
-    num_attention_heads: int
-    """Query heads."""
-    num_query_groups: int
-    """Key/value heads (grouped-query attention); equal to the query heads for plain multi-head attention."""
-    head_dim: int | None = None
-    """Width of one head; None means hidden_size / num_attention_heads."""
-    vocab_size: int
-    """Rows of the embedding as published; it is padded internally so that it divides over tensor ranks."""
-    rope_theta: float = 10000.0
+    num_attention_heads: Count
+    """Number of query heads."""
+    num_query_groups: Count
+    """Number of key/value heads (grouped-query attention); equal to the query heads for plain multi-head attention."""
+    head_dim: Count | None = None
+    """Width of one attention head; None: hidden_size / num_attention_heads."""
+    vocab_size: Count
+    """Rows of the embedding as published; they are padded internally so that they divide over tensor ranks."""
+    rope_theta: Positive = 10000.0
     """Base of the rotary position embedding."""
-    rope_scaling_factor: float | None = None
-    """Llama 3's frequency scaling (low 1, high 4, original context 8192); None: unscaled."""
-    norm_eps: float = 1e-5
+    rope_scaling_factor: Positive | None = None
+    """Factor of Llama 3's frequency scaling (low 1, high 4, original context 8192); None: no scaling."""
+    norm_eps: Positive = 1e-5
     """Epsilon of every RMSNorm, the vision norms included."""
     tie_embeddings: bool = False
-    """Whether the output head is the input embedding."""
-    init_std: float = 0.02
+    """Whether the output head shares the input embedding's weight."""
+    init_std: Positive = 0.02
     """Standard deviation of freshly initialised matrices."""
     layer_spec: Literal["auto", "te", "torch"] = "auto"
-    """What decoder layers are made of: Transformer Engine's modules, megatron-core's own with torch's operations, or te where
-    Transformer Engine is installed and a GPU is present."""
+    """Modules that decoder layers are built from. te: Transformer Engine's; torch: megatron-core's own with torch's operations;
+    auto: te where Transformer Engine is installed and a GPU is present."""
     attention_core: Literal["auto", "te", "flash", "triton"] = "auto"
-    """Kernels of the attention itself, in training on a GPU in 16 bits: Transformer Engine's (cuDNN), torch's flash attention,
-    or this project's in Triton, which read the vision where it lies; auto: the one that was measured to be fastest for the
-    head's width (docs/results.md)."""
+    """Attention kernels for training on a GPU in 16 bits. te: Transformer Engine's (cuDNN); flash: torch's flash attention;
+    triton: this project's, which read the vision features in place; auto: the fastest measured for the head's width
+    (docs/results.md)."""
     text_only_vision: Literal["zero_image", "none"] = "none"
-    """A sample without an image attends to the features of an all-zero image (as the authors' code does), or to none."""
+    """Vision input of a sample without images. zero_image: the features of an all-zero image, as in the authors' code; none: no
+    vision tokens."""
 
     @property
     def images_without(self) -> int:
@@ -56,29 +57,15 @@ class ModelConfig:
         return int(self.text_only_vision == "zero_image")
 
     def __post_init__(self) -> None:
-        known("model.family", self.family, FAMILIES)
-        positive(
-            model__num_layers=self.num_layers,
-            model__hidden_size=self.hidden_size,
-            model__ffn_hidden_size=self.ffn_hidden_size,
-            model__num_attention_heads=self.num_attention_heads,
-            model__num_query_groups=self.num_query_groups,
-            model__vocab_size=self.vocab_size,
-            model__head_dim=1 if self.head_dim is None else self.head_dim,
-            model__rope_theta=self.rope_theta,
-            model__rope_scaling_factor=1.0 if self.rope_scaling_factor is None else self.rope_scaling_factor,
-            model__norm_eps=self.norm_eps,
-            model__init_std=self.init_std,
-        )
+        check_known("model.family", self.family, FAMILIES)
+        check_limits(self, "model")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"model.hidden_size ({self.hidden_size}) does not divide into model.num_attention_heads "
                 f"({self.num_attention_heads}): change one, or give model.head_dim"
             )
         if self.channels_per_head % 2:
-            raise ValueError(
-                f"model.head_dim is {self.channels_per_head}: rotary position embedding turns pairs, so it must be even"
-            )
+            raise ValueError(f"model.head_dim is {self.channels_per_head}: wanted an even number, rotary embedding turns pairs")
         if self.num_attention_heads % self.num_query_groups:
             raise ValueError(
                 f"model.num_attention_heads ({self.num_attention_heads}) is not a multiple of "
@@ -98,49 +85,45 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VisionConfig:
-    """The vision tower and the pixels it wants."""
+    """The vision tower and its input pixels."""
 
     tower: str
-    """`siglip` and `clip` come from transformers; `tiny` is a small ViT of our own that can be trained from nothing."""
+    """Architecture of the tower. siglip and clip: from transformers; tiny: a small ViT that can be trained from scratch."""
     path: str | None = None
     """Folder with the tower's config.json and safetensors; None: random weights (tests, quickstart)."""
-    image_size: int
-    """Pixels on a side after preprocessing."""
-    patch_size: int
-    """Pixels on a side of one patch."""
-    hidden_size: int
-    """Width of the features (Vh)."""
-    num_layers: int
-    """Transformer layers in the tower."""
-    num_attention_heads: int
-    """Attention heads in the tower."""
-    ffn_hidden_size: int
+    image_size: Count
+    """Side of a preprocessed image, in pixels."""
+    patch_size: Count
+    """Side of one patch, in pixels."""
+    hidden_size: Count
+    """Width of the tower's features (V)."""
+    num_layers: Count
+    """Number of transformer layers in the tower."""
+    num_attention_heads: Count
+    """Number of attention heads in the tower."""
+    ffn_hidden_size: Count
     """Inner width of the tower's MLP."""
     feature_layer: int = -2
-    """Which hidden state is taken: -1 is the last layer's output, -2 the second to last. Patch tokens only."""
+    """Hidden state that the features are taken from: -1 is the last layer's output, -2 the second to last. Patch tokens
+    only."""
     resize: Literal["square", "crop"] = "square"
-    """`square` scales both sides to image_size; `crop` scales the shorter one and crops the centre (CLIP's own way)."""
+    """Way of resizing. square: both sides to image_size; crop: the shorter side to image_size, then the centre (as in CLIP)."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """Filter of the resize; both are antialiased."""
     pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    """Per channel, on the 0..1 scale."""
-    pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    """Per channel, on the 0..1 scale."""
+    """Mean that is subtracted from each channel, on the 0..1 scale."""
+    pixel_std: tuple[Positive, Positive, Positive] = (0.5, 0.5, 0.5)
+    """Standard deviation that each channel is divided by, on the 0..1 scale."""
     encoder_placement: Literal["replica_sharded", "replicated", "first_stage"] = "replica_sharded"
-    """Where a frozen tower encodes a step's images: split over all tensor x pipeline ranks of a replica; all of them on each;
-    or split over the ranks of pipeline stage 0. (A tower that trains runs on each rank; who reads the images goes by this.)"""
+    """Ranks that encode a step's images with a frozen tower. replica_sharded: the images are split over all tensor x pipeline
+    ranks of a replica; replicated: each rank encodes all; first_stage: they are split over the ranks of pipeline stage 0. (A
+    tower that trains runs on every rank; this setting then decides who reads the images.)"""
     prefetch_features: bool = True
-    """Encode the next step's images while this step trains. Changes no result."""
+    """Whether the next step's images are encoded while this step trains. Results do not depend on it."""
 
     def __post_init__(self) -> None:
-        known("vision.tower", self.tower, TOWERS)
-        positive(vision__image_size=self.image_size, vision__patch_size=self.patch_size, vision__hidden_size=self.hidden_size)
-        positive(
-            vision__num_layers=self.num_layers,
-            vision__num_attention_heads=self.num_attention_heads,
-            vision__ffn_hidden_size=self.ffn_hidden_size,
-            vision__pixel_std=min(self.pixel_std),
-        )
+        check_known("vision.tower", self.tower, TOWERS)
+        check_limits(self, "vision")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"vision.hidden_size ({self.hidden_size}) does not divide into vision.num_attention_heads "

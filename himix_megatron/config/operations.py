@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from .checks import positive
+from .limits import Count, CountOrZero, Limit, Positive, check_limits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -14,116 +14,93 @@ class CheckpointConfig:
 
     init_from: str | None = None
     """Run or checkpoint folder whose weights a fresh run starts from (align: a converted model; instruct: align's run)."""
-    interval_steps: int = 500
-    """Steps between saves; the last step is always saved."""
+    interval_steps: Count = 500
+    """Number of steps between saves; the last step is always saved."""
     mode: Literal["async", "sync"] = "async"
-    """async: the state is copied into host memory (as much again as a rank saves), and written while training goes on. sync:
-    training waits until it is on the disk."""
-    keep_last: int = 2
-    """Newest checkpoints kept. The one with the lowest validation loss is kept besides."""
-    keep_every: int | None = None
-    """Checkpoints of steps that are a multiple of this are kept for good; None: none are."""
-    max_failures: int = 3
-    """Saves that may fail one after another (disk full, say); one more ends the run. The last save must not fail."""
-    timeout_seconds: float = 1800.0
-    """A save that takes longer hangs: the stacks go to RUN/log and the run ends, with the earlier checkpoints as they were."""
+    """Way of saving. async: the state is copied into host memory (as much again as a rank saves) and written while training
+    goes on; sync: training waits until the state is on disk."""
+    keep_last: Count = 2
+    """Number of newest checkpoints kept, besides the one with the lowest validation loss."""
+    keep_every: Count | None = None
+    """Interval of checkpoints that are kept for good: those whose step is a multiple of it; None: no such checkpoints."""
+    max_failures: CountOrZero = 3
+    """Maximum number of consecutive failed saves (full disk, for example); one more ends the run. The last save must
+    succeed."""
+    timeout_seconds: Positive = 1800.0
+    """Maximum duration of a save, in seconds; a longer one ends the run, with the stacks in RUN/log and earlier checkpoints
+    intact."""
 
     def __post_init__(self) -> None:
-        positive(
-            checkpoint__interval_steps=self.interval_steps,
-            checkpoint__keep_last=self.keep_last,
-            checkpoint__timeout_seconds=self.timeout_seconds,
-        )
-        if self.keep_every is not None:
-            positive(checkpoint__keep_every=self.keep_every)
-        if self.max_failures < 0:
-            raise ValueError(f"checkpoint.max_failures is {self.max_failures}: it must be 0 or above")
+        check_limits(self, "checkpoint")
 
     @property
     def group_timeout_seconds(self) -> float:
-        """For the messages of a save: a little more than the save itself has, since the watch on it can say more."""
+        """Timeout of a save's messages: longer than that of the save, whose watchdog can say more."""
         return self.timeout_seconds + 60
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogConfig:
-    """What a run tells."""
+    """What a run reports."""
 
-    interval_steps: int = 10
-    """Steps between log lines and TensorBoard points."""
-    validation_interval_steps: int = 500
-    """Steps between validation losses, when data.validation_path is given; a new lowest one is saved, and kept."""
-    validation_samples: int = 512
-    """Samples per validation, rounded down to whole batches (at least one; a smaller set is gone through again)."""
+    interval_steps: Count = 10
+    """Number of steps between log lines and TensorBoard points."""
+    validation_interval_steps: Count = 500
+    """Number of steps between validation losses, with data.validation_path; a new lowest one is saved, and kept."""
+    validation_samples: Count = 512
+    """Samples per validation, rounded down to whole batches (at least one; a smaller set is read repeatedly)."""
     ledger: bool = False
-    """Write RUN/ledger/rank-000.jsonl: samples of each step; steps.jsonl: each step's loss and gradient norm, in hex."""
-    predictions_interval_steps: int = 0
-    """Steps between looks at a few samples in TensorBoard: picture, question, expected and given answer (held-out samples where
-    data.validation_path is given); 0: none."""
-    predictions_samples: int = 4
-    """Samples of such a look."""
-    peak_tflops: float | None = None
-    """Dense peak of one GPU in the run's precision, in TFLOP/s: what MFU is a share of. None: by the GPU's name, where it is
-    known; else there is no MFU."""
+    """Whether RUN/ledger is written. rank-000.jsonl: the samples of each step; steps.jsonl: loss and gradient norm of each
+    step, in hexadecimal."""
+    predictions_interval_steps: CountOrZero = 0
+    """Number of steps between samples shown in TensorBoard with image, question, expected and generated answer (held-out
+    samples with data.validation_path); 0: none are shown."""
+    predictions_samples: Count = 4
+    """Number of samples shown each time."""
+    peak_tflops: Positive | None = None
+    """Dense peak of one GPU in the run's precision, in TFLOP/s, which MFU is a share of; None: the value known for the GPU's
+    name, and no MFU for unknown GPUs."""
     profile_steps: tuple[int, ...] = ()
-    """Steps whose trace each pipeline stage's first rank writes into RUN/profile, to be opened at ui.perfetto.dev."""
+    """Steps whose trace is written into RUN/profile by each pipeline stage's first rank, for ui.perfetto.dev."""
 
     def __post_init__(self) -> None:
-        positive(
-            log__interval_steps=self.interval_steps,
-            log__validation_interval_steps=self.validation_interval_steps,
-            log__validation_samples=self.validation_samples,
-            log__pictures_samples=self.predictions_samples,
-        )
-        if self.predictions_interval_steps < 0:
-            raise ValueError(f"log.predictions_interval_steps is {self.predictions_interval_steps}: wanted 0 (none) or more")
-        if self.peak_tflops is not None:
-            positive(log__peak_tflops=self.peak_tflops)
+        check_limits(self, "log")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HealthConfig:
-    """What a run bears before it gives up, and what it checks as it goes. Giving up is exit code 3, the reason in RUN/STOP."""
+    """Limits after which a run stops itself (exit code 3, reason in RUN/STOP), and its periodic checks."""
 
-    max_skipped_steps: int = 10
-    """Updates left out within 1,000 steps, for a loss or gradient that is not finite or by spike_action; one more ends it."""
+    max_skipped_steps: CountOrZero = 10
+    """Maximum number of skipped updates within 1,000 steps, because of a loss or gradient that is not finite or of
+    spike_action; one more stops the run."""
     spike_action: Literal["none", "skip", "rollback"] = "none"
-    """At a spike of the loss: only say so; leave the update out; or go back to the newest checkpoint and on behind the spike,
-    without the batches between."""
-    spike_sigmas: float = 6.0
-    """A spike is a loss so many standard deviations above the mean of the last spike_window_steps (a deviation counts as at
-    least 1 % of the mean)."""
-    spike_window_steps: int = 100
-    """Losses that a new one is held against; the first steps of a run, before there are as many, are not judged."""
-    max_rollbacks: int = 3
-    """Rollbacks in the whole run; one more ends it."""
-    replica_check_steps: int = 500
-    """Steps between comparisons of the parameters, bit for bit, over the ranks that should hold the same (also done before
+    """Reaction to a spike of the loss. none: a log line; skip: the update is skipped; rollback: training returns to the newest
+    checkpoint and continues behind the spike, without the batches between."""
+    spike_sigmas: Positive = 6.0
+    """Distance of a spike above the mean of the last spike_window_steps losses, in standard deviations (at least 1 % of the
+    mean)."""
+    spike_window_steps: Annotated[int, Limit(2)] = 100
+    """Window of recent losses used for spike detection, which is inactive until the window is full."""
+    max_rollbacks: CountOrZero = 3
+    """Maximum number of rollbacks in the whole run; one more stops the run."""
+    replica_check_steps: Count = 500
+    """Number of steps between bitwise comparisons of the parameters over the ranks that should hold the same (also done before
     each save); a difference ends the run, and nothing of it is saved."""
-    max_starts_without_progress: int = 3
-    """Starts in a row, with the same settings, of which none saved a new step; another one ends it."""
+    max_starts_without_progress: Count = 3
+    """Maximum number of consecutive starts, with the same settings, that save no new step; one more stops the run."""
 
     def __post_init__(self) -> None:
-        positive(
-            health__spike_sigmas=self.spike_sigmas,
-            health__replica_check_steps=self.replica_check_steps,
-            health__max_starts_without_progress=self.max_starts_without_progress,
-        )
-        for name in ("max_skipped_steps", "max_rollbacks"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"health.{name} is {getattr(self, name)}: wanted 0 or more")
-        if self.spike_window_steps < 2:
-            raise ValueError(f"health.spike_window_steps is {self.spike_window_steps}: a deviation takes 2 losses or more")
+        check_limits(self, "health")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    """The run itself."""
+    """The run folder, and how the run is continued."""
 
     dir: str | None = None
     """Run folder; None: runs/RECIPE. A folder with a checkpoint is continued: the same command continues the same run."""
     ignore_stop_file: bool = False
-    """Continue a run that stopped on purpose (its folder has a STOP file)."""
+    """Whether a run that stopped on purpose (its folder has a STOP file) is continued."""
     fault_injection: str | None = None
-    """Rehearse recovery: a file of faults that this run does to itself (format: runtime/failpoints.py).
-    None: none."""
+    """File of faults that this run causes in itself, to rehearse recovery (format: runtime/failpoints.py); None: none."""

@@ -139,6 +139,17 @@ def check_layout(parallel: ParallelConfig, world_size: int) -> int:
     return world_size // replica
 
 
+def check_batch(
+    global_batch: int, data_size: int, micro_batch: int, name: str = "the global batch", micro_name: str | None = None
+) -> None:
+    """Raises: ValueError if the data-parallel ranks cannot share the global batch in whole micro-batches."""
+    if global_batch % (data_size * micro_batch):
+        raise ValueError(
+            f"{name} ({global_batch}) is not a multiple of {data_size} data-parallel ranks x "
+            f"{micro_name or f'{micro_batch} in a micro-batch'}: use a multiple of {data_size * micro_batch}"
+        )
+
+
 def check_ranks(config: Config, world_size: int) -> int:
     """Check layout and batch against the number of ranks.
 
@@ -146,14 +157,9 @@ def check_ranks(config: Config, world_size: int) -> int:
     """
     parallel = config.parallel
     data_size = check_layout(parallel, world_size)
-    per_forward = data_size * config.micro_batch
     size_field, micro_batch = config.batch_flags
-    if config.global_batch % per_forward:
-        raise ValueError(
-            f"{size_field} ({config.global_batch}) is not a multiple of {data_size} data-parallel ranks x {micro_batch}: "
-            f"use a multiple of {per_forward}"
-        )
-    num_micro_batches = config.global_batch // per_forward
+    check_batch(config.global_batch, data_size, config.micro_batch, size_field, micro_batch)
+    num_micro_batches = config.global_batch // (data_size * config.micro_batch)
     if parallel.virtual_pipeline > 1 and num_micro_batches % parallel.pipeline:
         raise ValueError(
             f"{num_micro_batches} micro-batches per step do not divide over parallel.pipeline ({parallel.pipeline}), which the "

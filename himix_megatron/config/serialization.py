@@ -56,28 +56,32 @@ def to_json(config: Any) -> str:
     return json.dumps({"version": VERSION, **dataclasses.asdict(config)}, indent=2) + "\n"
 
 
-def _build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
+def _build(cls: type, values: Any, prefix: str = "") -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"config.json: {prefix.rstrip('.') or 'it'} is {values!r}, wanted an object with fields")
     hints = typing.get_type_hints(cls)
     built: dict[str, Any] = {}
-    named = current_fields({prefix + name: value for name, value in values.items()})
-    for dotted, value in named.items():
+    for dotted, value in current_fields({prefix + name: value for name, value in values.items()}).items():
         name = dotted.removeprefix(prefix)
         if name not in hints:
-            raise ValueError(f"{cls.__name__} has no field {name}: written by another version?")
-        hint = hints[name]
-        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            built[name] = _build(hint, value, f"{dotted}.")
-        elif isinstance(value, list):
-            built[name] = tuple(value)
+            raise ValueError(f"config.json has a field {dotted}, which this program does not know: use the one that wrote it")
+        if dataclasses.is_dataclass(hints[name]):
+            built[name] = _build(hints[name], value, f"{dotted}.")
         else:
-            built[name] = value
-    return cls(**built)
+            built[name] = tuple(value) if isinstance(value, list) else value
+    try:
+        return cls(**built)
+    except TypeError as error:  # a field without a default is missing, or a number is no number
+        raise ValueError(f"config.json: {prefix.rstrip('.') or 'it'} cannot be read: {error}") from error
 
 
 def from_json(text: str) -> Config:
-    """A Config from `to_json`'s text. Raises: ValueError for a version or a field that this version does not know."""
-    tree = json.loads(text)
-    version = tree.pop("version", 0)
+    """A Config from `to_json`'s text. Raises: ValueError (one line) for a version or a field that is not known."""
+    try:
+        tree = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"config.json is no JSON: {error}") from error
+    version = tree.pop("version", 0) if isinstance(tree, dict) else 0
     if version not in (0, VERSION):
         raise ValueError(f"config.json has version {version}: this program reads versions 0 and {VERSION}; use a newer program")
     config = _build(Config, tree)
@@ -95,14 +99,3 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, An
         elif a != b:
             found.append((prefix + item.name, a, b))
     return found
-
-
-def field_names(cls: type = Config, prefix: str = "") -> list[str]:
-    """Every leaf field as the command line spells it, e.g. `train.global_batch_samples`."""
-    names: list[str] = []
-    for name, hint in typing.get_type_hints(cls).items():
-        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            names += field_names(hint, f"{prefix}{name}.")
-        else:
-            names.append(prefix + name)
-    return names

@@ -256,9 +256,9 @@ def test_every_nth_is_kept_for_good(mixed_dataset: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"keep_every": 0}, "checkpoint.keep_every is 0: it must be above 0"),
-        ({"max_failures": -1}, "checkpoint.max_failures is -1: it must be 0 or above"),
-        ({"timeout_seconds": 0.0}, "checkpoint.timeout_seconds is 0.0: it must be above 0"),
+        ({"keep_every": 0}, "checkpoint.keep_every is 0: wanted 1 or more"),
+        ({"max_failures": -1}, "checkpoint.max_failures is -1: wanted 0 or more"),
+        ({"timeout_seconds": 0.0}, "checkpoint.timeout_seconds is 0.0: wanted a finite number above 0"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(wrong: dict[str, Any], says: str) -> None:

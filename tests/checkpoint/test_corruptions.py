@@ -162,7 +162,7 @@ def refusals(config: Config, folder: Path) -> list[str]:
     from himix_megatron.distributed.fused_kernels import detect
     from himix_megatron.distributed.topology import init_distributed
     from himix_megatron.inference.generator import Answerer
-    from tools.convert import _read_checkpoint
+    from tools.conversions import _read_checkpoint
 
     topology = init_distributed(config.parallel, seed=1)
     answerer = Answerer(config, detect(), topology)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from himix_megatron.conversion.safetensors_io import INDEX, SINGLE, open_file, open_folder
 from tests.support.model_folders import LANGUAGE, make_language, make_tower
-from tools import convert
+from tools import conversions, convert
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def test_an_output_that_exists_is_left_alone(good: Path, tmp_path: Path) -> None
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine").touch()
     with pytest.raises(ValueError, match="exists: name a folder that does not"):
-        convert.hf_to_himix(convert.HfToHimix(language=good / "single", vision=good / "tower", out=tmp_path / "run"))
+        conversions.hf_to_himix(convert.HfToHimix(language=good / "single", vision=good / "tower", out=tmp_path / "run"))
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["mine"]
 
 
@@ -176,9 +176,9 @@ def test_an_interrupted_conversion_leaves_nothing(good: Path, tmp_path: Path, mo
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert, "check_tower", interrupted)
+    monkeypatch.setattr(conversions, "check_tower", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        convert.hf_to_himix(
+        conversions.hf_to_himix(
             convert.HfToHimix(language=good / "single", vision=good / "tower", out=tmp_path / "a" / "b" / "run")
         )
     assert list(tmp_path.iterdir()) == []
@@ -196,7 +196,7 @@ def test_rotary_buffers_and_a_tied_head_stored_twice_are_passed_over(good: Path,
         (tmp_path / file.name).write_bytes(file.read_bytes())
     twice = {"lm_head.weight": load_file(tmp_path / SINGLE)["model.embed_tokens.weight"].clone()}
     weights(tmp_path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8), **twice}))
-    found = convert.language_weights(tmp_path, convert.read_language(tmp_path))
+    found = conversions.language_weights(tmp_path, conversions.read_language(tmp_path))
     assert set(found) == set(open_folder(good / "single"))
 
 

@@ -25,7 +25,7 @@ from himix_megatron.inference.generator import Answerer
 from tests.support import ROOT
 from tests.support.model_folders import LANGUAGE, make_language, make_tower
 from tests.support.ranks import run_ranks
-from tools import convert
+from tools import conversions, convert
 
 REFERENCES = sorted((ROOT / "tests" / "data" / "reference").glob("*.safetensors"))
 LAYOUTS: dict[str, dict[str, int]] = {
@@ -48,7 +48,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory, tower: Path) -> dict[str, tu
     for name, settings in LANGUAGE.items():
         room = tmp_path_factory.mktemp("language")
         language = make_language(room / "language", **settings)
-        convert.hf_to_himix(convert.HfToHimix(language=language, vision=tower, out=room / "run"))
+        conversions.hf_to_himix(convert.HfToHimix(language=language, vision=tower, out=room / "run"))
         made[name] = (language, room / "run")
     return made
 
@@ -100,7 +100,7 @@ def test_logits_equal_transformers_at_every_layout(pairs: dict[str, tuple[Path, 
 
 
 def test_language_weights_go_back_bit_for_bit(pairs: dict[str, tuple[Path, Path]]) -> None:
-    with convert.one_rank():
+    with conversions.one_rank():
         for name, (language, run) in pairs.items():
             found, wanted = TextWeights(stored(run)), open_folder(language)
             assert set(found) == set(wanted), name
@@ -111,7 +111,7 @@ def test_language_weights_go_back_bit_for_bit(pairs: dict[str, tuple[Path, Path]
 def test_files_on_disk_are_those_of_a_saved_model(tmp_path: Path, tower: Path) -> None:
     """Keys, shapes, dtypes, parts: a run's own checkpoint of the same model has the same."""
     language = make_language(tmp_path / "language", **LANGUAGE["qwen2, untied, two shards"])
-    convert.hf_to_himix(convert.HfToHimix(language=language, vision=tower, out=tmp_path / "run"))
+    conversions.hf_to_himix(convert.HfToHimix(language=language, vision=tower, out=tmp_path / "run"))
     converted = find_checkpoint(str(tmp_path / "run"))
     (saved,) = run_ranks(save_again, 1, converted, tmp_path / "saved", start_gloo=False)
     wanted = {n: v for n, v in described(saved).items() if not n.startswith("optimizer")}
@@ -161,8 +161,8 @@ def described(checkpoint: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("file", REFERENCES, ids=lambda file: file.stem)
 def test_reference_weights_come_back_bit_for_bit(file: Path, tower: Path, tmp_path: Path) -> None:
-    convert.authors_to_himix(convert.AuthorsToHimix(weights=file, vision=tower, out=tmp_path / "run"))
-    convert.himix_to_authors(convert.HimixToAuthors(checkpoint=tmp_path / "run", out=tmp_path / "authors"))
+    conversions.authors_to_himix(convert.AuthorsToHimix(weights=file, vision=tower, out=tmp_path / "run"))
+    conversions.himix_to_authors(convert.HimixToAuthors(checkpoint=tmp_path / "run", out=tmp_path / "authors"))
     reference = open_file(file)
     wanted = {n.removeprefix("weight."): reference[n] for n in reference if n.startswith("weight.")}
     found = {n: t for n, t in open_folder(tmp_path / "authors").items() if not n.startswith("model.vision_tower.")}
@@ -184,8 +184,8 @@ def test_plain_torch_agrees_with_the_authors(file: Path) -> None:
 
 def test_a_folder_of_the_authors_layout_brings_its_tower(pairs: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
     run = pairs["qwen2, tied"][1]
-    convert.himix_to_authors(convert.HimixToAuthors(checkpoint=run, out=tmp_path / "authors"))
-    convert.authors_to_himix(convert.AuthorsToHimix(weights=tmp_path / "authors", out=tmp_path / "again"))
+    conversions.himix_to_authors(convert.HimixToAuthors(checkpoint=run, out=tmp_path / "authors"))
+    conversions.authors_to_himix(convert.AuthorsToHimix(weights=tmp_path / "authors", out=tmp_path / "again"))
     first, again = read_config(find_checkpoint(str(run))), read_config(find_checkpoint(str(tmp_path / "again")))
     assert (first.model, first.vision) == (again.model, again.vision)
     assert [f.name for f in (run / "towers").iterdir()] == [f.name for f in (tmp_path / "again" / "towers").iterdir()]
@@ -205,8 +205,8 @@ def test_from_text_copies_where_widths_are_equal(tmp_path: Path, capsys: pytest.
     language = make_language(tmp_path / "language", **LANGUAGE["qwen2, tied"])
     vision = make_tower(tmp_path / "vision", "clip", width=48)
     out = tmp_path / "run"
-    convert.hf_to_himix(convert.HfToHimix(language=language, vision=vision, out=out, vision_kv_init="from-text"))
-    with convert.one_rank():
+    conversions.hf_to_himix(convert.HfToHimix(language=language, vision=vision, out=out, vision_kv_init="from-text"))
+    with conversions.one_rank():
         weights = stored(out)
     assert all(same_bits(t, weights[n.replace("_img.", ".")]) for n, t in weights.items() if is_new(n))
     said = capsys.readouterr().out
@@ -217,8 +217,8 @@ def test_from_text_copies_where_widths_are_equal(tmp_path: Path, capsys: pytest.
 def test_from_text_takes_the_first_columns_for_a_narrower_tower(tmp_path: Path, tower: Path) -> None:
     language = make_language(tmp_path / "language", **LANGUAGE["llama, grouped heads"])
     out = tmp_path / "run"
-    convert.hf_to_himix(convert.HfToHimix(language=language, vision=tower, out=out, vision_kv_init="from-text"))
-    with convert.one_rank():
+    conversions.hf_to_himix(convert.HfToHimix(language=language, vision=tower, out=out, vision_kv_init="from-text"))
+    with conversions.one_rank():
         weights = stored(out)
     text, vision = (weights[f"model.layers.2.self_attn.k_proj{x}.weight"] for x in ("", "_img"))
     torch.testing.assert_close(vision, text[:, :40] * (48 / 40) ** 0.5)
@@ -231,13 +231,15 @@ def test_from_text_refuses_a_wider_tower(tmp_path: Path) -> None:
     vision = make_tower(tmp_path / "vision", width=64)
     arguments = convert.HfToHimix(language=language, vision=vision, out=tmp_path / "run", vision_kv_init="from-text")
     with pytest.raises(ValueError, match="64 is above 48; use --vision-kv-init random"):
-        convert.hf_to_himix(arguments)
+        conversions.hf_to_himix(arguments)
 
 
 def test_a_recipe_of_other_sizes_is_named(tmp_path: Path, tower: Path) -> None:
     language = make_language(tmp_path / "language", **LANGUAGE["qwen2, tied"])
     with pytest.raises(ValueError, match=r"model\.num_layers is 4, but recipe qwen2_0_5b_align has 24"):
-        convert.hf_to_himix(convert.HfToHimix(language=language, vision=tower, out=tmp_path / "run", recipe="qwen2_0_5b_align"))
+        conversions.hf_to_himix(
+            convert.HfToHimix(language=language, vision=tower, out=tmp_path / "run", recipe="qwen2_0_5b_align")
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -248,13 +250,13 @@ def test_a_difference_removes_the_output(
     tmp_path: Path, tower: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     language = make_language(tmp_path / "language", **LANGUAGE["llama, grouped heads"])
-    write_run = convert.write_run
+    write_run = conversions.write_run
 
     def wrong(out: Path, config: Any, *rest: Any) -> Path:
         # As if the configuration were read wrongly: the same tensors, another function.
         return write_run(out, dataclasses.replace(config, model=dataclasses.replace(config.model, rope_theta=5e5)), *rest)
 
-    monkeypatch.setattr(convert, "write_run", wrong)
+    monkeypatch.setattr(conversions, "write_run", wrong)
     command = ["hf-to-himix", "--language", str(language), "--vision", str(tower), "--out", str(tmp_path / "new" / "run")]
     monkeypatch.setattr("sys.argv", ["convert", *command])
     assert convert.main() == 1
@@ -268,10 +270,10 @@ def test_a_large_model_is_compared_by_its_first_layers(
     language = make_language(tmp_path / "language", **LANGUAGE["llama, grouped heads"])
     monkeypatch.setattr("himix_megatron.conversion.parity.WHOLE_MODEL_PARAMETERS", 75_000)
     monkeypatch.setattr("himix_megatron.conversion.parity._CUT_VOCABULARY", 100)
-    convert.hf_to_himix(convert.HfToHimix(language=language, vision=tower, out=tmp_path / "run"))
+    conversions.hf_to_himix(convert.HfToHimix(language=language, vision=tower, out=tmp_path / "run"))
     said = capsys.readouterr().out
     assert "logits of the first 2 layers and 100 rows of the vocabulary on 48 tokens" in said
-    convert.himix_to_hf(convert.HimixToHf(checkpoint=tmp_path / "run", out=tmp_path / "hf"))
+    conversions.himix_to_hf(convert.HimixToHf(checkpoint=tmp_path / "run", out=tmp_path / "hf"))
     said = capsys.readouterr().out
     assert "logits of the first 2 layers and 100 rows of the vocabulary on 3 samples" in said
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "language", "run"]

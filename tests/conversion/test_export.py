@@ -299,7 +299,8 @@ def test_a_trained_run_answers_the_same_by_transformers_alone(mixed_dataset: Pat
 def evaluate_and_convert(run: Path, data: Path, out: Path) -> list[str]:
     from pipelines.evaluate import Arguments as Asked
     from pipelines.evaluate import evaluate
-    from tools.convert import HimixToHf, himix_to_hf
+    from tools.conversions import himix_to_hf
+    from tools.convert import HimixToHf
 
     evaluate(Asked(run=run, data=data))
     himix_to_hf(HimixToHf(checkpoint=run, out=out))
@@ -323,6 +324,7 @@ def test_the_quickstarts_model_answers_the_held_out_questions_the_same(tmp_path:
 
 
 def convert(run: Path, out: Path) -> None:
-    from tools.convert import HimixToHf, himix_to_hf
+    from tools.conversions import himix_to_hf
+    from tools.convert import HimixToHf
 
     himix_to_hf(HimixToHf(checkpoint=run, out=out))

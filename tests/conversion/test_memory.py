@@ -78,7 +78,7 @@ def stream(folder: Path, out: Path) -> None:
     from himix_megatron.conversion.parity import check_bits
     from himix_megatron.conversion.safetensors_io import open_folder
     from pipelines.recipes import vicuna_7b_align
-    from tools.convert import one_rank
+    from tools.conversions import one_rank
 
     weights, recipe = open_folder(folder), vicuna_7b_align()
     started = anonymous_bytes(os.getpid())

@@ -230,7 +230,7 @@ def test_reading_leaves_the_random_state_alone(folder):
 TRAINING = """
 import os, sys, time
 import torch
-from himix_megatron.data.loader import step_loader
+from himix_megatron.data.loading.loader import step_loader
 from tests.data.test_loader import Steps
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def foreign(tmp_path_factory):
 
 
 def opened(*patterns, seed=1, global_batch=8, images_without=1, **data) -> Stream:
-    config = data_config(stream=tuple(map(str, patterns)), **{"num_workers": 0, **data})
+    config = data_config(webdataset_urls=tuple(map(str, patterns)), **{"num_workers": 0, **data})
     return Stream(config, seed=seed, global_batch=global_batch, images_without=images_without)
 
 
@@ -177,7 +177,9 @@ def test_passes_and_restarts_have_orders_of_their_own(foreign):
 )
 def test_other_schemes_are_refused_and_nothing_is_run(url, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"data\.stream .* is not read; wanted a path, file:///PATH or s3://BUCKET/KEY"):
+    with pytest.raises(
+        ValueError, match=r"data\.webdataset_urls .* is not read; wanted a path, file:///PATH or s3://BUCKET/KEY"
+    ):
         opened(url.replace("OUT", str(tmp_path / "made")))
     assert not any(tmp_path.iterdir())
 
@@ -284,7 +286,7 @@ def test_samples_without_use_are_left_out_up_to_the_tolerance(tmp_path, caplog):
     for i in range(1, 8):
         assert f"x/{i} is left out: " in caplog.text
     with pytest.raises(
-        RuntimeError, match=r"11 of \d+ samples of data\.stream cannot be used, more than data\.max_bad_fraction"
+        RuntimeError, match=r"11 of \d+ samples of data\.webdataset_urls are bad, more than data\.max_bad_fraction"
     ):
         batches(opened(tmp_path / "x.tar", global_batch=2), 6)
 

@@ -20,10 +20,10 @@ from tests.support import ROOT
 
 REPORT = """
 import json, sys
-from himix_megatron import cpu, kernels
-cpu.activate_if_needed()
-found = kernels.detect(has_gpu={has_gpu})
-kernels.settle(found)
+from himix_megatron.distributed import cpu_backend, fused_kernels
+cpu_backend.activate_if_needed()
+found = fused_kernels.detect(has_gpu={has_gpu})
+fused_kernels.patch_megatron(found)
 import megatron.core.optimizer as optimizer
 from megatron.core.optimizer import clip_grads
 from megatron.core.tensor_parallel import layers
@@ -179,8 +179,9 @@ ctypes.CDLL = record
 import himix_megatron
 before = list(loaded)
 import megatron.core
-from himix_megatron import kernels
-print(json.dumps([before, loaded[len(before):], os.environ.get("CUDNN_HOME"), kernels.detect(has_gpu=True).transformer_engine]))
+from himix_megatron.distributed import fused_kernels
+usable = fused_kernels.detect(has_gpu=True).transformer_engine
+print(json.dumps([before, loaded[len(before):], os.environ.get("CUDNN_HOME"), usable]))
 """
 MEGATRON = {"megatron/core/__init__.py": ""}
 USABLE_ENGINE = "class Linear: ...\nLayerNormLinear = DotProductAttention = RMSNorm = Linear\nimport ctypes, os\n"

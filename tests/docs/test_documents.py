@@ -30,7 +30,7 @@ def commands(text: str) -> list[str]:
 
 def asked(command: str) -> tuple[str, str, list[str]] | None:
     """Module, recipe or subcommand (or ""), and flags of one of our commands; None for others."""
-    module = re.search(r"-m ((?:pipelines|tools|slurm)\.[a-z_]+)", command)
+    module = re.search(r"-m ((?:pipelines|tools|slurm)\.[a-z_.]*[a-z_])", command)
     script = re.search(r"sbatch .*?(slurm/[a-z_]+\.sh)", command)
     if not module and not script:
         return None

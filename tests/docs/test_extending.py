@@ -127,7 +127,8 @@ def convert_qwen3() -> dict[str, object]:
     from himix_megatron.conversion.checkpoint_io import read_config
     from himix_megatron.costs.memory import model_parameters
     from tests.support.model_folders import make_language, make_tower
-    from tools.convert import HfToHimix, hf_to_himix
+    from tools.conversions import hf_to_himix
+    from tools.convert import HfToHimix
 
     sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 97}
     make_language(Path("models/Qwen3-0.6B"), model_type="qwen3", **sizes)

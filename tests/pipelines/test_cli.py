@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -10,9 +11,13 @@ from pathlib import Path
 import pytest
 
 from himix_megatron.config import differences
+from himix_megatron.config.serialization import RENAMED_FIELDS
 from himix_megatron.runtime.errors import RankError
+from pipelines import scaling
 from pipelines.cli import parse, parse_settings, run_main
+from pipelines.flags import flag
 from pipelines.recipes import RECIPES
+from slurm import submit
 from tests.support import ROOT
 
 
@@ -55,7 +60,7 @@ def test_dashes_and_underscores_are_one() -> None:
         ("tiny_align --learning_rate 3", "unknown setting --learning_rate: did you mean --optimizer.learning-rate[?]"),
         ("tiny_align --paralel.tensr=2", "did you mean --parallel.tensor[?]"),
         ("tiny_align --zzzz 2", "unknown setting --zzzz: no setting has a name like it"),
-        ("tiny_align --train.steps abc", "--train.steps is 'abc': wanted None or INT"),
+        ("tiny_align --train.steps abc", "--train.steps is 'abc': wanted a whole number or None"),
         ("tiny_align --model.num-layers 4.5", "--model.num-layers is '4.5': wanted a whole number"),
         ("tiny_align --train.epochs many", "--train.epochs is 'many': wanted a number"),
         ("tiny_align --train.precision fp8", "--train.precision is 'fp8': wanted one of bf16, fp32"),
@@ -71,7 +76,7 @@ def test_dashes_and_underscores_are_one() -> None:
         ("tiny_align --train.epochs 1 2", "2 belongs to no setting"),
         ("tiny_align stray", "stray belongs to no setting"),
         ("tiny_align --log.ledger True", "--log.ledger takes no value"),
-        ("tiny_align --train.steps 0", "train.steps is 0: it must be above 0"),
+        ("tiny_align --train.steps 0", "train.steps is 0: wanted 1 or more"),
         ("tiny_align --parallel.tensor 3", r"model.num_attention_heads \(4\) does not divide .*: use --parallel.tensor 1 or 2"),
         ("tiny_align --parallel.sequence", "parallel.sequence needs parallel.tensor above 1"),
     ],
@@ -97,10 +102,14 @@ def test_help_with_a_recipe_teaches_its_facts_and_fields(capsys: pytest.CaptureF
     with pytest.raises(SystemExit) as caught:
         parse(["llama3_2_1b_instruct", "--help"])
     assert caught.value.code == 0
-    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 100
+    assert {line.split(":")[0] for line in printed.splitlines()} >= {"Command", "Hardware", "Expected", "model", "run"}
+    shown = " ".join(printed.split())
     assert "meta-llama/Llama-3.2-1B" in shown
-    assert "--train.global-batch-samples {None}|INT Samples per optimizer step, over all ranks." in shown
+    assert "--train.global-batch-samples INT|None Samples per optimizer step, over all ranks." in shown
     assert "(default: 128)" in shown
+    assert "--recipe" not in shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,3 +179,90 @@ def test_help_into_a_closed_pipe_is_no_error() -> None:
     )
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
     assert done.stderr == ""
+
+
+COMMANDS = """
+pipelines.pretrain pipelines.evaluate pipelines.generate pipelines.serve pipelines.encode pipelines.preprocess pipelines.scaling
+pipelines.quickstart pipelines.scenes slurm.submit tools.convert tools.flops tools.plan tools.doctor.__main__ tools.dev_slurm
+tools.inspect_shards.__main__ tools.scaling_report.__main__ tools.gpu_check.__main__
+"""
+SAY_WHAT_IS_IMPORTED = """
+import contextlib, importlib, io, sys
+large = ("torch", "ray", "megatron", "transformers", "tensorboard", "pyarrow", "submitit", "matplotlib")
+first = {"tools.convert": ["hf-to-himix"], "slurm.submit": ["tiny"]}
+first |= dict.fromkeys(("pipelines.pretrain", "pipelines.encode", "pipelines.scaling"), ["tiny_align"])
+for command in sys.argv[1:]:
+    module = importlib.import_module(command)
+    for words in (["--help"], ["--no-such-flag", "1"]):
+        sys.argv, said = [command, *first.get(command, []), *words], ""
+        with contextlib.redirect_stdout(io.StringIO()):
+            try:
+                module.main()
+            except SystemExit as stop:
+                said = f"exit code {stop.code}"
+            except ValueError as error:
+                said = str(error)
+        print(command, words[0], [name for name in large if name in sys.modules], said)
+"""
+
+
+def test_help_and_a_misspelt_flag_import_no_large_library() -> None:
+    """They take some 0.5 seconds of CPU; torch alone takes 3, megatron-core 2 more."""
+    words = [sys.executable, "-c", SAY_WHAT_IS_IMPORTED, *COMMANDS.split()]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=True)
+    for command, help_line, mistake in zip(COMMANDS.split(), *(done.stdout.splitlines()[i::2] for i in (0, 1)), strict=True):
+        assert help_line in (f"{command} --help [] exit code 0", f"{command} --help [] exit code None")
+        assert mistake.startswith(f"{command} --no-such-flag [] unknown setting --no-such-flag: ")
+
+
+def test_an_old_flag_names_the_new_one() -> None:
+    for old, new in RENAMED_FIELDS.items():
+        said = f"unknown setting {flag(old)}: it is now {flag(new)} ("
+        with pytest.raises(ValueError, match=re.escape(said)):
+            parse(["tiny_align", flag(old), "1"])
+
+
+def test_a_recipe_of_another_package_is_named_by_module_and_function(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package = tmp_path / "our_lab"
+    package.mkdir()
+    (package / "broken.py").write_text("import no_such_library\n")
+    (package / "recipes.py").write_text(
+        "from dataclasses import replace\n"
+        "from pipelines.recipes import tiny_align, tiny_instruct\n\n\n"
+        "def small_align():\n"
+        '    """Our small run."""\n'
+        "    recipe = tiny_align()\n"
+        "    return replace(recipe, train=replace(recipe.train, steps=7))\n\n\n"
+        "small_instruct = tiny_instruct\n"
+        "def number():\n    return 7\n"
+        "def wants(size):\n    return size\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    name = "our_lab.recipes:small_align"
+    config = parse([name, "--train.global-batch-samples", "16"])
+    assert (config.recipe, config.train.steps, config.train.global_batch_samples) == (name, 7, 16)
+    assert config.run_dir == Path("runs/our_lab.recipes.small_align")
+    with pytest.raises(SystemExit):
+        parse([name, "--help"])
+    shown = capsys.readouterr().out
+    assert "Our small run." in shown
+    assert "(default: 7)" in shown
+    for word, said in {
+        "our_lab.recipes:large_align": "our_lab.recipes has no function 'large_align'",
+        "our_lab.recipes:": "our_lab.recipes has no function ''",
+        "our_lab.recipes:replace.x": "has no function 'replace.x'",
+        "our_lab.recipe:small_align": "the module 'our_lab.recipe' cannot be imported",
+        "our_lab.broken:small_align": "the module 'our_lab.broken' cannot be imported .No module named 'no_such_library'",
+        ":small_align": "the module '' cannot be imported",
+        "our_lab.recipes:number": "it returns int, wanted himix_megatron.config.Config",
+        "our_lab.recipes:wants": "missing 1 required positional argument",
+    }.items():
+        with pytest.raises(ValueError, match=f"^recipe {word}: .*{said}") as caught:
+            parse([word])
+        assert "\n" not in str(caught.value)
+    _, stages = submit.read(["our_lab.recipes:small"])
+    assert [stage.config.recipe for stage in stages] == [name, "our_lab.recipes:small_instruct"]
+    settings, recipe, flags = scaling.arguments([name, "--world-sizes", "1", "2"])
+    assert scaling.plan(settings, recipe, flags)[1].config.run_dir == Path("runs/our_lab.recipes.small_align-weak-002")

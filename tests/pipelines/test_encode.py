@@ -19,7 +19,8 @@ from himix_megatron.data.loading.feature_cache import FeatureCache
 from himix_megatron.data.loading.vision_reader import PixelReader
 from himix_megatron.data.shards import shard_format
 from himix_megatron.data.shards.reader import ShardDataset
-from pipelines.encode import Encoder, Settings, encode, main, split_words
+from pipelines.cli import split_recipe_flags
+from pipelines.encode import Encoder, Settings, encode, main
 from tests.support.ranks import run_ranks
 from tests.support.small_runs import history, small_config, train
 
@@ -185,7 +186,7 @@ def test_a_trained_tower_can_be_encoded_with(mixed_dataset: Path, tmp_path: Path
 def test_the_command_line_takes_the_trainings_flags(
     mixed_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert split_words(["tiny_align", "--out", "x", "--train.steps", "3", "--data", "y", "--data.decode=fast"]) == (
+    assert split_recipe_flags(["tiny_align", "--out", "x", "--train.steps", "3", "--data", "y", "--data.decode=fast"]) == (
         ["tiny_align", "--train.steps", "3", "--data.decode=fast"],
         ["--out", "x", "--data", "y"],
     )

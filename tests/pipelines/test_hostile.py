@@ -30,9 +30,9 @@ def no_process_group_stays() -> Iterator[None]:
 
 
 SETTINGS = {
-    "--train.steps -1": "train.steps is -1: it must be above 0",
-    "--train.epochs nan": "train.epochs is nan: it must be above 0",
-    "--train.epochs inf": "train.epochs is inf: it must be above 0 and finite",
+    "--train.steps -1": "train.steps is -1: wanted 1 or more",
+    "--train.epochs nan": "train.epochs is nan: wanted a finite number above 0",
+    "--train.epochs inf": "train.epochs is inf: wanted a finite number above 0",
     "--train.seed -1": "train.seed is -1: wanted 0 to 4294967295",
     "--train.micro-batch-samples 0": "train.micro_batch_samples is 0",
     "--train.global-batch-samples -8": "train.global_batch_samples is -8",
@@ -45,7 +45,7 @@ SETTINGS = {
     "--optimizer.warmup-fraction 1": "optimizer.warmup_fraction is 1.0: wanted 0 to below 1",
     "--optimizer.beta1 1.5": "optimizer.beta1 is 1.5: wanted 0 to below 1",
     "--optimizer.beta2 nan": "optimizer.beta2 is nan",
-    "--optimizer.eps 0": "optimizer.eps is 0.0: it must be above 0",
+    "--optimizer.eps 0": "optimizer.eps is 0.0: wanted a finite number above 0",
     "--optimizer.weight-decay -1": "optimizer.weight_decay is -1.0: wanted 0 or more",
     "--optimizer.clip-norm inf": "optimizer.clip_norm is inf",
     "--parallel.tensor 0": "parallel.tensor is 0",
@@ -57,7 +57,7 @@ SETTINGS = {
     "--data.num-workers -1": "data.num_workers is -1: wanted 0 or more",
     "--data.max-bad-fraction 2": "data.max_bad_fraction is 2.0: wanted 0 to 1",
     "--data.weights 1 2": "data.weights has 2 numbers for 1 datasets",
-    "--data.weights nan": "data.weights is [nan]: wanted numbers above 0",
+    "--data.weights nan": "data.weights is nan: wanted a finite number above 0",
     "--data.pack-max-images 4": "packing has two budgets",
     "--data.webdataset-urls x.tar": "data.datasets and data.webdataset_urls are both given",
     "--data.features a b": "data.features names 2 folders for 1 datasets",

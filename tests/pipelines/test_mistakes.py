@@ -45,7 +45,7 @@ MISTAKES = {
     "layers": (["DATA", "--parallel.pipeline", "3"], r"model.num_layers \(4\) does not divide over parallel.pipeline \(3\)"),
     "batch": (["DATA", "--train.global-batch-samples", "7"], r"train.global_batch_samples \(7\) is not a multiple of"),
     "field": (["DATA", "--train.step", "5"], r"unknown setting --train.step: did you mean --train.steps"),
-    "value": (["DATA", "--train.steps", "many"], r"--train.steps is .many.: wanted None or INT"),
+    "value": (["DATA", "--train.steps", "many"], r"--train.steps is .many.: wanted a whole number or None"),
     "section": (["DATA", "--parallel.sequence"], r"parallel.sequence needs parallel.tensor above 1"),
     "parts": (["DATA", "--train.trainable-parts", "vision"], r"--train.trainable-parts.* vision"),
     "manifest": (["EMPTY"], r"EMPTY is not a shard dataset \(no manifest.json\): make one with python -m pipelines.preprocess"),

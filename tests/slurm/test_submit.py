@@ -80,7 +80,7 @@ SAID = {
     "tiny --cluster.node 2": "unknown setting --cluster.node: did you mean --cluster.nodes?",
     "tiny --align.train.step 2": "align: unknown setting --train.step: did you mean --train.steps?",
     "tiny --instruct.train.steps many": "instruct: --train.steps is 'many'",
-    "tiny --train.steps -1": "align: train.steps is -1: it must be above 0",
+    "tiny --train.steps -1": "align: train.steps is -1: wanted 1 or more",
     "tiny --watch --cancel": "--watch and --cancel exclude each other",
     "tiny --dry-run --cancel": "--cancel and --dry-run exclude each other",
     "tiny --executor ssh": "--executor is 'ssh': wanted one of slurm, local",

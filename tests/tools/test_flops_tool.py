@@ -72,7 +72,7 @@ def test_sizes_alone_are_enough() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("llama",), "unknown recipe llama: there are tiny_align"),
+        (("llama",), "unknown recipe llama: There are tiny_align"),
         (("--layers", "3"), "--hidden, --ffn, --heads, --groups, --vocab missing"),
         (("tiny_align", "--text-tokens", "0"), "--text-tokens is 0: wanted 1 or more"),
         (("tiny_align", "--plot", "nowhere/x.png"), "there is no folder nowhere"),

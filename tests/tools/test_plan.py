@@ -160,10 +160,10 @@ def test_the_list_ends_with_memory_of_each_stage_and_the_command() -> None:
             ("vicuna_7b_instruct", "--gpus", "16", "--interconnect", "rfc1149"),
             "--interconnect is rfc1149: there are ib-hdr-200",
         ),
-        (("vicuna_8b_instruct", "--gpus", "8"), "unknown recipe vicuna_8b_instruct: there are tiny_align"),
+        (("vicuna_8b_instruct", "--gpus", "8"), "unknown recipe vicuna_8b_instruct: did you mean vicuna_7b_instruct?"),
         (("vicuna_7b_instruct",), "--gpus must be given"),
         (("vicuna_7b_instruct", "--gpus", "12"), "it must be a multiple of --gpus-per-node (8)"),
-        (("vicuna_7b_instruct", "--gpus", "8", "--global-batch", "0"), "--global-batch is 0: it must be above 0"),
+        (("vicuna_7b_instruct", "--gpus", "8", "--global-batch", "0"), "--global-batch is 0: wanted 1 or more"),
         ((), "no recipe given"),
     ],
 )

@@ -18,9 +18,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from himix_megatron.config import Positive
 from himix_megatron.runtime.errors import RankError
-from pipelines.cli import parse_settings, run_main
-from pipelines.recipes import RECIPES
+from pipelines.cli import load_recipe, parse_settings, run_main
 from tools.doctor import machine, software
 from tools.doctor.finding import Finding
 
@@ -39,16 +39,10 @@ class Arguments:
     """Folder of a tokenizer. None: the recipe's."""
     folder: Path = Path(".")
     """Folder for runs; on a cluster one that all nodes see."""
-    timeout_seconds: float = 30.0
+    timeout_seconds: Positive = 30.0
     """Longest wait for an answer of another rank."""
     json: bool = False
     """Print one JSON object a line."""
-
-    def __post_init__(self) -> None:
-        if self.recipe is not None and self.recipe not in RECIPES:
-            raise ValueError(f"--recipe is {self.recipe}: wanted one of {', '.join(RECIPES)}")
-        if self.timeout_seconds <= 0:
-            raise ValueError(f"--timeout-seconds is {self.timeout_seconds}: it must be above 0")
 
 
 def main() -> int:
@@ -77,7 +71,7 @@ def main() -> int:
 
 def files(arguments: Arguments) -> list[Finding]:
     """Datasets, tower and tokenizer that are named."""
-    config = RECIPES[arguments.recipe]() if arguments.recipe else None
+    config = load_recipe(arguments.recipe)() if arguments.recipe else None
     data = arguments.data or (config.data.datasets if config else ())
     found = [software.dataset(path) for path in data]
     if not data:

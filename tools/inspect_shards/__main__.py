@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
+from himix_megatron.config import Count
 from himix_megatron.data.ingest.verify import Report, verify_dataset
 from himix_megatron.data.shards.reader import ShardDataset
 from pipelines.cli import parse_settings, run_main
+from pipelines.flags import Word
 from tools.inspect_shards.histogram import drawn, histogram, summary
 from tools.inspect_shards.statistics import Numbers, Statistics, draw, statistics
 
@@ -35,28 +35,25 @@ PROGRESS_SECONDS = 0.2
 class Arguments:
     """Describe a shard dataset, or verify it."""
 
-    dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    dir: Annotated[Path, Word("DIR")]
     """The dataset: the folder with manifest.json."""
     verify: bool = False
     """Compare every byte with what was written, and print only the result."""
     sheet: Path | None = None
     """PNG file to write: random samples with their texts, and the histograms."""
-    sheet_samples: int = 12
+    sheet_samples: Count = 12
     """Samples on the sheet."""
-    texts: int = 10_000
+    texts: Count = 10_000
     """Random samples whose texts are read for the numbers about texts and formats."""
     seed: int = 0
     """Seed of the random samples."""
-    num_workers: int | None = None
+    num_workers: Count | None = None
     """Processes that verify. None: one per core."""
 
 
 def main() -> int:
     """The command line."""
     arguments = parse_settings(Arguments, sys.argv[1:], "python -m tools.inspect_shards", __doc__)
-    for name in ("sheet_samples", "texts", "num_workers"):
-        if (value := getattr(arguments, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}: wanted 1 or more")
     if not arguments.dir.is_dir():
         raise ValueError(f"{arguments.dir}: no such folder")
     if arguments.verify:

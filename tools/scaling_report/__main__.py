@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import tyro
-
+from himix_megatron.config import Count
 from pipelines.cli import parse_settings, run_main
+from pipelines.flags import Word
 from tools.scaling_report.run_rates import SUMS, Run, read_run
 
 MISSING = "-"
@@ -35,16 +35,12 @@ MAY_DIFFER = {"recipe", "run.dir", "run.ignore_stop_file", "train.global_batch_s
 class Arguments:
     """Report how runs of growing size scale."""
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUNS")]
+    runs: Annotated[tuple[Path, ...], Word("RUNS")]
     """Run folders, series folders, or folders that hold series."""
     out: Path | None = None
     """Folder of the report, with a folder for each series. None: the series' own folder."""
-    warmup_steps: int = 3
+    warmup_steps: Count = 3
     """First steps of each launch, which are not counted."""
-
-    def __post_init__(self) -> None:
-        if self.warmup_steps < 1:
-            raise ValueError(f"--warmup-steps is {self.warmup_steps}: wanted 1 or more (the first step allocates and connects)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from himix_megatron.config import from_json, to_json
 from himix_megatron.monitoring.run_status import RunStatus, read_status
@@ -107,6 +106,8 @@ def ranks_of(points: Sequence[Point]) -> int | None:
 
 def read_starts(folder: Path, notes: list[str]) -> list[list[Point]]:
     """The points of each launch, in their order."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # imports a second of other packages
+
     starts = []
     for file in sorted((folder / "tensorboard").glob("events.out.tfevents.*")):
         events = EventAccumulator(str(file), size_guidance={"scalars": 0}, purge_orphaned_data=False)

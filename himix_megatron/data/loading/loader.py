@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ...config import VisionConfig
+from ...config import VisionConfig, check_batch
 from ...runtime.failpoints import failpoint
 from ...runtime.process import die_with_parent
 from ..errors import BadSampleError
@@ -66,11 +66,7 @@ class StepReader(Dataset[StepBatch]):
         pad_multiple: int = 1,
         features: FeatureReader | None = None,
     ) -> None:
-        if plan.global_batch % (reads.data_size * micro_batch):
-            raise ValueError(
-                f"the global batch ({plan.global_batch}) is not a multiple of {reads.data_size} data-parallel ranks x "
-                f"{micro_batch} in a micro-batch"
-            )
+        check_batch(plan.global_batch, reads.data_size, micro_batch)
         # What workers get: they need no order, no packs.
         self.datasets, self.config = plan.datasets, plan.config
         self.vision = features or PixelReader(vision_config, self.config.decode)

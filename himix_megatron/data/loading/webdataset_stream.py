@@ -31,7 +31,7 @@ from braceexpand import braceexpand
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
-from ...config import DataConfig, VisionConfig
+from ...config import DataConfig, VisionConfig, check_batch
 from ..errors import BadSampleError
 from ..images import image_file
 from ..images.decode import decode
@@ -128,11 +128,7 @@ def stream_steps(
     read, or more than `data.max_bad_fraction` of the samples cannot be used; OSError when the machine or the store fails.
     """
     stream.check_ranks(reads.data_size)
-    if stream.global_batch % (reads.data_size * micro_batch):
-        raise ValueError(
-            f"the global batch ({stream.global_batch}) is not a multiple of {reads.data_size} data-parallel ranks x "
-            f"{micro_batch} in a micro-batch"
-        )
+    check_batch(stream.global_batch, reads.data_size, micro_batch)
     log.warning(
         "data.webdataset_urls is not exact: samples are lost where a tar is damaged, a restart reads other samples, and "
         "another number of ranks another order (pipelines.preprocess --source webdataset makes an exact dataset of it)"
