@@ -96,7 +96,7 @@ class VisionConfig:
     patch_size: Count
     """Side of one patch, in pixels."""
     hidden_size: Count
-    """Width of the tower's features (Vh)."""
+    """Width of the tower's features (V)."""
     num_layers: Count
     """Number of transformer layers in the tower."""
     num_attention_heads: Count

@@ -1,4 +1,4 @@
-"""Our configuration in megatron-core's terms: the only file that knows mcore's field names and versions.
+"""Translates our configuration into megatron-core's. Hooks (timers, gradient finalization) are set in training/builder.py.
 
 Flows in: Config and what kernels are usable here; out: mcore's TransformerConfig, DDP and optimizer configurations.
 """

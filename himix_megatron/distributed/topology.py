@@ -1,6 +1,6 @@
 """Join the ranks: torch.distributed and megatron-core's process groups. Flows in: a Launch and the layout; out: a Topology.
 
-The Topology is handed to whoever needs it: no other module asks the environment or megatron-core's globals.
+Other modules receive the Topology instead of reading rank variables or megatron-core's globals themselves.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def init_distributed(config: ParallelConfig, *, seed: int, launch: Launch | None
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cpu_backend.activate_if_needed()
     fused_kernels.patch_megatron(fused_kernels.detect())
-    from megatron.core import parallel_state, tensor_parallel  # after the redirections of cpu.py
+    from megatron.core import parallel_state, tensor_parallel  # after the redirections of cpu_backend.py
 
     device = _device(launch)
     timeout = timedelta(seconds=config.timeout_seconds + GRACE_SECONDS)

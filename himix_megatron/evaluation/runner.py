@@ -1,6 +1,6 @@
 """Ask a benchmark's questions and score the answers; stop it at any time, and the same command asks what is missing.
 
-Flows in: question files (benchmark_files.py), images, a model that answers; out: RUN/evaluation/NAME/ with every answer as it
+Flows in: question files (questions.py), images, a model that answers; out: RUN/evaluation/NAME/ with every answer as it
 came (answers-000.jsonl for each data-parallel rank) and the official answer files, RUN/evaluation/NAME.json with the figures,
 and TensorBoard points. An answer counts again when its question is asked as before, of the same checkpoint and settings.
 """

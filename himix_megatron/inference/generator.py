@@ -31,8 +31,8 @@ from ..model.towers import Tower, build_tower
 from ..model.vision_encoder import ShardedVisionEncoder
 from .sampling import Sampling, choose
 
-Watchdog = Callable[[int, list[int]], bool]
-"""Called on every rank with a prompt's number and its answer's ids so far, at each new one; True ends that answer."""
+TokenCallback = Callable[[int, list[int]], bool]
+"""Called on every rank after each new token with the prompt's number and its answer's ids so far; True ends that answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Prompt:
     ids: npt.NDArray[np.int64]
     """int64[T]."""
     images: tuple[npt.NDArray[np.uint8], ...]
-    """Each uint8[3, height, width], as `image.decode` gives them."""
+    """Each uint8[3, height, width], as `images.decode.decode` gives them."""
 
 
 @dataclass(slots=True)
@@ -95,7 +95,7 @@ class Answerer:
         max_new_tokens: int,
         *,
         sampling: Sampling | None = None,
-        watch: Watchdog | None = None,
+        watch: TokenCallback | None = None,
         cached: bool = True,
     ) -> list[list[int]]:
         """The continuation of each prompt, up to a stop token (not included) or `max_new_tokens`.

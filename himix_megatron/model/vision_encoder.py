@@ -2,7 +2,7 @@
 
 The T x P ranks of a replica split the step's images evenly, encode their shares without gradient in large batches, and
 gather: every pipeline stage needs the features, and a tower on one stage, or on each of them anew, would be most of the work.
-All images have the same number of patches here, so an even split by patches is one by images (`data.batch.rank_share`).
+All images have the same number of patches here, so an even split by patches is one by images (`loading.batch.rank_share`).
 `vision.encoder_placement` chooses the two usual ways instead, so that the gain can be measured.
 
 Shapes: K images of a step, n tokens of one image, V width of the features.
@@ -65,7 +65,7 @@ class ShardedVisionEncoder:
         """The step's images, of which this rank holds `rank_share(num_images, *place)`, for all ranks of the replica.
 
         Args: share: pixels uint8 [K_share, 3, H, W], or features [K_share, n, V] that were made before; blank_K: bool [K] of
-            all images. From pinned memory (`data.batch.pinned`) their copies to a GPU do not keep the host waiting.
+            all images. From pinned memory (`loading.batch.pinned`) their copies to a GPU do not keep the host waiting.
         Returns: frozen: features [K, n, V]; trainable: pixels uint8 [K, 3, H, W], for a tower that runs inside the model.
         """
         own = rank_share(num_images, self.rank, self.num_encoders)

@@ -1,4 +1,4 @@
-"""Images through a tower into feature files. The layout is features.py's.
+"""Encodes images and writes feature files. The layout is in loading/feature_cache.py.
 
 A file is written beside its place, synced and renamed, and its receipt last, so what has a receipt is whole.
 """

@@ -1,4 +1,4 @@
-"""A part of a source in, a shard's files out. The layout is schema.py's.
+"""Writes the files of one shard from a part of a source. The layout is in shards/shard_format.py.
 
 A shard is written beside its place, synced and renamed, and its receipt last, so what has a receipt is whole. On an object
 store it is written on this machine and uploaded in the same order.

@@ -29,7 +29,7 @@ PARTS = ("shards", "receipts", "quarantine")
 FEW_BYTES = 1 << 30
 """A smaller dataset is looked at in this process: starting others takes longer."""
 BESIDE = ("lengths", ".nv-meta")
-"""Folders that others keep beside the shards: text lengths; megatron-energon's metadata (tools/bench/energon.py)."""
+"""Folders that others keep beside the shards: text lengths; megatron-energon's metadata (tools/bench/data.py)."""
 
 
 @dataclass(frozen=True, slots=True)

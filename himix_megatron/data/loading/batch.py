@@ -31,7 +31,7 @@ class MicroBatch:
     text_lengths: Tensor
     """int64[n]: tokens of each sample."""
     images_per_sample: tuple[int, ...]
-    """n numbers; with text_only "zero_image" a sample without an image counts one blank image."""
+    """n numbers; with text_only_vision "zero_image" a sample without an image counts one blank image."""
     keys: tuple[str, ...]
     """SHARD/KEY of each sample."""
     sources: tuple[int, ...] = ()
@@ -67,7 +67,7 @@ class StepBatch:
     blank: Tensor
     """bool[K]: the image is all zero after normalisation, whatever its pixels say."""
     pixels: Tensor
-    """uint8[K_share, 3, H, W]: the images `share_of(K, image_rank, image_size)`, zeros where blank; or in their place
+    """uint8[K_share, 3, H, W]: the images `rank_share(K, image_rank, image_size)`, zeros where blank; or in their place
     features[K_share, n, V] that were made before, the all-zero image's where blank."""
     bad_keys: tuple[str, ...]
     """Samples that this rank could not read or decode."""

@@ -8,7 +8,7 @@
 
 A feature file is plain safetensors: `features` [K, n, V] in BF16, or in F8_E4M3 with `scales` F32 [K, n] (a feature is
 value x scale), and `crc32` I64 [K] of each image's values and scales. An image that could not be decoded has zeros, and is
-named in the receipt. Writing is feature_writing.py's. K images, n tokens of one image, V width.
+named in the receipt. ingest/feature_writer.py writes them. K images, n tokens of one image, V width.
 """
 
 from __future__ import annotations

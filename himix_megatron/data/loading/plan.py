@@ -1,6 +1,6 @@
-"""Where a run stands in, the next steps out: which samples are in which pack, step, micro-batch and data rank.
+"""Plans which samples go into which pack, step, micro-batch and data rank. Flows in: a data position; out: the next steps.
 
-The order (order.py) is cut into windows, whose samples become packs (packing.py): of several samples, or without packing of
+The order (shuffle.py) is cut into windows, whose samples become packs (packing.py): of several samples, or without packing of
 one sample each. A step takes the next `global_batch` packs; micro-batch j of data rank r holds the (j * D + r)-th run of
 `micro_batch` of them. So every rank finds the same plan from (manifests, seed, place), any number of data ranks that divides
 the batch reads the same global batches, and a place is four numbers.
@@ -91,7 +91,7 @@ class Datasets:
     """One or several shard datasets, their samples numbered through; with the lengths of their texts."""
 
     def __init__(self, parts: Sequence[ShardDataset], data_config: DataConfig) -> None:
-        """Raises: ValueError, as `lengths.text_lengths`."""
+        """Raises: ValueError, as `token_counts.text_lengths`."""
         self.parts = list(parts)
         self.ends = np.cumsum([len(part) for part in parts])
         self.text_tokens = np.concatenate(
@@ -120,7 +120,7 @@ class Datasets:
 
 
 class SamplingPlan:
-    """The steps of a run. `images_without`: images that a sample without one counts for (1 with text_only "zero_image").
+    """The steps of a run. `images_without`: images that a sample without one counts for (1 with text_only_vision "zero_image").
 
     Raises: ValueError when nothing is left to train on, or too many texts have no place in the template.
     """

@@ -1,7 +1,7 @@
-"""A dataset folder in, samples out. The layout is schema.py's, the writer writing.py's.
+"""Reads samples from a dataset folder. The layout is in shard_format.py, the writer in ingest/shard_writer.py.
 
 Reading goes by index and `pread`, one call per member, each checked against its CRC-32. A dataset on S3 is read from whole
-shards that cache.py keeps on this machine.
+shards that remote_cache.py keeps on this machine.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ is 1,024. As many indexes are held, some 64 KB each: neither grows with the data
 
 
 class SampleRecord(NamedTuple):
-    """schema.SAMPLE_RECORD as numbers."""
+    """shard_format.SAMPLE_RECORD as numbers."""
 
     offset: int
     row: int
@@ -42,7 +42,7 @@ class SampleRecord(NamedTuple):
 
 
 class ImageRecord(NamedTuple):
-    """schema.IMAGE_RECORD as numbers."""
+    """shard_format.IMAGE_RECORD as numbers."""
 
     offset: int
     size: int

@@ -194,7 +194,7 @@ def decode_index(data: bytes | memoryview) -> tuple[Records, Records]:
 
 
 def lengths_path(folder: Path, column: str, name: str) -> Path:
-    """Where the text lengths of one shard are. `column`: see lengths.py."""
+    """Where the text lengths of one shard are. `column`: see loading/token_counts.py."""
     return folder / "lengths" / column / f"{name}.len"
 
 

@@ -1,6 +1,6 @@
 """Pieces of text in, token ids and a loss mask out; by a Hugging Face folder or by the built-in byte-level tokenizer.
 
-A template (conversation.py) spells a conversation as `Piece`s. Special tokens are pieces of their own, so that a tokenizer
+A template (chat_template.py) spells a conversation as `Piece`s. Special tokens are pieces of their own, so that a tokenizer
 which lacks one is refused before training, and so that text can be masked piece by piece.
 """
 
@@ -131,7 +131,7 @@ class HuggingFaceTokenizer:
 
     def _known(self, name: str) -> int:
         token = self.special_id(name)
-        assert token is not None, f"{name} is missing: conversation.check_tokenizer was not called"
+        assert token is not None, f"{name} is missing: chat_template.check_tokenizer was not called"
         return token
 
     def _spelling(self, name: str) -> str:

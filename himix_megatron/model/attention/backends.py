@@ -4,8 +4,9 @@ Training: `forward` takes queries, keys and values of the text, float[S, B, head
 the samples, float[T, G, 2, D], and a PackedLayout that says which belong together. None pads vision or works across samples.
 
 Generation: `decode` takes float[L, B, G, D] keys and values of all that came before and of the text, the text last, with
-holes where a sample has fewer (`kv_cache.py`). It is torch's for all: each token makes another number of keys, and cuDNN
-builds a graph for each number. torch wants the mask spelled out, once per pass (`mixture_mask`).
+holes where a sample has fewer (`kv_cache.py`). All backends decode with torch's attention: the number of keys
+grows with every token, and cuDNN would build a graph for each number. torch needs an explicit mask, made once per
+pass (`mixture_mask`).
 
 All give float[S, B, Q*D], hold no parameters, and are compared with each other by the tests. Text padding needs no mask: it
 lies on the right, where causality hides it.
