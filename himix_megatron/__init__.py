@@ -1,6 +1,6 @@
 """himix-megatron: distributed pretraining of HiMix vision-language models on Megatron-core.
 
-`model/attention/mixture_attention.py` is where vision meets text; `config.py` holds every setting;
+`model/attention/mixture_attention.py` is where vision meets text; `config/` holds every setting;
 the programs that people run are in `pipelines/`.
 """
 

@@ -49,15 +49,15 @@ class Settings:
     """What to read, where to write, and with how many hands."""
 
     data: str | None = None
-    """The shard dataset; None: the recipe's data.datasets, which must then be one."""
+    """Shard dataset to encode; None: the recipe's data.datasets, if it is a single one."""
     out: Path
-    """The folder of features to write."""
+    """Folder of features to write."""
     engine: Literal["ray", "local"] = "ray"
-    """`local` encodes in this process, without Ray."""
+    """Where images are encoded. ray: on Ray actors; local: in this process, without Ray."""
     num_workers: Count | None = None
-    """Actors; None: one for each GPU, or core where there is none (of the cluster, with RAY_ADDRESS)."""
+    """Number of actors; None: one per GPU, or per core where there is none (of the cluster, with RAY_ADDRESS)."""
     decode_threads: Count = 4
-    """Threads of each actor that decode images."""
+    """Number of threads per actor that decode images."""
 
 
 def encode(config: Config, settings: Settings) -> FeatureManifest:

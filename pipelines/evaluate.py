@@ -46,29 +46,30 @@ class Arguments:
     """Exact-match accuracy of a run over a shard dataset, with its images and with shuffled ones; or a benchmark's scores."""
 
     run: Annotated[Path, Word("RUN")]
-    """The run folder."""
+    """Run folder."""
     data: Path | None = None
-    """The shard dataset whose questions are asked."""
+    """Shard dataset whose questions are asked."""
     benchmark: str | None = None
-    """Ask this benchmark's questions instead: vqav2, gqa, textvqa, pope, mme, mmmu or mmvet."""
+    """Benchmark whose questions are asked instead: vqav2, gqa, textvqa, pope, mme, mmmu or mmvet."""
     questions: Path | None = None
-    """The benchmark's question file, or the folder of its question files (docs/evaluation.md)."""
+    """Question file of the benchmark, or the folder of its question files (docs/evaluation.md)."""
     images: Path | None = None
     """Folder of the benchmark's images."""
     annotations: Path | None = None
-    """The benchmark's answers, where they are not in its question file."""
+    """File of the benchmark's answers, where they are not in its question file."""
     name: str | None = None
-    """Of a benchmark's results, RUN/evaluation/NAME; None: the benchmark's."""
+    """Name of a benchmark's results, RUN/evaluation/NAME; None: the benchmark's name."""
     max_bad_fraction: Fraction = 0.01
-    """A benchmark's questions whose image cannot be read count as wrong; above this share the evaluation fails."""
+    """Maximum share of a benchmark's questions with an unreadable image. They count as wrong; above this share the evaluation
+    fails."""
     checkpoint: Path | None = None
-    """A checkpoints/step-... folder; None: the run's newest."""
+    """Checkpoint to load, a checkpoints/step-... folder; None: the newest of the run."""
     max_samples: Count | None = None
-    """Samples (of a benchmark: questions) to ask; None: all."""
+    """Number of samples (of a benchmark: questions) to ask; None: all."""
     batch_questions: Count = 64
-    """Questions answered at once on each replica."""
+    """Number of questions answered together on each replica."""
     max_new_tokens: Count | None = None
-    """An answer that goes on longer is cut; None: 32, and each benchmark's own number."""
+    """Maximum length of an answer, in tokens; None: 32, and each benchmark's own number."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Layout of the ranks that are started."""
 

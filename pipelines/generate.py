@@ -43,23 +43,23 @@ class Arguments:
     """Answer questions about images with a run's model."""
 
     run: Annotated[Path, Word("RUN")]
-    """The run folder."""
+    """Run folder."""
     question: str | None = None
-    """What to ask; None: questions are read from standard input, one a line."""
+    """Question to ask; None: questions are read from standard input, one per line."""
     image: tuple[Path, ...] = ()
-    """Image files that the first question is about, in order."""
+    """Image files of the first question, in order."""
     checkpoint: Path | None = None
-    """A checkpoints/step-... folder; None: the run's newest."""
+    """Checkpoint to load, a checkpoints/step-... folder; None: the newest of the run."""
     max_new_tokens: Count = 256
-    """An answer that goes on longer is cut."""
+    """Maximum length of an answer, in tokens."""
     temperature: float = 0.0
-    """0: always the most likely token; 1: drawn as the model weighs them."""
+    """Temperature of sampling; 0: always the most likely token."""
     top_p: float = 1.0
-    """Draw only from the most likely tokens that together reach this probability."""
+    """Probability that the tokens drawn from reach together, the most likely first (nucleus sampling)."""
     seed: int = 0
-    """Of the draws."""
+    """Seed of sampling."""
     stop: tuple[str, ...] = ()
-    """Texts that end an answer before them."""
+    """Texts that end an answer; they are left out of it."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Layout of the ranks that are started."""
 

@@ -58,42 +58,42 @@ SOURCES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """What to read, what to write, and with how many hands."""
+    """What to read, what to write, and how many workers do it."""
 
     source: str = "llava"
     """Layout of the source: `llava`, a JSON list of {id, image, conversations} beside a folder of images; `parquet`, files with
     the images in them; `img2dataset`, what it wrote; `webdataset`, tars of any; or `package.module:Reader`, files that a reader
     of your own reads."""
     annotations: str | Path | None = None
-    """llava: the JSON file (or .jsonl: one object a line)."""
+    """llava: JSON file (or .jsonl: one object per line)."""
     images: str | Path | None = None
-    """llava: the folder that image names start from."""
+    """llava: folder that image names are relative to."""
     input: tuple[str | Path, ...] = ()
-    """The other sources: files, or folders of them (their files in the order of their names)."""
+    """Other sources: files, or folders whose files are read in the order of their names."""
     image_column: str | None = None
-    """parquet: bytes, {bytes, path}, or lists of them; None: images, image, jpg, png or webp."""
+    """parquet: column with bytes, {bytes, path}, or lists of them; None: images, image, jpg, png or webp."""
     text_column: str | None = None
-    """parquet: LLaVA's turns, or captions; None: conversations, text or caption."""
+    """parquet: column with LLaVA's turns, or captions; None: conversations, text or caption."""
     id_column: str | None = None
-    """parquet: None: id or key, where there is one."""
+    """parquet: column with identifiers; None: id or key, where there is one."""
     out: str | Path
-    """The dataset folder to write."""
+    """Dataset folder to write."""
     name: str | None = None
-    """Shards are called NAME-000000.tar; None: the annotation file's name, or the first input's."""
+    """Prefix of the shards, NAME-000000.tar; None: the name of the annotation file or of the first input."""
     samples_per_shard: Count = 1000
-    """Rows per shard, and per task."""
+    """Number of rows per shard, and per task."""
     check: Check = "decode"
-    """`decode` decodes every image; `header` only looks what it is, and leaves damaged ones for training to find."""
+    """Check of each image. decode: it is decoded; header: only its header is read, and training finds damaged ones."""
     tokenizer: str | None = None
-    """A model folder, or `bytes`: count each text's tokens on the way (training does it where this is left out)."""
+    """Model folder, or `bytes`, whose tokenizer counts each text's tokens; None: training counts them on first use."""
     template: str | None = None
-    """The template that goes with `tokenizer`, as in --data.template."""
+    """Chat template that goes with `tokenizer`, as in --data.template."""
     engine: Literal["ray", "local"] = "ray"
-    """`local` uses processes of this machine without Ray; the bytes are the same."""
+    """Engine that runs the tasks. ray: Ray; local: processes of this machine, with the same bytes as result."""
     num_workers: Count | None = None
-    """Shards made at the same time; None: one per core (of the cluster, with RAY_ADDRESS)."""
+    """Number of shards made at the same time; None: one per core (of the cluster, with RAY_ADDRESS)."""
     max_bad_fraction: Fraction = 0.1
-    """No dataset is made when a larger share of the rows is bad."""
+    """Maximum share of bad rows; above it no dataset is made."""
 
     def __post_init__(self) -> None:
         if self.source not in SOURCES and ":" not in self.source:

@@ -45,15 +45,15 @@ class Settings:
     """Settings of the quickstart; every flag with a dot in its name (--train.precision fp32) is one of both trainings."""
 
     out: Path = Path("runs/quickstart")
-    """Where data, runs and summary.json go."""
+    """Folder of data, runs and summary.json."""
     align_steps: int = 120
-    """Optimizer steps on captions."""
+    """Number of optimizer steps on captions."""
     instruct_steps: int = 330
-    """Optimizer steps on questions and answers."""
+    """Number of optimizer steps on questions and answers."""
     tensor: int | None = None
-    """Tensor-parallel ranks of training and evaluation; None: 2, or as many as there are GPUs if that is 1."""
+    """Number of tensor-parallel ranks for training and evaluation; None: 2, or 1 on a machine with one GPU."""
     engine: Literal["auto", "ray", "local"] = "auto"
-    """What preprocesses; auto: Ray, or this process's own workers where Ray cannot be imported."""
+    """Engine of preprocessing; auto: Ray, or local processes where Ray cannot be imported."""
 
 
 @dataclass(frozen=True, slots=True)

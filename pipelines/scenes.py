@@ -61,11 +61,11 @@ class SceneSettings:
     """Settings of a corpus of rendered scenes."""
 
     num_train: Count = 7200
-    """Images of the training splits; align and instruct speak of the same ones."""
+    """Number of images in the training splits; align and instruct describe the same ones."""
     num_heldout: Count = 360
-    """Images of the held-out split, one question each."""
+    """Number of images in the held-out split, one question each."""
     seed: int = 0
-    """Of everything random."""
+    """Seed of all random choices."""
 
     def __post_init__(self) -> None:
         check_limits(self, "scenes")
@@ -263,7 +263,7 @@ class _Command:
     """Write a corpus of rendered scenes: JPEG files and LLaVA JSON."""
 
     out: Path
-    """Folder to write; it must be empty or not there."""
+    """Folder to write; it must be empty or missing."""
     scenes: SceneSettings = dataclasses.field(default_factory=SceneSettings)
 
 

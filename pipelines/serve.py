@@ -49,15 +49,15 @@ class Arguments:
     """Answer questions about images over HTTP."""
 
     run: Annotated[Path, Word("RUN")]
-    """The run folder."""
+    """Run folder."""
     checkpoint: Path | None = None
-    """A checkpoints/step-... folder; None: the run's newest."""
+    """Checkpoint to load, a checkpoints/step-... folder; None: the newest of the run."""
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 lets every machine that reaches this one ask."""
+    """Address to listen on; 0.0.0.0 accepts requests from every machine that can reach this one."""
     port: int = 8000
-    """TCP port; 0: any free one, which the first line of the log names."""
+    """TCP port; 0: any free port, which the first log line names."""
     max_new_tokens: Count = 1024
-    """Most tokens of an answer, whatever a request asks for."""
+    """Maximum length of an answer, in tokens, whatever a request asks for."""
 
 
 @dataclass(frozen=True)

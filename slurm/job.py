@@ -15,9 +15,9 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from himix_megatron.config import Config
+from himix_megatron.config import Config, Limit, check_limits
 
 StageName = Literal["align", "instruct"]
 
@@ -28,19 +28,19 @@ class Cluster:
 
     partition: str | None = None
     """Partition, or several with commas; None: the cluster's default."""
-    nodes: int = 1
+    nodes: Annotated[int, Limit(1, 65536)] = 1
     """Nodes of each job."""
-    gpus_per_node: int = 0
+    gpus_per_node: Annotated[int, Limit(0, 1024)] = 0
     """GPUs on each node; 0: train on CPUs."""
-    tasks_per_node: int | None = None
+    tasks_per_node: Annotated[int, Limit(1, 1024)] | None = None
     """Ranks on each node; None: one for each GPU, or one."""
-    cpus_per_task: int | None = None
+    cpus_per_task: Annotated[int, Limit(1, 4096)] | None = None
     """CPU cores for each rank (the decoding processes need them); None: what the cluster gives."""
-    memory_gib: int | None = None
+    memory_gib: Annotated[int, Limit(1, 1 << 20)] | None = None
     """Memory on each node; None: what the cluster gives."""
-    time_limit_minutes: int | None = None
+    time_limit_minutes: Annotated[int, Limit(1, 60 * 24 * 365)] | None = None
     """Time limit of a job; a run that needs more is requeued and resumes. None: the partition's limit."""
-    save_seconds: int = 60
+    save_seconds: Annotated[int, Limit(1, 3600)] = 60
     """Seconds before the time limit at which the run is signalled to save (USR1)."""
     account: str | None = None
     """Account that is charged."""
@@ -50,19 +50,11 @@ class Cluster:
     """Features that the nodes must have, as sbatch takes them, e.g. a100|h100."""
 
     def __post_init__(self) -> None:
+        check_limits(self, "cluster")
         for name, allowed in (("partition", "_.,-"), ("account", "_.-"), ("qos", "_.-"), ("constraint", "_.,|&*:-")):
             value = getattr(self, name)
             if value is not None and not re.fullmatch(rf"[A-Za-z0-9][A-Za-z0-9{re.escape(allowed)}]*", value):
                 raise ValueError(f"cluster.{name} is {value!r}: wanted letters, digits and {' '.join(allowed)}, no more")
-        for name, most in (
-            ("nodes", 65536), ("tasks_per_node", 1024), ("cpus_per_task", 4096), ("memory_gib", 1 << 20),
-            ("time_limit_minutes", 60 * 24 * 365), ("save_seconds", 3600),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not 1 <= value <= most:
-                raise ValueError(f"cluster.{name} is {value}: wanted 1 to {most}")
-        if not 0 <= self.gpus_per_node <= 1024:
-            raise ValueError(f"cluster.gpus_per_node is {self.gpus_per_node}: wanted 0 (train on CPUs) to 1024")
         if self.gpus_per_node and self.tasks_per_node not in (None, self.gpus_per_node):
             raise ValueError(
                 f"cluster.tasks_per_node is {self.tasks_per_node} with cluster.gpus_per_node {self.gpus_per_node}: each rank "
@@ -164,7 +156,7 @@ def sbatch_parameters(stage: Stage, cluster: Cluster, after: str | None) -> dict
     if cluster.memory_gib is not None:
         further["mem"] = f"{cluster.memory_gib}G"
     return {
-        "job_name": f"himix-{stage.config.recipe}",
+        "job_name": f"himix-{stage.config.recipe.replace(':', '.')}",
         "partition": cluster.partition,
         "account": cluster.account,
         "qos": cluster.qos,

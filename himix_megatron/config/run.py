@@ -83,11 +83,7 @@ class Config:
         """Raises: ValueError for what a recorded micro-batch cannot have."""
         parallel, train = self.parallel, self.train
         for field_name, found, wanted in (
-            (
-                "data.pack_max_text_tokens",
-                self.data.pack_max_text_tokens,
-                "packing (--data.pack-max-text-tokens, --data.pack-max-images)",
-            ),
+            ("data.pack_max_text_tokens", self.data.packs, "--data.pack-max-text-tokens and --data.pack-max-images"),
             ("parallel.tensor x parallel.pipeline", parallel.tensor * parallel.pipeline == 1, "one rank for each replica"),
             ("parallel.overlap", parallel.overlap != "on", "--parallel.overlap auto or off"),
             ("train.trainable_parts", "tower" not in train.trainable_parts, "a frozen tower"),

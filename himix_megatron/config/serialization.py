@@ -38,14 +38,9 @@ _RENAMED_VALUES = {
 }
 
 
-def current_name(field_name: str) -> str:
-    """A dotted field name of any version as it is now."""
-    return RENAMED_FIELDS.get(field_name, field_name)
-
-
 def current_fields(stored: dict[str, Any]) -> dict[str, Any]:
     """Values by dotted name, as any version wrote them, by the names and values of this version."""
-    named = {current_name(name): value for name, value in stored.items()}
+    named = {RENAMED_FIELDS.get(name, name): value for name, value in stored.items()}
     return {
         name: _RENAMED_VALUES.get((name, value), value) if isinstance(value, str) else value for name, value in named.items()
     }

@@ -86,7 +86,7 @@ def clock(seconds: float) -> str:
 def failures() -> Iterator[None]:
     """Within it every error is written to this rank's log with its traceback before it goes on.
 
-    A ValueError becomes a RuntimeError: once a run is under way, an error is nobody's misspelt flag. A StartError is.
+    After start-up a ValueError is a bug, no user error, and is re-raised as RuntimeError. A StartError stays a user error.
     """
     try:
         yield

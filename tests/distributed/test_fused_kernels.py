@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from himix_megatron.distributed import fused_kernels
 from tests.support import ROOT
@@ -24,7 +25,7 @@ from himix_megatron.distributed import cpu_backend, fused_kernels
 cpu_backend.activate_if_needed()
 found = fused_kernels.detect(has_gpu={has_gpu})
 fused_kernels.patch_megatron(found)
-import megatron.core.optimizer as optimizer
+import megatron.core.jit, megatron.core.optimizer as optimizer, megatron.core.timers
 from megatron.core.optimizer import clip_grads
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer import transformer_block
@@ -34,6 +35,9 @@ print(json.dumps(dict(
     mcore_adam=optimizer.Adam.__module__, mcore_is_torch=optimizer.USING_PYTORCH_OPTIMIZER,
     mcore_norm=clip_grads.l2_norm_impl.__module__, mcore_fusion=layers._grad_accum_fusion_available,
     mcore_has_apex=transformer_block.HAVE_APEX,
+    mcore_compiles=megatron.core.jit.jit_fuser.__name__, mcore_timers=hasattr(megatron.core.timers, "SummaryWriter"),
+    unused=[name for name in ("tensorboard", "multistorageclient") if name in sys.modules],
+    hidden=[name for name in ("torch.utils.tensorboard", "multistorageclient") if name in sys.modules],
 )))
 """
 
@@ -68,6 +72,10 @@ def test_a_namesake_of_apex_is_named_and_not_imported(tmp_path: Path) -> None:
     assert found["mcore_is_torch"]
     assert found["mcore_adam"].startswith("torch.optim")
     assert not found["mcore_has_apex"]
+    # Nor is what megatron-core imports and nothing here uses, and whoever imports that later finds it.
+    assert found["unused"] == found["hidden"] == []
+    assert found["mcore_timers"]
+    assert found["mcore_compiles"] == ("noop_decorator" if not torch.cuda.is_available() else "compile")
 
 
 def test_a_folder_called_apex_is_no_apex(tmp_path: Path) -> None:
