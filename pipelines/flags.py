@@ -44,7 +44,11 @@ def parse_settings(cls: type[Settings], argv: Sequence[str], program: str, descr
     Raises: ValueError (one line) for a mistake; SystemExit(0) after `--help`.
     """
     given = read_flags(cls, argv, program, description=description or inspect.getdoc(cls) or "")
-    made: Settings = _build(cls, given, program)
+    values, hints = _values(cls, given, _default), leaf_hints(cls)
+    required = [item.name for item in dataclasses.fields(cls) if _default(item) is dataclasses.MISSING]  # type: ignore[arg-type]
+    if missing := [_word(hints[name]) or flag(name) for name in required if name not in values]:
+        raise ValueError(f"{' and '.join(missing)} must be given ({program} --help tells more)")
+    made = cls(**values)
     check_limits(made)
     return made
 
@@ -132,33 +136,18 @@ def leaf_hints(cls: type, prefix: str = "") -> dict[str, Any]:
 
 
 def with_changes(settings: Any, given: Mapping[str, Any]) -> Any:
-    """A nested dataclass with other values, by dotted name."""
-    changes: dict[str, Any] = {}
-    for item in dataclasses.fields(settings):
-        inner = {name.partition(".")[2]: value for name, value in given.items() if name.startswith(f"{item.name}.")}
-        if item.name in given:
-            changes[item.name] = given[item.name]
-        elif inner:
-            changes[item.name] = with_changes(getattr(settings, item.name), inner)
-    return dataclasses.replace(settings, **changes)
+    """A dataclass with other values, by dotted name."""
+    return dataclasses.replace(settings, **_values(type(settings), given, lambda item: getattr(settings, item.name)))
 
 
-def _build(cls: type, given: Mapping[str, Any], program: str) -> Any:
-    """An instance of a command's own settings. Raises: ValueError naming the required fields that are not given."""
-    hints = typing.get_type_hints(cls, include_extras=True)
+def _values(cls: type, given: Mapping[str, Any], old: Callable[[dataclasses.Field[Any]], Any]) -> dict[str, Any]:
+    """The values of a class's own fields that change: those that are given, and sections in which one is given."""
     values: dict[str, Any] = {}
-    missing = []
     for item in dataclasses.fields(cls):
         inner = {name.partition(".")[2]: value for name, value in given.items() if name.startswith(f"{item.name}.")}
-        if item.name in given:
-            values[item.name] = given[item.name]
-        elif inner:
-            values[item.name] = with_changes(_default(item), inner)
-        elif _default(item) is dataclasses.MISSING:
-            missing.append(_word(hints[item.name]) or flag(item.name))
-    if missing:
-        raise ValueError(f"{' and '.join(missing)} must be given ({program} --help tells more)")
-    return cls(**values)
+        if item.name in given or inner:
+            values[item.name] = given[item.name] if item.name in given else with_changes(old(item), inner)
+    return values
 
 
 def _default(item: dataclasses.Field[Any]) -> Any:

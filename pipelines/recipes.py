@@ -275,7 +275,6 @@ def qwen2_0_5b_align() -> Config:
     Hardware: one node of 8 GPUs of 80 GB.
     Expected: 2181 steps; the paper's decoder FLOPs an image fall from 837 to 78 G.
     Sizes: Qwen/Qwen2-0.5B. No script is public: TinyLlama's learning rate.
-    Source: of the rest, the head of pipelines/recipes.py.
     """
     return _align("qwen2_0_5b_align", QWEN2_0_5B, "Qwen2-0.5B", learning_rate=1e-3)
 
@@ -288,7 +287,6 @@ def qwen2_0_5b_instruct() -> Config:
     Hardware: one node of 8 GPUs of 80 GB.
     Expected: 5198 steps; not yet reproduced here.
     Sizes: Qwen/Qwen2-0.5B.
-    Source: of the rest, the head of pipelines/recipes.py.
     """
     return _instruct("qwen2_0_5b_instruct", QWEN2_0_5B, "Qwen2-0.5B", template="chatml", micro_batch=4)
 
@@ -301,7 +299,6 @@ def tinyllama_1_1b_align() -> Config:
     Hardware: one node of 8 GPUs of 80 GB.
     Expected: 17442 steps; the paper's decoder FLOPs an image fall from 1750 to 161 G.
     Sizes: TinyLlama/TinyLlama-1.1B-Chat-v1.0.
-    Source: of the rest, the head of pipelines/recipes.py.
     """
     return _align("tinyllama_1_1b_align", TINYLLAMA_1_1B, "TinyLlama-1.1B-Chat-v1.0", learning_rate=1e-3, epochs=8.0)
 
@@ -314,7 +311,6 @@ def tinyllama_1_1b_instruct() -> Config:
     Hardware: one node of 8 GPUs of 80 GB.
     Expected: 25989 steps; not yet reproduced here.
     Sizes: TinyLlama/TinyLlama-1.1B-Chat-v1.0.
-    Source: of the rest, the head of pipelines/recipes.py.
     """
     return _instruct(
         "tinyllama_1_1b_instruct", TINYLLAMA_1_1B, "TinyLlama-1.1B-Chat-v1.0", template="vicuna", epochs=5.0, micro_batch=8
@@ -329,7 +325,6 @@ def llama3_2_1b_align() -> Config:
     Hardware: one node of 8 GPUs of 80 GB.
     Expected: 2181 steps; the paper's decoder FLOPs an image fall from 2040 to 192 G.
     Sizes: meta-llama/Llama-3.2-1B.
-    Source: of the rest, the head of pipelines/recipes.py.
     """
     return _align("llama3_2_1b_align", LLAMA3_2_1B, "Llama-3.2-1B", learning_rate=5e-4)
 
@@ -342,7 +337,6 @@ def llama3_2_1b_instruct() -> Config:
     Hardware: one node of 8 GPUs of 80 GB.
     Expected: 5198 steps; not yet reproduced here.
     Sizes: meta-llama/Llama-3.2-1B.
-    Source: of the rest, the head of pipelines/recipes.py.
     """
     return _instruct("llama3_2_1b_instruct", LLAMA3_2_1B, "Llama-3.2-1B", template="llama3", micro_batch=4)
 
@@ -355,7 +349,6 @@ def llama3_2_3b_align() -> Config:
     Hardware: one node of 8 GPUs of 80 GB.
     Expected: 2181 steps; not yet reproduced here.
     Sizes: meta-llama/Llama-3.2-3B.
-    Source: of the rest, the head of pipelines/recipes.py.
     """
     return _align("llama3_2_3b_align", LLAMA3_2_3B, "Llama-3.2-3B", learning_rate=5e-4)
 
@@ -368,7 +361,6 @@ def llama3_2_3b_instruct() -> Config:
     Hardware: one node of 8 GPUs of 80 GB, TP2.
     Expected: 5198 steps; not yet reproduced here.
     Sizes: meta-llama/Llama-3.2-3B.
-    Source: of the rest, the head of pipelines/recipes.py.
     """
     return _instruct("llama3_2_3b_instruct", LLAMA3_2_3B, "Llama-3.2-3B", template="llama3", micro_batch=4, tensor=2)
 
@@ -381,7 +373,6 @@ def vicuna_7b_align() -> Config:
     Hardware: one node of 8 GPUs of 80 GB.
     Expected: 2181 steps; not yet reproduced here.
     Sizes: lmsys/vicuna-7b-v1.5. No script is public: Llama 3.2's learning rate.
-    Source: of the rest, the head of pipelines/recipes.py.
     """
     return _align("vicuna_7b_align", VICUNA_7B, "vicuna-7b-v1.5", learning_rate=5e-4)
 
@@ -394,7 +385,6 @@ def vicuna_7b_instruct() -> Config:
     Hardware: one node of 8 GPUs of 80 GB, TP2.
     Expected: 5198 steps; not yet reproduced here.
     Sizes: lmsys/vicuna-7b-v1.5.
-    Source: of the rest, the head of pipelines/recipes.py.
     """
     return _instruct("vicuna_7b_instruct", VICUNA_7B, "vicuna-7b-v1.5", template="vicuna", micro_batch=4, tensor=2)
 
