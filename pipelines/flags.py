@@ -1,18 +1,17 @@
-"""Flags of a dataclass, `--section.field value` for nested ones. Flows in: words; out: values, or one line for a mistake.
+"""An argparse parser from a dataclass: `--section.field value` for nested ones. Flows in: words; out: values, or one line.
 
-Both `-` and `_` work inside names, `--name=value` as `--name value`. A tuple takes all words up to the next flag; a bool is set
-by `--name` and cleared by `--no-name`; None is written None; the later of two equal flags counts. The string below a field is
-its help.
+Both `-` and `_` work inside names. A tuple takes all words up to the next flag; a bool is set by `--name` and cleared by
+`--no-name`; None is written None. The string below a field is its help.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import dataclasses
 import difflib
 import inspect
 import re
-import shutil
 import textwrap
 import types
 import typing
@@ -61,49 +60,75 @@ def read_flags(
 
     Raises: ValueError (one line); SystemExit(0) after `--help`.
     """
-    if any(word in ("-h", "--help") for word in argv):
-        print(help_text(cls, program, description, defaults, without))
-        raise SystemExit(0)
     hints = {name: hint for name, hint in leaf_hints(cls).items() if name != without}
-    switches = {name for name, hint in hints.items() if hint is bool}
-    off = {_off(name): name for name in switches}
-    words_by_place = [name for name, hint in hints.items() if _word(hint)]
-    values: dict[str, Any] = {}
-    loose: list[str] = []
-    words = list(argv)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            loose.append(word)
+    known = {flag(name) for name, hint in hints.items() if not _word(hint)}
+    known |= {_off(name) for name, hint in hints.items() if hint is bool} | {"--help"}
+    words = []
+    for word in argv:
+        name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        words.append(name.replace("_", "-") + equals + value)
+        if name and name.replace("_", "-") not in known:
+            raise ValueError(f"unknown setting {name}: {_nearest(name[2:], list(hints))} ({program} --help lists all)")
+    try:
+        found, rest = _parser(cls, program, description, defaults, without).parse_known_intermixed_args(words)
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{error.argument_name} {error.message}") from error
+    if rest:
+        raise ValueError(f"{' '.join(rest)} belongs to no setting: settings are --name value")
+    return {name: _as_tuple(value) if isinstance(value, list) else value for name, value in vars(found).items()}
+
+
+def _as_tuple(values: list[Any]) -> tuple[Any, ...] | None:
+    return None if values == [None] else tuple(values)
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Each field's meaning below its name; names are not broken at their hyphens."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=6, width=MAX_WIDTH)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False)
+
+
+def _parser(cls: type, program: str, description: str, defaults: Any, without: str) -> argparse.ArgumentParser:
+    places = [f" {word}" for hint in leaf_hints(cls).values() if (word := _word(hint))]
+    parser = argparse.ArgumentParser(
+        usage=f"{program}{''.join(places)} [--name value ...]", description="\n".join(prose(description, MAX_WIDTH)),
+        formatter_class=_Help, argument_default=argparse.SUPPRESS, allow_abbrev=False, exit_on_error=False, add_help=False,
+    )  # fmt: skip
+    own = parser.add_argument_group("settings")
+    own.add_argument("-h", "--help", action="help", help="Show this text.")
+    _add_fields(parser, own, cls, "", defaults, without)
+    return parser
+
+
+def _add_fields(parser: argparse.ArgumentParser, group: Any, cls: type, prefix: str, defaults: Any, without: str) -> None:
+    """Add a class's own fields to a group of arguments, and a group for each of its sections."""
+    hints, docs = typing.get_type_hints(cls, include_extras=True), field_docs(cls)
+    for item in dataclasses.fields(cls):
+        name, hint = prefix + item.name, hints[item.name]
+        default = _default(item) if defaults is None else getattr(defaults, item.name)
+        if name == without:
             continue
-        shown, equals, joined = word.partition("=")
-        name = shown[2:].replace("-", "_")
-        if name in switches or name in off:
-            if equals or (words and words[0].lower() in ("true", "false", "yes", "no", "on", "off", "1", "0")):
-                value = joined if equals else words[0]
-                raise ValueError(
-                    f"{flag(off.get(name, name))} takes no value ({value}): write it alone, or --no- before its last part"
-                )
-            values[off.get(name, name)] = name in switches
-        elif name in hints and name not in words_by_place:
-            until = next((i for i, following in enumerate(words) if following.startswith("--")), len(words))
-            most = 1 if (count := _count(hints[name])) is None else count
-            taken = [joined] if equals else words[: until if count == 0 else min(most, until)]
-            if not equals:
-                del words[: len(taken)]
-            if len(taken) < most and count != 0:
-                raise ValueError(f"{flag(name)} needs {'a value' if most == 1 else f'{most} values'}")
-            values[name] = _convert(hints[name], taken, flag(name))
+        if dataclasses.is_dataclass(hint):
+            section = parser.add_argument_group(name, textwrap.fill(inspect.getdoc(hint) or "", MAX_WIDTH - 2))
+            _add_fields(parser, section, hint, f"{name}.", None if default is dataclasses.MISSING else default, without)  # type: ignore[arg-type]
+            continue
+        known = "required" if default is dataclasses.MISSING else f"default: {_shown(default)}"
+        text = f"{' '.join(docs.get(item.name, '').split())} ({known})".replace("%", "%%")
+        if hint is bool:
+            group.add_argument(flag(name), dest=name, action="store_true", help=f"{text} Cleared by {_off(name)}.")
+            group.add_argument(_off(name), dest=name, action="store_false", help=argparse.SUPPRESS)
+            continue
+        count = _count(hint)
+        nargs: Any = "*" if count == 0 else count or ("?" if _word(hint) else None)
+        options = {"nargs": nargs, "type": _converter(hint), "metavar": _word(hint) or _kind(hint), "help": text}
+        if _word(hint):
+            group.add_argument(name, **options)
         else:
-            raise ValueError(f"unknown setting {shown}: {_nearest(name, list(hints))} ({program} --help lists all)")
-    for name in words_by_place:
-        takes_all = _count(hints[name]) is not None
-        if loose:
-            values[name] = _convert(hints[name], loose if takes_all else loose[:1], _word(hints[name]))
-            loose = [] if takes_all else loose[1:]
-    if loose:
-        raise ValueError(f"{' '.join(loose)} belongs to no setting: settings are --name value")
-    return values
+            group.add_argument(flag(name), dest=name, **options)
 
 
 def split_flags(words: Sequence[str], group: Callable[[str], Group]) -> dict[Group, list[str]]:
@@ -123,8 +148,8 @@ def flag(name: str) -> str:
 
 
 def _off(name: str) -> str:
-    """What clears a bool: `log.ledger` -> `log.no_ledger`."""
-    return re.sub(r"([^.]*)$", r"no_\1", name, count=1)
+    """What clears a bool: `log.ledger` -> `--log.no-ledger`."""
+    return flag(re.sub(r"([^.]*)$", r"no_\1", name, count=1))
 
 
 def leaf_hints(cls: type, prefix: str = "") -> dict[str, Any]:
@@ -178,31 +203,29 @@ def _count(hint: Any) -> int | None:
     return None if parts is None else 0 if parts[-1] is ... else len(parts)
 
 
-def _convert(hint: Any, words: Sequence[str], shown: str) -> Any:
-    """Words as a value. Raises: ValueError naming the word that does not fit."""
+def _converter(hint: Any) -> Callable[[str], Any]:
+    """What makes a value of one word. It raises argparse.ArgumentTypeError, naming what was wanted."""
     bare, can_be_none = _bare(hint)
-    if can_be_none and list(words) == ["None"]:
-        return None
     if _count(hint) is not None:
-        parts = typing.get_args(bare)
-        kinds = [parts[0]] * len(words) if parts[-1] is ... else parts
-        return tuple(_convert(kind, [word], shown) for kind, word in zip(kinds, words, strict=True))
-    (word,) = words
-    if typing.get_origin(bare) is Literal:
-        if word in (choices := [str(choice) for choice in typing.get_args(bare)]):
-            return typing.get_args(bare)[choices.index(word)]
-        wanted = f"one of {', '.join(choices)}"
-    else:
-        assert bare in (str, int, float, Path), f"{shown} has a type that flags cannot give: {bare}"
+        bare = _bare(typing.get_args(bare)[0])[0]
+    choices = {str(choice): choice for choice in typing.get_args(bare)} if typing.get_origin(bare) is Literal else {}
+    assert choices or bare in (str, int, float, Path), f"flags cannot give a {bare}"
+
+    def convert(word: str) -> Any:
+        if can_be_none and word == "None":
+            return None
         try:
-            return bare(word)
-        except ValueError:
-            wanted = "a whole number" if bare is int else "a number"
-    raise ValueError(f"{shown} is {word!r}: wanted {wanted}{' or None' if can_be_none else ''}")
+            return choices[word] if choices else bare(word)
+        except (KeyError, ValueError):
+            wanted = f"one of {', '.join(choices)}" if choices else "a whole number" if bare is int else "a number"
+            raise argparse.ArgumentTypeError(f"is {word!r}: wanted {wanted}{' or None' if can_be_none else ''}") from None
+
+    return convert
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def _nearest(typed: str, known: list[str]) -> str:
     """A hint for an unknown field: its new name; else the same last part in any section; else the closest spelling."""
+    name = typed.replace("-", "_")
     if (now := RENAMED_FIELDS.get(name)) in known:
         return f"it is now {flag(str(now))}"
     leaf = name.rsplit(".", 1)[-1].lower()
@@ -217,48 +240,14 @@ def _nearest(name: str, known: list[str]) -> str:
 # ---- help ------------------------------------------------------------------------------------------------------------
 
 
-def help_text(cls: type, program: str, description: str, defaults: Any = None, without: str = "") -> str:
-    """Usage, description, and every field with its type, meaning and default, a paragraph for each section."""
-    width = min(MAX_WIDTH, shutil.get_terminal_size((MAX_WIDTH, 24)).columns)
-    places = [f" {_word(hint)}" for hint in leaf_hints(cls).values() if _word(hint)]
-    own, sections = _fields_help(cls, "", defaults, width, without)
-    return "\n".join(
-        [f"usage: {program}{''.join(places)} [--name value ...]", "", *prose(description, width), "", *own, *sections]
-    )
-
-
-def _fields_help(cls: type, prefix: str, defaults: Any, width: int, without: str = "") -> tuple[list[str], list[str]]:
-    """Lines of a class's own fields, and of its sections."""
-    hints, docs = typing.get_type_hints(cls, include_extras=True), field_docs(cls)
-    own: list[str] = []
-    sections: list[str] = []
-    for item in dataclasses.fields(cls):
-        if item.name == without:
-            continue
-        name, hint = prefix + item.name, hints[item.name]
-        default = _default(item) if defaults is None else getattr(defaults, item.name)
-        if dataclasses.is_dataclass(hint):
-            below, deeper = _fields_help(hint, f"{name}.", None if default is dataclasses.MISSING else default, width)  # type: ignore[arg-type]
-            title = textwrap.fill(f"{name}: {inspect.getdoc(hint) or ''}", width)
-            sections += ["", *title.split("\n"), *below, *deeper]
-            continue
-        known = "required" if default is dataclasses.MISSING else f"default: {_shown(default)}"
-        own.append(f"  {_word(hint) or flag(name)}{'' if hint is bool or _word(hint) else f' {_kind(hint)}'}")
-        if hint is bool:
-            own[-1] += f", {flag(_off(name))}"
-        text = f"{' '.join(docs.get(item.name, '').split())} ({known})"
-        own += textwrap.wrap(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False)
-    return own, sections
-
-
 def _kind(hint: Any) -> str:
-    """A type in the help: INT, llama|qwen2, TEXT ..., INT|None."""
+    """A type in the help, for a tuple that of its items: INT, llama|qwen2, INT|None."""
     bare, can_be_none = _bare(hint)
     parts = typing.get_args(bare)
     if typing.get_origin(bare) is Literal:
         kind = "|".join(map(str, parts))
     elif typing.get_origin(bare) is tuple:
-        kind = f"{_kind(parts[0])} ..." if parts[-1] is ... else " ".join(map(_kind, parts))
+        return _kind(parts[0])
     else:
         kind = {str: "TEXT", int: "INT", float: "FLOAT", Path: "PATH"}[bare]
     return kind + ("|None" if can_be_none else "")
