@@ -98,8 +98,6 @@ class Checkpoints:
     ):
         self.config, self.stages, self.optimizer, self.frozen_tower = config, stages, optimizer, frozen_tower
         self.run_dir, self.run_lock, self._ranks = config.run_dir, run_lock, ranks
-        self.stall_seconds = 0.0
-        """Training time that saves have taken so far on this rank."""
         self._tower_name: str | None = None
         self._copies = HostCopies()
         self._validated = False
@@ -134,9 +132,7 @@ class Checkpoints:
         self.saves.start(name, partial(writer.run, name, snapshot, describe))
         if self.config.checkpoint.mode == "sync":
             self.saves.wait()
-        stall = time.perf_counter() - begun
-        self.stall_seconds += stall
-        return stall
+        return time.perf_counter() - begun
 
     def poll(self) -> None:
         """Once a step: look, without waiting, whether the save in flight has ended.
@@ -147,9 +143,7 @@ class Checkpoints:
 
     def finish(self) -> None:
         """Complete the save in flight. Raises: RuntimeError if the last save failed."""
-        begun = time.perf_counter()
         self.saves.finish()
-        self.stall_seconds += time.perf_counter() - begun
 
     def wait(self) -> None:
         """Wait until no save is in flight, whether it fails or not. Raises: RuntimeError as `poll`."""

@@ -193,24 +193,6 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8))
 
 
-class TextWeights(Mapping[str, Tensor]):
-    """The language model alone out of a HiMix model's tensors: what goes back to Hugging Face."""
-
-    def __init__(self, weights: Mapping[str, Tensor]):
-        self._weights = weights
-
-    def __getitem__(self, name: str) -> Tensor:
-        if is_new(name):
-            raise KeyError(name)
-        return self._weights[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return (name for name in self._weights if not is_new(name))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
 # ---- what HiMix adds -----------------------------------------------------------------------------------------------
 
 

@@ -70,7 +70,7 @@ def test_mistakes_are_told_with_a_remedy(tmp_path: Path) -> None:
     for folder, said in {
         "/x/a b": "slurm.conf takes letters, digits",
         "/x/$(touch pwned)": "slurm.conf takes letters, digits",
-        "/" + "x" * 100: "a socket's path leaves room for",
+        "/" + "x" * 100: "a socket's path allows",
         str(tmp_path): "holds something else",
     }.items():
         with pytest.raises(ValueError, match="--dir") as mistake:

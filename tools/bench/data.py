@@ -38,6 +38,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from himix_megatron.config import Count
 from himix_megatron.data.images import image_file
 from himix_megatron.data.images.decode import decode
 from himix_megatron.data.loading.packing import plan_packs
@@ -75,9 +76,9 @@ class Arguments:
     """Sections to run."""
     scale: float = 1.0
     """Amount of data; 1 is 8,192 samples (550 MB), for which the wanted ratios are meant."""
-    repetitions: int = 5
+    repetitions: Count = 5
     """Counted repetitions; preprocessing does half as many, rounded up."""
-    workers: int = 2
+    workers: Count = 2
     """Worker processes of preprocessing and of --export-energon."""
     work: Path | None = None
     """Folder for the data (3 GB at --scale 1), emptied at the end. None: the system's temporary folder."""
@@ -87,9 +88,6 @@ class Arguments:
     def __post_init__(self) -> None:
         if not 0.005 <= self.scale <= 10:
             raise ValueError(f"--scale is {self.scale}: wanted 0.005 to 10")
-        for name in ("repetitions", "workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}: wanted 1 or more")
         if not self.only:
             raise ValueError(f"--only names no section: wanted some of {', '.join(PEERS)}")
 

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import torch
 
-from himix_megatron.config import Config, Part
+from himix_megatron.config import Config, Count, Part
 from himix_megatron.distributed.topology import Topology
-from pipelines.recipes import RECIPES
+from pipelines.cli import load_recipe
 
 
 @dataclass(frozen=True)
@@ -22,23 +22,23 @@ class Arguments:
     """Part to measure; `all`: concatenation, tensor and padding, each in its own process."""
     recipe: str = "qwen2_0_5b_instruct"
     """Recipe whose sizes are used; weights are random."""
-    layers: int | None = None
+    layers: Count | None = None
     """Number of decoder layers. None: 4, and all of them in `training`."""
-    samples: int = 8
+    samples: Count = 8
     """Samples of a batch, each with one image (`padding`: twice as many)."""
     text_tokens: tuple[int, ...] = (64, 256)
     """Text tokens of each sample; `concatenation` and `tensor` measure every value."""
-    vision_tokens: int = 729
+    vision_tokens: Count = 729
     """Vision tokens of each image."""
-    repetitions: int = 5
+    repetitions: Count = 5
     """Counted repetitions, after one uncounted one."""
-    threads: int = 2
+    threads: Count = 2
     """Threads of torch; each of two tensor ranks gets half."""
-    pack_max_text_tokens: int = 8192
+    pack_max_text_tokens: Count = 8192
     """`training`: text tokens of a pack."""
-    pack_max_images: int = 26
+    pack_max_images: Count = 26
     """`training`: images of a pack, one for each sample."""
-    packs: int = 2
+    packs: Count = 2
     """`training`: packs of a step."""
     layer_spec: Literal["auto", "te", "torch"] = "auto"
     """`training`: layer backend, as --model.layer-spec."""
@@ -61,12 +61,7 @@ def sizes(arguments: Arguments, parts: tuple[Part, ...] = ("vision_kv", "languag
 
     Raises: ValueError for a bad argument.
     """
-    if arguments.recipe not in RECIPES:
-        raise ValueError(f"--recipe is {arguments.recipe}: wanted one of {', '.join(RECIPES)}")
-    for name in ("samples", "vision_tokens", "repetitions", "threads"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}: wanted 1 or more")
-    config = RECIPES[arguments.recipe]()
+    config = load_recipe(arguments.recipe)()
     return dataclasses.replace(
         config,
         # The embedding and the head are not run: a small vocabulary saves their memory.

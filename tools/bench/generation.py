@@ -20,10 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from himix_megatron.config import Config
+from himix_megatron.config import Config, Count
 from himix_megatron.distributed.topology import Topology, init_distributed, shutdown_distributed
-from pipelines.cli import parse_settings, run_main
-from pipelines.recipes import RECIPES
+from pipelines.cli import load_recipe, parse_settings, run_main
 from tools.bench.decoder_setup import precision
 from tools.bench.measure import Line, report, take_turns
 
@@ -37,30 +36,25 @@ class Arguments:
 
     recipe: str = "qwen2_0_5b_instruct"
     """Recipe whose sizes are used; weights are random."""
-    layers: int = 4
+    layers: Count = 4
     """Number of decoder layers. Few layers favour the concatenating model: the head costs both the same."""
-    images: int = 8
+    images: Count = 8
     """Samples of a batch, each with one image."""
-    text_tokens: int = 64
+    text_tokens: Count = 64
     """Text tokens of each prompt."""
-    vision_tokens: int = 729
+    vision_tokens: Count = 729
     """Vision tokens of each image."""
-    new_tokens: int = 8
+    new_tokens: Count = 8
     """Tokens after the first, over which the time per token is measured."""
-    repetitions: int = 5
+    repetitions: Count = 5
     """Counted repetitions, after one uncounted one."""
-    threads: int = 2
+    threads: Count = 2
     """Threads of torch."""
 
 
 def sizes(arguments: Arguments) -> Config:
     """The recipe with this number of layers on one rank; fp32 on a CPU. Raises: ValueError for a bad argument."""
-    if arguments.recipe not in RECIPES:
-        raise ValueError(f"--recipe is {arguments.recipe}: wanted one of {', '.join(RECIPES)}")
-    for name in ("layers", "images", "text_tokens", "vision_tokens", "new_tokens", "repetitions", "threads"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}: wanted 1 or more")
-    config = RECIPES[arguments.recipe]()
+    config = load_recipe(arguments.recipe)()
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, num_layers=arguments.layers, layer_spec="torch"),

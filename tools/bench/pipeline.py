@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from himix_megatron.config import Config, ParallelConfig, RunConfig, from_json, to_json
+from himix_megatron.config import Config, Count, ParallelConfig, RunConfig, from_json, to_json
 from himix_megatron.distributed.topology import Topology, init_distributed, shutdown_distributed
 from pipelines.cli import parse_settings, run_main
 from pipelines.recipes import RECIPES
@@ -48,19 +48,16 @@ class Arguments:
 
     stages: tuple[int, ...] = (2, 4)
     """Pipeline sizes, one rank a stage."""
-    steps: int = 12
+    steps: Count = 12
     """Counted steps, after one uncounted one."""
-    samples: int = 16
+    samples: Count = 16
     """Samples of a step, in micro-batches of 2, each with one image."""
-    layers: int = 16
+    layers: Count = 16
     """Decoder layers."""
-    hidden: int = 256
+    hidden: Count = 256
     """Width of decoder and tower."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "samples", "layers", "hidden"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}: wanted 1 or more")
         for size in self.stages:
             if self.layers % size or self.samples % (2 * size):
                 raise ValueError(f"--stages {size}: --layers and half of --samples must be multiples of it")

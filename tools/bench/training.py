@@ -24,7 +24,7 @@ from himix_megatron.config import Config, TrainConfig
 from himix_megatron.costs.flops import Work, step_flops, tower_flops
 from himix_megatron.costs.hardware import device_of
 from himix_megatron.distributed.topology import Topology, init_distributed, shutdown_distributed
-from pipelines.recipes import RECIPES
+from pipelines.cli import load_recipe
 from tools.bench.decoder_setup import Arguments
 from tools.bench.measure import Line, product, report, seconds_of, take_turns
 
@@ -184,7 +184,7 @@ def configuration(arguments: Arguments) -> Config:
     known = typing.get_args(typing.get_type_hints(TrainConfig)["fp8"])
     if arguments.fp8 not in known:
         raise ValueError(f"--fp8 is {arguments.fp8}: there are {', '.join(known)}")
-    config = RECIPES[arguments.recipe]()
+    config = load_recipe(arguments.recipe)()
     layers = arguments.layers or config.model.num_layers
     config = dataclasses.replace(
         config,

@@ -279,7 +279,7 @@ def continued_error(
     holes = padding.to(device) if padding.any() else None
     mask = attend.mixture_mask(num_text, most, holes, device)
     cast = (tensor.to(device, dtype_of(precision)) for tensor in (query, key, value))
-    found = attend.continued(*cast, mask).double().cpu()
+    found = attend.decode(*cast, mask).double().cpu()
     return distance(found, exact, float(exact.norm()))
 
 
