@@ -148,15 +148,17 @@ def stage_inputs(config: Config, reference: Reference, device: torch.device) -> 
     ]
 
 
-def run_forward_backward(config: Config, stages: list[Any], inputs: list[Any], topology: Topology) -> tuple[Tensor, float]:
+def run_forward_backward(
+    config: Config, model_chunks: list[Any], inputs: list[Any], topology: Topology
+) -> tuple[Tensor, float]:
     """Run the training schedule. Returns: logits float[rows, S, vocab], and the loss; on every rank."""
     from megatron.core.distributed import finalize_model_grads
 
     from himix_megatron.model.schedule import run_logits, run_losses
 
-    stages[0].config.finalize_model_grads_func = finalize_model_grads
-    collected = run_logits(stages, [replace(given, labels=None) for given in inputs], lambda _, logits: logits)
-    reported = run_losses(stages, inputs, forward_only=False)
+    model_chunks[0].config.finalize_model_grads_func = finalize_model_grads
+    collected = run_logits(model_chunks, [replace(given, labels=None) for given in inputs], lambda _, logits: logits)
+    reported = run_losses(model_chunks, inputs, forward_only=False)
     results: list[Any] = [None]
     if topology.is_last_stage:
         own = torch.cat(collected)
@@ -175,16 +177,16 @@ def differences(config: Config, reference: Reference) -> dict[str, float]:
     from himix_megatron.conversion.authors_layout import from_authors, to_authors
     from himix_megatron.conversion.sharding import gather, scatter
     from himix_megatron.distributed.fused_kernels import detect
-    from himix_megatron.model.himix_model import build_stage
+    from himix_megatron.model.himix_model import build_model_chunks
 
     topology = init_distributed(config.parallel, seed=config.train.seed)
-    stages = build_stage(config, detect(), topology, torch.nn.Identity())
-    scatter(stages, from_authors(reference.weights, config.model), topology)
-    for stage in stages:
+    model_chunks = build_model_chunks(config, detect(), topology, torch.nn.Identity())
+    scatter(model_chunks, from_authors(reference.weights, config.model), topology)
+    for stage in model_chunks:
         stage.zero_grad_buffer()
     inputs = stage_inputs(config, reference, topology.device)
-    logits, loss = run_forward_backward(config, stages, inputs, topology)
-    gradients = to_authors(gather(stages, lambda p: p.main_grad, topology, config.model.vocab_size), config.model)
+    logits, loss = run_forward_backward(config, model_chunks, inputs, topology)
+    gradients = to_authors(gather(model_chunks, lambda p: p.main_grad, topology, config.model.vocab_size), config.model)
     shutdown_distributed()
 
     expected = reference.tensors["logits"]

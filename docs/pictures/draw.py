@@ -280,7 +280,7 @@ def _read_and_encode(p: Picture) -> None:
 def _train(p: Picture) -> None:
     first, top = LEFT + 66, 452
     unit = (LEFT + REPLICA_WIDTH - first) / 18.0
-    for stage, passes in enumerate(schedule_1f1b(stages=3, micro_batches=4)):
+    for stage, passes in enumerate(schedule_1f1b(model_chunks=3, micro_batches=4)):
         p.text(LEFT, top + 23 + stage * 42, f"stage {stage}")
         for start, backward, number in passes:
             width, kind = (2 * unit, "both") if backward else (unit, "text")
@@ -290,23 +290,23 @@ def _train(p: Picture) -> None:
     p.text(LEFT, top + 142, f"{said}Stages pass on text states and their gradients; features are on each rank.")
 
 
-def schedule_1f1b(stages: int, micro_batches: int) -> list[list[tuple[float, bool, int]]]:
+def schedule_1f1b(model_chunks: int, micro_batches: int) -> list[list[tuple[float, bool, int]]]:
     """For each stage (start, is backward, micro-batch); a forward pass takes 1, a backward pass 2."""
     left = []
-    for stage in range(stages):
-        warm = min(stages - 1 - stage, micro_batches)
+    for stage in range(model_chunks):
+        warm = min(model_chunks - 1 - stage, micro_batches)
         steady = [one for n in range(micro_batches - warm) for one in ((False, warm + n), (True, n))]
         left.append(
             [(False, n) for n in range(warm)] + steady + [(True, n) for n in range(micro_batches - warm, micro_batches)]
         )
     ends: dict[tuple[int, bool, int], float] = {}
-    done: list[list[tuple[float, bool, int]]] = [[] for _ in range(stages)]
-    free = [0.0] * stages
+    done: list[list[tuple[float, bool, int]]] = [[] for _ in range(model_chunks)]
+    free = [0.0] * model_chunks
     while any(left):
-        for stage in (stage for stage in range(stages) if left[stage]):
+        for stage in (stage for stage in range(model_chunks) if left[stage]):
             backward, n = left[stage][0]
             source = stage + 1 if backward else stage - 1
-            ready = ends.get((source, backward, n)) if 0 <= source < stages else 0.0
+            ready = ends.get((source, backward, n)) if 0 <= source < model_chunks else 0.0
             if ready is not None:
                 start = max(free[stage], ready)
                 free[stage] = ends[stage, backward, n] = start + (2 if backward else 1)

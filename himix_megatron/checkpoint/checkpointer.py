@@ -57,11 +57,11 @@ _EXTRA_STATE = "_extra_state"
 """The names of modules' extra states end in it."""
 
 
-def model_state(stages: list[Any]) -> dict[str, Any]:
+def model_state(model_chunks: list[Any]) -> dict[str, Any]:
     """The sharded state of each model chunk, without extra states."""
     state = {}
-    for i, stage in enumerate(stages):
-        described = unwrap_model(stage).sharded_state_dict(metadata=sharding_metadata())
+    for i, model_chunk in enumerate(model_chunks):
+        described = unwrap_model(model_chunk).sharded_state_dict(metadata=sharding_metadata())
         state[f"model{i}"] = {name: value for name, value in described.items() if not name.endswith(_EXTRA_STATE)}
     return state
 
@@ -90,13 +90,13 @@ class Checkpoints:
     def __init__(
         self,
         config: Config,
-        stages: list[Any],
+        model_chunks: list[Any],
         optimizer: Any | None,
         frozen_tower: nn.Module | None,
         run_lock: RunLock | None = None,
         ranks: ControlGroup | None = None,
     ):
-        self.config, self.stages, self.optimizer, self.frozen_tower = config, stages, optimizer, frozen_tower
+        self.config, self.model_chunks, self.optimizer, self.frozen_tower = config, model_chunks, optimizer, frozen_tower
         self.run_dir, self.run_lock, self._ranks = config.run_dir, run_lock, ranks
         self._tower_name: str | None = None
         self._copies = HostCopies()
@@ -163,8 +163,8 @@ class Checkpoints:
         errors: list[Exception] = []
         with _kept_in(errors):
             failpoint("save/begin", progress=True)
-        gather_parameters(self.stages)
-        state, copies_state = model_state(self.stages), self.config.checkpoint.mode == "async"
+        gather_parameters(self.model_chunks)
+        state, copies_state = model_state(self.model_chunks), self.config.checkpoint.mode == "async"
         divided = self._divided if copies_state else None
         if divided is None:
             state["optimizer"] = optimizer_state(self.optimizer, state, loading=False)
@@ -176,7 +176,9 @@ class Checkpoints:
         self._validated = True
         with _kept_in(errors):
             if divided is not None:
-                snapshot.gather_optimizer_state = divided.copy_shard(self._copies, merged_chunks(model_state(self.stages)))
+                snapshot.gather_optimizer_state = divided.copy_shard(
+                    self._copies, merged_chunks(model_state(self.model_chunks))
+                )
             if copies_state:
                 self._copies.take(snapshot)
             failpoint("save/snapshot", progress=True)
@@ -203,8 +205,8 @@ class Checkpoints:
     def _checkpoint_bytes(self) -> int:
         """About the size of a checkpoint over all ranks, including a frozen tower."""
         own, is_divided = 0, self.config.parallel.distributed_optimizer
-        trained = {id(p) for stage in self.stages for p in stage.parameters() if p.requires_grad}
-        for chunk in model_state(self.stages).values():
+        trained = {id(p) for model_chunk in self.model_chunks for p in model_chunk.parameters() if p.requires_grad}
+        for chunk in model_state(self.model_chunks).values():
             for part in chunk.values():
                 if is_main_replica(part.replica_id):
                     width = part.data.element_size()
@@ -225,7 +227,7 @@ class Checkpoints:
         self._verify(folder, verified)
         description = check_architecture(folder, self.config)
         failpoint("restore/read", progress=True)
-        state = model_state(self.stages)
+        state = model_state(self.model_chunks)
         state["optimizer"] = optimizer_state(self.optimizer, state, loading=True)
         loaded = dist_checkpointing.load(state, str(folder))
         failpoint("restore/put", progress=True)
@@ -255,7 +257,7 @@ class Checkpoints:
         """
         self._verify(folder, verified)
         description = check_architecture(folder, self.config)
-        state, tower_file = model_state(self.stages), description["tower"]
+        state, tower_file = model_state(self.model_chunks), description["tower"]
         if tower_file is not None and self.frozen_tower is None:
             # The tower was frozen there and trains here: its weights are in a file of their own.
             state = {m: {n: t for n, t in chunk.items() if not n.startswith("tower.")} for m, chunk in state.items()}
@@ -271,11 +273,11 @@ class Checkpoints:
             raise DamagedError(f"checkpoint {folder} cannot be trusted: {'; '.join(wrong)}")
 
     def _put(self, loaded: dict[str, Any], tower: dict[str, Tensor] | None = None) -> None:
-        for i, stage in enumerate(self.stages):
+        for i, model_chunk in enumerate(self.model_chunks):
             chunk = loaded[f"model{i}"]
             if tower is not None and self.frozen_tower is None:
                 chunk |= {f"tower.{name}": tensor for name, tensor in tower.items()}
-            put_weights(unwrap_model(stage), chunk)
+            put_weights(unwrap_model(model_chunk), chunk)
 
     def load_tower(self, folder: Path) -> None:
         """Load the frozen tower alone, whether it trained in that checkpoint or not. Raises: as `load_weights`."""

@@ -106,7 +106,7 @@ def excerpt_weights(weights: Mapping[str, Tensor], excerpt: Excerpt) -> Mapping[
 
 
 @torch.no_grad()
-def our_logits(stages: list[Any], topology: Topology, model: ModelConfig, ids: Tensor, features: Tensor) -> Tensor:
+def our_logits(model_chunks: list[Any], topology: Topology, model: ModelConfig, ids: Tensor, features: Tensor) -> Tensor:
     """float[B, S, vocabulary] on every rank, of the Megatron model at any layout.
 
     Args: ids: int64[B, S]; features: float[B, N, V], one image of N tokens a sample; N may be 0, for no image.
@@ -116,7 +116,7 @@ def our_logits(stages: list[Any], topology: Topology, model: ModelConfig, ids: T
     blank = torch.zeros(len(images), dtype=torch.bool)
     device = topology.device
     given = StageInput(ids.to(device), images.to(device), blank.to(device), (int(tokens > 0),) * num_samples)
-    found = run_logits(stages, [given], lambda _, logits: logits)
+    found = run_logits(model_chunks, [given], lambda _, logits: logits)
     results: list[Any] = [None]
     if topology.is_last_stage:
         own = found[0].contiguous()
@@ -150,7 +150,7 @@ def open_excerpt(checkpoint: Path, excerpt: Excerpt, topology: Topology, *, with
     stored = StoredWeights(checkpoint, config.model)
     cut = dataclasses.replace(config, model=dataclasses.replace(excerpt.model, layer_spec="torch", attention_core="auto"))
     answerer = Answerer(cut, detect(), topology)
-    scatter(answerer.stages, _Cut(stored, list(stored), excerpt.model.vocab_size), topology)
+    scatter(answerer.model_chunks, _Cut(stored, list(stored), excerpt.model.vocab_size), topology)
     if with_tower:
         answerer.tower.load_state_dict(stored_tower(checkpoint, config, stored), strict=True)
     return answerer
@@ -159,7 +159,7 @@ def open_excerpt(checkpoint: Path, excerpt: Excerpt, topology: Topology, *, with
 def stored_logits(checkpoint: Path, excerpt: Excerpt, topology: Topology, ids: Tensor, features: Tensor) -> Tensor:
     """The logits of a checkpoint on disk, on features that are given."""
     answerer = open_excerpt(checkpoint, excerpt, topology, with_tower=False)
-    return our_logits(answerer.stages, topology, excerpt.model, ids, features)
+    return our_logits(answerer.model_chunks, topology, excerpt.model, ids, features)
 
 
 @torch.no_grad()

@@ -22,10 +22,10 @@ TE_NAMES = {"self_attention.linear_qkv.layer_norm_": "input_layernorm.", "mlp.li
 """Transformer Engine's names of the norms inside its linear layers, which are the names on disk, and the plain ones."""
 
 
-def global_parameters(stages: list[Any]) -> Iterator[tuple[str, nn.Parameter]]:
+def global_parameters(model_chunks: list[Any]) -> Iterator[tuple[str, nn.Parameter]]:
     """This rank's parameters under names that are the same in every layout and backend."""
-    for stage in stages:
-        model = unwrap_model(stage)
+    for model_chunk in model_chunks:
+        model = unwrap_model(model_chunk)
         for name, parameter in model.named_parameters():
             layer = _LAYER.fullmatch(name)
             if layer:
@@ -42,9 +42,9 @@ def _is_gated(name: str) -> bool:
 
 
 @torch.no_grad()
-def scatter(stages: list[Any], whole: Mapping[str, Tensor], topology: Topology) -> None:
+def scatter(model_chunks: list[Any], whole: Mapping[str, Tensor], topology: Topology) -> None:
     """Fill this rank's parameters from whole tensors; rows that pad the vocabulary become 0."""
-    for name, parameter in global_parameters(stages):
+    for name, parameter in global_parameters(model_chunks):
         parameter.copy_(_own_part(name, whole[_source(name, whole)], parameter, topology))
 
 
@@ -65,10 +65,12 @@ def _own_part(name: str, tensor: Tensor, parameter: nn.Parameter, topology: Topo
 
 
 @torch.no_grad()
-def gather(stages: list[Any], pick: Callable[[nn.Parameter], Tensor], topology: Topology, vocab_size: int) -> dict[str, Tensor]:
+def gather(
+    model_chunks: list[Any], pick: Callable[[nn.Parameter], Tensor], topology: Topology, vocab_size: int
+) -> dict[str, Tensor]:
     """Whole tensors by global name, on every rank: of the parameters, their gradients, or whatever `pick` takes."""
     own: dict[str, Tensor] = {}
-    for name, parameter in global_parameters(stages):
+    for name, parameter in global_parameters(model_chunks):
         tensor = pick(parameter).detach().contiguous()
         if getattr(parameter, "tensor_model_parallel", False):
             parts = [torch.empty_like(tensor) for _ in range(topology.tensor_size)]
@@ -80,4 +82,4 @@ def gather(stages: list[Any], pick: Callable[[nn.Parameter], Tensor], topology: 
         own[name] = tensor[:vocab_size] if "embedding" in name or "output_layer" in name else tensor
     everyone: list[Any] = [None] * topology.pipeline_size
     torch.distributed.all_gather_object(everyone, {n: t.cpu() for n, t in own.items()}, group=topology.pipeline)
-    return {name: tensor for stage in reversed(everyone) for name, tensor in stage.items()}
+    return {name: tensor for model_chunk in reversed(everyone) for name, tensor in model_chunk.items()}

@@ -24,7 +24,7 @@ from ..distributed.fused_kernels import Kernels
 from ..distributed.megatron_config import params_dtype
 from ..distributed.topology import Topology
 from ..model.attention.kv_cache import KVCache
-from ..model.himix_model import arrange_features, build_stage, unwrap_model
+from ..model.himix_model import arrange_features, build_model_chunks, unwrap_model
 from ..model.schedule import run_logits
 from ..model.stage_input import StageInput
 from ..model.towers import Tower, build_tower
@@ -73,16 +73,18 @@ class Answerer:
         if tower is None:
             tower = build_tower(config.vision, seed=config.train.seed, dtype=dtype).eval().requires_grad_(False)
         self.tower = tower.to(topology.device)
-        self.stages: list[Any] = [stage.eval() for stage in build_stage(config, kernels, topology, self.tower, trains=False)]
+        self.model_chunks: list[Any] = [
+            model_chunk.eval() for model_chunk in build_model_chunks(config, kernels, topology, self.tower, trains=False)
+        ]
         self.encoder = ShardedVisionEncoder(self.tower, topology.replica, trainable=False, dtype=dtype)
 
     def load(self, checkpoint: Any) -> None:
         """Take a checkpoint's weights. Raises: ValueError for another architecture."""
-        Checkpoints(self.config, self.stages, None, self.tower).load_weights(checkpoint)
+        Checkpoints(self.config, self.model_chunks, None, self.tower).load_weights(checkpoint)
 
-    def share(self, stages: Sequence[Any]) -> None:
+    def share(self, model_chunks: Sequence[Any]) -> None:
         """Answer with the weights of a model in training, of the same layout: they are not copied."""
-        for own, training in zip(self.stages, stages, strict=True):
+        for own, training in zip(self.model_chunks, model_chunks, strict=True):
             weights = dict(unwrap_model(training).named_parameters())
             for name, parameter in unwrap_model(own).named_parameters():
                 parameter.data = weights[name].data
@@ -193,7 +195,7 @@ class Answerer:
             drawn = torch.tensor([draws[row].random() for row in part.rows], dtype=torch.float64)
             return self._choose(own.float().contiguous(), sampling, drawn.to(own.device))
 
-        found = run_logits(self.stages, [part.given for part in parts], take)
+        found = run_logits(self.model_chunks, [part.given for part in parts], take)
         rows = [row for part in parts for row in part.rows]
         device = self.topology.device
         tokens = torch.cat(found) if self.topology.is_last_stage else torch.zeros(len(rows), dtype=torch.long, device=device)

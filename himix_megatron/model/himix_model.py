@@ -1,4 +1,4 @@
-"""One pipeline stage of a HiMix model: megatron-core's GPTModel, whose layers see the images.
+"""One model chunk of a pipeline stage: megatron-core's GPTModel, whose layers attend to the images.
 
 Flows in: text token ids of a micro-batch (first stage) or hidden states (later ones), and the features of its images, which
 every stage receives outside of the pipeline; out: hidden states, or per-token losses (last stage).
@@ -73,7 +73,7 @@ def _keep_graph(_: nn.Module, __: Any, output: Tensor) -> Tensor:
 
 
 class HiMixModel(GPTModel):  # type: ignore[misc]
-    """A stage's layers; with a trainable tower also its replica of the tower (`tower`), run with gradient on every stage."""
+    """A chunk's layers; with a trainable tower also its replica of the tower (`tower`), run with gradient on every stage."""
 
     def __init__(self, config: Config, kernels: Kernels, topology: Topology, *, chunk: int | None, tower: nn.Module | None):
         mcore_config = transformer_config(config, kernels)
@@ -243,22 +243,26 @@ def as_recomputed(head: Any) -> Iterator[None]:
         head.sequence_parallel, head.allreduce_dgrad, head.gradient_accumulation_fusion = before
 
 
-def finalize_gradients(stages: list[Any], num_tokens: Tensor | None = None, *args: Any, **kwargs: Any) -> None:
+def finalize_gradients(model_chunks: list[Any], num_tokens: Tensor | None = None, *args: Any, **kwargs: Any) -> None:
     """mcore's last step on gradients; before it, those of the tower's replicas are summed over chunks and pipeline stages.
 
     mcore would do that sum after its reduction over data ranks, which a distributed optimizer cuts at other places on each
     stage: it would add reduced parts to unreduced ones.
     """
-    replicas = [list(unwrap_model(stage).tower.parameters()) for stage in stages if hasattr(unwrap_model(stage), "tower")]
+    replicas = [
+        list(unwrap_model(model_chunk).tower.parameters())
+        for model_chunk in model_chunks
+        if hasattr(unwrap_model(model_chunk), "tower")
+    ]
     if replicas and replicas[0][0].requires_grad:
         sums = [torch.stack([p.main_grad for p in same]).sum(0) for same in zip(*replicas, strict=True)]
         flat = torch.cat([tensor.flatten() for tensor in sums])
-        torch.distributed.all_reduce(flat, group=unwrap_model(stages[0]).pg_collection.pp)
+        torch.distributed.all_reduce(flat, group=unwrap_model(model_chunks[0]).pg_collection.pp)
         totals = torch.split(flat, [tensor.numel() for tensor in sums])
         for same, total in zip(zip(*replicas, strict=True), totals, strict=True):
             for parameter in same:
                 parameter.main_grad.copy_(total.view_as(parameter.main_grad))
-    finalize_model_grads(stages, num_tokens, *args, **kwargs)
+    finalize_model_grads(model_chunks, num_tokens, *args, **kwargs)
 
 
 def part_of(name: str) -> Part:
@@ -268,7 +272,9 @@ def part_of(name: str) -> Part:
     return "vision_kv" if ".vision_norm." in name or ".linear_vision_kv." in name else "language"
 
 
-def build_stage(config: Config, kernels: Kernels, topology: Topology, tower: nn.Module, *, trains: bool = True) -> list[Any]:
+def build_model_chunks(
+    config: Config, kernels: Kernels, topology: Topology, tower: nn.Module, *, trains: bool = True
+) -> list[Any]:
     """This rank's model chunks (one, or `virtual_pipeline`), frozen as `train.trainable_parts` says.
 
     The tower goes in only where it trains; a frozen one belongs to the ShardedVisionEncoder. Without `trains` everything is
@@ -287,18 +293,18 @@ def build_stage(config: Config, kernels: Kernels, topology: Topology, tower: nn.
     return chunks
 
 
-def unwrap_model(stage: Any) -> HiMixModel:
+def unwrap_model(model_chunk: Any) -> HiMixModel:
     """The model inside mcore's wrappers (data parallelism, bf16)."""
-    while not isinstance(stage, HiMixModel):
-        stage = stage.module
-    return stage
+    while not isinstance(model_chunk, HiMixModel):
+        model_chunk = model_chunk.module
+    return model_chunk
 
 
-def gather_parameters(stages: list[Any]) -> None:
+def gather_parameters(model_chunks: list[Any]) -> None:
     """Complete the all-gather of updated parameters, which overlap leaves to the next forward pass."""
-    for stage in stages:
-        if stage.ddp_config.overlap_param_gather:
-            stage.start_param_sync(force_sync=True)
+    for model_chunk in model_chunks:
+        if model_chunk.ddp_config.overlap_param_gather:
+            model_chunk.start_param_sync(force_sync=True)
 
 
 def _wrap(config: Config, model: HiMixModel, *, trains: bool, first: bool) -> Any:
@@ -316,19 +322,19 @@ def _wrap(config: Config, model: HiMixModel, *, trains: bool, first: bool) -> An
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            stage = DistributedDataParallel(mcore_config, ddp_config(config), wrapped, disable_bucketing=not first)
+            model_chunk = DistributedDataParallel(mcore_config, ddp_config(config), wrapped, disable_bucketing=not first)
         torch.cuda.current_stream().wait_stream(stream)
-        stage.graph_stream = stream
+        model_chunk.graph_stream = stream
     else:
-        stage = DistributedDataParallel(mcore_config, ddp_config(config), wrapped, disable_bucketing=not first)
-    if stage.ddp_config.overlap_param_gather:
+        model_chunk = DistributedDataParallel(mcore_config, ddp_config(config), wrapped, disable_bucketing=not first)
+    if model_chunk.ddp_config.overlap_param_gather:
         # mcore waits for a parameter when its own module runs; ours also read a module's weight without running it.
         for layer in model.decoder.layers:
-            layer.register_forward_pre_hook(partial(_wait_for_parameters, stage))
-    return stage
+            layer.register_forward_pre_hook(partial(_wait_for_parameters, model_chunk))
+    return model_chunk
 
 
-def _wait_for_parameters(stage: Any, layer: nn.Module, _: Any) -> None:
+def _wait_for_parameters(model_chunk: Any, layer: nn.Module, _: Any) -> None:
     for parameter in layer.parameters():
-        if parameter in stage.param_to_bucket_group:
-            stage.param_to_bucket_group[parameter].finish_param_sync()
+        if parameter in model_chunk.param_to_bucket_group:
+            model_chunk.param_to_bucket_group[parameter].finish_param_sync()

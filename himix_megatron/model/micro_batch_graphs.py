@@ -46,9 +46,9 @@ class _Recorded:
 class MicroBatchGraphs:
     """The graphs of one model chunk. Every micro-batch goes through `run`, recorded or not."""
 
-    def __init__(self, config: Config, stage: Any):
+    def __init__(self, config: Config, model_chunk: Any):
         """Nothing is recorded yet. Raises: nothing; `Config` refuses what cannot be recorded."""
-        self._config, self._stage = config, stage
+        self._config, self._stage = config, model_chunk
         self._recorded: dict[Any, _Recorded] = {}
         self._seen: set[Any] = set()
         self._pool: Any = None

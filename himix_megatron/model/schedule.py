@@ -20,7 +20,7 @@ from .stage_input import StageInput
 
 
 def run_losses(
-    stages: list[DistributedDataParallel],
+    model_chunks: list[DistributedDataParallel],
     inputs: Sequence[StageInput],
     *,
     forward_only: bool,
@@ -31,11 +31,11 @@ def run_losses(
     Args: graphs: run forward and backward as CUDA graphs; on one pipeline stage.
     Returns: on the last stage per micro-batch what `answer_loss` reports; elsewhere nothing.
     """
-    return _run(stages, inputs, _loss, forward_only=forward_only, graphs=None if forward_only else graphs)
+    return _run(model_chunks, inputs, _loss, forward_only=forward_only, graphs=None if forward_only else graphs)
 
 
 def run_logits(
-    stages: list[DistributedDataParallel], inputs: Sequence[StageInput], take: Callable[[int, Tensor], Tensor]
+    model_chunks: list[DistributedDataParallel], inputs: Sequence[StageInput], take: Callable[[int, Tensor], Tensor]
 ) -> list[Tensor]:
     """Forward without labels. `take(micro_batch, logits float[B, S, vocab/TP])` says what to keep.
 
@@ -43,7 +43,7 @@ def run_logits(
     """
     numbers = iter(range(len(inputs)))
     return _run(
-        stages, inputs, lambda _: lambda logits, non_loss_data: take(next(numbers), logits), forward_only=True, raw=True
+        model_chunks, inputs, lambda _: lambda logits, non_loss_data: take(next(numbers), logits), forward_only=True, raw=True
     )
 
 
@@ -53,7 +53,7 @@ def _loss(given: StageInput) -> Callable[[Tensor], Any]:
 
 
 def _run(
-    stages: list[DistributedDataParallel],
+    model_chunks: list[DistributedDataParallel],
     inputs: Sequence[StageInput],
     report: Callable[[StageInput], Callable[..., Any]],
     *,
@@ -61,7 +61,7 @@ def _run(
     raw: bool = False,
     graphs: MicroBatchGraphs | None = None,
 ) -> list[Tensor]:
-    def forward_step(iterator: Iterator[StageInput], stage: DistributedDataParallel) -> tuple[Tensor, Any]:
+    def forward_step(iterator: Iterator[StageInput], model_chunk: DistributedDataParallel) -> tuple[Tensor, Any]:
         given = next(iterator)
         if not forward_only:
             failpoint("step/forward", progress=True)
@@ -70,7 +70,7 @@ def _run(
             failpoint("step/backward", progress=True)
             # Its backward pass is done: what the schedule goes back through is this number alone.
             return loss[0].requires_grad_(), lambda total: (total, *loss[1:])
-        output = given.through(stage)
+        output = given.through(model_chunk)
         if output.requires_grad:
             output.register_hook(lambda _: failpoint("step/backward", progress=True))  # type: ignore[no-untyped-call]
         return output, report(given)
@@ -78,8 +78,8 @@ def _run(
     num_samples, length = inputs[0].text_ids.shape
     reported: list[Tensor] = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=[iter(inputs) for _ in stages],
-        model=stages,
+        data_iterator=[iter(inputs) for _ in model_chunks],
+        model=model_chunks,
         num_microbatches=len(inputs),
         seq_length=length,
         micro_batch_size=num_samples,

@@ -42,9 +42,9 @@ class StageInput:
     layout: PackedLayout | None = None
     """Of the micro-batch, where it was made before; None: the stage makes it."""
 
-    def through(self, stage: Any) -> Tensor:
+    def through(self, model_chunk: Any) -> Tensor:
         """What the stage makes of it: hidden states, losses or logits."""
-        output: Tensor = stage(
+        output: Tensor = model_chunk(
             self.text_ids, self.images, self.blank, self.images_per_sample, labels=self.labels, cache=self.cache,
             packed_lengths=self.packed_lengths, labelled=self.labelled, layout=self.layout,
         )  # fmt: skip

@@ -23,7 +23,7 @@ PARTS: tuple[Part, ...] = ("language", "vision_kv", "tower")
 
 
 @torch.no_grad()
-def squared_norms(stages: list[Any], optimizer: Any, data_rank: int) -> dict[Part, float]:
+def squared_norms(model_chunks: list[Any], optimizer: Any, data_rank: int) -> dict[Part, float]:
     """Sums of squares by part; summed over all ranks they are the squared norms.
 
     After an update the gradients are clipped; `unclipped_norms` undoes it. What several ranks hold is counted once: by one of
@@ -31,8 +31,8 @@ def squared_norms(stages: list[Any], optimizer: Any, data_rank: int) -> dict[Par
     distributed optimizer it is.
     """
     grads: dict[Part, list[Tensor]] = {part: [] for part in PARTS}
-    for stage in stages:
-        for name, parameter in unwrap_model(stage).named_parameters():
+    for model_chunk in model_chunks:
+        for name, parameter in unwrap_model(model_chunk).named_parameters():
             counts = parameter.requires_grad and param_is_not_shared(parameter)
             if counts and param_is_not_tensor_parallel_duplicate(parameter):
                 grads[part_of(name)] += _own(parameter, optimizer, data_rank)

@@ -137,7 +137,7 @@ class Metrics:
         config: Config,
         topology: Topology,
         *,
-        stages: list[Any],
+        model_chunks: list[Any],
         optimizer: Any,
         schedule_timers: ScheduleTimers,
         take_data_wait: Callable[[], float],
@@ -151,7 +151,7 @@ class Metrics:
             reporter: TensorBoard on rank 0, None elsewhere.
             first_step: steps done so far.
         """
-        self.config, self.topology, self.stages, self.optimizer = config, topology, stages, optimizer
+        self.config, self.topology, self.model_chunks, self.optimizer = config, topology, model_chunks, optimizer
         self.status, self.reporter, self.first_step = status, reporter, first_step
         self.peak_tflops = peak_tflops(config, topology.device)
         self._schedule_timers, self._take_data_wait = schedule_timers, take_data_wait
@@ -203,7 +203,7 @@ class Metrics:
     def _gather(self) -> list[RankSums]:
         """The sums of every rank: the one collective of an interval."""
         sums, topology = self._interval.sums, self.topology
-        squares = squared_norms(self.stages, self.optimizer, topology.data_rank)
+        squares = squared_norms(self.model_chunks, self.optimizer, topology.data_rank)
         for part, square in squares.items():
             setattr(sums, f"{part}_square", square)
         sums.peak_gib = peak_memory_gib(topology.device)

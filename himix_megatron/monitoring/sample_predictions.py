@@ -82,19 +82,25 @@ class SamplePredictions:
     """Answers the same samples every `log.predictions_interval_steps`. Every rank makes the same calls."""
 
     def __init__(
-        self, config: Config, plan: SamplingPlan | Stream, kernels: Kernels, topology: Topology, stages: list[Any], tower: Tower
+        self,
+        config: Config,
+        plan: SamplingPlan | Stream,
+        kernels: Kernels,
+        topology: Topology,
+        model_chunks: list[Any],
+        tower: Tower,
     ):
         """`plan`: the samples are chosen from it. `tower`: the frozen one; unused where the tower trains."""
-        self.config, self.stages = config, stages
+        self.config, self.model_chunks = config, model_chunks
         self.questions: list[Question] = []
         if config.log.predictions_interval_steps:
             assert isinstance(plan, SamplingPlan)  # Config has checked it
             self.questions = list(choose(config, plan))
-            trained: Any = unwrap_model(stages[0]).tower if "tower" in config.train.trainable_parts else tower
+            trained: Any = unwrap_model(model_chunks[0]).tower if "tower" in config.train.trainable_parts else tower
             frozen = replace(config, train=replace(config.train, trainable_parts=("vision_kv",)))
             with torch.random.fork_rng(devices=[]):  # the random numbers of training stay the same
                 self.answerer = Answerer(frozen, kernels, topology, trained)
-            self.answerer.share(stages)
+            self.answerer.share(model_chunks)
 
     @torch.no_grad()
     def maybe_predict(self, step: int, *, last: bool) -> list[Answered]:
@@ -102,8 +108,8 @@ class SamplePredictions:
         if not self.questions or not (last or step % self.config.log.predictions_interval_steps == 0):
             return []
         failpoint("validation/pictures", progress=True)
-        gather_parameters(self.stages)
-        self.answerer.share(self.stages)
+        gather_parameters(self.model_chunks)
+        self.answerer.share(self.model_chunks)
         tokenizer = load_tokenizer(self.config.data.tokenizer)
         stops = chat_template.end_of_turn(tokenizer, self.config.data.template)
         answers = self.answerer.answer([asked.prompt for asked in self.questions], stops, MAX_NEW_TOKENS)

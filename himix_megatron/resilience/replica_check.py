@@ -50,16 +50,16 @@ def _wrapped(number: int) -> int:
     return (number + 2**63) % 2**64 - 2**63
 
 
-def check_replica_weights(topology: Topology, stages: list[Any], tower: nn.Module | None) -> str | None:
+def check_replica_weights(topology: Topology, model_chunks: list[Any], tower: nn.Module | None) -> str | None:
     """Compare parameters among the ranks that should hold the same: all of them among data ranks, those that tensor parallelism
     does not split among tensor ranks, a frozen tower among data ranks. All ranks call it.
 
     Returns: which rank differs in which parameter, the same line on every rank; None: all agree.
     """
-    gather_parameters(stages)
+    gather_parameters(model_chunks)
     named = [
-        (f"{i}.{name}" if len(stages) > 1 else name, p)
-        for i, s in enumerate(stages)
+        (f"{i}.{name}" if len(model_chunks) > 1 else name, p)
+        for i, s in enumerate(model_chunks)
         for name, p in unwrap_model(s).named_parameters()
     ]
     whole = [(name, p) for name, p in named if not getattr(p, "tensor_model_parallel", False)]
@@ -101,22 +101,22 @@ def _compare(named: list[tuple[str, Tensor]], group: Any, topology: Topology) ->
     return f"{who} holds other bits than its replicas in {named[odd[0]][0]}{more}"
 
 
-def state_hash(stages: list[Any], optimizer: Any) -> str:
+def state_hash(model_chunks: list[Any], optimizer: Any) -> str:
     """Hex SHA-256 over the hashes of all parameters and all of the optimizer's state, on all ranks; all ranks call it.
 
     The same at the same layout for the same training state, bit for bit. Two layouts cut tensors differently, so theirs differ.
     """
     own = hashlib.sha256()
-    for name, tensor in (*_parameters(stages), *_optimizer_tensors(optimizer)):
+    for name, tensor in (*_parameters(model_chunks), *_optimizer_tensors(optimizer)):
         own.update(f"{name} {tuple(tensor.shape)} {int(bitwise_hash(tensor))}\n".encode())
     told: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(told, own.hexdigest())
     return hashlib.sha256(" ".join(map(str, told)).encode()).hexdigest()
 
 
-def _parameters(stages: list[Any]) -> Iterator[tuple[str, Tensor]]:
-    for i, stage in enumerate(stages):
-        for name, parameter in unwrap_model(stage).named_parameters():
+def _parameters(model_chunks: list[Any]) -> Iterator[tuple[str, Tensor]]:
+    for i, model_chunk in enumerate(model_chunks):
+        for name, parameter in unwrap_model(model_chunk).named_parameters():
             yield f"{i}.{name}", parameter
 
 

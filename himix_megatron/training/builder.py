@@ -18,7 +18,7 @@ from ..distributed.control_group import ControlGroup
 from ..distributed.megatron_config import kernel_lines, overlaps, params_dtype
 from ..distributed.topology import Topology
 from ..model.feature_prefetch import FeaturePrefetcher
-from ..model.himix_model import build_stage, finalize_gradients
+from ..model.himix_model import build_model_chunks, finalize_gradients
 from ..model.micro_batch_graphs import MicroBatchGraphs
 from ..model.towers import build_tower
 from ..model.vision_encoder import ShardedVisionEncoder, encoder_share
@@ -34,7 +34,7 @@ class TrainingComponents:
     """What training works with on this rank."""
 
     topology: Topology
-    stages: list[DistributedDataParallel]
+    model_chunks: list[DistributedDataParallel]
     """One model chunk, or several with an interleaved pipeline."""
     encoder: ShardedVisionEncoder
     prefetcher: FeaturePrefetcher
@@ -58,20 +58,20 @@ def build_components(
     tower = build_tower(config.vision, seed=config.train.seed, dtype=params_dtype(config)).requires_grad_(trainable)
     if not inputs.features or (inputs.held_out is not None and not inputs.held_out_features):
         tower = tower.to(topology.device)  # with cached features it stays on the host: only checkpoints need it
-    stages = build_stage(config, inputs.kernels, topology, tower)
-    optimizer = build_optimizer(config, stages)
-    mcore_config = stages[0].config
+    model_chunks = build_model_chunks(config, inputs.kernels, topology, tower)
+    optimizer = build_optimizer(config, model_chunks)
+    mcore_config = model_chunks[0].config
     mcore_config.grad_scale_func = optimizer.scale_loss
     schedule_timers = ScheduleTimers(topology.device)
     mcore_config.timers = schedule_timers
     mcore_config.finalize_model_grads_func = schedule_timers.ends_with(finalize_gradients)
     if overlaps(config):
         # Gradients are summed over data ranks in the last micro-batch's backward pass only.
-        syncs = [stage.no_sync for stage in stages]
+        syncs = [model_chunk.no_sync for model_chunk in model_chunks]
         mcore_config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
     return TrainingComponents(
         topology=topology,
-        stages=stages,
+        model_chunks=model_chunks,
         encoder=ShardedVisionEncoder(
             tower,
             None if config.vision.encoder_placement == "replicated" else topology.encoding,
@@ -82,16 +82,16 @@ def build_components(
         ),
         prefetcher=FeaturePrefetcher(topology.device, enabled=config.vision.prefetch_features),
         optimizer=optimizer,
-        checkpoints=Checkpoints(config, stages, optimizer, None if trainable else tower, run_lock, ranks),
+        checkpoints=Checkpoints(config, model_chunks, optimizer, None if trainable else tower, run_lock, ranks),
         schedule_timers=schedule_timers,
-        graphs=MicroBatchGraphs(config, stages[0]) if config.train.cuda_graphs == "on" else None,
+        graphs=MicroBatchGraphs(config, model_chunks[0]) if config.train.cuda_graphs == "on" else None,
     )
 
 
 def describe(config: Config, inputs: RunInputs, run: TrainingComponents) -> None:
     """Log what runs: layout, trainable parts, kernels."""
     parallel_config, topology = config.parallel, run.topology
-    trained = sum(p.numel() for stage in run.stages for p in stage.parameters() if p.requires_grad)
+    trained = sum(p.numel() for model_chunk in run.model_chunks for p in model_chunk.parameters() if p.requires_grad)
     logger.info(
         "%s: %d ranks (tensor %d%s, pipeline %d x %d, data %d), %s, %d steps of %d %s",
         config.recipe, topology.world_size, parallel_config.tensor, " + sequence" if parallel_config.sequence else "",

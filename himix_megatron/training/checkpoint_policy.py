@@ -27,7 +27,7 @@ class CheckpointPolicy:
         *,
         checkpoints: Checkpoints,
         topology: Topology,
-        stages: list[Any],
+        model_chunks: list[Any],
         loss_guard: LossGuard,
         goodput: Goodput,
         metrics: Metrics,
@@ -35,7 +35,7 @@ class CheckpointPolicy:
     ):
         """`saved_step`: of the checkpoint that the run continued from, 0 without one."""
         self._interval_steps, self._replica_check_steps = checkpoint.interval_steps, health.replica_check_steps
-        self._checkpoints, self._topology, self._stages = checkpoints, topology, stages
+        self._checkpoints, self._topology, self._stages = checkpoints, topology, model_chunks
         self._loss_guard, self._goodput, self._metrics = loss_guard, goodput, metrics
         self.saved_step = saved_step
 

@@ -136,12 +136,12 @@ class TrainLoop:
     def __init__(self, config: Config, inputs: RunInputs, run: TrainingComponents, position: Position, context: RunContext):
         self.config, self.inputs, self.components, self.position, self.context = config, inputs, run, position, context
         self.request, self.goodput = context.request, context.goodput
-        journal, topology, stages = context.journal, run.topology, run.stages
+        journal, topology, model_chunks = context.journal, run.topology, run.model_chunks
         self.rollback_data_offsets = journal.rollback_data_offsets()
         self.schedule = Schedule(config.optimizer, run.optimizer)
         self.metrics = _metrics(config, inputs, run, position.step, context.status)
         self.predictions = SamplePredictions(
-            config, inputs.held_out or inputs.plan, inputs.kernels, topology, stages, run.encoder.tower
+            config, inputs.held_out or inputs.plan, inputs.kernels, topology, model_chunks, run.encoder.tower
         )
         self.ledger = Ledger(
             config.run_dir,
@@ -159,7 +159,7 @@ class TrainLoop:
             config.health,
             checkpoints=run.checkpoints,
             topology=topology,
-            stages=stages,
+            model_chunks=model_chunks,
             loss_guard=self.loss_guard,
             goodput=context.goodput,
             metrics=self.metrics,
@@ -255,7 +255,7 @@ def _metrics(config: Config, inputs: RunInputs, run: TrainingComponents, first_s
     return Metrics(
         config,
         run.topology,
-        stages=run.stages,
+        model_chunks=run.model_chunks,
         optimizer=run.optimizer,
         schedule_timers=run.schedule_timers,
         take_data_wait=run.prefetcher.take_waited_seconds,

@@ -17,9 +17,9 @@ from ..config import Config, OptimizerConfig
 from ..distributed.megatron_config import optimizer_config, optimizer_parts
 
 
-def build_optimizer(config: Config, stages: list[DistributedDataParallel]) -> Any:
+def build_optimizer(config: Config, model_chunks: list[DistributedDataParallel]) -> Any:
     """AdamW over the trainable parameters, with fp32 main weights under bf16; gradients are clipped by their global norm."""
-    return get_megatron_optimizer(optimizer_config(config), stages, use_gloo_process_groups=False)
+    return get_megatron_optimizer(optimizer_config(config), model_chunks, use_gloo_process_groups=False)
 
 
 def apply_settings(settings: OptimizerConfig, optimizer: Any) -> None:

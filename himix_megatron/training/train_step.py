@@ -65,11 +65,11 @@ def train_step(
 
     Returns: what it processed over all ranks, the gradient's global norm before clipping, and the decision.
     """
-    for stage in run.stages:
-        stage.zero_grad_buffer()
+    for model_chunk in run.model_chunks:
+        model_chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
     reported = run_schedule(run, batch, images, forward_only=False)
-    failpoint("step/gradient", (buffer.grad_data for stage in run.stages for buffer in stage.buffers))
+    failpoint("step/gradient", (buffer.grad_data for model_chunk in run.model_chunks for buffer in model_chunk.buffers))
     own_norm, own_finite = gradient_norm(run.optimizer), has_finite_gradients(run)
     failpoint("step/collective", progress=True)
     counts, finite, norm = count(config, run.topology, batch, reported, finite=own_finite, norm=own_norm)
@@ -85,8 +85,8 @@ def has_finite_gradients(run: TrainingComponents) -> Tensor:
     norm."""
     largest = [
         torch.linalg.vector_norm(buffer.grad_data, ord=math.inf)
-        for stage in run.stages
-        for buffer in stage.buffers + stage.expert_parallel_buffers
+        for model_chunk in run.model_chunks
+        for buffer in model_chunk.buffers + model_chunk.expert_parallel_buffers
         if buffer.grad_data.numel()
     ]
     device = run.topology.device
@@ -99,7 +99,7 @@ def run_schedule(run: TrainingComponents, batch: StepBatch, images: Tensor, *, f
     Returns: for each micro-batch what `loss.answer_loss` reports, on the last stage; elsewhere nothing.
     """
     inputs = stage_inputs(batch, images, run.topology.device)
-    return run_losses(run.stages, inputs, forward_only=forward_only, graphs=run.graphs)
+    return run_losses(run.model_chunks, inputs, forward_only=forward_only, graphs=run.graphs)
 
 
 def agree_on_bad(batch: StepBatch, topology: Topology) -> StepBatch:

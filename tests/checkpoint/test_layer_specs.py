@@ -102,7 +102,7 @@ def load_and_save(checkpoint: Path, run: Path, attention: str, change: Callable[
     """
     from himix_megatron.checkpoint.run_lock import acquire
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
-    from himix_megatron.model.himix_model import build_stage, unwrap_model
+    from himix_megatron.model.himix_model import build_model_chunks, unwrap_model
     from himix_megatron.model.towers import build_tower
     from himix_megatron.training.optimizer import build_optimizer
 
@@ -114,9 +114,9 @@ def load_and_save(checkpoint: Path, run: Path, attention: str, change: Callable[
     tower = build_tower(config.vision, seed=1, dtype=torch.float32)
     kernels = detect()
     with as_with_gpu(attention):
-        stages = build_stage(config, kernels, topology, tower)
-    change(unwrap_model(stages[0]))
-    own = checkpoints.Checkpoints(config, stages, build_optimizer(config, stages), tower, acquire(run))
+        model_chunks = build_model_chunks(config, kernels, topology, tower)
+    change(unwrap_model(model_chunks[0]))
+    own = checkpoints.Checkpoints(config, model_chunks, build_optimizer(config, model_chunks), tower, acquire(run))
     own.load_weights(checkpoint)
     make_moments(own.optimizer)
     assert own._checkpoint_bytes() > 0
@@ -125,12 +125,12 @@ def load_and_save(checkpoint: Path, run: Path, attention: str, change: Callable[
     own.save(Position(step=1, place=START, data={}))
     own.finish()
     checkpoints._EXTRA_STATE = "_extra_state"
-    for parameter in unwrap_model(stages[0]).parameters():
+    for parameter in unwrap_model(model_chunks[0]).parameters():
         parameter.data.zero_()
     assert own.restore(run / "checkpoints" / "step-00000001").step == 1
     own.close()
     # As bytes, which a rank can hand on; the type is in them.
-    weights = {name: tensor.detach().clone().numpy() for name, tensor in unwrap_model(stages[0]).named_parameters()}
+    weights = {name: tensor.detach().clone().numpy() for name, tensor in unwrap_model(model_chunks[0]).named_parameters()}
     shutdown_distributed()
     return weights
 

@@ -69,7 +69,7 @@ def _text_logits(run: Path, layout: dict[str, int], ids: Tensor) -> Tensor:
     topology = init_distributed(config.parallel, seed=1)
     answerer = Answerer(config, detect(), topology)
     answerer.load(checkpoint)
-    found = our_logits(answerer.stages, topology, config.model, ids, torch.empty(len(ids), 0, config.vision.hidden_size))
+    found = our_logits(answerer.model_chunks, topology, config.model, ids, torch.empty(len(ids), 0, config.vision.hidden_size))
     shutdown_distributed()
     if "MASTER_PORT" in os.environ:  # the next model's ranks meet elsewhere
         os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
@@ -130,15 +130,15 @@ def save_again(checkpoint: Path, run: Path) -> Path:
     from himix_megatron.checkpoint.run_lock import acquire
     from himix_megatron.config import RunConfig
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
-    from himix_megatron.model.himix_model import build_stage
+    from himix_megatron.model.himix_model import build_model_chunks
     from himix_megatron.model.towers import build_tower
     from himix_megatron.training.optimizer import build_optimizer
 
     config = dataclasses.replace(read_config(checkpoint), run=RunConfig(dir=str(run)))
     topology = init_distributed(config.parallel, seed=1)
     tower = build_tower(config.vision, seed=1, dtype=torch.float32)
-    stages = build_stage(config, detect(), topology, tower)
-    checkpoints = Checkpoints(config, stages, build_optimizer(config, stages), tower, acquire(run))
+    model_chunks = build_model_chunks(config, detect(), topology, tower)
+    checkpoints = Checkpoints(config, model_chunks, build_optimizer(config, model_chunks), tower, acquire(run))
     checkpoints.load_weights(checkpoint)
     checkpoints.save(Position(step=1, place=START, data={}))
     checkpoints.close()

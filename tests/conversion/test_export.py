@@ -264,7 +264,7 @@ def reference_to_hf(file: Path, out: Path) -> list[int]:
     from himix_megatron.conversion.sharding import gather, scatter
     from himix_megatron.distributed.fused_kernels import detect
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
-    from himix_megatron.model.himix_model import build_stage
+    from himix_megatron.model.himix_model import build_model_chunks
     from himix_megatron.model.schedule import run_logits
     from himix_megatron.model.stage_input import StageInput
     from himix_megatron.model.towers import build_tower
@@ -272,14 +272,14 @@ def reference_to_hf(file: Path, out: Path) -> list[int]:
     reference = read(file)
     config = configuration(Arguments(file=file), reference)
     topology = init_distributed(config.parallel, seed=1)
-    stages = build_stage(config, detect(), topology, torch.nn.Identity(), trains=False)
-    scatter(stages, from_authors(reference.weights, config.model), topology)
+    model_chunks = build_model_chunks(config, detect(), topology, torch.nn.Identity(), trains=False)
+    scatter(model_chunks, from_authors(reference.weights, config.model), topology)
     ids = reference.tensors["input_ids"][:1]
     for _ in range(8):
         given = StageInput(ids, reference.tensors["vision"][:1].float(), torch.zeros(1, dtype=torch.bool), (1,))
-        (logits,) = run_logits(stages, [given], lambda _, logits: logits)
+        (logits,) = run_logits(model_chunks, [given], lambda _, logits: logits)
         ids = torch.cat((ids, logits[:, -1:, : config.model.vocab_size].argmax(-1)), dim=1)
-    weights = to_authors(gather(stages, lambda parameter: parameter, topology, config.model.vocab_size), config.model)
+    weights = to_authors(gather(model_chunks, lambda parameter: parameter, topology, config.model.vocab_size), config.model)
     shutdown_distributed()
     tower = build_tower(config.vision, seed=1, dtype=torch.float32)
     weights |= {f"vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()}

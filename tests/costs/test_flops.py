@@ -73,7 +73,7 @@ def counted_step(config: Config, packed: bool) -> tuple[int, int]:
     from himix_megatron.distributed.fused_kernels import detect
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
     from himix_megatron.model.attention import backends
-    from himix_megatron.model.himix_model import build_stage, unwrap_model
+    from himix_megatron.model.himix_model import build_model_chunks, unwrap_model
     from himix_megatron.model.towers import build_tower
 
     def by_products(*given: Any) -> torch.Tensor:
@@ -83,7 +83,7 @@ def counted_step(config: Config, packed: bool) -> tuple[int, int]:
     backends.cpu_flash_attention = by_products
     topology = init_distributed(config.parallel, seed=1)
     tower = build_tower(config.vision, seed=0, dtype=torch.float32)
-    stages = build_stage(config, detect(), topology, tower)
+    stages = build_model_chunks(config, detect(), topology, tower)
     stages[0].zero_grad_buffer()
     rows, length = (1, sum(TEXTS)) if packed else (len(TEXTS), max(TEXTS))
     ids = torch.randint(384, (rows, length), generator=torch.Generator().manual_seed(0))

@@ -34,14 +34,14 @@ def built(config: Config) -> list[tuple[int, int, int]]:
     """This rank's parameters by part, the frozen tower counted."""
     from himix_megatron.distributed.fused_kernels import detect
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
-    from himix_megatron.model.himix_model import build_stage, part_of, unwrap_model
+    from himix_megatron.model.himix_model import build_model_chunks, part_of, unwrap_model
     from himix_megatron.model.towers import build_tower
 
     topology = init_distributed(config.parallel, seed=1)
     tower = build_tower(config.vision, seed=0, dtype=torch.float32)
-    stages = build_stage(config, detect(), topology, tower)
+    model_chunks = build_model_chunks(config, detect(), topology, tower)
     found = {"language": 0, "vision_kv": 0, "tower": 0}
-    for stage in stages:
+    for stage in model_chunks:
         for name, parameter in unwrap_model(stage).named_parameters():
             found[part_of(name)] += parameter.numel()
     if "tower" not in config.train.trainable_parts:
@@ -87,13 +87,13 @@ def kept_by_layers(config: Config) -> float:
     """Bytes that autograd keeps of a micro-batch, of 6 layers less 2: what 4 layers keep, parameters left out."""
     from himix_megatron.distributed.fused_kernels import detect
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
-    from himix_megatron.model.himix_model import build_stage, unwrap_model
+    from himix_megatron.model.himix_model import build_model_chunks, unwrap_model
 
     topology = init_distributed(config.parallel, seed=1)
     found = []
     for num_layers in (2, 6):
         sized = replace(config, model=replace(config.model, num_layers=num_layers))
-        [stage] = build_stage(sized, detect(), topology, torch.nn.Identity())
+        [stage] = build_model_chunks(sized, detect(), topology, torch.nn.Identity())
         stage.zero_grad_buffer()
         model = unwrap_model(stage)
         own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}

@@ -105,7 +105,7 @@ def answers_in(config: Config) -> tuple[Any, ...]:
     answerer = Answerer(config, detect(), topology)
     (answer,) = answerer.answer([Prompt(np.arange(5), ())], (), 2)
     shutdown_distributed()
-    return answerer.config.train.fp8, unwrap_model(answerer.stages[0]).config.fp8, len(answer)
+    return answerer.config.train.fp8, unwrap_model(answerer.model_chunks[0]).config.fp8, len(answer)
 
 
 def test_runs_in_fp8_answer_in_bf16(mixed_dataset: Path, tmp_path: Path) -> None:

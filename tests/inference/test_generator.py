@@ -73,7 +73,7 @@ def noting_answerer(config: Config, topology: Any) -> Any:
     answerer = Noting(config, detect(), topology)
     answerer.margins = []
     with torch.no_grad():  # mcore begins biases at 0
-        for name, parameter in global_parameters(answerer.stages):
+        for name, parameter in global_parameters(answerer.model_chunks):
             if name.endswith("bias"):
                 parameter.copy_(torch.linspace(-1, 1, len(parameter)))
     return answerer
@@ -148,7 +148,7 @@ def what_is_computed(answerer: Any) -> dict[str, Any]:
     """The shapes that go through head and vision projections during one answer of 8 tokens to 6 prompts."""
     from himix_megatron.model.himix_model import unwrap_model
 
-    model = unwrap_model(answerer.stages[0])
+    model = unwrap_model(answerer.model_chunks[0])
     head, vision, text = [], [], []
     model.output_layer.register_forward_hook(lambda _, given, out: head.append(tuple(out[0].shape[:2])))
     for layer in model.decoder.layers:

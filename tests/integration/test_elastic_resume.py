@@ -79,7 +79,7 @@ def save_again(config: Config, folder: Path) -> None:
     run = build_components(config, start, topology)
     position = restore_or_initialize(config, start, expected_checkpoint(config, start.plan), run.checkpoints)
     elsewhere = replace(config, run=RunConfig(dir=str(folder)))
-    checkpoints = Checkpoints(elsewhere, run.stages, run.optimizer, run.checkpoints.frozen_tower)
+    checkpoints = Checkpoints(elsewhere, run.model_chunks, run.optimizer, run.checkpoints.frozen_tower)
     checkpoints.save(position)
     checkpoints.close()
     shutdown_distributed()

@@ -40,16 +40,16 @@ def weights_of(config: Config, runs: list[Path]) -> list[dict[str, torch.Tensor]
     """All weights of finished runs, the tower's too, by name; on one rank."""
     from himix_megatron.distributed.fused_kernels import detect
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
-    from himix_megatron.model.himix_model import build_stage, unwrap_model
+    from himix_megatron.model.himix_model import build_model_chunks, unwrap_model
     from himix_megatron.model.towers import build_tower
 
     topology = init_distributed(config.parallel, seed=1)
     tower = build_tower(config.vision, seed=1, dtype=torch.float32)
-    stages = build_stage(config, detect(), topology, tower, trains=False)
+    model_chunks = build_model_chunks(config, detect(), topology, tower, trains=False)
     found = []
     for run in runs:
-        Checkpoints(config, stages, None, tower).load_weights(find_checkpoint(str(run)))
-        weights = {n: p.detach().clone() for n, p in unwrap_model(stages[0]).named_parameters()}
+        Checkpoints(config, model_chunks, None, tower).load_weights(find_checkpoint(str(run)))
+        weights = {n: p.detach().clone() for n, p in unwrap_model(model_chunks[0]).named_parameters()}
         found.append(weights | {f"tower.{n}": p.detach().clone() for n, p in tower.named_parameters()})
     shutdown_distributed()
     return found

@@ -36,7 +36,7 @@ def described(attention: str) -> dict[str, str | None]:
     from himix_megatron.checkpoint.distributed_optimizer import sharding_metadata
     from himix_megatron.distributed.fused_kernels import detect
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
-    from himix_megatron.model.himix_model import build_stage, unwrap_model
+    from himix_megatron.model.himix_model import build_model_chunks, unwrap_model
     from himix_megatron.model.towers import build_tower
     from tests.support.small_runs import small_config
 
@@ -46,8 +46,8 @@ def described(attention: str) -> dict[str, str | None]:
     tower = build_tower(config.vision, seed=1, dtype=torch.float32)
     kernels = detect()
     with as_with_gpu(attention):
-        stages = build_stage(config, kernels, topology, tower)
-    state = unwrap_model(stages[0]).sharded_state_dict(metadata=sharding_metadata()).values()
+        model_chunks = build_model_chunks(config, kernels, topology, tower)
+    state = unwrap_model(model_chunks[0]).sharded_state_dict(metadata=sharding_metadata()).values()
     shutdown_distributed()
     found: dict[str, str | None] = {}
     for value in state:

@@ -35,13 +35,13 @@ def losses_and_gradients(options: dict[str, Any], tied: bool, count: str, chunk_
     from himix_megatron.distributed.fused_kernels import detect
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
     from himix_megatron.model import loss
-    from himix_megatron.model.himix_model import build_stage, unwrap_model
+    from himix_megatron.model.himix_model import build_model_chunks, unwrap_model
 
     loss.CHUNK_LOGITS = chunk_logits
     config = small_config(Path("unused"), Path("unused"), parts=("language", "vision_kv"), **options)
     config = replace(config, model=replace(config.model, tie_embeddings=tied))
     topology = init_distributed(config.parallel, seed=1)
-    stage = build_stage(config, detect(), topology, torch.nn.Identity())[0]
+    stage = build_model_chunks(config, detect(), topology, torch.nn.Identity())[0]
     model, labels = unwrap_model(stage), labels_for(count)
     own = TEXT // topology.tensor_size if config.parallel.sequence else TEXT
     whole = torch.randn(TEXT, SAMPLES, 64, generator=torch.Generator().manual_seed(4))

@@ -21,7 +21,7 @@ def names_and_shapes(attention: str) -> dict[str, tuple[int, ...]]:
 
     from himix_megatron.checkpoint.checkpointer import model_state
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
-    from himix_megatron.model.himix_model import build_stage
+    from himix_megatron.model.himix_model import build_model_chunks
     from himix_megatron.model.towers import build_tower
 
     config = small_config(Path("unused"), Path("unused"), parts=("language", "vision_kv"))
@@ -31,8 +31,8 @@ def names_and_shapes(attention: str) -> dict[str, tuple[int, ...]]:
     kernels = detect()
     # Transformer Engine's modules refuse to be built, not only to run, where torch sees no GPU.
     with patch("torch.cuda.is_available", return_value=attention == "te" or torch.cuda.is_available()):
-        stages = build_stage(config, kernels, topology, tower)
-    tensors = [t for t in model_state(stages)["model0"].values() if isinstance(t, ShardedTensor)]
+        model_chunks = build_model_chunks(config, kernels, topology, tower)
+    tensors = [t for t in model_state(model_chunks)["model0"].values() if isinstance(t, ShardedTensor)]
     shutdown_distributed()
     return {f"{tensor.key}{list(tensor.global_offset)}": tuple(tensor.global_shape) for tensor in tensors}
 

@@ -47,7 +47,7 @@ def both_ways(options: dict[str, Any], precision: str) -> list[tuple[torch.Tenso
     from himix_megatron.distributed.fused_kernels import detect
     from himix_megatron.distributed.megatron_config import params_dtype
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
-    from himix_megatron.model.himix_model import build_stage, finalize_gradients
+    from himix_megatron.model.himix_model import build_model_chunks, finalize_gradients
     from himix_megatron.model.micro_batch_graphs import MicroBatchGraphs
     from himix_megatron.model.schedule import run_losses
 
@@ -59,13 +59,13 @@ def both_ways(options: dict[str, Any], precision: str) -> list[tuple[torch.Tenso
         train=replace(config.train, global_batch_samples=None, global_batch_packs=4, cuda_graphs="on"),
     )
     topology = init_distributed(config.parallel, seed=1)
-    stages = build_stage(config, detect(), topology, torch.nn.Identity())
-    stages[0].config.finalize_model_grads_func = finalize_gradients
-    inputs, graphs, found = packs(config, topology.device, params_dtype(config)), MicroBatchGraphs(config, stages[0]), []
+    model_chunks = build_model_chunks(config, detect(), topology, torch.nn.Identity())
+    model_chunks[0].config.finalize_model_grads_func = finalize_gradients
+    inputs, graphs, found = packs(config, topology.device, params_dtype(config)), MicroBatchGraphs(config, model_chunks[0]), []
     for _, own in itertools.product(range(3), (graphs, None)):
-        stages[0].zero_grad_buffer()
-        reports = run_losses(stages, inputs, forward_only=False, graphs=own)
-        found.append([torch.stack(reports).cpu(), *(buffer.grad_data.cpu().clone() for buffer in stages[0].buffers)])
+        model_chunks[0].zero_grad_buffer()
+        reports = run_losses(model_chunks, inputs, forward_only=False, graphs=own)
+        found.append([torch.stack(reports).cpu(), *(buffer.grad_data.cpu().clone() for buffer in model_chunks[0].buffers)])
     shutdown_distributed()
     return [pair for way, plain in zip(found[::2], found[1::2], strict=True) for pair in zip(way, plain, strict=True)]
 

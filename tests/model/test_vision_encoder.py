@@ -226,11 +226,11 @@ def _tower_gradients(config: Config) -> tuple[float, dict[str, torch.Tensor]]:
     restore_or_initialize(config, start, expected_checkpoint(config, start.plan), run.checkpoints)
     reader = step_reader(config, start.plan, topology)
     batch, images = next(train_step.with_features(run, [reader[next(start.plan.steps(start.length))]]))
-    for stage in run.stages:
+    for stage in run.model_chunks:
         stage.zero_grad_buffer()
     reported = train_step.run_schedule(run, batch, images, forward_only=False)
     counts, *_ = train_step.count(config, topology, batch, reported)
-    gradients = {name: p.main_grad.clone() for name, p in unwrap_model(run.stages[0]).tower.named_parameters()}
+    gradients = {name: p.main_grad.clone() for name, p in unwrap_model(run.model_chunks[0]).tower.named_parameters()}
     return counts.loss, gradients
 
 

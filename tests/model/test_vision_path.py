@@ -22,15 +22,15 @@ def build(parts: tuple[Any, ...], num_layers: int = 4, **options: Any) -> tuple[
     """One rank's model and its configuration."""
     from himix_megatron.distributed.fused_kernels import detect
     from himix_megatron.distributed.topology import init_distributed
-    from himix_megatron.model.himix_model import build_stage, unwrap_model
+    from himix_megatron.model.himix_model import build_model_chunks, unwrap_model
 
     config = small_config(Path("unused"), Path("unused"), parts=parts, **options)
     config = replace(config, model=replace(config.model, num_layers=num_layers))
     topology = init_distributed(config.parallel, seed=1)
-    stages = build_stage(config, detect(), topology, torch.nn.Identity())
-    for stage in stages:
+    model_chunks = build_model_chunks(config, detect(), topology, torch.nn.Identity())
+    for stage in model_chunks:
         stage.zero_grad_buffer()
-    return unwrap_model(stages[0]), (config, stages)
+    return unwrap_model(model_chunks[0]), (config, model_chunks)
 
 
 def run(model: Any, config: Any, features_KnV: Tensor) -> Tensor:
@@ -140,10 +140,10 @@ def norm_gradients(parallel_options: dict[str, Any]) -> tuple[float, Tensor]:
     """Loss, and the vision norms' gradients of all layers, with weights that are the same for every tensor size."""
     from himix_megatron.distributed.topology import shutdown_distributed
 
-    model, (config, stages) = build(("language", "vision_kv"), **parallel_options)
+    model, (config, model_chunks) = build(("language", "vision_kv"), **parallel_options)
     loss = run(model, config, features(config))
     loss.backward()
-    stages[0].config.finalize_model_grads_func = None
+    model_chunks[0].config.finalize_model_grads_func = None
     found = torch.stack([layer.self_attention.vision_norm.weight.main_grad for layer in model.decoder.layers])
     shutdown_distributed()
     return float(loss.detach()), found

@@ -172,12 +172,12 @@ def first_norms(config: Config) -> dict[str, float]:
     position = restore_or_initialize(config, start, expected_checkpoint(config, start.plan), run.checkpoints)
     batches = batches_from(config, start, topology, position, {})
     batch, images = next(train_step.with_features(run, batches))
-    for stage in run.stages:
+    for stage in run.model_chunks:
         stage.zero_grad_buffer()
     run.optimizer.zero_grad()
     train_step.run_schedule(run, batch, images, forward_only=False)
     norm = optimizer.gradient_norm(run.optimizer)
-    squares = torch.tensor(list(gradient_norms.squared_norms(run.stages, run.optimizer, topology.data_rank).values()))
+    squares = torch.tensor(list(gradient_norms.squared_norms(run.model_chunks, run.optimizer, topology.data_rank).values()))
     torch.distributed.all_reduce(squares)
     run.prefetcher.drain()
     shutdown_distributed()

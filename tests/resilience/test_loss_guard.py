@@ -38,19 +38,19 @@ def hashes_of(config: Config, poison: tuple[int, tuple[int, ...]] | None = None)
         calls += 1
         if poison is not None and torch.distributed.get_rank() == poison[0] and calls in poison[1]:
             # A weight that tensor ranks all hold, so that only rank 0's counts for the norm.
-            weights = dict(unwrap_model(stages[0]).named_parameters())
+            weights = dict(unwrap_model(model_chunks[0]).named_parameters())
             name = next(name for name in weights if name.endswith("vision_norm.weight"))
             weights[name].main_grad.view(-1)[3] = math.nan
         return norm(optimizer)
 
     def noted(config: Config, run: Any, *arguments: Any) -> Any:
-        nonlocal stages
-        stages = run.stages
+        nonlocal model_chunks
+        model_chunks = run.model_chunks
         result = step(config, run, *arguments)
-        found.append(state_hash(run.stages, run.optimizer))
+        found.append(state_hash(run.model_chunks, run.optimizer))
         return result
 
-    stages: list[Any] = []
+    model_chunks: list[Any] = []
     train_step.gradient_norm, loop.train_step = poisoned, noted
     return loop.pretrain(config), found
 
@@ -177,7 +177,7 @@ def flip(config: Config, victim: int, name: str) -> int:
         calls += 1
         result = step(config, run, *arguments)
         if calls == 2 and run.topology.rank == victim:
-            weight = dict(unwrap_model(run.stages[0]).named_parameters())[name].data
+            weight = dict(unwrap_model(run.model_chunks[0]).named_parameters())[name].data
             weight.view(torch.int32).view(-1)[5] ^= 1
         return result
 

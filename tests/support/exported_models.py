@@ -51,7 +51,7 @@ def export_random(config: Config, out: Path) -> float:
 
     topology = init_distributed(config.parallel, seed=config.train.seed)
     answerer = Answerer(config, detect(), topology)
-    ours = gather(answerer.stages, lambda parameter: parameter, topology, config.model.vocab_size)
+    ours = gather(answerer.model_chunks, lambda parameter: parameter, topology, config.model.vocab_size)
     weights = to_authors(ours, config.model) | {f"vision_tower.{n}": t for n, t in answerer.tower.state_dict().items()}
     given = fixed_input(config)
     logits = himix_logits(answerer, given)

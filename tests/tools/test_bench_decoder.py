@@ -127,7 +127,7 @@ def test_answers_are_made_of_what_lies_on_the_models_device(monkeypatch: pytest.
         given.extend([vision_NBV, lengths])
         return SimpleNamespace(advance=lambda: None)
 
-    monkeypatch.setattr("himix_megatron.model.himix_model.build_stage", lambda *_, **__: [Answering()])
+    monkeypatch.setattr("himix_megatron.model.himix_model.build_model_chunks", lambda *_, **__: [Answering()])
     monkeypatch.setattr("himix_megatron.model.himix_model.unwrap_model", lambda stage: stage)
     monkeypatch.setattr("himix_megatron.model.attention.kv_cache.KVCache", cache)
     arguments = generation.Arguments(images=2, text_tokens=3, vision_tokens=4, new_tokens=1)

@@ -89,7 +89,9 @@ def test_without_images_a_step_gives_gradients_to_the_language_model_alone() -> 
     config = performance.configuration(performance.MODELS["qwen2_0_5b"], Context(Path(), tiny=True, deadline=0), "torch")
     with performance.built(config) as own:
         own.step_on(Packs.of(96, 3, 1, 36).concatenated())()
-        norms = {name: float(p.main_grad.norm()) for name, p in own.stages[0].module.named_parameters() if p.requires_grad}
+        norms = {
+            name: float(p.main_grad.norm()) for name, p in own.model_chunks[0].module.named_parameters() if p.requires_grad
+        }
     assert all(math.isfinite(norm) for norm in norms.values())
     vision = {name: norm for name, norm in norms.items() if "vision" in name}
     assert vision
@@ -208,5 +210,5 @@ def test_a_decoder_is_built_and_gone() -> None:
     config = performance.configuration(performance.MODELS["qwen2_0_5b"], Context(Path(), tiny=True, deadline=0), "torch")
     with performance.built(config) as own:
         assert isinstance(own, Decoder)
-        assert own.stages
-    assert not own.stages
+        assert own.model_chunks
+    assert not own.model_chunks

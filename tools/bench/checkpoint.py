@@ -31,7 +31,7 @@ from himix_megatron.config import CheckpointConfig, Config, RunConfig
 from himix_megatron.data.loading.plan import START
 from himix_megatron.distributed.fused_kernels import detect
 from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
-from himix_megatron.model.himix_model import build_stage
+from himix_megatron.model.himix_model import build_model_chunks
 from himix_megatron.model.towers import build_tower
 from himix_megatron.training.optimizer import build_optimizer
 from pipelines.cli import parse_settings, run_main
@@ -81,14 +81,14 @@ def measure(config: Config, repetitions: int) -> tuple[dict[str, list[float]], f
     """Seconds for which training stands still, by mode; and the bytes of a checkpoint."""
     topology = init_distributed(config.parallel, seed=1)
     tower = build_tower(config.vision, seed=1, dtype=torch.float32)
-    stages = build_stage(config, detect(), topology, tower)
-    optimizer = build_optimizer(config, stages)
-    for stage in stages:
+    model_chunks = build_model_chunks(config, detect(), topology, tower)
+    optimizer = build_optimizer(config, model_chunks)
+    for stage in model_chunks:
         stage.zero_grad_buffer()
     optimizer.step()  # makes AdamW's moments
     modes: dict[str, Literal["sync", "async"]] = {FIRST: "async"}
     modes |= {f"{mode} {number}": mode for number in range(repetitions) for mode in ("sync", "async")}
-    checkpoints = Checkpoints(config, stages, optimizer, tower)
+    checkpoints = Checkpoints(config, model_chunks, optimizer, tower)
     taken: dict[str, list[float]] = {SYNC: [], ASYNC: [], FIRST: [], WRITTEN: []}
     for step, (name, mode) in enumerate(modes.items(), start=1):
         checkpoints.config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, mode=mode))

@@ -81,9 +81,9 @@ def precision() -> Literal["bf16", "fp32"]:
 def build(config: Config, topology: Topology) -> Any:
     """The model with its gradient buffers."""
     from himix_megatron.distributed.fused_kernels import detect
-    from himix_megatron.model.himix_model import build_stage, unwrap_model
+    from himix_megatron.model.himix_model import build_model_chunks, unwrap_model
 
-    stage = build_stage(config, detect(), topology, torch.nn.Identity())[0]
+    stage = build_model_chunks(config, detect(), topology, torch.nn.Identity())[0]
     stage.zero_grad_buffer()
     model = unwrap_model(stage)
     model.wrapper = [stage]  # kept alive: it owns the buffers and the hooks that fill them

@@ -76,10 +76,12 @@ class Himix:
 
     def __init__(self, config: Config, arguments: Arguments, topology: Topology):
         from himix_megatron.distributed.fused_kernels import detect
-        from himix_megatron.model.himix_model import build_stage, unwrap_model
+        from himix_megatron.model.himix_model import build_model_chunks, unwrap_model
 
         self.config, self.arguments = config, arguments
-        self.model: Any = unwrap_model(build_stage(config, detect(), topology, torch.nn.Identity(), trains=False)[0]).eval()
+        self.model: Any = unwrap_model(
+            build_model_chunks(config, detect(), topology, torch.nn.Identity(), trains=False)[0]
+        ).eval()
         self.own = next(self.model.parameters())
         self.text_ids = torch.randint(config.model.vocab_size, (arguments.images, arguments.text_tokens)).to(self.own.device)
         self.vision_NBV = torch.randn(arguments.vision_tokens, arguments.images, config.vision.hidden_size).to(self.own)

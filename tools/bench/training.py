@@ -131,13 +131,13 @@ class Decoder:
 
     def __init__(self, config: Config, topology: Topology):
         from himix_megatron.distributed.fused_kernels import detect
-        from himix_megatron.model.himix_model import build_stage, finalize_gradients
+        from himix_megatron.model.himix_model import build_model_chunks, finalize_gradients
         from himix_megatron.model.micro_batch_graphs import MicroBatchGraphs
 
         self.config, self.device = config, topology.device
-        self.stages = build_stage(config, detect(), topology, torch.nn.Identity())
-        self.stages[0].config.finalize_model_grads_func = finalize_gradients
-        self.graphs = MicroBatchGraphs(config, self.stages[0]) if config.train.cuda_graphs == "on" else None
+        self.model_chunks = build_model_chunks(config, detect(), topology, torch.nn.Identity())
+        self.model_chunks[0].config.finalize_model_grads_func = finalize_gradients
+        self.graphs = MicroBatchGraphs(config, self.model_chunks[0]) if config.train.cuda_graphs == "on" else None
 
     def step_on(self, packs: Packs) -> Callable[[], None]:
         """Forward and backward of a step, gradients zeroed before and finished after; no optimizer."""
@@ -146,8 +146,8 @@ class Decoder:
         inputs = inputs_of(packs, self.config, self.device)
 
         def step() -> None:
-            self.stages[0].zero_grad_buffer()
-            run_losses(self.stages, inputs, forward_only=False, graphs=self.graphs)
+            self.model_chunks[0].zero_grad_buffer()
+            run_losses(self.model_chunks, inputs, forward_only=False, graphs=self.graphs)
 
         return step
 
@@ -162,7 +162,7 @@ class Decoder:
         """The optimizer's step over the gradients as they are; its states exist from now on."""
         from himix_megatron.training.optimizer import build_optimizer
 
-        step: Callable[[], object] = build_optimizer(self.config, self.stages).step
+        step: Callable[[], object] = build_optimizer(self.config, self.model_chunks).step
         return step
 
 

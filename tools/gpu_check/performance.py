@@ -132,7 +132,7 @@ def built(config: Config) -> Iterator[Decoder]:
         try:
             yield decoder
         finally:
-            decoder.stages.clear()
+            decoder.model_chunks.clear()
             decoder.graphs = None
     finally:
         shutdown_distributed()
@@ -246,7 +246,7 @@ def loss(model: Model, context: Context) -> Iterator[Line]:
     config = replace(config, model=one_layer, train=replace(config.train, cuda_graphs="off"))
     tokens, device = 32 if context.tiny else LABELLED_TOKENS, "cpu" if context.tiny else "cuda"
     with built(config) as own:
-        last = unwrap_model(own.stages[0])
+        last = unwrap_model(own.model_chunks[0])
         last.labelled = torch.arange(tokens, device=device)
         labels = torch.randint(one_layer.vocab_size, (1, tokens), device=device)
         states = torch.randn(tokens, 1, one_layer.hidden_size, device=device, dtype=params_dtype(config), requires_grad=True)

@@ -52,7 +52,7 @@ def himix_logits(answerer: Answerer, given: FixedInput) -> Tensor:
     pixels[~blank] = given.pixels
     features = answerer.encoder.encode(pixels.to(device), blank.to(device), len(blank))
     inputs = StageInput(given.text_ids.to(device), features, blank.to(device), counts)
-    (logits,) = run_logits(answerer.stages, [inputs], lambda _, logits: logits)
+    (logits,) = run_logits(answerer.model_chunks, [inputs], lambda _, logits: logits)
     return logits[..., : model.vocab_size].cpu()
 
 

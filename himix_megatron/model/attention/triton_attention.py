@@ -38,7 +38,7 @@ class Tile:
     rows: int
     keys: int
     warps: int
-    stages: int
+    model_chunks: int
 
 
 FORWARD = {64: Tile(64, 64, 4, 3), 128: Tile(128, 64, 8, 3)}
@@ -151,7 +151,7 @@ def _sizes(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout) -> t
 def _constants(query: Tensor, key: Tensor, tile: Tile) -> dict[str, int]:
     return {
         "R": query.shape[2] // key.shape[2], "G": key.shape[2], "D": query.shape[3], "M": tile.rows, "N": tile.keys,
-        "num_warps": tile.warps, "num_stages": tile.stages,
+        "num_warps": tile.warps, "num_stages": tile.model_chunks,
     }  # fmt: skip
 
 
