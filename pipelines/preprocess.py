@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from himix_megatron.config import Count, Fraction
+from himix_megatron.config import Count, Fraction, check_limits
 from himix_megatron.data.images import image_file
 from himix_megatron.data.ingest import shard_writer
 from himix_megatron.data.ingest.shard_writer import Check, ShardJob
@@ -96,6 +96,7 @@ class Settings:
     """Maximum share of bad rows; above it no dataset is made."""
 
     def __post_init__(self) -> None:
+        check_limits(self)
         if self.source not in SOURCES and ":" not in self.source:
             raise ValueError(f"--source is {self.source}: wanted one of {', '.join(SOURCES)}, or package.module:Reader")
         self._check_source()

@@ -46,7 +46,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def readers(folders: list[Path], data_size: int, config: dict[str, object]) -> tuple[SamplingPlan, list[StepReader]]:
     """What a fresh start builds: the plan, and each data rank's reader."""
-    data = data_config(path=tuple(map(str, folders)), **config)
+    data = data_config(datasets=tuple(map(str, folders)), **config)
     plan = SamplingPlan(Datasets([ShardDataset(f) for f in folders], data), data, seed=7, global_batch=BATCH, images_without=0)
     micro = 1 if data.packs else 2
     places = [ReadSpec(data_rank=rank, data_size=data_size) for rank in range(data_size)]

@@ -62,7 +62,7 @@ def test_every_epoch_reads_each_sample_once(packing, shuffle, sizes):
 
 @pytest.mark.parametrize("packing", [{}, PACKED], ids=["unpacked", "packed"])
 def test_a_weighted_mixture_reads_each_dataset_epoch_by_epoch(packing):
-    plan = plan_of(Numbers(300, 5_000), path=("a", "b"), weights=(1.0, 3.0), **packing)
+    plan = plan_of(Numbers(300, 5_000), datasets=("a", "b"), weights=(1.0, 3.0), **packing)
     read = np.array(samples(itertools.islice(plan.steps(FOREVER), 3000)))
     # Packs reorder within a window only: whole windows hold whole stretches of each dataset's epochs.
     small = read[read < 300]
@@ -169,7 +169,7 @@ def test_nothing_left_to_read_is_refused():
 
 def test_what_fixes_the_order_is_named_and_small(tmp_path):
     """The state that a checkpoint holds, for forty datasets."""
-    plan = plan_of(Numbers(*[100] * 40), path=("p",) * 40, weights=(1.0,) * 40, **PACKED)
+    plan = plan_of(Numbers(*[100] * 40), datasets=("p",) * 40, weights=(1.0,) * 40, **PACKED)
     state = {"place": dataclasses.asdict(START), "data": plan.fingerprint_fields()}
     assert len(json.dumps(state)) < 4096
     named = {"data.datasets", "data.weights", "data.template", "data.tokenizer", "train.seed", "data.pack_max_images"}
