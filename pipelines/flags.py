@@ -63,19 +63,31 @@ def read_flags(
     hints = {name: hint for name, hint in leaf_hints(cls).items() if name != without}
     known = {flag(name) for name, hint in hints.items() if not _word(hint)}
     known |= {_off(name) for name, hint in hints.items() if hint is bool} | {"--help"}
-    words = []
+    tuples = {flag(name) for name, hint in hints.items() if _count(hint) is not None}
+    switches = {option for name, hint in hints.items() if hint is bool for option in (flag(name), _off(name))}
+    wants_help = bool({"-h", "--help"} & set(argv))
+    words: list[str] = []
     for word in argv:
-        name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        words.append(name.replace("_", "-") + equals + value)
-        if name and name.replace("_", "-") not in known:
-            raise ValueError(f"unknown setting {name}: {_nearest(name[2:], list(hints))} ({program} --help lists all)")
+        if words and words[-1] in switches and word.lower() in ("true", "false", "yes", "no", "on", "off", "1", "0"):
+            raise ValueError(f"{words[-1]} takes no value ({word}): write it alone, or --no- before its last part")
+        shown, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        name = shown.replace("_", "-")
+        words += [name, value] if name in tuples and equals else [name + equals + value]
+        if name and name not in known and not wants_help:
+            raise ValueError(f"unknown setting {shown}: {_nearest(name[2:], list(hints))} ({program} --help lists all)")
     try:
         found, rest = _parser(cls, program, description, defaults, without).parse_known_intermixed_args(words)
     except argparse.ArgumentError as error:
-        raise ValueError(f"{error.argument_name} {error.message}") from error
+        said = re.sub("expected (one argument|[0-9]+ arguments)", _needs, str(error.message))
+        said = re.sub("ignored explicit argument (.*)", r"takes no value (\1)", said)
+        raise ValueError(f"{error.argument_name} {said}") from error
     if rest:
         raise ValueError(f"{' '.join(rest)} belongs to no setting: settings are --name value")
     return {name: _as_tuple(value) if isinstance(value, list) else value for name, value in vars(found).items()}
+
+
+def _needs(expected: re.Match[str]) -> str:
+    return "needs a value" if expected[1] == "one argument" else f"needs {expected[1].split()[0]} values"
 
 
 def _as_tuple(values: list[Any]) -> tuple[Any, ...] | None:
@@ -98,6 +110,7 @@ def _parser(cls: type, program: str, description: str, defaults: Any, without: s
         usage=f"{program}{''.join(places)} [--name value ...]", description="\n".join(prose(description, MAX_WIDTH)),
         formatter_class=_Help, argument_default=argparse.SUPPRESS, allow_abbrev=False, exit_on_error=False, add_help=False,
     )  # fmt: skip
+    parser._negative_number_matcher = re.compile(r"-(\d|\.\d|inf)")  # with exponents, which argparse takes for flags
     own = parser.add_argument_group("settings")
     own.add_argument("-h", "--help", action="help", help="Show this text.")
     _add_fields(parser, own, cls, "", defaults, without)
@@ -145,6 +158,13 @@ def split_flags(words: Sequence[str], group: Callable[[str], Group]) -> dict[Gro
 def flag(name: str) -> str:
     """A field as the help prints it: `train.global_batch_samples` -> `--train.global-batch-samples`."""
     return "--" + name.replace("_", "-")
+
+
+def current_flag(word: str) -> str:
+    """A word in which a flag of an earlier version has its name of today."""
+    name, equals, value = word.partition("=")
+    now = RENAMED_FIELDS.get(name[2:].replace("-", "_")) if word.startswith("--") else None
+    return f"{flag(now)}{equals}{value}" if now else word
 
 
 def _off(name: str) -> str:
@@ -212,6 +232,8 @@ def _converter(hint: Any) -> Callable[[str], Any]:
     assert choices or bare in (str, int, float, Path), f"flags cannot give a {bare}"
 
     def convert(word: str) -> Any:
+        if word is argparse.SUPPRESS:  # argparse converts the default of a positional that is not given
+            return word
         if can_be_none and word == "None":
             return None
         try:

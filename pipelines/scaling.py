@@ -28,9 +28,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from himix_megatron.config import Config, Count, check_ranks
-from himix_megatron.monitoring.run_status import read_status
+from himix_megatron.monitoring.run_status import followed_status
 from himix_megatron.runtime.stop_signals import COMMAND_STOP_SIGNALS, EXIT_REQUEUE, StopRequest
 from pipelines.cli import parse, parse_settings, run_main, split_recipe_flags
+from pipelines.flags import current_flag
 from pipelines.launchers.local_ranks import run_ranks
 from pipelines.pretrain import with_data
 
@@ -97,6 +98,7 @@ class Series:
         self.content: dict[str, Any] = {"recipe": recipe, "mode": settings.mode, "flags": list(flags), "runs": {}}
         if self.file.is_file():
             found = json.loads(self.file.read_text())
+            found["flags"] = [current_flag(word) for word in found["flags"]]
             for field in ("recipe", "mode", "flags"):
                 old, new = found[field], self.content[field]
                 if old != new:
@@ -283,7 +285,7 @@ class Progress:
             print(f"\r{line[:width]:<{width}}" if self.is_terminal else line, end="" if self.is_terminal else "\n", flush=True)
 
     def _progress(self) -> str:
-        status = read_status(self.run_dir)
+        status = followed_status(self.run_dir)
         if status is None or status.started_at < self.started_at or not status.step:  # of an earlier launch, or no step yet
             return "starting"
         rate = "" if status.step_seconds is None else f"  {status.step_seconds:.3f} s/step"

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from himix_megatron.monitoring.run_status import read_status
+from himix_megatron.monitoring.run_status import followed_status
 from himix_megatron.runtime.log import clock
 from slurm import scheduler
 from slurm.job import Stage
@@ -53,7 +53,7 @@ class StageWatch:
 
     def line(self) -> str:
         """State, step, loss and remaining time."""
-        status = read_status(self.stage.run_dir)
+        status = followed_status(self.stage.run_dir)
         words = [f"{self.stage.name:<8}  job {self.job_id}  {self.state}"]
         if status is not None and status.step:
             words.append(f"step {status.step}/{status.planned_steps}")
@@ -66,7 +66,7 @@ class StageWatch:
         """0 if it ended well; else the job's own code, or 1 where it has none."""
         assert self.job is not None
         if self.job.state == _GONE:
-            status = read_status(self.stage.run_dir)
+            status = followed_status(self.stage.run_dir)
             return 0 if status is not None and status.state == "finished" else 1
         return 0 if self.job.is_good else self.job.exit_code or 1
 

@@ -114,6 +114,7 @@ class CheckpointWriter:
 
     def _track(self, name: str) -> None:
         publish(self._checkpoints / manifest.LATEST, f"{name}\n".encode(), partial=self.run_lock.folder / manifest.LATEST)
+        (self._checkpoints / "newest").unlink(missing_ok=True)  # its name in earlier versions
 
     def _prune(self) -> None:
         """Move a checkpoint into the working folder before removing it, so that no partial checkpoint has its name."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -88,19 +89,30 @@ def read_status(run_dir: Path) -> RunStatus | None:
     raise ValueError(f"{path} has version {version}, and this code reads version {VERSION}: use the code that wrote it")
 
 
+def followed_status(run_dir: Path) -> RunStatus | None:
+    """The status for who follows a run; None also while it cannot be read, which does not concern the run."""
+    try:
+        return read_status(run_dir)
+    except (ValueError, OSError):
+        return None
+
+
 class RunStatusWriter:
-    """Keeps status.json up to date. Every rank calls it; rank 0 alone writes (`writes`)."""
+    """Keeps status.json up to date. Every rank calls it; rank 0 alone writes (`writes`). The thread of the watchdog may record
+    an end while the main thread records a step: what follows an end is ignored."""
 
     def __init__(self, run_dir: Path, status: RunStatus, *, writes: bool):
         self.status = status
         self._path, self.writes = status_path(run_dir), writes
         self._recent_seconds: deque[float] = deque(maxlen=10)
         self._written_at = -math.inf
+        self._lock = threading.RLock()
 
     def record_state(self, state: State, **changes: object) -> None:
         """The run is in another state from now on."""
-        self._change(state=state, **changes)
-        self._write()
+        with self._lock:
+            self._change(state=state, **changes)
+            self._write()
 
     def record_step(self, step: int, loss: float) -> None:
         """A step is done."""
@@ -132,11 +144,14 @@ class RunStatusWriter:
             raise
 
     def _change(self, **changes: object) -> None:
-        self.status = replace(self.status, **changes)  # type: ignore[arg-type]
+        with self._lock:
+            if self.status.exit_code is None or "exit_code" in changes or "updated_at" in changes:
+                self.status = replace(self.status, **changes)  # type: ignore[arg-type]
 
     def _write_at_most_once_a_second(self) -> None:
-        if time.monotonic() - self._written_at >= 1:
-            self._write()
+        with self._lock:
+            if time.monotonic() - self._written_at >= 1:
+                self._write()
 
     def _write(self) -> None:
         """A full disk costs the news, not the run. Nothing is synced: after a power cut the file may be an older one."""

@@ -110,12 +110,13 @@ class FaultSchedule:
         self.done.mkdir(exist_ok=True)
 
     def reach(self, point: str, tensors: Iterable[Any]) -> None:
+        tensors = tuple(tensors)  # for every fault that is due here
         for number, fault in enumerate(self.faults):
             if fnmatchcase(point, fault.point) and fault.rank == self.rank and self._is_due(number, fault):
                 logger.warning("injected fault %d: %s at %s, step %d", number, fault.kind, point, self.step)
                 happen = KINDS[fault.kind]
                 if fault.delay_seconds:
-                    threading.Timer(fault.delay_seconds, happen, tuple(tensors)).start()
+                    threading.Timer(fault.delay_seconds, happen, tensors).start()
                 else:
                     happen(*tensors)
 

@@ -29,6 +29,8 @@ CODE = (
         "himix_megatron/data/ingest/sources",
         "himix_megatron/data/shards/storage.py",
         "himix_megatron/data/ingest/shard_writer.py",
+        "himix_megatron/runtime/durable_files.py",
+        "himix_megatron/data/errors.py",
     ),
     *(
         "himix_megatron/data/shards/shard_format.py",

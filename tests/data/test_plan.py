@@ -41,8 +41,8 @@ class _Part:
 PACKED = {"pack_max_text_tokens": 200, "pack_max_images": 6}
 
 
-def plan_of(datasets, batch=8, without=0, **config):
-    return SamplingPlan(datasets, data_config(**config), seed=1234, global_batch=batch, images_without=without)
+def plan_of(numbers, batch=8, without=0, **config):
+    return SamplingPlan(numbers, data_config(**config), seed=1234, global_batch=batch, images_without=without)
 
 
 def samples(steps):

@@ -66,6 +66,15 @@ def test_faults_wait_for_those_above_them(plan: Path) -> None:
     assert happens("start/restore")
 
 
+def test_every_fault_that_is_due_gets_the_tensors(plan: Path) -> None:
+    faults = (Fault(kind="note", point="step/gradient", step=2), Fault(kind="nan", point="step/gradient", step=2))
+    failpoints.schedule_faults(write(plan, *faults), rank=0)
+    gradient = torch.ones(3)
+    failpoints.begin_step(2)
+    failpoints.failpoint("step/gradient", (tensor for tensor in [gradient]))
+    assert gradient.isnan().any()
+
+
 def test_a_lasting_fault_happens_each_time_in_its_step(plan: Path) -> None:
     failpoints.schedule_faults(write(plan, Fault(kind="nan", point="step/gradient", step=2, once=False)), rank=0)
     found = []

@@ -128,7 +128,7 @@ def test_megatron_cores_calls_for_rotary_embeddings_are_what_it_takes() -> None:
 
 @pytest.mark.parametrize("name", ["Linear", "LayerNormLinear"])
 def test_its_linear_layers_can_add_gradients_to_their_sums(name: str) -> None:
-    """himix.py sets the attribute of this name, where there is one, after they are built."""
+    """himix_model.py sets the attribute of this name, where there is one, after they are built."""
     assert "fuse_wgrad_accumulation" in recorded()[f"{PYTORCH}.{name}.__init__"].parameters
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from himix_megatron.config import Config
-from himix_megatron.monitoring.run_status import RunStatus, RunStatusWriter, read_status, status_path
+from himix_megatron.monitoring.run_status import RunStatus, RunStatusWriter, followed_status, read_status, status_path
 
 STATUS = RunStatus(
     recipe="tiny_align",
@@ -96,3 +97,27 @@ def test_a_disk_that_is_full_does_not_end_the_run(tmp_path: Path, caplog: pytest
     (tmp_path / "status.json.partial").mkdir()
     RunStatusWriter(tmp_path, STATUS, writes=True).record_state("training")
     assert "could not be written" in caplog.text
+
+
+def test_an_end_recorded_by_another_thread_stays(tmp_path: Path) -> None:
+    """The watchdog ends a run while the main thread still takes steps: the file stays whole, and the end stands."""
+    writer = RunStatusWriter(tmp_path, STATUS, writes=True)
+    end = threading.Thread(target=writer.record_end, args=(1, "rank 1 died"))
+    for step in range(400):
+        writer.record_state("training", step=step)
+        if step == 200:
+            end.start()
+        found = read_status(tmp_path)
+        assert found is not None
+    end.join()
+    writer.record_state("training", step=999)
+    found = read_status(tmp_path)
+    assert found is not None
+    assert (found.state, found.reason, found.exit_code) == ("failed", "rank 1 died", 1)
+
+
+def test_a_follower_waits_while_the_file_cannot_be_read(tmp_path: Path) -> None:
+    status_path(tmp_path).write_text("")
+    assert followed_status(tmp_path) is None
+    with pytest.raises(ValueError, match="is damaged"):
+        read_status(tmp_path)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
 
@@ -15,7 +16,7 @@ from himix_megatron.config.serialization import RENAMED_FIELDS
 from himix_megatron.runtime.errors import RankError
 from pipelines import scaling
 from pipelines.cli import parse, parse_settings, run_main
-from pipelines.flags import flag
+from pipelines.flags import Word, flag
 from pipelines.recipes import RECIPES
 from slurm import submit
 from tests.support import ROOT
@@ -40,6 +41,19 @@ def test_flags_change_the_fields_they_name_and_nothing_else() -> None:
         ("parallel.sequence", False, True),
         ("run.dir", None, "some where"),
     ]
+
+
+def test_values_may_follow_an_equals_sign_or_look_like_flags() -> None:
+    words = "tiny_align --data.datasets=a b --vision.pixel-mean=-1e-5 .5 1 --run.dir=x=y --train.steps 3 --train.steps=4"
+    config = parse(words.split())
+    assert (config.data.datasets, config.vision.pixel_mean) == (("a", "b"), (-1e-5, 0.5, 1.0))
+    assert (config.run.dir, config.train.steps) == ("x=y", 4)
+
+
+def test_help_is_shown_beside_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["tiny_align", "--typo", "--help"])
+    assert "--train.steps" in capsys.readouterr().out
 
 
 def test_dashes_and_underscores_are_one() -> None:
@@ -71,12 +85,12 @@ def test_dashes_and_underscores_are_one() -> None:
             "--train.trainable-parts is 'foo': wanted one of vision_kv, language, tower",
         ),
         ("tiny_align --train.trainable-parts", r"train.trainable_parts is \[\]: name each part"),
-        ("tiny_align --train.steps", "--train.steps expected one argument"),
-        ("tiny_align --vision.pixel-mean 1 2", "--vision.pixel-mean expected 3 arguments"),
+        ("tiny_align --train.steps", "--train.steps needs a value"),
+        ("tiny_align --vision.pixel-mean 1 2", "--vision.pixel-mean needs 3 values"),
         ("tiny_align --train.epochs 1 2", "2 belongs to no setting"),
         ("tiny_align stray", "stray belongs to no setting"),
-        ("tiny_align --log.ledger True", "True belongs to no setting"),
-        ("tiny_align --log.ledger=True", "--log.ledger ignored explicit argument 'True'"),
+        ("tiny_align --log.ledger True", "--log.ledger takes no value"),
+        ("tiny_align --log.ledger=True", "--log.ledger takes no value"),
         ("tiny_align --train.steps 0", "train.steps is 0: wanted 1 or more"),
         ("tiny_align --parallel.tensor 3", r"model.num_attention_heads \(4\) does not divide .*: use --parallel.tensor 1 or 2"),
         ("tiny_align --parallel.sequence", "parallel.sequence needs parallel.tensor above 1"),
@@ -121,6 +135,27 @@ class _Settings:
     """Where."""
     num_workers: int = 3
     """How many."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Places:
+    """Settings that are given by their position."""
+
+    run: Annotated[Path, Word("RUN")]
+    """Where."""
+    kind: Annotated[Literal["a", "b"], Word("KIND")]
+    """Which."""
+    more: Annotated[tuple[Path, ...], Word("MORE")] = ()
+    """Others."""
+
+
+def test_a_missing_word_is_named() -> None:
+    with pytest.raises(ValueError, match=r"^RUN and KIND must be given"):
+        parse_settings(_Places, [], "prog")
+    with pytest.raises(ValueError, match=r"^KIND must be given"):
+        parse_settings(_Places, ["x"], "prog")
+    assert parse_settings(_Places, ["x", "a"], "prog") == _Places(run=Path("x"), kind="a")
+    assert parse_settings(_Places, ["x", "a", "y", "z"], "prog").more == (Path("y"), Path("z"))
 
 
 def test_other_entry_points_get_the_same_lines() -> None:

@@ -18,7 +18,7 @@ from himix_megatron.runtime.durable_files import sync_folder, write_synced
 from tools.doctor.finding import Finding
 
 PORTS = range(16384, 32768)
-"""From which himix_megatron/distributed/topology.py derives the port of a Slurm step."""
+"""From which himix_megatron/distributed/launch.py derives the port of a Slurm step."""
 LEAST_FREE_GIB = 20.0
 LEAST_SHM_GIB = 1.0
 LEAST_OPEN_FILES = 4096

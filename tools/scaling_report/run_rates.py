@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from himix_megatron.config import from_json, to_json
-from himix_megatron.monitoring.run_status import RunStatus, read_status
+from himix_megatron.monitoring.run_status import RunStatus, followed_status
 
 STEP_SECONDS = "time/step_seconds"
 SUMS = {"text_tokens_per_second": "throughput/text_tokens_per_second", "mfu": "compute/model_mfu",
@@ -75,7 +75,7 @@ class Run:
 
 def read_run(folder: Path, warmup_steps: int, known: dict[str, Any] | None = None) -> Run:
     """Everything about one run. `known`: what its series.json says about it."""
-    known, status = known or {}, read_status(folder)
+    known, status = known or {}, followed_status(folder)
     run = Run(folder=folder, global_batch=known.get("global_batch"), num_gpus=known.get("world_size"))
     if (folder / "config.json").is_file():
         config = from_json((folder / "config.json").read_text())

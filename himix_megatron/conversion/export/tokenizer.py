@@ -1,7 +1,7 @@
 """Our templates and tokenizers in Hugging Face's terms: a Jinja chat template, and a tokenizer folder.
 
 Flows in: a template's name and a tokenizer; out: text and files that spell a conversation with the same ids as
-`data.conversation` does. transformers alone reads them.
+`data.text.chat_template` does. transformers alone reads them.
 """
 
 from __future__ import annotations
