@@ -27,10 +27,9 @@ LEVELS = (
     ("costs", "data"),
     ("distributed",),
     ("model",),
-    ("checkpoint",),
+    ("checkpoint", "resilience"),
     ("inference",),
     ("conversion", "evaluation", "monitoring"),
-    ("resilience",),
     ("training",),
 )
 MAX_ARROWS, MAX_MODULES = 55, 16
