@@ -70,9 +70,10 @@ def test_marked():
 
 def test_on_a_gpu_machine_marked_tests_see_the_gpu_and_come_first(tmp_path: Path) -> None:
     """As if there were one: conftest.py's hooks in a run of their own."""
-    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "support").mkdir(parents=True)
     (tmp_path / "tests" / "__init__.py").write_text("")
-    (tmp_path / "tests" / "preload.py").write_text("")
+    (tmp_path / "tests" / "support" / "__init__.py").write_text((ROOT / "tests" / "support" / "__init__.py").read_text())
+    (tmp_path / "tests" / "support" / "preload.py").write_text("")
     (tmp_path / "tests" / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
     (tmp_path / "tests" / "test_both.py").write_text(TESTS)
     (tmp_path / "gpu_machine.py").write_text(GPU_MACHINE)
