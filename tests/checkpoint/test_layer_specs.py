@@ -21,7 +21,7 @@ from himix_megatron.distributed.fused_kernels import detect
 from tests.model.te_keys import RECORD, as_with_gpu, described
 from tests.support.model_folders import LANGUAGE, make_language, make_tower
 from tests.support.ranks import run_ranks
-from tools import convert
+from tools import conversions, convert
 
 
 class Stateful(torch.nn.Module):
@@ -72,7 +72,7 @@ def test_the_record_of_the_te_spec_is_up_to_date() -> None:
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     room = tmp_path_factory.mktemp("converted")
     language = make_language(room / "language", **LANGUAGE["qwen2, untied, two shards"])
-    convert.hf_to_himix(convert.HfToHimix(language=language, vision=make_tower(room / "tower"), out=room / "run"))
+    conversions.hf_to_himix(convert.HfToHimix(language=language, vision=make_tower(room / "tower"), out=room / "run"))
     return find_checkpoint(str(room / "run"))
 
 

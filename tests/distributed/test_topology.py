@@ -198,7 +198,7 @@ def test_stages_of_two_replicas_keep_their_replica_ranks() -> None:
 
 def test_one_process_starts_stops_and_starts_again() -> None:
     script = (
-        "from himix_megatron import parallel\n"
+        "from himix_megatron.distributed.topology import init_distributed, shutdown_distributed\n"
         "from himix_megatron.config import ParallelConfig\n"
         "for _ in range(2):\n"
         "    topology = init_distributed(ParallelConfig(), seed=1)\n"
