@@ -21,8 +21,13 @@ from tests import support
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 
-SLOW_FOLDERS = ("campaigns", "integration", "resilience", "slurm")
-"""What `--fast` does not even import: nearly all of their tests start ranks, jobs or commands."""
+LEFT_OUT_OF_FAST = {
+    *("campaigns", "checkpoint", "conversion", "costs", "distributed", "docs", "inference", "integration", "monitoring"),
+    *("pipelines", "resilience", "slurm", "tools"),
+    *("test_hostile.py", "test_preprocess.py", "test_preprocess_kills.py", "test_s3.py", "test_sources.py"),
+    *("test_rehearsal.py", "test_training_attention.py", "test_triton_attention.py"),
+}
+"""Folders and files that `--fast` does not even import: nearly all of their tests start ranks, jobs, servers or commands."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,8 +41,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave out whole folders in a fast run."""
-    return True if config.getoption("--fast") and collection_path.name in SLOW_FOLDERS else None
+    """Leave out whole folders and files in a fast run."""
+    return True if config.getoption("--fast") and collection_path.name in LEFT_OUT_OF_FAST else None
 
 
 def pytest_sessionstart() -> None:

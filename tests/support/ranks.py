@@ -32,8 +32,7 @@ def run_ranks(
 
     Raises: RuntimeError with the traceback of the first rank that failed, TimeoutError naming the ranks still running.
     """
-    if world_size > 1:
-        skip_if_fast("several ranks")
+    skip_if_fast("ranks")
     # Forked from a server that has torch and megatron-core loaded: they take 3 seconds of a core to import, for each rank.
     context = multiprocessing.get_context("forkserver")  # started by conftest.py
     port = free_port()
