@@ -197,7 +197,7 @@ def _refuse_other_features(folder: LocalFolder, key: dict[str, Any]) -> None:
 
 
 def _with_progress(made: Iterator[tuple[FeatureReceipt, bool]], dataset: ShardDataset) -> Iterator[tuple[FeatureReceipt, bool]]:
-    """The same; each file is told on stderr."""
+    """The same; each file is shown on stderr."""
     progress = Progress("encode", "files", 1 + len(dataset.manifest.shards), 1 + dataset.manifest.num_images, "image")
     for receipt, was_written in made:
         yield receipt, was_written

@@ -203,7 +203,7 @@ def main() -> None:
 
 def num_gpus() -> int:
     """As the trainings will see them."""
-    import torch  # not at the top: a mistake in the flags is told before
+    import torch  # not at the top: a mistake in the flags is reported before
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 

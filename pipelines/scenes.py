@@ -114,7 +114,7 @@ def render(scene: Scene, seed: str) -> Image.Image:
     row, column = divmod(PLACES.index(scene.place), 3)
     radius = size * rng.uniform(0.145, 0.165)
     # Two patches of the tiny tower (8 of 48 pixels) to a cell, so that a shape falls on the patch grid alike at every place:
-    # with the outer places 4 % nearer to the middle, the tower told only half of the shapes apart after 400 steps.
+    # with the outer places 4 % nearer to the middle, the tower distinguished only half of the shapes after 400 steps.
     x, y = (size * ((index + 0.5) / 3 + rng.uniform(-0.02, 0.02)) for index in (column, row))
     mask = Image.new("L", (size, size), 0)
     _draw(ImageDraw.Draw(mask), scene.shape, x, y, radius)

@@ -68,13 +68,13 @@ def check_replica_weights(topology: Topology, model_chunks: list[Any], tower: nn
     # Both on every rank, also after a difference in the first: the peers in the second may have found none.
     apart = _compare(named, topology.data, topology), _compare(whole, topology.tensor, topology)
     found = apart[0] or apart[1]
-    told: list[str | None] = [None] * topology.world_size
+    gathered: list[str | None] = [None] * topology.world_size
     differs = torch.tensor(float(found is not None), device=topology.device)
     dist.all_reduce(differs, op=dist.ReduceOp.MAX)
     if not differs.item():
         return None
-    dist.all_gather_object(told, found)
-    return next(line for line in told if line is not None)
+    dist.all_gather_object(gathered, found)
+    return next(line for line in gathered if line is not None)
 
 
 def _compare(named: list[tuple[str, Tensor]], group: Any, topology: Topology) -> str | None:
@@ -109,9 +109,9 @@ def state_hash(model_chunks: list[Any], optimizer: Any) -> str:
     own = hashlib.sha256()
     for name, tensor in (*_parameters(model_chunks), *_optimizer_tensors(optimizer)):
         own.update(f"{name} {tuple(tensor.shape)} {int(bitwise_hash(tensor))}\n".encode())
-    told: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, own.hexdigest())
-    return hashlib.sha256(" ".join(map(str, told)).encode()).hexdigest()
+    gathered: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, own.hexdigest())
+    return hashlib.sha256(" ".join(map(str, gathered)).encode()).hexdigest()
 
 
 def _parameters(model_chunks: list[Any]) -> Iterator[tuple[str, Tensor]]:

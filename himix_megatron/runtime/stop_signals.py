@@ -51,7 +51,7 @@ Result = TypeVar("Result")
 class StopRequest:
     """Whether this process has been requested to stop; listens for signals from its creation on.
 
-    Until `on_request` says who is to be told, there is nothing to save: the process exits at once.
+    Until `on_request` names a listener, there is nothing to save: the process exits at once.
     """
 
     def __init__(

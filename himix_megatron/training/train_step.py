@@ -123,6 +123,26 @@ def agree_on_bad(batch: StepBatch, topology: Topology) -> StepBatch:
     return mask_samples(agreed, bad)
 
 
+def own_totals(
+    topology: Topology, batch: StepBatch, reported: list[Tensor], finite: Tensor | bool, norm: Tensor | float
+) -> Tensor:
+    """float64[8 + 2 x sources]: what this rank adds to the sums of a step, in the order in which `count` names them."""
+    num_sources = batch.num_sources if batch.num_sources > 1 else 0
+    totals = torch.zeros(8 + 2 * num_sources, dtype=torch.float64, device=topology.device)
+    totals[7] = norm
+    totals[6] = ~(totals[7].isfinite() & finite)
+    if topology.rank > 0:
+        totals[7] = 0.0
+    if topology.is_last_stage and topology.tensor_rank == 0:
+        found = torch.stack(reported).sum(0)
+        totals[:2], totals[8:] = found[:2], found[2:]
+    if topology.replica_rank == 0:
+        counts = text_tokens_read(batch), images_seen(batch), len(batch.bad_keys), batch.num_cut
+        for number, value in enumerate(counts, 2):
+            totals[number] = value
+    return totals
+
+
 def count(
     config: Config,
     topology: Topology,
@@ -139,20 +159,7 @@ def count(
     """
     if batch.bad_keys:
         logger.warning("could not read %s: no loss from them", ", ".join(batch.bad_keys))
-    num_sources = batch.num_sources if batch.num_sources > 1 else 0
-    totals = torch.zeros(8 + 2 * num_sources, dtype=torch.float64, device=topology.device)
-    totals[7] = norm
-    totals[6] = ~(totals[7].isfinite() & finite)
-    if topology.rank > 0:
-        totals[7] = 0.0
-    if topology.is_last_stage and topology.tensor_rank == 0:
-        found = torch.stack(reported).sum(0)
-        totals[:2], totals[8:] = found[:2], found[2:]
-    if topology.replica_rank == 0:
-        totals[2] = text_tokens_read(batch)
-        totals[3] = images_seen(batch)
-        totals[4] = len(batch.bad_keys)
-        totals[5] = batch.num_cut
+    totals = own_totals(topology, batch, reported, finite, norm)
     torch.distributed.all_reduce(totals)
     loss, answer_tokens, text_tokens, images, bad, cut, not_finite, whole_norm, *apart = totals.tolist()
     counts = StepCounts(

@@ -83,7 +83,7 @@ def test_links_out_of_the_documents_are_paths_on_the_site(site: Path) -> None:
 def test_home_leads_to_the_groups_of_pages(window: Browser, address: str) -> None:
     window.open(address)
     groups = ("Getting started", "Guides", "Concepts", "Reference", "Development")
-    window.wait_for("Where to go", *groups, pictures=1, seconds=20)
+    assert "Results" in window.wait_for("Where to go", *groups, pictures=1, seconds=20)
 
 
 @needs_browser
