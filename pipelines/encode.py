@@ -28,6 +28,7 @@ from himix_megatron.data.shards import shard_format
 from himix_megatron.data.shards.reader import ShardDataset
 from himix_megatron.data.shards.storage import LocalFolder
 from himix_megatron.runtime.durable_files import file_digest
+from himix_megatron.runtime.process import bulk_import
 from pipelines.cli import parse, parse_settings, run_main, split_recipe_flags
 from pipelines.launchers.task_engine import ray_started
 from pipelines.preprocess import Progress, attempt_in
@@ -164,15 +165,16 @@ def _data(config: Config, settings: Settings) -> str:
 
 def _store_tower(config: Config, folder: Path) -> Path:
     """Put the tower's weights into the cache, under their hash. Returns: the file."""
-    from himix_megatron.distributed import cpu_backend
+    with bulk_import():
+        from himix_megatron.distributed import cpu_backend
 
-    cpu_backend.activate_if_needed()  # before megatron-core
-    from himix_megatron.checkpoint.checkpointer import Checkpoints
-    from himix_megatron.checkpoint.frozen_tower import store_tower
-    from himix_megatron.checkpoint.manifest import find_checkpoint
-    from himix_megatron.distributed.megatron_config import params_dtype
-    from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
-    from himix_megatron.model.towers import build_tower
+        cpu_backend.activate_if_needed()  # before megatron-core
+        from himix_megatron.checkpoint.checkpointer import Checkpoints
+        from himix_megatron.checkpoint.frozen_tower import store_tower
+        from himix_megatron.checkpoint.manifest import find_checkpoint
+        from himix_megatron.distributed.megatron_config import params_dtype
+        from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
+        from himix_megatron.model.towers import build_tower
 
     tower = build_tower(config.vision, seed=config.train.seed, dtype=params_dtype(config))
     if config.checkpoint.init_from is not None:

@@ -29,6 +29,7 @@ from himix_megatron.data.shards.reader import ShardDataset
 from himix_megatron.data.text.tokenizer import Piece, load_tokenizer
 from himix_megatron.distributed.launch import ensure_ranks
 from himix_megatron.runtime import log
+from himix_megatron.runtime.process import bulk_import
 from pipelines.cli import parse_settings, run_main
 from pipelines.flags import Word
 
@@ -109,9 +110,10 @@ def trained(arguments: Arguments) -> tuple[Config, Path, int]:
 
 def start(config: Config, checkpoint: Path) -> Answerer:
     """The ranks, and a checkpoint's model on them."""
-    from himix_megatron.distributed.fused_kernels import detect
-    from himix_megatron.distributed.topology import init_distributed
-    from himix_megatron.inference.generator import Answerer
+    with bulk_import():
+        from himix_megatron.distributed.fused_kernels import detect
+        from himix_megatron.distributed.topology import init_distributed
+        from himix_megatron.inference.generator import Answerer
 
     topology = init_distributed(config.parallel, seed=config.train.seed)
     log.start(None, topology.rank, topology.world_size)
@@ -122,8 +124,9 @@ def start(config: Config, checkpoint: Path) -> Answerer:
 
 def evaluate(arguments: Arguments) -> dict[str, Any]:
     """Both accuracies, on every rank; rank 0 writes them down. Raises: ValueError for a user's mistake."""
-    from himix_megatron.distributed.topology import shutdown_distributed
-    from himix_megatron.evaluation import exact_match, runner
+    with bulk_import():
+        from himix_megatron.distributed.topology import shutdown_distributed
+        from himix_megatron.evaluation import exact_match, runner
 
     assert arguments.data is not None
     dataset = ShardDataset(arguments.data)
@@ -173,8 +176,9 @@ def evaluate(arguments: Arguments) -> dict[str, Any]:
 
 def evaluate_benchmark(arguments: Arguments) -> dict[str, Any]:
     """A benchmark's scores; rank 0 writes them down and returns them. Raises: ValueError for a user's mistake."""
-    from himix_megatron.distributed.topology import shutdown_distributed
-    from himix_megatron.evaluation import runner
+    with bulk_import():
+        from himix_megatron.distributed.topology import shutdown_distributed
+        from himix_megatron.evaluation import runner
 
     kind, source = arguments.benchmark, arguments.questions
     assert kind is not None

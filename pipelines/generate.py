@@ -26,6 +26,7 @@ from himix_megatron.data.text import chat_template
 from himix_megatron.data.text.tokenizer import Tokenizer, load_tokenizer
 from himix_megatron.distributed.launch import ensure_ranks
 from himix_megatron.inference.text_stream import TextStream
+from himix_megatron.runtime.process import bulk_import
 from pipelines.cli import parse_settings, run_main
 from pipelines.evaluate import load_config, start
 from pipelines.flags import Word
@@ -77,7 +78,8 @@ class Job:
 
 def prepare(arguments: Arguments) -> Job:
     """Find what is wrong before any rank starts. Raises: ValueError."""
-    from himix_megatron.inference.sampling import Sampling
+    with bulk_import():
+        from himix_megatron.inference.sampling import Sampling
 
     TextStream(load_tokenizer("bytes"), arguments.stop)  # refuses an empty stop text
     layout = arguments.parallel

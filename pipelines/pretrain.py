@@ -19,6 +19,7 @@ import dataclasses  # noqa: E402
 import sys  # noqa: E402
 
 from himix_megatron.config import Config  # noqa: E402
+from himix_megatron.runtime.process import bulk_import  # noqa: E402
 from pipelines.cli import parse, run_main  # noqa: E402
 
 
@@ -36,7 +37,8 @@ def with_data(config: Config) -> Config:
 def main() -> int:
     """The command line. Returns: the exit code."""
     config = parse(sys.argv[1:])
-    from himix_megatron.training.loop import pretrain  # loads torch and megatron-core: after the settings are checked
+    with bulk_import():  # torch and megatron-core: after the settings are checked
+        from himix_megatron.training.loop import pretrain
 
     return pretrain(with_data(config), REQUEST)
 

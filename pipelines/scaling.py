@@ -29,6 +29,7 @@ from typing import Any, Literal
 
 from himix_megatron.config import Config, Count, check_ranks
 from himix_megatron.monitoring.run_status import followed_status
+from himix_megatron.runtime.process import bulk_import
 from himix_megatron.runtime.stop_signals import COMMAND_STOP_SIGNALS, EXIT_REQUEUE, StopRequest
 from pipelines.cli import parse, parse_settings, run_main, split_recipe_flags
 from pipelines.flags import current_flag
@@ -202,10 +203,11 @@ def check(members: Sequence[Member], settings: Settings) -> None:
 
 def check_here(config: Config, world_size: int, data_size: int) -> None:
     """Data, weights and devices of this machine. Raises: ValueError."""
-    import torch  # not at the top: what can be checked without it is checked first
+    with bulk_import():  # not at the top: what can be checked without torch is checked first
+        import torch
 
-    from himix_megatron.training.data_setup import prepare_inputs
-    from himix_megatron.training.resume import expected_checkpoint
+        from himix_megatron.training.data_setup import prepare_inputs
+        from himix_megatron.training.resume import expected_checkpoint
 
     if (gpus := torch.cuda.device_count()) and world_size > gpus:
         raise ValueError(f"this machine has {gpus} GPUs: leave that size out, or use --submit on a cluster")

@@ -44,6 +44,7 @@ from typing import Literal, get_args
 
 from himix_megatron.config import Config, check_ranks
 from himix_megatron.runtime import log
+from himix_megatron.runtime.process import bulk_import
 from himix_megatron.runtime.stop_signals import COMMAND_STOP_SIGNALS, StopRequest
 from pipelines.cli import parse, parse_settings, run_main
 from pipelines.flags import flag, split_flags
@@ -208,11 +209,12 @@ def check_stage(stage: Stage, ranks: int, before: Stage | None) -> None:
             f"use a multiple of {parallel.tensor * parallel.pipeline}"
         )
     data_size = check_ranks(stage.config, ranks)
-    from himix_megatron.checkpoint.description import architecture  # torch takes seconds: after the cheap checks
-    from himix_megatron.checkpoint.manifest import complete_checkpoints
-    from himix_megatron.training.data_setup import prepare_inputs
-    from himix_megatron.training.resume import expected_checkpoint
-    from pipelines.pretrain import with_data
+    with bulk_import():  # torch takes seconds: after the cheap checks
+        from himix_megatron.checkpoint.description import architecture
+        from himix_megatron.checkpoint.manifest import complete_checkpoints
+        from himix_megatron.training.data_setup import prepare_inputs
+        from himix_megatron.training.resume import expected_checkpoint
+        from pipelines.pretrain import with_data
 
     config = with_data(stage.config)
     config = replace(

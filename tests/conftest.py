@@ -54,6 +54,15 @@ def pytest_sessionstart() -> None:
         forkserver.ensure_running()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[Any]:
+    """All test modules and what they import stay until the end."""
+    from himix_megatron.runtime.process import bulk_import
+
+    with bulk_import():
+        return (yield)
+
+
 def needs_gpu(item: pytest.Item) -> bool:
     """Whether it is marked so."""
     return item.get_closest_marker("requires_gpu") is not None

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from himix_megatron.runtime.process import bulk_import
 from pipelines.cli import parse_settings, run_main
 from pipelines.flags import Word
 
@@ -102,8 +103,9 @@ def main() -> int:
     if name not in COMMANDS:
         raise ValueError(f"{name or 'nothing'} is no conversion: wanted one of {', '.join(COMMANDS)} ({PROGRAM} --help)")
     arguments = parse_settings(COMMANDS[name], words, f"{PROGRAM} {name}")
-    from himix_megatron.conversion.parity import DiffersError  # loads torch and transformers: after the flags are checked
-    from tools import conversions
+    with bulk_import():  # torch and transformers: after the flags are checked
+        from himix_megatron.conversion.parity import DiffersError
+        from tools import conversions
 
     conversions.quiet()
     try:
