@@ -21,12 +21,14 @@ def bulk_import() -> Iterator[None]:
     torch and megatron-core make some 450,000 objects that live as long as the process. The collector would walk through them
     again and again while they come: a third of the CPU time of a start, and a tenth of a second in the middle of later steps.
     """
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
-        gc.enable()
+        if was_enabled:
+            gc.enable()
 
 
 def allow_files(num_sockets: int) -> None:

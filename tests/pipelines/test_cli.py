@@ -302,3 +302,23 @@ def test_a_recipe_of_another_package_is_named_by_module_and_function(
     assert [stage.config.recipe for stage in stages] == [name, "our_lab.recipes:small_instruct"]
     settings, recipe, flags = scaling.arguments([name, "--world-sizes", "1", "2"])
     assert scaling.plan(settings, recipe, flags)[1].config.run_dir == Path("runs/our_lab.recipes.small_align-weak-002")
+
+
+def test_libraries_come_without_the_collector_which_does_not_look_at_them_later() -> None:
+    script = """
+import gc
+from himix_megatron.runtime.process import bulk_import
+states = []
+with bulk_import():
+    states.append(gc.isenabled())
+    with bulk_import():
+        import decimal
+    states.append(gc.isenabled())
+assert (states, gc.isenabled()) == ([False, False], True), states
+assert not any(kept is decimal for kept in gc.get_objects())
+gc.disable()
+with bulk_import():
+    pass
+assert not gc.isenabled(), "who had turned it off has it turned on again"
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
