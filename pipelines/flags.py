@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from himix_megatron.config import check_limits
-from himix_megatron.config.serialization import RENAMED_FIELDS
+from himix_megatron.config.serialization import RENAMED_FIELDS, current_fields
 
 Settings = TypeVar("Settings")
 Group = TypeVar("Group", bound=Hashable)
@@ -64,15 +64,18 @@ def read_flags(
     known = {flag(name) for name, hint in hints.items() if not _word(hint)}
     known |= {_off(name) for name, hint in hints.items() if hint is bool} | {"--help"}
     tuples = {flag(name) for name, hint in hints.items() if _count(hint) is not None}
-    switches = {option for name, hint in hints.items() if hint is bool for option in (flag(name), _off(name))}
+    # Where words without a flag have a meaning, one behind a switch is none of its business.
+    switches = {} if any(map(_word, hints.values())) else {flag(n): _off(n) for n, hint in hints.items() if hint is bool}
     wants_help = bool({"-h", "--help"} & set(argv))
     words: list[str] = []
     for word in argv:
-        if words and words[-1] in switches and word.lower() in ("true", "false", "yes", "no", "on", "off", "1", "0"):
-            raise ValueError(f"{words[-1]} takes no value ({word}): write it alone, or --no- before its last part")
+        last = words[-1] if words else ""
+        if last in {*switches, *switches.values()} and word.lower() in ("true", "false", "yes", "no", "on", "off", "1", "0"):
+            raise ValueError(f"{last} takes no value ({word}): write it alone; {switches.get(last, last)} clears it")
         shown, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
         name = shown.replace("_", "-")
-        words += [name, value] if name in tuples and equals else [name + equals + value]
+        # argparse takes several words for a tuple, but only one behind a "="; and none that looks like a flag by itself.
+        words += [name, value] if name in tuples and equals and not value.startswith("--") else [name + equals + value]
         if name and name not in known and not wants_help:
             raise ValueError(f"unknown setting {shown}: {_nearest(name[2:], list(hints))} ({program} --help lists all)")
     try:
@@ -160,11 +163,21 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def current_flag(word: str) -> str:
-    """A word in which a flag of an earlier version has its name of today."""
-    name, equals, value = word.partition("=")
-    now = RENAMED_FIELDS.get(name[2:].replace("-", "_")) if word.startswith("--") else None
-    return f"{flag(now)}{equals}{value}" if now else word
+def current_flags(words: Sequence[str]) -> list[str]:
+    """Words in which flags and values of an earlier version have their names of today."""
+    found, field = [], ""
+    for word in words:
+        shown, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        if shown:
+            field = shown[2:].replace("-", "_")
+            on = re.sub(r"(^|\.)no_([^.]*)$", r"\1\2", field)
+            if field in RENAMED_FIELDS:
+                shown = flag(RENAMED_FIELDS[field])
+            elif on in RENAMED_FIELDS:
+                shown = _off(RENAMED_FIELDS[on])
+        (value,) = current_fields({field: value}).values()
+        found.append(f"{shown}{equals}{value}")
+    return found
 
 
 def _off(name: str) -> str:

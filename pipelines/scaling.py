@@ -32,7 +32,7 @@ from himix_megatron.monitoring.run_status import followed_status
 from himix_megatron.runtime.process import bulk_import
 from himix_megatron.runtime.stop_signals import COMMAND_STOP_SIGNALS, EXIT_REQUEUE, StopRequest
 from pipelines.cli import parse, parse_settings, run_main, split_recipe_flags
-from pipelines.flags import current_flag
+from pipelines.flags import current_flags
 from pipelines.launchers.local_ranks import run_ranks
 from pipelines.pretrain import with_data
 
@@ -99,7 +99,7 @@ class Series:
         self.content: dict[str, Any] = {"recipe": recipe, "mode": settings.mode, "flags": list(flags), "runs": {}}
         if self.file.is_file():
             found = json.loads(self.file.read_text())
-            found["flags"] = [current_flag(word) for word in found["flags"]]
+            found["flags"] = current_flags(found["flags"])
             for field in ("recipe", "mode", "flags"):
                 old, new = found[field], self.content[field]
                 if old != new:

@@ -32,7 +32,11 @@ LEFT_OUT_OF_FAST = {
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--fast`: what a contributor runs at every save."""
-    parser.addoption("--fast", action="store_true", help="only tests that start no ranks, no Ray, no Slurm and no browser")
+    parser.addoption(
+        "--fast",
+        action="store_true",
+        help="only the quick tests of one process; tests/conftest.py lists what is left out",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

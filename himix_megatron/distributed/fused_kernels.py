@@ -30,8 +30,8 @@ _UNUSED_IMPORTS = {
     "megatron.core.jit": None,
 }
 """Modules of megatron-core that import packages which nothing here uses through them; and its `jit`, whose torch.compile of
-functions that only GPUs run would import torch's compiler. On a machine without a GPU that is half of the CPU time of a start,
-4 of 9 seconds."""
+functions that only GPUs run would import torch's compiler. On a machine without a GPU that is nearly half of the CPU time of
+a start."""
 _hidden_apex: str | None = None
 _hidden_te: str | None = None
 

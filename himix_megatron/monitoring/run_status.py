@@ -99,7 +99,7 @@ def followed_status(run_dir: Path) -> RunStatus | None:
 
 class RunStatusWriter:
     """Keeps status.json up to date. Every rank calls it; rank 0 alone writes (`writes`). The thread of the watchdog may record
-    an end while the main thread records a step: what follows an end is ignored."""
+    an end while the main thread records a step, or an error that follows from it: what follows an end is ignored."""
 
     def __init__(self, run_dir: Path, status: RunStatus, *, writes: bool):
         self.status = status
@@ -145,7 +145,7 @@ class RunStatusWriter:
 
     def _change(self, **changes: object) -> None:
         with self._lock:
-            if self.status.exit_code is None or "exit_code" in changes or "updated_at" in changes:
+            if self.status.exit_code is None or "updated_at" in changes:
                 self.status = replace(self.status, **changes)  # type: ignore[arg-type]
 
     def _write_at_most_once_a_second(self) -> None:

@@ -126,7 +126,8 @@ def agree_on_bad(batch: StepBatch, topology: Topology) -> StepBatch:
 def own_totals(
     topology: Topology, batch: StepBatch, reported: list[Tensor], finite: Tensor | bool, norm: Tensor | float
 ) -> Tensor:
-    """float64[8 + 2 x sources]: what this rank adds to the sums of a step, in the order in which `count` names them."""
+    """What this rank adds to the sums of a step, in the order in which `count` names them: float64[8], and 2 more for each of
+    several sources."""
     num_sources = batch.num_sources if batch.num_sources > 1 else 0
     totals = torch.zeros(8 + 2 * num_sources, dtype=torch.float64, device=topology.device)
     totals[7] = norm

@@ -1,4 +1,4 @@
-"""Ways to damage a dataset of three shards, for test_damage.py.
+"""Ways to damage a dataset of three shards, for test_dataset_corruptions.py.
 
 A damage is the files it changes, as {path in the folder: content, or None for no file}. Each kind yields (files, names that
 must be reported, whether reading must notice), from the folder and its contents by path.

@@ -78,7 +78,7 @@ def test_on_a_gpu_machine_marked_tests_see_the_gpu_and_come_first(tmp_path: Path
     (tmp_path / "tests" / "test_both.py").write_text(TESTS)
     (tmp_path / "gpu_machine.py").write_text(GPU_MACHINE)
     (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "0", "PYTHONPATH": str(tmp_path)}
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "0", "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     command = [sys.executable, "-m", "pytest", "-p", "gpu_machine", "-p", "no:cacheprovider", "-q"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert "2 passed" in done.stdout, done.stdout + done.stderr

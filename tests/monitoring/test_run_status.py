@@ -55,7 +55,7 @@ def test_states_are_written_at_once_and_steps_once_a_second(tmp_path: Path) -> N
     assert found == replace(writer.status)
     assert (found.state, found.exit_code, found.step, found.loss) == ("requeue", 85, 10, None)
     assert (found.seconds_left, found.samples_per_second, found.tflops_per_second_per_rank) == (20.0, 8.0, None)
-    writer.record_end(3, "too many bad samples")
+    RunStatusWriter(tmp_path, STATUS, writes=True).record_end(3, "too many bad samples")
     found = read_status(tmp_path)
     assert found is not None
     assert (found.state, found.reason, found.exit_code) == ("stopped", "too many bad samples", 3)
@@ -111,6 +111,8 @@ def test_an_end_recorded_by_another_thread_stays(tmp_path: Path) -> None:
         assert found is not None
     end.join()
     writer.record_state("training", step=999)
+    with pytest.raises(RuntimeError), writer.failures():
+        raise RuntimeError("gloo: connection closed by peer")  # what the main thread sees of it
     found = read_status(tmp_path)
     assert found is not None
     assert (found.state, found.reason, found.exit_code) == ("failed", "rank 1 died", 1)

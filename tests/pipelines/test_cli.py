@@ -16,7 +16,7 @@ from himix_megatron.config.serialization import RENAMED_FIELDS
 from himix_megatron.runtime.errors import RankError
 from pipelines import scaling
 from pipelines.cli import parse, parse_settings, run_main
-from pipelines.flags import Word, flag
+from pipelines.flags import Word, current_flags, flag
 from pipelines.recipes import RECIPES
 from slurm import submit
 from tests.support import ROOT
@@ -91,6 +91,10 @@ def test_dashes_and_underscores_are_one() -> None:
         ("tiny_align stray", "stray belongs to no setting"),
         ("tiny_align --log.ledger True", "--log.ledger takes no value"),
         ("tiny_align --log.ledger=True", "--log.ledger takes no value"),
+        (
+            "tiny_align --log.no-ledger false",
+            r"--log.no-ledger takes no value \(false\): write it alone; --log.no-ledger clears",
+        ),
         ("tiny_align --train.steps 0", "train.steps is 0: wanted 1 or more"),
         ("tiny_align --parallel.tensor 3", r"model.num_attention_heads \(4\) does not divide .*: use --parallel.tensor 1 or 2"),
         ("tiny_align --parallel.sequence", "parallel.sequence needs parallel.tensor above 1"),
@@ -302,6 +306,32 @@ def test_a_recipe_of_another_package_is_named_by_module_and_function(
     assert [stage.config.recipe for stage in stages] == [name, "our_lab.recipes:small_instruct"]
     settings, recipe, flags = scaling.arguments([name, "--world-sizes", "1", "2"])
     assert scaling.plan(settings, recipe, flags)[1].config.run_dir == Path("runs/our_lab.recipes.small_align-weak-002")
+
+
+def test_words_of_an_earlier_version_get_their_names_of_today() -> None:
+    typed = (
+        "tiny_align --data.too-long cut --run.no-resume-after-stop --train.parts=language --train.steps 3 --data.too_long=cut"
+    )
+    meant = "tiny_align --data.overlong truncate --run.no-ignore-stop-file --train.trainable-parts=language --train.steps 3"
+    assert current_flags(typed.split()) == [*meant.split(), "--data.overlong=truncate"]
+    assert parse(current_flags(typed.split())).data.overlong == "truncate"
+
+
+@dataclass(frozen=True)
+class AskingSettings:
+    """A command with a word of its own."""
+
+    run: Annotated[str, Word("RUN")]
+    """The run."""
+    stop: tuple[str, ...] = ()
+    """Texts."""
+    verify: bool = False
+    """Whether to."""
+
+
+def test_a_value_that_looks_like_a_flag_and_a_word_behind_a_switch_are_values() -> None:
+    read = parse_settings(AskingSettings, ["--verify", "1", "--stop=---"], "prog", "")
+    assert (read.run, read.verify, read.stop) == ("1", True, ("---",))
 
 
 def test_libraries_come_without_the_collector_which_does_not_look_at_them_later() -> None:

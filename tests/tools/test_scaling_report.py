@@ -142,6 +142,10 @@ def test_a_torn_event_file_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
     run = read_run(folder, 3)
     assert run.means == {}
     assert any("holds no scalars that can be read" in note for note in run.notes)
+    (folder / "status.json").write_text('{"version": 9}')
+    run = read_run(folder, 3)
+    assert run.state == "never began: it wrote no status.json that can be read"
+    assert any("has version 9, and this code reads version 1" in note for note in run.notes)
 
 
 def test_missing_tags_are_dashes_with_a_note_and_loose_runs_are_compared(

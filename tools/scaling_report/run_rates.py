@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from himix_megatron.config import from_json, to_json
-from himix_megatron.monitoring.run_status import RunStatus, followed_status
+from himix_megatron.monitoring.run_status import RunStatus, read_status, status_path
 
 STEP_SECONDS = "time/step_seconds"
 SUMS = {"text_tokens_per_second": "throughput/text_tokens_per_second", "mfu": "compute/model_mfu",
@@ -75,8 +75,12 @@ class Run:
 
 def read_run(folder: Path, warmup_steps: int, known: dict[str, Any] | None = None) -> Run:
     """Everything about one run. `known`: what its series.json says about it."""
-    known, status = known or {}, followed_status(folder)
+    known, status = known or {}, None
     run = Run(folder=folder, global_batch=known.get("global_batch"), num_gpus=known.get("world_size"))
+    try:
+        status = read_status(folder)
+    except ValueError as error:
+        run.notes.append(str(error))
     if (folder / "config.json").is_file():
         config = from_json((folder / "config.json").read_text())
         run.settings = json.loads(to_json(config))
@@ -175,12 +179,13 @@ def state_of(run: Run, status: RunStatus | None, known: dict[str, Any]) -> str:
     has_failed = status is not None and status.state == "failed"
     if outcome and outcome not in ("running", "submitted", "finished") and not (has_failed and outcome.startswith("failed")):
         return f"{outcome}{where}"
+    no_status = "no status.json" if not status_path(run.folder).is_file() else "no status.json that can be read"
     if status is None and not run.last_step:
-        return f"{outcome}, job {known['job']}" if "job" in known else outcome or "never began: it wrote no status.json"
+        return f"{outcome}, job {known['job']}" if "job" in known else outcome or f"never began: it wrote {no_status}"
     if (run.folder / "checkpoints" / f"step-{run.last_step:08d}").is_dir() and not has_failed:
         return f"saved{where}, and not continued"
     if status is None:
-        return f"not finished, and it has no status.json that says why{where}"
+        return f"not finished, and it has {no_status} that says why{where}"
     if has_failed:
         return f"failed: {status.reason}{where}"
     return f"killed, or still running: status.json is {time.time() - status.updated_at:.0f} s old{where}"
