@@ -161,9 +161,7 @@ def acquire(run_dir: Path) -> RunLock:
     home.mkdir(parents=True, exist_ok=True)
     here = LockOwner.here()
     while True:
-        older = lock_generations(home)
-        if older:
-            _refuse_if_alive(older[-1], here)
+        older = refuse_if_in_use(run_dir, here)
         number = 1 + (int(older[-1].name.removeprefix("attempt-")) if older else 0)
         mine = home / f"attempt-{number:06d}"
         try:
@@ -177,6 +175,17 @@ def acquire(run_dir: Path) -> RunLock:
     run_lock = RunLock(mine, owned=True)
     threading.Thread(target=run_lock._keep_touching, name="run-lock", daemon=True).start()
     return run_lock
+
+
+def refuse_if_in_use(run_dir: Path, here: LockOwner | None = None) -> list[Path]:
+    """Look whether the lock could be acquired. Returns: the locks' folders that are there, oldest first, all of dead launches.
+
+    Raises: ValueError while another process holds it.
+    """
+    older = lock_generations(run_dir / "checkpoints")
+    if older:
+        _refuse_if_alive(older[-1], here or LockOwner.here())
+    return older
 
 
 def lock_generations(home: Path) -> list[Path]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ..checkpoint.description import Position
+from ..checkpoint.run_lock import refuse_if_in_use
 from ..config import Config, check_ranks
 from ..data.loading.batch import StepBatch
 from ..data.loading.plan import DataPosition
@@ -66,7 +67,8 @@ def pretrain(config: Config, request: StopRequest | None = None) -> int:
     journal = Journal(config.run_dir)
     if reason := refuse_crash_loop(config, expected, inputs.length, journal):
         request.ignore_signals()
-        return stop_run(config, reason, status_writer(config, inputs, expected, launch, started_at), owns_run_dir=False)
+        refuse_if_in_use(config.run_dir)  # the last of the starts may well be training: it would find a reason to stop
+        return stop_run(config, reason, status_writer(config, inputs, expected, launch, started_at))
     topology = init_distributed(config.parallel, seed=config.train.seed, launch=launch)
     resume = lock_run_dir(config, inputs.plan, topology)
     status = status_writer(config, inputs, resume.checkpoint, launch, started_at)
@@ -88,14 +90,12 @@ def pretrain(config: Config, request: StopRequest | None = None) -> int:
     return code
 
 
-def stop_run(config: Config, reason: str, status: RunStatusWriter, *, owns_run_dir: bool = True) -> int:
-    """Stop on purpose: write the reason into RUN/STOP. Nothing is saved, so the run would continue from the last checkpoint.
-    Without the run lock the status stays: another launch may be running, and it would be its status."""
+def stop_run(config: Config, reason: str, status: RunStatusWriter) -> int:
+    """Stop on purpose: write the reason into RUN/STOP. Nothing is saved, so the run would continue from the last checkpoint."""
     if status.writes:
         logger.error("stopped: %s", reason)
         publish(stop_file(config), f"{reason}\n".encode())
-        if owns_run_dir:
-            status.record_end(EXIT_STOPPED, reason)
+        status.record_end(EXIT_STOPPED, reason)
     return EXIT_STOPPED
 
 

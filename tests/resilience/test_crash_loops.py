@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from himix_megatron.checkpoint.run_lock import acquire
+from himix_megatron.monitoring.run_status import read_status
 from himix_megatron.resilience.goodput import CAUSES, account
 from himix_megatron.resilience.journal import Journal
 from tests.support.processes import Ranks, resilience_config
@@ -26,8 +28,16 @@ def test_three_starts_without_a_new_step_stop_the_run(mixed_dataset: Path, tmp_p
     for _ in range(3):
         with Ranks(config, 1, die_in_the_first_step) as ranks:
             assert ranks.codes() == [-signal.SIGKILL]
+    beside = acquire(tmp_path)  # as if the third were training after all
+    with Ranks(config, 1) as ranks:
+        assert ranks.codes() == [1]  # the folder is in use, which the command says in one line
+    assert not (tmp_path / "STOP").exists()
+    beside.end()
     with Ranks(config, 1) as ranks:
         assert ranks.codes() == [3]
+    status = read_status(tmp_path)
+    assert status is not None
+    assert (status.state, status.exit_code) == ("stopped", 3)
     assert (tmp_path / "STOP").read_text().startswith("3 consecutive launches made no progress past step 0")
     with Ranks(replace(config, run=replace(config.run, ignore_stop_file=True)), 1) as ranks:
         assert ranks.codes() == [0]
