@@ -64,7 +64,7 @@ def read_flags(
     known = {flag(name) for name, hint in hints.items() if not _word(hint)}
     known |= {_off(name) for name, hint in hints.items() if hint is bool} | {"--help"}
     tuples = {flag(name) for name, hint in hints.items() if _count(hint) is not None}
-    # Where words without a flag have a meaning, one behind a switch is none of its business.
+    # A command with words of its own may have one right behind a switch.
     switches = {} if any(map(_word, hints.values())) else {flag(n): _off(n) for n, hint in hints.items() if hint is bool}
     wants_help = bool({"-h", "--help"} & set(argv))
     words: list[str] = []
@@ -74,7 +74,7 @@ def read_flags(
             raise ValueError(f"{last} takes no value ({word}): write it alone; {switches.get(last, last)} clears it")
         shown, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
         name = shown.replace("_", "-")
-        # argparse takes several words for a tuple, but only one behind a "="; and none that looks like a flag by itself.
+        # Behind "=" argparse takes one word of a tuple, as its own word several; but a value like "---" only behind "=".
         words += [name, value] if name in tuples and equals and not value.startswith("--") else [name + equals + value]
         if name and name not in known and not wants_help:
             raise ValueError(f"unknown setting {shown}: {_nearest(name[2:], list(hints))} ({program} --help lists all)")

@@ -161,7 +161,7 @@ def acquire(run_dir: Path) -> RunLock:
     home.mkdir(parents=True, exist_ok=True)
     here = LockOwner.here()
     while True:
-        older = refuse_if_in_use(run_dir, here)
+        older = refuse_if_in_use(run_dir)
         number = 1 + (int(older[-1].name.removeprefix("attempt-")) if older else 0)
         mine = home / f"attempt-{number:06d}"
         try:
@@ -177,14 +177,14 @@ def acquire(run_dir: Path) -> RunLock:
     return run_lock
 
 
-def refuse_if_in_use(run_dir: Path, here: LockOwner | None = None) -> list[Path]:
-    """Look whether the lock could be acquired. Returns: the locks' folders that are there, oldest first, all of dead launches.
+def refuse_if_in_use(run_dir: Path) -> list[Path]:
+    """Check that no other launch is alive in the folder. Returns: the locks of dead ones, oldest first.
 
     Raises: ValueError while another process holds it.
     """
     older = lock_generations(run_dir / "checkpoints")
     if older:
-        _refuse_if_alive(older[-1], here or LockOwner.here())
+        _refuse_if_alive(older[-1], LockOwner.here())
     return older
 
 
