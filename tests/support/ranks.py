@@ -6,6 +6,7 @@ Plain processes instead of a test plugin: a failing rank's traceback is the erro
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import pickle
@@ -18,6 +19,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from himix_megatron.runtime.process import free_port
+from himix_megatron.runtime.stop_signals import FAILED
 from tests.support import skip_if_fast
 
 
@@ -72,14 +74,19 @@ def _collect(ranks: list[tuple[Any, Connection]], timeout_seconds: float) -> lis
                 failed_at, outcome = pickle.loads(ours.recv_bytes())
             except EOFError:
                 ranks[rank][0].join(5)
-                raise RuntimeError(f"rank {rank} died with exit code {ranks[rank][0].exitcode}") from None
+                code = ranks[rank][0].exitcode
+                if code != FAILED:
+                    raise RuntimeError(f"rank {rank} died with exit code {code}") from None
+                # Its watchdog ended it because another rank failed, which may be heard later.
+                failures.append((math.inf, f"rank {rank} died with exit code {code}"))
+                continue
             if failed_at is None:
                 results[rank] = outcome
             else:
                 failures.append((failed_at, f"rank {rank} failed:\n{outcome}"))
         if failures:
             # Its peers fail after it, for want of it, and may be heard first: wait a moment, and name the one to blame.
-            deadline = min(deadline, time.monotonic() + 1)
+            deadline = min(deadline, time.monotonic() + (10 if min(failures)[0] == math.inf else 1))
             if not wait(list(waiting), timeout=max(0.0, deadline - time.monotonic())):
                 break
     if failures:
