@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from himix_megatron.config import check_limits
-from himix_megatron.config.serialization import RENAMED_FIELDS, current_fields
+from himix_megatron.config.serialization import COUNTED_IMAGES, RENAMED_FIELDS, current_fields
 
 Settings = TypeVar("Settings")
 Group = TypeVar("Group", bound=Hashable)
@@ -263,6 +263,8 @@ def _nearest(typed: str, known: list[str]) -> str:
     name = typed.replace("-", "_")
     if (now := RENAMED_FIELDS.get(name)) in known:
         return f"it is now {flag(str(now))}"
+    if name in COUNTED_IMAGES:
+        return "packs are now limited in vision tokens: --data.pack-max-vision-tokens, the number of images times those of one"
     leaf = name.rsplit(".", 1)[-1].lower()
     near = [item for item in known if item.rsplit(".", 1)[-1] == leaf]
     near = near or difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.6)

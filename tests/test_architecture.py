@@ -24,7 +24,8 @@ TOP_LEVEL = {
 # The library's folders, from the lowest level up: a folder imports from lower ones only.
 LEVELS = (
     ("config", "runtime"),
-    ("costs", "data"),
+    ("costs",),
+    ("data",),
     ("distributed",),
     ("model",),
     ("checkpoint", "resilience"),

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from himix_megatron.config import Config, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig, VisionConfig
+from himix_megatron.data.loading.image_table import ImageTable
 from himix_megatron.distributed.launch import ensure_ranks
 from himix_megatron.distributed.topology import Topology, init_distributed, shutdown_distributed
 from pipelines.cli import parse_settings, run_main
@@ -140,9 +141,9 @@ def stage_inputs(config: Config, reference: Reference, device: torch.device) -> 
         StageInput(
             text_ids=row_ids.to(device),
             labels=row_labels.to(device),
-            images=row_vision.to(device, torch.float32),
+            images=row_vision[0].to(device, torch.float32),
             blank=torch.zeros(1, dtype=torch.bool, device=device),
-            images_per_sample=(1,),
+            image_table=ImageTable.of_features([[row_vision.shape[1]]]),
         )
         for row_ids, row_labels, row_vision in rows
     ]

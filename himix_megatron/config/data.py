@@ -37,8 +37,8 @@ class DataConfig:
     pack_max_text_tokens: Count | None = None
     """Maximum number of text tokens in a pack: several samples share one sequence, and each attends only to itself and its own
     images. None: no packing."""
-    pack_max_images: Count | None = None
-    """Maximum number of images in a pack."""
+    pack_max_vision_tokens: Count | None = None
+    """Maximum number of vision tokens in a pack."""
     shuffle: Literal["auto", "samples", "shards"] = "auto"
     """Unit of shuffling. samples: all samples; shards: the shards, and the samples within each group of shuffle_shards shards,
     so that remote data is read a few shards at a time; auto: samples, or shards where a dataset is remote (s3://)."""
@@ -75,11 +75,11 @@ class DataConfig:
             raise ValueError("data.validation_features is given without --data.validation-path")
         if self.datasets and self.webdataset_urls:
             raise ValueError("data.datasets and data.webdataset_urls are both given: choose one")
-        if (self.pack_max_text_tokens is None) != (self.pack_max_images is None):
+        if (self.pack_max_text_tokens is None) != (self.pack_max_vision_tokens is None):
             raise ValueError(
-                "packing has two budgets: give both --data.pack-max-text-tokens and --data.pack-max-images, or neither"
+                "packing has two budgets: give both --data.pack-max-text-tokens and --data.pack-max-vision-tokens, or neither"
             )
-        if self.pack_max_text_tokens is not None and self.pack_max_images is not None:
+        if self.pack_max_text_tokens is not None and self.pack_max_vision_tokens is not None:
             if self.max_text_tokens > self.pack_max_text_tokens:
                 raise ValueError(
                     f"data.max_text_tokens ({self.max_text_tokens}) is above data.pack_max_text_tokens "

@@ -88,11 +88,12 @@ class VisionConfig:
     """The vision tower and its input pixels."""
 
     tower: str
-    """Architecture of the tower. siglip and clip: from transformers; tiny: a small ViT that can be trained from scratch."""
+    """Architecture of the tower. siglip and clip: from transformers; tiny: a small ViT that can be trained from scratch;
+    tiny_native: the same for images in their own aspect."""
     path: str | None = None
     """Folder with the tower's config.json and safetensors; None: random weights (tests, quickstart)."""
     image_size: Count
-    """Side of a preprocessed image, in pixels."""
+    """Side of a preprocessed image, in pixels; where images keep their aspect, of the largest square one."""
     patch_size: Count
     """Side of one patch, in pixels."""
     hidden_size: Count
@@ -139,11 +140,34 @@ class VisionConfig:
             raise ValueError(f"vision.feature_layer is {self.feature_layer}: wanted -{self.num_layers} to -1")
 
     @property
-    def tokens_per_image(self) -> int:
-        """Vision tokens of one image (n)."""
-        return TOWERS[self.tower].tokens_per_image(self.image_size // self.patch_size)
+    def has_fixed_size(self) -> bool:
+        """Whether the tower gets a square of image_size of every image, so that all have the same number of tokens."""
+        return TOWERS[self.tower].input_size is None
+
+    def input_size(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) in pixels that the tower gets of an image of this size."""
+        rule = TOWERS[self.tower].input_size
+        return (self.image_size, self.image_size) if rule is None else rule(width, height, self.image_size, self.patch_size)
 
     @property
-    def num_patches(self) -> int:
-        """Patches of one image, which the tower's layers see."""
-        return (self.image_size // self.patch_size) ** 2
+    def blank_size(self) -> tuple[int, int]:
+        """(width, height) in pixels of the all-zero image that stands for "no image"."""
+        return self.input_size(self.image_size, self.image_size)
+
+    def num_patches(self, size: tuple[int, int]) -> int:
+        """Patches of an image that the tower gets in this (width, height): what its layers see."""
+        return (size[0] // self.patch_size) * (size[1] // self.patch_size)
+
+    def num_tokens(self, size: tuple[int, int]) -> int:
+        """Vision tokens of an image that the tower gets in this (width, height)."""
+        return TOWERS[self.tower].tokens_per_image(size[1] // self.patch_size, size[0] // self.patch_size)
+
+    @property
+    def max_patches_per_image(self) -> int:
+        """Patches of the largest image; where the size is fixed, of each."""
+        return self.num_patches((self.image_size, self.image_size))
+
+    @property
+    def max_tokens_per_image(self) -> int:
+        """Vision tokens of the largest image; where the size is fixed, of each."""
+        return self.num_tokens((self.image_size, self.image_size))

@@ -52,7 +52,7 @@ class Config:
             raise ValueError(
                 "train.global_batch_samples is missing"
                 if self.train.global_batch_packs is None
-                else "train.global_batch_packs needs --data.pack-max-text-tokens and --data.pack-max-images"
+                else "train.global_batch_packs needs --data.pack-max-text-tokens and --data.pack-max-vision-tokens"
             )
         chunks = parallel.pipeline * parallel.virtual_pipeline
         if "tower" in self.train.trainable_parts and (self.data.features or self.data.validation_features):
@@ -83,7 +83,7 @@ class Config:
         """Raises: ValueError for what a recorded micro-batch cannot have."""
         parallel, train = self.parallel, self.train
         for field_name, found, wanted in (
-            ("data.pack_max_text_tokens", self.data.packs, "--data.pack-max-text-tokens and --data.pack-max-images"),
+            ("data.pack_max_text_tokens", self.data.packs, "--data.pack-max-text-tokens and --data.pack-max-vision-tokens"),
             ("parallel.tensor x parallel.pipeline", parallel.tensor * parallel.pipeline == 1, "one rank for each replica"),
             ("parallel.overlap", parallel.overlap != "on", "--parallel.overlap auto or off"),
             ("train.trainable_parts", "tower" not in train.trainable_parts, "a frozen tower"),

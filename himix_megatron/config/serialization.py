@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import typing
+from collections.abc import Mapping
 from typing import Any
 
+from .model import VisionConfig
 from .run import Config
 
-VERSION = 1
-"""Of config.json. Version 0, which has no number in it, is read through `RENAMED_FIELDS` and `_RENAMED_VALUES`."""
+VERSION = 2
+"""Of config.json. Versions 0, which has no number in it, and 1 are read through `RENAMED_FIELDS`, `_RENAMED_VALUES` and
+`in_vision_tokens`."""
 
 RENAMED_FIELDS = {
     "model.attention": "model.layer_spec",
@@ -21,7 +24,6 @@ RENAMED_FIELDS = {
     "data.stream": "data.webdataset_urls",
     "data.too_long": "data.overlong",
     "data.pack_text_tokens": "data.pack_max_text_tokens",
-    "data.pack_images": "data.pack_max_images",
     "train.parts": "train.trainable_parts",
     "checkpoint.initial": "checkpoint.init_from",
     "log.pictures_interval_steps": "log.predictions_interval_steps",
@@ -31,6 +33,8 @@ RENAMED_FIELDS = {
     "run.faults": "run.fault_injection",
 }
 """Fields as version 0 names them, and their names now."""
+COUNTED_IMAGES = ("data.pack_images", "data.pack_max_images")
+"""Names in versions 0 and 1 of a pack's budget in images, now data.pack_max_vision_tokens."""
 _RENAMED_VALUES = {
     # Transformer Engine no longer loads the state of delayed scaling.
     ("train.fp8", "hybrid"): "tensorwise",
@@ -44,6 +48,26 @@ def current_fields(stored: dict[str, Any]) -> dict[str, Any]:
     return {
         name: _RENAMED_VALUES.get((name, value), value) if isinstance(value, str) else value for name, value in named.items()
     }
+
+
+def in_vision_tokens(fields: Mapping[str, Any], tokens_per_image: int) -> dict[str, Any]:
+    """Values by dotted name, a pack's budget in vision tokens also where they have it in images."""
+    found = dict(fields)
+    for name in COUNTED_IMAGES:
+        if name in found:
+            images = found.pop(name)
+            found["data.pack_max_vision_tokens"] = images and images * tokens_per_image
+    return found
+
+
+def _renew(tree: dict[str, Any]) -> dict[str, Any]:
+    """A tree of version 0 or 1 as one of version 2."""
+    if not isinstance(tree.get("data"), dict):
+        return tree
+    vision = _build(VisionConfig, tree.get("vision"), "vision.")
+    named = {f"data.{name}": value for name, value in tree["data"].items()}
+    renewed = in_vision_tokens(named, vision.max_tokens_per_image)
+    return tree | {"data": {name.removeprefix("data."): value for name, value in renewed.items()}}
 
 
 def to_json(config: Any) -> str:
@@ -77,9 +101,9 @@ def from_json(text: str) -> Config:
     except json.JSONDecodeError as error:
         raise ValueError(f"config.json is no JSON: {error}") from error
     version = tree.pop("version", 0) if isinstance(tree, dict) else 0
-    if version not in (0, VERSION):
-        raise ValueError(f"config.json has version {version}: this program reads versions 0 and {VERSION}; use a newer program")
-    config = _build(Config, tree)
+    if version not in range(VERSION + 1):
+        raise ValueError(f"config.json has version {version}: this program reads versions 0 to {VERSION}; use a newer program")
+    config = _build(Config, tree if version == VERSION or not isinstance(tree, dict) else _renew(tree))
     assert isinstance(config, Config)
     return config
 

@@ -6,13 +6,25 @@ model/towers/ (docs/extending.md).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 
-def patches(side: int) -> int:
-    """A token for each patch, of an image of `side` x `side` patches."""
-    return side * side
+def patches(rows: int, columns: int) -> int:
+    """A token for each patch."""
+    return rows * columns
+
+
+def own_aspect(width: int, height: int, image_size: int, patch_size: int) -> tuple[int, int]:
+    """An image in its own aspect, never enlarged: whole patches, at least one, and at most as many as a square of `image_size`
+    has."""
+    budget = (image_size // patch_size) ** 2
+    scale = min(1.0, math.sqrt(budget * patch_size**2 / (width * height)))
+    columns, rows = (max(1, int(side * scale / patch_size)) for side in (width, height))
+    # A narrow image's shorter side is rounded up to one patch.
+    columns, rows = min(columns, budget // rows), min(rows, budget // columns)
+    return columns * patch_size, rows * patch_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,8 +36,11 @@ class TowerKind:
     transformers: str | None = None
     """Prefix of the classes of transformers (`Siglip` for SiglipVisionConfig and SiglipVisionModel), whose folders can be read;
     in lower case it is the `model_type` of their config.json. None: no published weights."""
-    tokens_per_image: Callable[[int], int] = patches
-    """Features of an image of so many patches on a side."""
+    input_size: Callable[[int, int, int, int], tuple[int, int]] | None = None
+    """(width, height) in pixels that the tower gets of an image, from its width and height, vision.image_size and
+    vision.patch_size. None: a square of image_size of every image."""
+    tokens_per_image: Callable[[int, int], int] = patches
+    """Features of an image of so many rows and columns of patches."""
     class_tokens: int = 0
     """Tokens that go through the layers and are no features."""
     patch_bias: bool = True
@@ -48,6 +63,13 @@ _PUBLISHED = "himix_megatron.model.towers.transformers_tower:TransformersTower"
 
 TOWERS: dict[str, TowerKind] = {
     "tiny": TowerKind(build="himix_megatron.model.towers.tiny:TinyTower", norm_after=True, whole_patches=True),
+    "tiny_native": TowerKind(
+        build="himix_megatron.model.towers.tiny_native:TinyNativeTower",
+        input_size=own_aspect,
+        learned_positions=False,
+        norm_after=True,
+        whole_patches=True,
+    ),
     "siglip": TowerKind(build=_PUBLISHED, transformers="Siglip"),
     "clip": TowerKind(
         build=_PUBLISHED,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..config import Config, ModelConfig
 from ..config.towers import TOWERS
+from ..data.loading.image_table import ImageTable
 from ..distributed.fused_kernels import detect
 from ..distributed.topology import Topology
 from ..inference.generator import Answerer
@@ -112,10 +113,10 @@ def our_logits(model_chunks: list[Any], topology: Topology, model: ModelConfig, 
     Args: ids: int64[B, S]; features: float[B, N, V], one image of N tokens a sample; N may be 0, for no image.
     """
     num_samples, tokens = features.shape[:2]
-    images = features if tokens else features.new_empty(0, 1, features.shape[2])
+    images = ImageTable.of_features([[tokens] * (tokens > 0)] * num_samples)
     blank = torch.zeros(len(images), dtype=torch.bool)
     device = topology.device
-    given = StageInput(ids.to(device), images.to(device), blank.to(device), (int(tokens > 0),) * num_samples)
+    given = StageInput(ids.to(device), features.flatten(0, 1).to(device), blank.to(device), images)
     found = run_logits(model_chunks, [given], lambda _, logits: logits)
     results: list[Any] = [None]
     if topology.is_last_stage:

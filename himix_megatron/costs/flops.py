@@ -52,15 +52,21 @@ def head_flops(model: ModelConfig, *, text_tokens: float) -> float:
     return 2.0 * text_tokens * model.hidden_size * model.vocab_size
 
 
-def tower_flops(vision: VisionConfig) -> float:
-    """The vision tower's forward pass on one image, up to the layer whose output is taken (class tokens counted)."""
-    width, tokens = vision.hidden_size, vision.num_patches + TOWERS[vision.tower].class_tokens
-    layer = 2 * tokens * (4 * width**2 + 2 * width * vision.ffn_hidden_size) + 4 * tokens**2 * width
-    return float(layer * (vision.num_layers + 1 + vision.feature_layer) + _patch_flops(vision))
+def image_flops(vision: VisionConfig, num_patches: float) -> float:
+    """The vision tower's forward pass on one image of so many patches."""
+    return _tower_flops(vision, images=1, patches=num_patches, patch_pairs=num_patches**2)
 
 
-def _patch_flops(vision: VisionConfig) -> int:
-    return 2 * vision.num_patches * 3 * vision.patch_size**2 * vision.hidden_size
+def _tower_flops(vision: VisionConfig, *, images: float, patches: float, patch_pairs: float) -> float:
+    """Up to the layer whose output is taken (class tokens counted)."""
+    width, extra = vision.hidden_size, TOWERS[vision.tower].class_tokens
+    tokens, pairs = patches + extra * images, patch_pairs + 2 * extra * patches + extra**2 * images
+    layer = 2 * tokens * (4 * width**2 + 2 * width * vision.ffn_hidden_size) + 4 * pairs * width
+    return float(layer * (vision.num_layers + 1 + vision.feature_layer) + _patch_flops(vision, patches))
+
+
+def _patch_flops(vision: VisionConfig, patches: float) -> float:
+    return 2 * patches * 3 * vision.patch_size**2 * vision.hidden_size
 
 
 # ---- a training step ---------------------------------------------------------------------------------------------------
@@ -80,10 +86,25 @@ class Work:
     """Tokens that go through the LM head: those with a label in training."""
     images: float = 0.0
     """Images that the tower encodes."""
+    patches: float = 0.0
+    """Their patches."""
+    patch_pairs: float = 0.0
+    """The squares of each image's patches."""
 
     def __add__(self, other: Work) -> Work:
         """Both."""
         return Work(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(Work)))
+
+    def __mul__(self, times: float) -> Work:
+        """The same, so many times."""
+        return Work(*(getattr(self, item.name) * times for item in fields(Work)))
+
+    @staticmethod
+    def encoding(patches: Sequence[float]) -> Work:
+        """Of the tower on images of so many patches each."""
+        return Work(
+            images=float(len(patches)), patches=float(sum(patches)), patch_pairs=float(sum(number**2 for number in patches))
+        )
 
     @staticmethod
     def of(
@@ -91,7 +112,6 @@ class Work:
         vision_lengths: Sequence[float],
         *,
         head_tokens: float,
-        images: float = 0.0,
         causal: bool = True,
     ) -> Work:
         """Of samples with these numbers of text and vision tokens; padding belongs to no sample, so leave it out."""
@@ -101,7 +121,6 @@ class Work:
             text_pairs=float(sum(s * (s + 1) / 2 if causal else s * s for s in text_lengths)),
             vision_pairs=float(sum(s * n for s, n in zip(text_lengths, vision_lengths, strict=True))),
             head_tokens=float(head_tokens),
-            images=float(images),
         )
 
     @staticmethod
@@ -110,12 +129,11 @@ class Work:
         vision_lengths: Sequence[float],
         *,
         head_tokens: float,
-        images: float = 0.0,
         causal: bool = True,
     ) -> Work:
         """Of the same samples where vision tokens are part of the text, as in LLaVA: what HiMix is compared with."""
         both = [s + n for s, n in zip(text_lengths, vision_lengths, strict=True)]
-        return Work.of(both, [0.0] * len(both), head_tokens=head_tokens, images=images, causal=causal)
+        return Work.of(both, [0.0] * len(both), head_tokens=head_tokens, causal=causal)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +199,7 @@ def forward_flops(config: Config, work: Work) -> StepFlops:
     return StepFlops(
         decoder=config.model.num_layers * layer.total,
         head=head_flops(config.model, text_tokens=work.head_tokens),
-        tower=work.images * tower_flops(config.vision),
+        tower=_tower_flops(config.vision, images=work.images, patches=work.patches, patch_pairs=work.patch_pairs),
         recomputed=0.0,
     )
 
@@ -202,7 +220,7 @@ def step_flops(config: Config, work: Work, *, inputs_train: bool = False) -> Ste
     return StepFlops(
         decoder=forward.decoder + first + (config.model.num_layers - 1) * others,
         head=forward.head * (3 if "language" in parts else 2),
-        tower=forward.tower if frozen_tower else 3 * forward.tower - work.images * _patch_flops(config.vision),
+        tower=forward.tower if frozen_tower else 3 * forward.tower - _patch_flops(config.vision, work.patches),
         recomputed=config.model.num_layers * again[config.train.recompute] + beyond + forward.head,
     )
 
@@ -240,14 +258,14 @@ def chunk_layers(config: Config) -> tuple[int, ...]:
 
 
 def stage_flops(config: Config) -> tuple[float, ...]:
-    """Of each pipeline stage on a sample of `parallel.split_text_tokens` and one image, forward, the head counted."""
+    """Of each pipeline stage on a sample of `parallel.split_text_tokens` and one largest image, forward, the head counted."""
     costs = _chunk_costs(config, chunk_layers(config))
     return tuple(sum(costs[stage :: config.parallel.pipeline]) for stage in range(config.parallel.pipeline))
 
 
 def _chunk_costs(config: Config, layers: tuple[int, ...] | list[int]) -> list[float]:
     vision, text_tokens = config.vision, config.parallel.split_text_tokens
-    layer = layer_flops(config.model, vision.hidden_size, text_tokens=text_tokens, vision_tokens=vision.tokens_per_image).total
-    costs = [layer * number for number in layers]
+    each = layer_flops(config.model, vision.hidden_size, text_tokens=text_tokens, vision_tokens=vision.max_tokens_per_image)
+    costs = [each.total * number for number in layers]
     costs[-1] += head_flops(config.model, text_tokens=text_tokens)
     return costs

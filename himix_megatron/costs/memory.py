@@ -93,7 +93,7 @@ def tower_parameters(config: Config) -> int:
     width, inner = vision.hidden_size, vision.ffn_hidden_size
     layer = 4 * (width * width + width) + 2 * width * inner + inner + width + 4 * width
     kind = TOWERS[vision.tower]
-    positions = (vision.num_patches + kind.class_tokens) * kind.learned_positions
+    positions = (vision.max_patches_per_image + kind.class_tokens) * kind.learned_positions
     norms = 2 * kind.norm_before + 2 * (kind.norm_after and vision.feature_layer == -1)
     vectors = kind.patch_bias + kind.class_tokens + positions + norms
     return layer * (vision.num_layers + 1 + vision.feature_layer) + 3 * vision.patch_size**2 * width + vectors * width
@@ -190,10 +190,10 @@ def rank_memory(
             kept = size * (chunk + ("language" in train.trainable_parts) * rows * config.model.hidden_size)
             logits = kept if config.model.layer_spec != "torch" else max(logits, kept)
         logits += 3 * size * text
-    features = 2 * images_per_step * vision.tokens_per_image * vision.hidden_size * size
+    features = 2 * images_per_step * vision.max_tokens_per_image * vision.hidden_size * size
     if not config.data.features:
         share = images_per_step / (parallel.tensor * parallel.pipeline)
-        inner = vision.tokens_per_image * (6 * vision.hidden_size + vision.ffn_hidden_size)
+        inner = vision.max_tokens_per_image * (6 * vision.hidden_size + vision.ffn_hidden_size)
         features += min(64.0, share) * inner * size
     found = RankMemory(
         weights=size * own.total,

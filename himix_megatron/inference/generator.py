@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..checkpoint.checkpointer import Checkpoints
 from ..config import Config
-from ..data.loading.batch import rank_share
+from ..data.loading.image_table import ImageTable, blank_pixels, divide_images
 from ..distributed.fused_kernels import Kernels
 from ..distributed.megatron_config import params_dtype
 from ..distributed.topology import Topology
@@ -131,19 +131,20 @@ class Answerer:
 
     def _parts(self, prompts: Sequence[Prompt], num_parts: int, room: int | None) -> list[_Part]:
         """The prompts in equal parts, ready for the first pass; with `room` for new tokens in caches, unless it is None."""
-        images_per_sample, features, blank = self._encode(prompts)
-        starts = np.cumsum([0, *images_per_sample])
+        tables, features, blank = self._encode(prompts)
+        of_prompt = torch.split(features, [sum(table.tokens) for table in tables])
+        blanks = torch.split(blank, [len(table) for table in tables])
         longest = max(len(prompt.ids) for prompt in prompts)
         parts = []
         for rows in np.array_split(np.arange(len(prompts)), num_parts):
-            counts = tuple(images_per_sample[row] for row in rows)
-            own = slice(starts[rows[0]], starts[rows[-1] + 1])
+            own, images = torch.cat([of_prompt[row] for row in rows]), ImageTable.joined(tables[row] for row in rows)
             cache = None
             if room is not None:
                 lengths = torch.tensor([len(prompts[row].ids) for row in rows], device=self.topology.device)
-                cache = KVCache(*arrange_features(features[own], counts), lengths, longest, room)
+                cache = KVCache(*arrange_features(own, images.sample_tokens()), lengths, longest, room)
             ids = self._padded([prompts[row].ids.tolist() for row in rows], longest)
-            parts.append(_Part(rows.tolist(), StageInput(ids, features[own], blank[own], counts, cache=cache)))
+            blank = torch.cat([blanks[row] for row in rows])
+            parts.append(_Part(rows.tolist(), StageInput(ids, own, blank, images, cache=cache)))
         return parts
 
     def _prepare(self, parts: list[_Part], texts: list[list[int]], going: Collection[int]) -> None:
@@ -170,18 +171,23 @@ class Answerer:
             ids[row, : len(text)] = torch.tensor(text)
         return ids.to(self.topology.device)
 
-    def _encode(self, prompts: Sequence[Prompt]) -> tuple[list[int], Tensor, Tensor]:
-        """Features of all the prompts' images, encoded once: this rank encodes its share, and all get all."""
-        without = self.config.model.images_without
-        images_per_sample = [len(p.images) or without for p in prompts]
-        size = self.config.vision.image_size
-        nothing = np.zeros((3, size, size), np.uint8)
-        images = [image for p in prompts for image in (p.images or (nothing,) * without)]
-        blank = torch.tensor([b for p in prompts for b in ([False] * len(p.images) or [True] * without)], dtype=torch.bool)
-        share = [images[i] for i in rank_share(len(images), self.topology.replica_rank, self.topology.replica_size)]
-        pixels = torch.from_numpy(np.stack(share)) if share else torch.empty(0, 3, size, size, dtype=torch.uint8)
-        device = self.topology.device
-        return images_per_sample, self.encoder.encode(pixels.to(device), blank.to(device), len(images)), blank.to(device)
+    def _encode(self, prompts: Sequence[Prompt]) -> tuple[list[ImageTable], Tensor, Tensor]:
+        """Each prompt's images, their features and which are blank; encoded once: this rank encodes its share."""
+        vision, without, topology = self.config.vision, self.config.model.images_without, self.topology
+        tables = []
+        for prompt in prompts:
+            sizes = [(image.shape[2], image.shape[1]) for image in prompt.images]
+            tables.append(ImageTable.of(vision, [sizes or [vision.blank_size] * without]))
+        table = ImageTable.joined(tables)
+        images = [image for p in prompts for image in (p.images or (None,) * without)]
+        blank = torch.tensor([image is None for image in images], dtype=torch.bool)
+        share = divide_images(table, vision, topology.replica_size)[topology.replica_rank]
+        pixels = blank_pixels(own := table.images_of(share), vision)
+        for k, place in zip(share, own.split(pixels), strict=True):
+            if (image := images[k]) is not None:
+                place.copy_(torch.from_numpy(image))
+        device = topology.device
+        return tables, self.encoder.encode(pixels.to(device), blank.to(device), table), blank.to(device)
 
     def _next_tokens(
         self, parts: list[_Part], texts: list[list[int]], sampling: Sampling, draws: list[np.random.Generator]

@@ -3,8 +3,8 @@
 Flows in: text token ids of a micro-batch (first stage) or hidden states (later ones), and the features of its images, which
 every stage receives outside of the pipeline; out: hidden states, or per-token losses (last stage).
 
-Shape letters: B samples, S text tokens, K images of the micro-batch, n tokens of one image, N vision tokens of a sample,
-V vision width.
+Shape letters: B samples, S text tokens, K images of the micro-batch, T their vision tokens, N vision tokens of a sample, V
+vision width.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
 from ..config import Config, Part
+from ..data.loading.image_table import ImageTable
 from ..distributed.fused_kernels import Kernels
 from ..distributed.megatron_config import (
     attention_core,
@@ -40,32 +41,25 @@ from .attention.mixture_attention import normalise
 from .attention.packed_layout import PackedLayout, make_layout
 from .layer_spec import block_spec
 from .loss import token_losses
+from .towers import Tower
 
 
-def arrange_features(features_KnV: Tensor, images_per_sample: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+def arrange_features(features_TV: Tensor, sample_tokens: Sequence[int]) -> tuple[Tensor, Tensor | None]:
     """Lay a micro-batch's image features out by sample, for generation's cache (training keeps them flat).
 
     Args:
-        features_KnV: float[K, n, V], images in sample order.
-        images_per_sample: B counts that sum to K.
+        features_TV: float[T, V], images in sample order.
+        sample_tokens: vision tokens of each of B samples, T in all.
     Returns:
         float[N, B, V] with the images of a sample one after the other, and bool[B, N], True where a sample has fewer
         than N vision tokens; None where all have N.
     """
-    num_images, tokens, width = features_KnV.shape
-    assert num_images == sum(images_per_sample), (num_images, images_per_sample)
-    most = max(images_per_sample)
-    if min(images_per_sample) == most:
-        return features_KnV.view(len(images_per_sample), most * tokens, width).transpose(0, 1).contiguous(), None
-    slots_BI = torch.full((len(images_per_sample), most), num_images, dtype=torch.long)  # an empty slot reads the zero image
-    first = 0
-    for sample, count in enumerate(images_per_sample):
-        slots_BI[sample, :count] = torch.arange(first, first + count)
-        first += count
-    slots_BI = slots_BI.to(features_KnV.device)
-    with_zero = torch.cat((features_KnV, features_KnV.new_zeros(1, tokens, width)))
-    vision_NBV = with_zero[slots_BI].flatten(1, 2).transpose(0, 1).contiguous()
-    return vision_NBV, (slots_BI == num_images).repeat_interleave(tokens, dim=1)
+    most = max(sample_tokens)
+    vision_NBV = torch.nn.utils.rnn.pad_sequence(list(torch.split(features_TV, list(sample_tokens))))
+    if min(sample_tokens) == most:
+        return vision_NBV, None
+    lengths_B1 = torch.tensor(sample_tokens, device=features_TV.device)[:, None]
+    return vision_NBV, torch.arange(most, device=features_TV.device) >= lengths_B1
 
 
 def _keep_graph(_: nn.Module, __: Any, output: Tensor) -> Tensor:
@@ -75,7 +69,7 @@ def _keep_graph(_: nn.Module, __: Any, output: Tensor) -> Tensor:
 class HiMixModel(GPTModel):  # type: ignore[misc]
     """A chunk's layers; with a trainable tower also its replica of the tower (`tower`), run with gradient on every stage."""
 
-    def __init__(self, config: Config, kernels: Kernels, topology: Topology, *, chunk: int | None, tower: nn.Module | None):
+    def __init__(self, config: Config, kernels: Kernels, topology: Topology, *, chunk: int | None, tower: Tower | None):
         mcore_config = transformer_config(config, kernels)
         backend, core = chosen_layer_spec(config.model, kernels), attention_core(config, kernels)
         first, last = chunk in (None, 0), chunk in (None, config.parallel.virtual_pipeline - 1)
@@ -119,7 +113,7 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
         text_ids: Tensor,
         images: Tensor,
         blank: Tensor,
-        images_per_sample: Sequence[int],
+        image_table: ImageTable,
         labels: Tensor | None = None,
         cache: KVCache | None = None,
         packed_lengths: Sequence[int] | None = None,
@@ -130,8 +124,9 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
 
         Args:
             text_ids: int64[B, S]; later stages use its shape only.
-            images: float[K, n, V] features, or uint8[K, 3, height, width] pixels where the stage holds the tower.
+            images: float[T, V] features, or pixels as `blank_pixels` lays them out where the stage holds the tower.
             blank: bool[K], images that stand for "no image" (all zeros after normalisation); the tower's business.
+            image_table: the K images of each sample.
             labels: int64[B, S], -100 for no loss.
             cache: generation: holds the images and all earlier text, after which `text_ids` come; only each sample's last
                 token is given logits, float[B, 1, vocab/TP]. The images of this call are not read then.
@@ -141,12 +136,11 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
         """
         if cache is not None:
             return self._continue(text_ids, cache)
-        features_KnV = images
+        features_TV = images
         if hasattr(self, "tower"):
-            features_KnV = self.tower(images, blank)
+            features_TV = self.tower.features(images, blank, image_table.sizes)
         if layout is None:
-            vision_lengths = [count * features_KnV.shape[1] for count in images_per_sample]
-            layout = make_layout(text_ids, packed_lengths, vision_lengths, self.rotary_pos_emb)
+            layout = make_layout(text_ids, packed_lengths, image_table, self.rotary_pos_emb)
         self.labelled = labelled
         output: Tensor = super().forward(
             text_ids,
@@ -154,7 +148,7 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
             None,
             labels=labels,
             packed_seq_params=layout,
-            extra_block_kwargs={"context": normalise(features_KnV.flatten(0, 1), self.config.layernorm_epsilon)},
+            extra_block_kwargs={"context": normalise(features_TV, self.config.layernorm_epsilon)},
         )
         return output
 
@@ -272,9 +266,7 @@ def part_of(name: str) -> Part:
     return "vision_kv" if ".vision_norm." in name or ".linear_vision_kv." in name else "language"
 
 
-def build_model_chunks(
-    config: Config, kernels: Kernels, topology: Topology, tower: nn.Module, *, trains: bool = True
-) -> list[Any]:
+def build_model_chunks(config: Config, kernels: Kernels, topology: Topology, tower: Tower, *, trains: bool = True) -> list[Any]:
     """This rank's model chunks (one, or `virtual_pipeline`), frozen as `train.trainable_parts` says.
 
     The tower goes in only where it trains; a frozen one belongs to the ShardedVisionEncoder. Without `trains` everything is

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..data.loading.batch import StepBatch
+from ..data.loading.image_table import ImageTable
 from .attention.kv_cache import KVCache
 from .attention.packed_layout import PackedLayout
 
@@ -23,11 +24,12 @@ class StageInput:
     text_ids: Tensor
     """int64[B, S]."""
     images: Tensor
-    """Features float[K, n, V] of the micro-batch's images; pixels uint8[K, 3, height, width] where the tower trains."""
+    """Features float[T, V] of the micro-batch's images, one after the other; where the tower trains their pixels, as
+    `blank_pixels` lays them out."""
     blank: Tensor
     """bool[K], images that stand for "no image"."""
-    images_per_sample: tuple[int, ...]
-    """Of each sample."""
+    image_table: ImageTable
+    """The same K images, without their pixels."""
     labels: Tensor | None = None
     """int64[B, S], -100 for no loss; None: logits are wanted."""
     packed_lengths: tuple[int, ...] | None = None
@@ -45,7 +47,7 @@ class StageInput:
     def through(self, model_chunk: Any) -> Tensor:
         """What the stage makes of it: hidden states, losses or logits."""
         output: Tensor = model_chunk(
-            self.text_ids, self.images, self.blank, self.images_per_sample, labels=self.labels, cache=self.cache,
+            self.text_ids, self.images, self.blank, self.image_table, labels=self.labels, cache=self.cache,
             packed_lengths=self.packed_lengths, labelled=self.labelled, layout=self.layout,
         )  # fmt: skip
         return output
@@ -53,16 +55,17 @@ class StageInput:
 
 def stage_inputs(batch: StepBatch, images: Tensor, device: torch.device) -> list[StageInput]:
     """Cut a step into its micro-batches. `images`: features or pixels of all the step's images on this replica."""
-    inputs, first = [], 0
-    for micro_batch in batch.micro_batches:
-        own = slice(first, first + sum(micro_batch.images_per_sample))
-        first = own.stop
+    inputs = []
+    tables = [micro_batch.images for micro_batch in batch.micro_batches]
+    parts = torch.split(images, [sum(table.rows(images)) for table in tables])
+    blanks = torch.split(batch.blank, [len(table) for table in tables])
+    for micro_batch, table, part, blank in zip(batch.micro_batches, tables, parts, blanks, strict=True):
         inputs.append(
             StageInput(
                 text_ids=to_device(micro_batch.text_ids, device),
-                images=images[own],
-                blank=to_device(batch.blank[own], device),
-                images_per_sample=micro_batch.images_per_sample,
+                images=part,
+                blank=to_device(blank, device),
+                image_table=table,
                 labels=to_device(micro_batch.labels, device),
                 labelled=to_device((micro_batch.labels.flatten() >= 0).nonzero()[:, 0], device),
                 packed_lengths=tuple(micro_batch.text_lengths.tolist()) if micro_batch.packed else None,

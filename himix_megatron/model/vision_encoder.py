@@ -1,31 +1,34 @@
 """The frozen tower at work for a whole model replica. Flows in: each rank's share of a step's images; out: features of all.
 
-The T x P ranks of a replica split the step's images evenly, encode their shares without gradient in large batches, and
-gather: every pipeline stage needs the features, and a tower on one stage, or on each of them anew, would be most of the work.
-All images have the same number of patches here, so an even split by patches is one by images (`loading.batch.rank_share`).
-`vision.encoder_placement` chooses the two usual ways instead, so that the gain can be measured.
+The T x P ranks of a replica divide the step's images by their cost (`image_table.divide_images`), encode their shares without
+gradient in large batches, and gather: every pipeline stage needs the features, and a tower on one stage, or on each of them
+anew, would be most of the work. `vision.encoder_placement` chooses the two usual ways instead, so that the gain can be
+measured.
 
-Shapes: K images of a step, n tokens of one image, V width of the features.
+Shapes: K images of a step, T their vision tokens, V width of the features.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..data.loading.batch import rank_share
+from ..data.loading.image_table import ImageTable, divide_images
 from ..distributed.topology import Topology
+from .stage_input import to_device
 from .towers import Tower
 
 Placement = Literal["replica_sharded", "replicated", "first_stage"]
 
 
 def encoder_share(encoder_placement: Placement, topology: Topology) -> tuple[int, int]:
-    """(rank, ranks) for `rank_share`: which of a step's images this rank reads and encodes; a rank beyond them has none."""
+    """(rank, ranks) for `divide_images`: which of a step's images this rank reads and encodes; a rank beyond them has none."""
     if encoder_placement == "replicated":
         return 0, 1
     return topology.replica_rank, topology.tensor_size if encoder_placement == "first_stage" else topology.replica_size
@@ -58,40 +61,58 @@ class ShardedVisionEncoder:
         self.device = device or next(tower.parameters()).device
         self.size = dist.get_world_size(group) if group is not None else 1
         self.rank, self.num_encoders = place or (dist.get_rank(group) if group is not None else 0, self.size)
-        self.max_images_per_forward = max_images_per_forward
-        self.feature_shape = tower.feature_shape
+        self.max_tokens_per_forward = max_images_per_forward * tower.config.max_tokens_per_image
 
-    def encode(self, share: Tensor, blank_K: Tensor, num_images: int) -> Tensor:
-        """The step's images, of which this rank holds `rank_share(num_images, *place)`, for all ranks of the replica.
+    def encode(self, share: Tensor, blank_K: Tensor, images: ImageTable) -> Tensor:
+        """The step's images, of which this rank holds its part of `divide_images`, for all ranks of the replica.
 
-        Args: share: pixels uint8 [K_share, 3, H, W], or features [K_share, n, V] that were made before; blank_K: bool [K] of
-            all images. From pinned memory (`loading.batch.pinned`) their copies to a GPU do not keep the host waiting.
-        Returns: frozen: features [K, n, V]; trainable: pixels uint8 [K, 3, H, W], for a tower that runs inside the model.
+        Args: share: pixels as `blank_pixels` lays them out, or features [T_share, V] that were made before; blank_K: bool [K]
+            of all images; images: all of them. From pinned memory (`loading.batch.pinned`) the copies to a GPU do not keep the
+            host waiting.
+        Returns: frozen: features [T, V]; trainable: pixels of all images, for a tower that runs inside the model.
         """
-        own = rank_share(num_images, self.rank, self.num_encoders)
-        assert len(share) == len(own), (len(share), own, num_images)
+        shares = divide_images(images, self.tower.config, self.num_encoders)
+        own = shares[self.rank] if self.rank < self.num_encoders else []
         share = share.to(self.device, non_blocking=True)
         if share.dtype != torch.uint8:
             share = share.to(self.dtype)
         elif not self.trainable:
-            share = self._features(share, blank_K[own.start : own.stop].to(self.device, non_blocking=True))
-        return share if self.size == 1 else self._exchange(share, -(-num_images // self.num_encoders))[:num_images]
+            share = self._features(share, blank_K[own].to(self.device, non_blocking=True), images.images_of(own))
+        return share if self.size == 1 else self._exchange(share, images.rows(share), shares)
 
     @torch.no_grad()
-    def _features(self, pixels: Tensor, blank: Tensor) -> Tensor:
-        """[K_share, n, V]; at most `max_images_per_forward` images at once bound the memory."""
-        features = pixels.new_empty((len(pixels), *self.feature_shape), dtype=self.dtype)
-        for first in range(0, len(pixels), self.max_images_per_forward):
-            part = slice(first, first + self.max_images_per_forward)
-            features[part] = self.tower(pixels[part], blank[part])
+    def _features(self, pixels: Tensor, blank: Tensor, images: ImageTable) -> Tensor:
+        """[T_share, V]; only so many vision tokens at once bound the memory."""
+        features = pixels.new_empty((sum(images.tokens), self.tower.config.hidden_size), dtype=self.dtype)
+        parts = _within(images.tokens, self.max_tokens_per_forward)
+        rows = images.rows(pixels)
+        into = torch.split(features, [sum(images.tokens[part]) for part in parts])
+        given = torch.split(pixels, [sum(rows[part]) for part in parts])
+        for place, of_part, part in zip(into, given, parts, strict=True):
+            place.copy_(self.tower.features(of_part, blank[part], images.sizes[part]))
         return features
 
-    def _exchange(self, share: Tensor, each: int) -> Tensor:
-        """All shares in rank order, [num_encoders * each, ...]: only the last images can be padding."""
+    def _exchange(self, share: Tensor, rows: Sequence[int], shares: Sequence[Sequence[int]]) -> Tensor:
+        """All shares, in the order of the images. `rows`: of each image in the tensor of all."""
+        own_rows = [sum(rows[image] for image in part) for part in shares]
+        each = max(own_rows)
         if each == 0:
             return share
+        received = self._gather(share, each)
+        if [image for part in shares for image in part] == list(range(len(rows))) and _fills(own_rows, each):
+            return received[: sum(rows)]
+        firsts = np.zeros(len(rows), np.int64)  # of each image in what was received
+        for rank, part in enumerate(shares):
+            firsts[part] = rank * each + np.cumsum([0, *(rows[image] for image in part)])[:-1]
+        counts = np.array(rows)
+        places = np.repeat(firsts - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+        return received[to_device(torch.from_numpy(places), self.device)]
+
+    def _gather(self, share: Tensor, each: int) -> Tensor:
+        """All shares in rank order, [num_encoders * each, ...], each padded to `each` rows."""
         # As bytes: every backend carries them, whatever the dtype.
-        sent = F.pad(share.flatten(1), (0, 0, 0, each - len(share))).contiguous().view(torch.uint8)
+        flat = share.view(len(share), -1) if share.dim() > 1 else share[:, None]
+        sent = F.pad(flat, (0, 0, 0, each - len(share))).contiguous().view(torch.uint8)
         received = sent.new_empty((self.num_encoders * each, sent.shape[1]))
         if self.num_encoders == self.size:
             dist.all_gather_into_tensor(received, sent, group=self.group)
@@ -101,3 +122,20 @@ class ShardedVisionEncoder:
                     part.copy_(sent)
                 dist.broadcast(part, group=self.group, group_src=source)
         return received.view(share.dtype).view(-1, *share.shape[1:])
+
+
+def _within(tokens: Sequence[int], budget: int) -> list[slice]:
+    """Neighbouring images, together of at most `budget` tokens or one alone."""
+    parts, first, taken = [], 0, 0
+    for image, number in enumerate(tokens):
+        if image > first and taken + number > budget:
+            parts.append(slice(first, image))
+            first, taken = image, 0
+        taken += number
+    return [*parts, slice(first, len(tokens))] if tokens else []
+
+
+def _fills(own_rows: Sequence[int], each: int) -> bool:
+    """Whether shares of so many rows, padded to `each`, follow each other without padding between them."""
+    filled = sum(own_rows) // each
+    return all(rows == each for rows in own_rows[:filled]) and not any(own_rows[filled + 1 :])

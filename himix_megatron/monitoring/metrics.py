@@ -83,23 +83,28 @@ class RankSums:
     vision_pairs: float = 0.0
     head_tokens: float = 0.0
     images: float = 0.0
+    patches: float = 0.0
+    patch_pairs: float = 0.0
     """The fields from `text_tokens` on are the `flops.Work` of the samples, counted by the first rank of each replica."""
 
     def add_batch(self, config: Config, batch: StepBatch) -> None:
         """Count a step's samples."""
-        encoded = 0.0 if config.data.features else float((~batch.blank).sum())
-        self.images += encoded
+        real = [] if config.data.features else (~batch.blank).nonzero()[:, 0].tolist()
+        sizes = batch.images.sizes
+        self._add(Work.encoding([config.vision.num_patches(sizes[image]) for image in real]))
         for micro_batch in batch.micro_batches:
             texts = micro_batch.text_lengths.tolist()
-            visions = [count * config.vision.tokens_per_image for count in micro_batch.images_per_sample]
-            work = Work.of(texts, visions, head_tokens=float((micro_batch.labels >= 0).sum()))
-            for item in fields(Work):
-                setattr(self, item.name, getattr(self, item.name) + getattr(work, item.name))
-            num_text, num_images = micro_batch.text_ids.numel(), sum(micro_batch.images_per_sample)
+            visions = micro_batch.images.sample_tokens()
+            self._add(Work.of(texts, visions, head_tokens=float((micro_batch.labels >= 0).sum())))
+            num_text, num_vision = micro_batch.text_ids.numel(), sum(visions)
             self.positions += config.data.pack_max_text_tokens or num_text
             if config.train.cuda_graphs == "on":
-                num_text, num_images = padded_sizes(config, num_text, num_images)
-            self.computed_tokens += num_text + num_images * config.vision.tokens_per_image
+                num_text, num_vision = padded_sizes(config, num_text, num_vision)
+            self.computed_tokens += num_text + num_vision
+
+    def _add(self, work: Work) -> None:
+        for item in fields(Work):
+            setattr(self, item.name, getattr(self, item.name) + getattr(work, item.name))
 
 
 @dataclass(slots=True)
@@ -326,9 +331,9 @@ def fill_points(config: Config, ranks: Sequence[RankSums], packs: int) -> dict[s
     points = {"data/text_packing_efficiency": sum(rank.text_tokens for rank in ranks) / sum(rank.positions for rank in ranks)}
     real = sum(rank.text_tokens + rank.vision_tokens for rank in ranks)
     points["compute/padding_fraction"] = 1 - real / sum(rank.computed_tokens for rank in ranks)
-    if config.data.pack_max_images is not None:
-        images = sum(rank.vision_tokens for rank in ranks) / config.vision.tokens_per_image
-        points["data/image_packing_efficiency"] = images / (packs * config.data.pack_max_images)
+    if config.data.pack_max_vision_tokens is not None:
+        vision_tokens = sum(rank.vision_tokens for rank in ranks)
+        points["data/vision_packing_efficiency"] = vision_tokens / (packs * config.data.pack_max_vision_tokens)
     return points
 
 

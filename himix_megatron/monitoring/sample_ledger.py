@@ -20,9 +20,9 @@ from ..distributed.topology import Topology
 class Ledger:
     """Appends lines. A resumed run appends to the same file, so a repeated step is there twice."""
 
-    def __init__(self, run_dir: Path, topology: Topology, *, enabled: bool, sources: Sequence[str], tokens_per_image: int):
+    def __init__(self, run_dir: Path, topology: Topology, *, enabled: bool, sources: Sequence[str]):
         """`sources`: the names that `MicroBatch.sources` numbers."""
-        self._tokens_per_image, self._sources = tokens_per_image, sources
+        self._sources = sources
         self._file: TextIO | None = None
         self._steps: TextIO | None = None
         if not enabled:
@@ -44,9 +44,10 @@ class Ledger:
         bad, image = set(batch.bad_keys), 0
         for micro_batch in batch.micro_batches:
             answers = micro_batch.answer_tokens()
+            tokens = iter(micro_batch.images.tokens)
             for sample, key in enumerate(micro_batch.keys):
-                count = micro_batch.images_per_sample[sample]
-                seen = int((~batch.blank[image : image + count]).sum())
+                count = micro_batch.images.per_sample[sample]
+                blank = batch.blank[image : image + count].tolist()
                 image += count
                 shard, name = key.split("/", 1)
                 line = {
@@ -56,7 +57,7 @@ class Ledger:
                     "key": name,
                     "text_tokens": int(micro_batch.text_lengths[sample]),
                     "answer_tokens": answers[sample],
-                    "vision_tokens": seen * self._tokens_per_image,
+                    "vision_tokens": sum(next(tokens) * (not is_blank) for is_blank in blank),
                     "bad": key in bad,
                 }
                 self._file.write(json.dumps(line) + "\n")

@@ -165,7 +165,7 @@ def _hyper_parameters(config: Config, topology: Topology) -> tuple[list[Any], An
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
         "vocab_size": model.vocab_size,
-        "vision_tokens_per_image": config.vision.tokens_per_image,
+        "vision_tokens_per_image": config.vision.max_tokens_per_image,
         "global_batch": config.global_batch,
         "micro_batch": config.micro_batch,
         "packed": _yes(config.data.packs),

@@ -47,7 +47,7 @@ def remedy(config: Config) -> str:
     less = []
     if config.data.packs:
         less.append(f"--data.pack-max-text-tokens below {config.data.pack_max_text_tokens}")
-        less.append(f"--data.pack-max-images below {config.data.pack_max_images}")
+        less.append(f"--data.pack-max-vision-tokens below {config.data.pack_max_vision_tokens}")
     elif train.micro_batch_samples > 1:
         less.append(f"--train.micro-batch-samples below {train.micro_batch_samples} (the result stays the same)")
     if not parallel.distributed_optimizer:

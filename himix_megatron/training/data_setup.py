@@ -103,7 +103,8 @@ def make_plan(config: Config, data: DataConfig) -> SamplingPlan:
     """The plan over the datasets of a data section, for this run's seed and batch. Raises: ValueError, as `ShardDataset`."""
     cache_dir = None if data.cache_dir is None else Path(data.cache_dir)
     cache_bytes = int(data.cache_gib * 2**30)
-    datasets = Datasets([ShardDataset(path, cache_dir=cache_dir, cache_bytes=cache_bytes) for path in data.datasets], data)
+    parts = [ShardDataset(path, cache_dir=cache_dir, cache_bytes=cache_bytes) for path in data.datasets]
+    datasets = Datasets(parts, data, config.vision)
     plan = SamplingPlan(
         datasets, data, seed=config.train.seed, global_batch=config.global_batch, images_without=config.model.images_without
     )

@@ -150,7 +150,6 @@ class TrainLoop:
             topology,
             enabled=config.log.ledger,
             sources=inputs.plan.sources,
-            tokens_per_image=config.vision.tokens_per_image,
         )
         self.validation = Validation(config, inputs.held_out, inputs.held_out_features, run, context.request)
         self.bad_samples = BadSampleBudget(config.data.max_bad_fraction)

@@ -19,7 +19,7 @@ from ..checkpoint.description import Position, check_architecture, position_of
 from ..checkpoint.frozen_tower import tower_hash
 from ..checkpoint.manifest import LATEST, complete_checkpoints, first_intact, latest_intact, quarantine, resolve_checkpoints
 from ..checkpoint.run_lock import RunLock, acquire_on_all_ranks
-from ..config import Config, differences, to_json
+from ..config import Config, differences, in_vision_tokens, to_json
 from ..data.loading.plan import START, SamplingPlan, TrainingLength
 from ..data.loading.webdataset_stream import Stream
 from ..distributed.control_group import ControlGroup
@@ -140,8 +140,9 @@ def _check_continues(config: Config, plan: SamplingPlan | Stream, folder: Path, 
             "another form: continue with --parallel.distributed-optimizer as it was"
         )
     position, fixed = position_of(description), plan.fingerprint_fields()
-    for field in position.data | fixed:
-        old, new = position.data.get(field), fixed.get(field)
+    stored = in_vision_tokens(position.data, config.vision.max_tokens_per_image)
+    for field in stored | fixed:
+        old, new = stored.get(field), fixed.get(field)
         if old != new:
             raise ValueError(
                 f"cannot resume {config.run_dir} (step {position.step}): {field} changed from {old} to {new}, which changes "

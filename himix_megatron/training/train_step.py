@@ -42,7 +42,7 @@ def with_features(
 
     def encode(batch: StepBatch) -> tuple[StepBatch, Tensor]:
         batch = agree_on_bad(batch, run.topology)
-        return batch, run.encoder.encode(batch.pixels, batch.blank, len(batch.blank))
+        return batch, run.encoder.encode(batch.pixels, batch.blank, batch.images)
 
     return run.prefetcher.steps(_read(batches, run.topology.device), encode, stop)
 
@@ -126,19 +126,19 @@ def agree_on_bad(batch: StepBatch, topology: Topology) -> StepBatch:
 def own_totals(
     topology: Topology, batch: StepBatch, reported: list[Tensor], finite: Tensor | bool, norm: Tensor | float
 ) -> Tensor:
-    """What this rank adds to the sums of a step, in the order in which `count` names them: float64[8], and 2 more for each of
+    """What this rank adds to the sums of a step, in the order in which `count` names them: float64[9], and 2 more for each of
     several sources."""
     num_sources = batch.num_sources if batch.num_sources > 1 else 0
-    totals = torch.zeros(8 + 2 * num_sources, dtype=torch.float64, device=topology.device)
-    totals[7] = norm
-    totals[6] = ~(totals[7].isfinite() & finite)
+    totals = torch.zeros(9 + 2 * num_sources, dtype=torch.float64, device=topology.device)
+    totals[8] = norm
+    totals[7] = ~(totals[8].isfinite() & finite)
     if topology.rank > 0:
-        totals[7] = 0.0
+        totals[8] = 0.0
     if topology.is_last_stage and topology.tensor_rank == 0:
         found = torch.stack(reported).sum(0)
-        totals[:2], totals[8:] = found[:2], found[2:]
+        totals[:2], totals[9:] = found[:2], found[2:]
     if topology.replica_rank == 0:
-        counts = text_tokens_read(batch), images_seen(batch), len(batch.bad_keys), batch.num_cut
+        counts = text_tokens_read(batch), *vision_seen(batch), len(batch.bad_keys), batch.num_cut
         for number, value in enumerate(counts, 2):
             totals[number] = value
     return totals
@@ -162,12 +162,12 @@ def count(
         logger.warning("could not read %s: no loss from them", ", ".join(batch.bad_keys))
     totals = own_totals(topology, batch, reported, finite, norm)
     torch.distributed.all_reduce(totals)
-    loss, answer_tokens, text_tokens, images, bad, cut, not_finite, whole_norm, *apart = totals.tolist()
+    loss, answer_tokens, text_tokens, images, vision_tokens, bad, cut, not_finite, whole_norm, *apart = totals.tolist()
     counts = StepCounts(
         loss=loss / answer_tokens if answer_tokens else math.nan,
         answer_tokens=int(answer_tokens),
         text_tokens=int(text_tokens),
-        vision_tokens=int(images) * config.vision.tokens_per_image,
+        vision_tokens=int(vision_tokens),
         images=int(images),
         bad_samples=int(bad),
         truncated_samples=int(cut),
@@ -182,6 +182,7 @@ def text_tokens_read(batch: StepBatch) -> int:
     return int(lengths.sum() - lengths[list(batch.bad_samples)].sum())
 
 
-def images_seen(batch: StepBatch) -> int:
-    """Real images of a step on this replica; those that stand for "no image" are not counted."""
-    return int((~batch.blank).sum())
+def vision_seen(batch: StepBatch) -> tuple[int, int]:
+    """Real images of a step on this replica, and their tokens; those that stand for "no image" are not counted."""
+    real = ~batch.blank
+    return int(real.sum()), int(torch.tensor(batch.images.tokens, dtype=torch.int64)[real].sum())

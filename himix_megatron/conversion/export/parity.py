@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...config import Config
+from ...data.loading.image_table import ImageTable
 from ...inference.generator import Answerer
 from ...model.schedule import run_logits
 from ...model.stage_input import StageInput
@@ -50,8 +51,10 @@ def himix_logits(answerer: Answerer, given: FixedInput) -> Tensor:
     blank = torch.tensor([k >= own for own, all_ in zip(given.images_per_sample, counts, strict=True) for k in range(all_)])
     pixels = given.pixels.new_zeros(len(blank), *given.pixels.shape[1:])
     pixels[~blank] = given.pixels
-    features = answerer.encoder.encode(pixels.to(device), blank.to(device), len(blank))
-    inputs = StageInput(given.text_ids.to(device), features, blank.to(device), counts)
+    vision = answerer.config.vision
+    images = ImageTable.of(vision, [[vision.blank_size] * count for count in counts])
+    features = answerer.encoder.encode(pixels.to(device), blank.to(device), images)
+    inputs = StageInput(given.text_ids.to(device), features, blank.to(device), images)
     (logits,) = run_logits(answerer.model_chunks, [inputs], lambda _, logits: logits)
     return logits[..., : model.vocab_size].cpu()
 

@@ -18,10 +18,10 @@ FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BIL
 
 
 def decode(data: bytes, vision: VisionConfig, how: Literal["fast", "exact"] = "exact", out: Pixels | None = None) -> Pixels:
-    """Image bytes to the tower's pixels, uint8[3, H, W] with H = W = `vision.image_size`.
+    """Image bytes to the tower's pixels, uint8[3, H, W], of the size that `vision.input_size` gives.
 
     `vision.resize` `square` scales both sides; `crop` scales the shorter one and cuts the centre. Given `out`, the pixels are
-    written there; fast ones sooner when it is a part of `blank_pixels`, or laid out alike.
+    written there, in its size; fast ones sooner when it is a part of `blank_pixels`, or laid out alike.
     Raises: BadSampleError, as `verify`.
     """
     if how == "fast":
@@ -29,11 +29,11 @@ def decode(data: bytes, vision: VisionConfig, how: Literal["fast", "exact"] = "e
 
         return decode_fast(data, vision, out)
     rgb = to_rgb(open_image(data))
-    left, top, width, height = scaling(rgb.width, rgb.height, vision)
-    size, resample = vision.image_size, FILTERS[vision.interpolation]
-    scaled = rgb.resize((width, height), resample)
-    if scaled.size != (size, size):
-        scaled = scaled.crop((left, top, left + size, top + size))
+    wanted = vision.input_size(rgb.width, rgb.height) if out is None else (out.shape[2], out.shape[1])
+    left, top, width, height = scaling(rgb.width, rgb.height, vision, wanted)
+    scaled = rgb.resize((width, height), FILTERS[vision.interpolation])
+    if scaled.size != wanted:
+        scaled = scaled.crop((left, top, left + wanted[0], top + wanted[1]))
     pixels = np.asarray(scaled).transpose(2, 0, 1)
     if out is None:
         return np.ascontiguousarray(pixels)

@@ -30,8 +30,9 @@ def decode_fast(data: bytes, vision: VisionConfig, out: Pixels | None) -> Pixels
     rgb = _jpeg(data)
     if rgb is None:
         rgb = np.array(image_file.to_rgb(image_file.open_image(data)))
-    pixels = image_file.blank_pixels(1, vision)[0] if out is None else out
-    left, top, width, height = image_file.scaling(rgb.shape[1], rgb.shape[0], vision)
+    pixels = image_file.blank_pixels(1, vision.input_size(rgb.shape[1], rgb.shape[0]))[0] if out is None else out
+    wanted = (pixels.shape[2], pixels.shape[1])
+    left, top, width, height = image_file.scaling(rgb.shape[1], rgb.shape[0], vision, wanted)
     scaled = torch.from_numpy(rgb).permute(2, 0, 1)[None]  # uint8[1, 3, h, w], channels last in memory
     place = torch.from_numpy(pixels)[None]
     if place.shape[2:] == (height, width) and place.is_contiguous(memory_format=torch.channels_last):
@@ -39,7 +40,7 @@ def decode_fast(data: bytes, vision: VisionConfig, out: Pixels | None) -> Pixels
         return pixels
     whole = torch.empty((1, 3, height, width), dtype=torch.uint8, memory_format=torch.channels_last)
     _resize(scaled, whole, vision)
-    place.copy_(whole[:, :, top : top + vision.image_size, left : left + vision.image_size])
+    place.copy_(whole[:, :, top : top + wanted[1], left : left + wanted[0]])
     return pixels
 
 

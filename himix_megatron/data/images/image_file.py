@@ -143,19 +143,21 @@ def _facts(image: Image.Image, turn: int) -> ImageFacts:
     return ImageFacts(suffix, *((height, width) if turn >= 5 else (width, height)))
 
 
-def blank_pixels(num_images: int, vision: VisionConfig) -> Pixels:
-    """Zeros to decode into, uint8[num_images, 3, H, W], each pixel's three channels side by side in memory."""
-    return np.zeros((num_images, vision.image_size, vision.image_size, 3), np.uint8).transpose(0, 3, 1, 2)
+def blank_pixels(num_images: int, size: tuple[int, int]) -> Pixels:
+    """Zeros to decode into, uint8[num_images, 3, height, width], each pixel's three channels side by side in memory."""
+    width, height = size
+    return np.zeros((num_images, height, width, 3), np.uint8).transpose(0, 3, 1, 2)
 
 
-def scaling(width: int, height: int, vision: VisionConfig) -> tuple[int, int, int, int]:
-    """How the tower wants a picture of this size: (left, top) of the square to cut from it, scaled to (width, height).
+def scaling(width: int, height: int, vision: VisionConfig, wanted: tuple[int, int]) -> tuple[int, int, int, int]:
+    """How the tower wants a picture of this size: (left, top) of the part to cut from it, scaled to (width, height).
 
+    Args: wanted: (width, height) of that part.
     Raises: BadSampleError with reason `oversized_image` for a picture so narrow that the scaled one would be.
     """
+    if vision.resize == "square" or not vision.has_fixed_size:
+        return 0, 0, *wanted
     size = vision.image_size
-    if vision.resize == "square":
-        return 0, 0, size, size
     long = int(size * max(width, height) / min(width, height))
     if size * long > MAX_PIXELS:
         raise BadSampleError(

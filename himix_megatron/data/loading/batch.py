@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..text.chat_template import EncodedText
+from .image_table import ImageTable
 from .plan import DataPosition
 
 NO_LOSS = -100
@@ -30,8 +31,8 @@ class MicroBatch:
     """As text_ids: the token to predict at each position, i.e. the sample's next one; -100: no loss."""
     text_lengths: Tensor
     """int64[n]: tokens of each sample."""
-    images_per_sample: tuple[int, ...]
-    """n numbers; with text_only_vision "zero_image" a sample without an image counts one blank image."""
+    images: ImageTable
+    """The samples' images; with text_only_vision "zero_image" a sample without an image has one blank image."""
     keys: tuple[str, ...]
     """SHARD/KEY of each sample."""
     sources: tuple[int, ...] = ()
@@ -67,8 +68,8 @@ class StepBatch:
     blank: Tensor
     """bool[K]: the image is all zero after normalisation, whatever its pixels say."""
     pixels: Tensor
-    """uint8[K_share, 3, H, W]: the images `rank_share(K, image_rank, image_size)`, zeros where blank; or in their place
-    features[K_share, n, V] that were made before, the all-zero image's where blank."""
+    """Of this rank's share of the images (`divide_images`), in their order: pixels as `blank_pixels` makes them, zeros where
+    blank; or in their place features[T_share, V] that were made before, the all-zero image's where blank."""
     bad_keys: tuple[str, ...]
     """Samples that this rank could not read or decode."""
     after: DataPosition
@@ -86,17 +87,16 @@ class StepBatch:
     num_sources: int = 1
     """Datasets that the run reads: what `MicroBatch.sources` counts."""
 
-
-def rank_share(num_images: int, replica_rank: int, replica_size: int) -> range:
-    """Which of a step's images one rank of a replica encodes: contiguous, ceil(K / R) each, the last ones fewer or none."""
-    each = -(-num_images // replica_size)
-    return range(min(replica_rank * each, num_images), min((replica_rank + 1) * each, num_images))
+    @property
+    def images(self) -> ImageTable:
+        """All K images."""
+        return ImageTable.joined(micro_batch.images for micro_batch in self.micro_batches)
 
 
 def collate(
     texts: Sequence[EncodedText | None],
     lengths: Sequence[int],
-    images_per_sample: Sequence[int],
+    images: ImageTable,
     keys: Sequence[str],
     sources: Sequence[int],
     width: int,
@@ -117,7 +117,7 @@ def collate(
             text_ids[into] = ids
             labels[into][:-1] = ids[1:].masked_fill(~counts[1:], NO_LOSS)
         start += length
-    return MicroBatch(text_ids, labels, torch.tensor(lengths), tuple(images_per_sample), tuple(keys), tuple(sources), packed)
+    return MicroBatch(text_ids, labels, torch.tensor(lengths), images, tuple(keys), tuple(sources), packed)
 
 
 def pinned(batch: StepBatch) -> StepBatch:

@@ -26,7 +26,8 @@ from ..errors import BadSampleError
 from ..text import chat_template
 from ..text.chat_template import EncodedText
 from ..text.tokenizer import load_tokenizer
-from .batch import StepBatch, collate, mask_samples, rank_share
+from .batch import StepBatch, collate, mask_samples
+from .image_table import ImageTable, Size, divide_images
 from .plan import SamplingPlan, StepPlan
 from .shuffle import Numbers
 from .vision_reader import FeatureReader, PixelReader
@@ -68,7 +69,7 @@ class StepReader(Dataset[StepBatch]):
     ) -> None:
         check_batch(plan.global_batch, reads.data_size, micro_batch)
         # What workers get: they need no order, no packs.
-        self.datasets, self.config = plan.datasets, plan.config
+        self.datasets, self.config, self.vision_config = plan.datasets, plan.config, vision_config
         self.vision = features or PixelReader(vision_config, self.config.decode)
         self.text_tokens, self.images = plan.text_tokens, plan.images
         self.micro_batch, self.reads, self.pad_multiple = micro_batch, reads, pad_multiple
@@ -82,30 +83,32 @@ class StepReader(Dataset[StepBatch]):
         samples = np.concatenate([pack for part in parts for pack in part]).tolist()
         keys = [self.datasets.key(i) for i in samples]
         sources = [self.datasets.source(i) for i in samples]
-        num_images = self.images[samples].tolist()
+        sizes = [self._sizes(i) for i in samples]
         texts = [self._text(i, key) if reads.texts else None for i, key in zip(samples, keys, strict=True)]
         bad_texts = {slot for slot, text in enumerate(texts) if text is None} if reads.texts else set()
 
-        places = [(slot, k) for slot, count in enumerate(num_images) for k in range(count)]
+        lengths = self.text_tokens[samples]
+        places = [self._places(i, length) for i, length in zip(samples, lengths.tolist(), strict=True)]
+        numbered = [(slot, k) for slot, own in enumerate(sizes) for k in range(len(own))]
         has_none = (self.datasets.images[samples] == 0).tolist()
-        blank = torch.tensor([slot in bad_texts or has_none[slot] for slot, _ in places], dtype=torch.bool)
-        share = rank_share(len(places), reads.image_rank, reads.image_size)
-        pixels, bad_images = self._images(
-            [(samples[places[n][0]], places[n][1]) for n in share], blank[share.start : share.stop]
-        )
+        blank = torch.tensor([slot in bad_texts or has_none[slot] for slot, _ in numbered], dtype=torch.bool)
+        table = ImageTable.of(self.vision_config, sizes, places)
+        share = divide_images(table, self.vision_config, reads.image_size)[reads.image_rank]
+        wanted = [None if blank[n] else (samples[numbered[n][0]], numbered[n][1]) for n in share]
+        pixels, bad_images = self._images(table.images_of(share), wanted)
         for n in bad_images:
-            blank[share.start + n] = True
-        bad = sorted(bad_texts | {places[share.start + n][0] for n in bad_images})
+            blank[share[n]] = True
+        bad = sorted(bad_texts | {numbered[share[n]][0] for n in bad_images})
 
         failpoint("data/collate")
-        lengths = self.text_tokens[samples]
         longest = max(self._width(part) for part in parts)
         padded = -(-longest // self.pad_multiple) * self.pad_multiple
         micro_batches, first = [], 0
         for part in parts:
             own = slice(first, first + sum(map(len, part)))
             first = own.stop
-            facts = (lengths[own].tolist(), num_images[own], keys[own], sources[own])
+            images = ImageTable.of(self.vision_config, sizes[own], places[own])
+            facts = (lengths[own].tolist(), images, keys[own], sources[own])
             micro_batches.append(collate(texts[own], *facts, padded, packed=self.config.packs))
         batch = StepBatch(
             step=step.step,
@@ -144,16 +147,29 @@ class StepReader(Dataset[StepBatch]):
                 )
             return text
 
-    def _images(self, images: list[tuple[int, int]], blank: Tensor) -> tuple[Tensor, list[int]]:
-        """Read images (sample, image) that are not blank. Returns: their pixels or features, and which of them are damaged."""
-        found, damaged = self.vision.blanks(len(images)), []
-        for n, (i, k) in enumerate(images):
-            if blank[n]:
+    def _sizes(self, i: int) -> list[Size]:
+        """(width, height) of a sample's images as the tower gets them, or of the blank one in their place."""
+        vision, (dataset, number) = self.vision_config, self.datasets.locate(i)
+        if vision.has_fixed_size or not self.datasets.images[i]:
+            return [vision.blank_size] * int(self.images[i])
+        return [vision.input_size(*dataset.image_size(number, k)) for k in range(int(self.images[i]))]
+
+    def _places(self, i: int, length: int) -> list[int]:
+        """How many of a sample's text tokens, as many as are read, come before each of its images."""
+        places = self.datasets.image_places(i) if self.datasets.images[i] else [0] * int(self.images[i])
+        return [min(place, length) for place in places]
+
+    def _images(self, images: ImageTable, wanted: list[tuple[int, int] | None]) -> tuple[Tensor, list[int]]:
+        """Read images (sample, image); None: a blank one. Returns: pixels or features, and which are damaged."""
+        found, damaged = self.vision.blanks(images), []
+        for n, (place, named) in enumerate(zip(images.split(found), wanted, strict=True)):
+            if named is None:
                 continue
+            i, k = named
             dataset, number = self.datasets.locate(i)
             with _naming(self.datasets.key(i)):
                 try:
-                    self.vision.read_into(found[n], dataset, number, k)
+                    self.vision.read_into(place, dataset, number, k)
                 except BadSampleError as error:
                     log.warning("%s is left out of the loss: image %d, %s", self.datasets.key(i), k, error.detail)
                     damaged.append(n)

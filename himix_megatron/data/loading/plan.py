@@ -8,6 +8,7 @@ the batch reads the same global batches, and a place is four numbers.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ...config import DataConfig
+from ...config import DataConfig, VisionConfig
 from ..shards.reader import ShardDataset
 from ..shards.shard_format import hash_of
 from ..text.tokenizer import load_tokenizer
@@ -88,9 +89,9 @@ class StepPlan:
 
 
 class Datasets:
-    """One or several shard datasets, their samples numbered through; with the lengths of their texts."""
+    """One or several shard datasets, their samples numbered through; with the lengths of their texts and images."""
 
-    def __init__(self, parts: Sequence[ShardDataset], data_config: DataConfig) -> None:
+    def __init__(self, parts: Sequence[ShardDataset], data_config: DataConfig, vision: VisionConfig) -> None:
         """Raises: ValueError, as `token_counts.text_lengths`."""
         self.parts = list(parts)
         self.ends = np.cumsum([len(part) for part in parts])
@@ -100,6 +101,21 @@ class Datasets:
         """uint32[len]: of whole texts; 0: the template has no place for it."""
         self.images = np.concatenate([part.image_counts() for part in parts])
         """uint32[len]: images of each sample."""
+        self.vision = vision
+
+    @functools.cached_property
+    def vision_tokens(self) -> npt.NDArray[np.int64]:
+        """int64[len]: vision tokens of each sample's images."""
+        vision = self.vision
+        if vision.has_fixed_size:
+            return self.images.astype(np.int64) * vision.max_tokens_per_image
+
+        def tokens(widths: npt.NDArray[Any], heights: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+            # The rule is plain Python, for one image: of photographs many have the same size.
+            sizes, image_size = np.unique(np.stack((widths, heights), axis=1), axis=0, return_inverse=True)
+            return np.array([vision.num_tokens(vision.input_size(*size)) for size in sizes.tolist()], np.int64)[image_size]
+
+        return np.concatenate([part.sum_over_images(tokens) for part in self.parts])
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -132,8 +148,10 @@ class SamplingPlan:
         self.shuffle = _shuffle(datasets, data_config)
         self._order = _order(datasets, data_config, seed, self.shuffle)
         self.images = np.maximum(datasets.images, images_without)
+        """uint32[len]: images of each sample, the blank one that stands for "no image" counted."""
         self.text_tokens = np.minimum(datasets.text_tokens, data_config.max_text_tokens)
         """uint32[len]: tokens of each sample's text as it is read."""
+        self._blank_tokens = images_without * datasets.vision.num_tokens(datasets.vision.blank_size)
         self._usable, self.left_out = self._choose()
         self.epoch_samples = len(datasets)
         self._windows: dict[tuple[int, int], list[Numbers]] = {}
@@ -150,12 +168,17 @@ class SamplingPlan:
         reasons = {"no_place_in_template": unspelled}
         if config.overlong == "drop":
             reasons["too_long"] = datasets.text_tokens > config.max_text_tokens
-        if config.pack_max_images is not None:
-            reasons["too_many_images"] = self.images > config.pack_max_images
+        if config.pack_max_vision_tokens is not None:
+            reasons["too_many_vision_tokens"] = self.vision_tokens(slice(None)) > config.pack_max_vision_tokens
         usable = ~np.any(list(reasons.values()), axis=0)
         if not usable.any():
             raise ValueError(f"of {len(datasets)} samples none can be read: {self.describe_left_out(reasons)}")
         return usable, {reason: int(mask.sum()) for reason, mask in reasons.items() if mask.any()}
+
+    def vision_tokens(self, samples: Numbers | slice) -> Numbers:
+        """int64[n]: vision tokens of some samples, the blank image's counted."""
+        datasets = self.datasets
+        return np.where(datasets.images[samples] == 0, self._blank_tokens, datasets.vision_tokens[samples])
 
     @staticmethod
     def describe_left_out(reasons: Mapping[str, Any]) -> str:
@@ -169,11 +192,13 @@ class SamplingPlan:
             end = min(first + WINDOW, self.epoch_samples)
             samples = self._order.take(epoch * self.epoch_samples + first, epoch * self.epoch_samples + end)
             samples = samples[self._usable[samples]]
-            if self.config.pack_max_text_tokens is None or self.config.pack_max_images is None:
+            vision = self.datasets.vision
+            if self.config.pack_max_text_tokens is None or self.config.pack_max_vision_tokens is None:
                 packs = list(samples[:, None])
             else:
-                budgets = (self.config.pack_max_text_tokens, self.config.pack_max_images)
-                chosen = plan_packs(self.text_tokens[samples], self.images[samples], *budgets)
+                budgets = (self.config.pack_max_text_tokens, self.config.pack_max_vision_tokens)
+                each = vision.max_tokens_per_image if vision.has_fixed_size else None
+                chosen = plan_packs(self.text_tokens[samples], self.vision_tokens(samples), *budgets, image_tokens=each)
                 packs = [samples[pack] for pack in chosen]
             self._windows = {(epoch, number): packs}
         return self._windows[epoch, number]
@@ -229,7 +254,7 @@ class SamplingPlan:
             "data.max_text_tokens": config.max_text_tokens,
             "data.overlong": config.overlong,
             "data.pack_max_text_tokens": config.pack_max_text_tokens,
-            "data.pack_max_images": config.pack_max_images,
+            "data.pack_max_vision_tokens": config.pack_max_vision_tokens,
             "model.text_only_vision": int(self.images.min()),
             "train.seed": self.seed,
             f"train.global_batch_{'packs' if config.packs else 'samples'}": self.global_batch,

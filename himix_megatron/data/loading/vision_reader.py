@@ -1,6 +1,6 @@
 """What a rank reads for an image: its pixels, for the tower; or its features, which a tower made before.
 
-Both fill one place of a tensor for each image, and know what stands there where an image is none.
+Both fill an image's part of one tensor (`ImageTable.split`), and know what stands there where an image is none.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ import torch
 from torch import Tensor
 
 from ...config import VisionConfig
-from ..images import image_file
 from ..images.decode import decode
 from ..shards.reader import ShardDataset
 from .feature_cache import FeatureCache
+from .image_table import ImageTable, blank_pixels
 
 
 class PixelReader:
-    """Decodes images: uint8[3, H, W]."""
+    """Decodes images: uint8[3, height, width] each."""
 
     def __init__(self, vision: VisionConfig, decode: Literal["fast", "exact"]) -> None:
         self.vision, self.decode = vision, decode
 
-    def blanks(self, number: int) -> Tensor:
-        """So many images, each blank: zeros."""
-        return torch.from_numpy(image_file.blank_pixels(number, self.vision))
+    def blanks(self, images: ImageTable) -> Tensor:
+        """The pixels of these images, each blank: zeros."""
+        return blank_pixels(images, self.vision)
 
     def read_into(self, place: Tensor, dataset: ShardDataset, i: int, k: int) -> None:
         """Image k of sample i. Raises: BadSampleError for a damaged one; OSError when the machine fails."""
@@ -34,15 +34,22 @@ class PixelReader:
 
 
 class FeatureReader:
-    """Reads features: `dtype`[N, V]. `caches`: one for each dataset that is read, made by one tower."""
+    """Reads features: `dtype`[n, V] each. `caches`: one for each dataset that is read, made by one tower."""
 
     def __init__(self, caches: Sequence[FeatureCache], dtype: torch.dtype) -> None:
         self.caches, self.dtype = {cache.dataset.fingerprint: cache for cache in caches}, dtype
         self._blank = caches[0].blank().to(dtype)
 
-    def blanks(self, number: int) -> Tensor:
-        """So many images, each blank: the all-zero image's features."""
-        return self._blank.repeat(number, 1, 1)
+    def blanks(self, images: ImageTable) -> Tensor:
+        """The features of these images, each blank: the all-zero image's, or zeros for an image of another size."""
+        tokens, width = self._blank.shape
+        if set(images.tokens) <= {tokens}:
+            return self._blank.repeat(len(images.tokens), 1)
+        features = torch.zeros(sum(images.tokens), width, dtype=self.dtype)
+        for place in images.split(features):
+            if len(place) == tokens:
+                place.copy_(self._blank)
+        return features
 
     def read_into(self, place: Tensor, dataset: ShardDataset, i: int, k: int) -> None:
         """As PixelReader's."""

@@ -40,7 +40,8 @@ from ..shards.shard_format import BLOCK
 from ..text import chat_template
 from ..text.chat_template import EncodedText
 from ..text.tokenizer import load_tokenizer
-from .batch import StepBatch, collate, mask_samples, rank_share
+from .batch import StepBatch, collate, mask_samples
+from .image_table import ImageTable, Size, blank_pixels, divide_images
 from .loader import ReadSpec, worker_options
 from .plan import DataPosition, TrainingLength
 
@@ -180,17 +181,20 @@ class _StreamReader(IterableDataset[StepBatch]):
         return DataPosition(self.place.samples + (step - self.first_step) * self.stream.global_batch)
 
     def _batch(self, step: int, samples: Sequence[StreamSample]) -> StepBatch:
-        num_images = [len(sample.images) or self.stream.images_without for sample in samples]
-        places = [(slot, k) for slot, count in enumerate(num_images) for k in range(count)]
-        blank = torch.tensor([not samples[slot].images for slot, _ in places], dtype=torch.bool)
-        share = rank_share(len(places), self.reads.image_rank, self.reads.image_size)
-        pixels, bad = image_file.blank_pixels(len(share), self.vision_config), []
-        for into, n in enumerate(share):
-            slot, k = places[n]
+        vision, without = self.vision_config, self.stream.images_without
+        sizes = [[_size(data, vision) for data in s.images] or [vision.blank_size] * without for s in samples]
+        places = [s.text.image_places.tolist() if s.images else [0] * without for s in samples]
+        numbered = [(slot, k) for slot, own in enumerate(sizes) for k in range(len(own))]
+        blank = torch.tensor([not samples[slot].images for slot, _ in numbered], dtype=torch.bool)
+        table = ImageTable.of(vision, sizes, places)
+        share, bad = divide_images(table, vision, self.reads.image_size)[self.reads.image_rank], []
+        pixels = blank_pixels(own_images := table.images_of(share), vision)
+        for n, into in zip(share, own_images.split(pixels), strict=True):
+            slot, k = numbered[n]
             if blank[n]:
                 continue
             try:
-                decode(samples[slot].images[k], self.vision_config, self.stream.config.decode, out=pixels[into])
+                decode(samples[slot].images[k], vision, self.stream.config.decode, out=into.numpy())
             except BadSampleError as error:
                 log.warning("%s is left out of the loss: image %d, %s", samples[slot].key, k, error.detail)
                 blank[n] = True
@@ -204,11 +208,19 @@ class _StreamReader(IterableDataset[StepBatch]):
         batch = StepBatch(
             step=step,
             micro_batches=tuple(
-                collate(texts[part], lengths[part], num_images[part], keys[part], sources[part], width, packed=False)
+                collate(
+                    texts[part],
+                    lengths[part],
+                    ImageTable.of(vision, sizes[part], places[part]),
+                    keys[part],
+                    sources[part],
+                    width,
+                    packed=False,
+                )
                 for part in parts
             ),
             blank=blank,
-            pixels=torch.from_numpy(pixels),
+            pixels=pixels,
             bad_keys=tuple(keys[slot] for slot in bad),
             after=after,
             is_last=self.end.reached(step + 1, after),
@@ -217,6 +229,17 @@ class _StreamReader(IterableDataset[StepBatch]):
             num_cut=sum(text.was_cut for text in texts),
         )
         return mask_samples(batch, bad)
+
+
+def _size(data: bytes, vision: VisionConfig) -> Size:
+    """(width, height) of an image as the tower gets it; of one without a header, which no rank can decode, the blank one's."""
+    if vision.has_fixed_size:
+        return vision.blank_size
+    try:
+        facts = image_file.header(data)
+    except BadSampleError:
+        return vision.blank_size
+    return vision.input_size(facts.width, facts.height)
 
 
 class _TarReader:

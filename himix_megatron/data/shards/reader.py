@@ -13,6 +13,7 @@ import struct
 import zlib
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ from ..errors import BadSampleError
 from . import remote_cache, shard_format, storage
 from .remote_cache import DamagedFileError, ShardCache
 from .shard_format import Manifest, Receipt
+
+Array = npt.NDArray[Any]
 
 MAX_OPEN_SHARDS = 64
 """Per dataset and process; the one opened first is closed. A run may mix several datasets, and the usual limit of open files
@@ -116,6 +119,16 @@ class ShardDataset:
         """uint32[len]: images of every sample."""
         counts = [self._index(shard).samples["num_images"] for shard in range(len(self._ends))]
         return np.concatenate([np.zeros(0, np.uint32), *counts]).astype(np.uint32, copy=False)
+
+    def sum_over_images(self, of_sizes: Callable[[Array, Array], Array]) -> npt.NDArray[np.int64]:
+        """int64[len]: for every sample the sum over its images of a function of their widths and heights, uint32[...] each."""
+        sums = [np.zeros(0, np.int64)]
+        for shard in range(len(self._ends)):
+            index = self._index(shard)
+            till = np.cumsum(np.concatenate(([0], of_sizes(index.images["width"], index.images["height"]))))
+            first = index.samples["first_image"].astype(np.int64)
+            sums.append(till[first + index.samples["num_images"]] - till[first])
+        return np.concatenate(sums)
 
     def num_images(self, i: int) -> int:
         """Images of sample i."""
@@ -299,7 +312,7 @@ class _Index:
 
     def __init__(self, data: bytes, sha256: str) -> None:
         self._data = data
-        self.samples, _ = shard_format.decode_index(data)
+        self.samples, self.images = shard_format.decode_index(data)
         if hashlib.sha256(data).hexdigest() != sha256:
             raise ValueError("it is another index than the manifest's")  # another shard's, maybe, of the same size
         self._first_image = shard_format.INDEX_HEADER.itemsize + self.samples.nbytes

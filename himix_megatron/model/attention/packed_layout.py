@@ -1,6 +1,6 @@
 """Where the samples of a micro-batch lie, in text and in vision: what a text token may see, without any mask.
 
-Flows in: the micro-batch's text lengths and image counts; out: a PackedLayout that megatron-core's block hands to every
+Flows in: the micro-batch's text lengths and images; out: a PackedLayout that megatron-core's block hands to every
 layer, in the place it has for packed sequences (`packed_seq_params`).
 
 Vision is always flat: the vision tokens of all samples one after the other. Text is either n rows of S tokens (padding on the
@@ -13,12 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
+
+from ...data.loading.image_table import ImageTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,19 @@ class SampleGroup:
         own = vision_TX[self.vision]
         num_samples = (self.rows.stop - self.rows.start) // self.num_text * (self.columns.stop - self.columns.start)
         return own.view(num_samples, self.num_vision, *own.shape[1:])
+
+
+class ImageInText(NamedTuple):
+    """Where one image of a micro-batch belongs."""
+
+    sample: int
+    """Its sample's number."""
+    order: int
+    """Its number among the sample's images."""
+    place: int
+    """Text tokens of the sample that come before it."""
+    num_tokens: int
+    """Its vision tokens."""
 
 
 @dataclass
@@ -71,6 +86,9 @@ class PackedLayout(PackedSeqParams):  # type: ignore[misc]
     """Vision tokens of a sample at most."""
     pads_vision: bool = False
     """Whether some vision tokens belong to no sample."""
+    images: tuple[ImageInText, ...] = ()
+    """All images, in the order of their vision tokens. Mixture Attention needs none of it: every text token sees all images of
+    its sample."""
 
     def sample_groups(self) -> list[SampleGroup]:
         """All samples, neighbours of equal lengths taken together."""
@@ -149,7 +167,7 @@ class Sizes:
 def make_layout(
     text_ids: Tensor,
     packed_lengths: Sequence[int] | None,
-    vision_lengths: Sequence[int],
+    images: ImageTable,
     rotary: Callable[[int], Tensor],
     sizes: Sizes | None = None,
 ) -> PackedLayout:
@@ -158,11 +176,12 @@ def make_layout(
     Args:
         text_ids: int64[B, S]; its shape and device are used.
         packed_lengths: text tokens of each sample in its one row; None: each row is a sample.
-        vision_lengths: vision tokens of each sample.
+        images: of each sample.
         rotary: RoPE angles float[n, 1, 1, D] of n text tokens from position 0.
         sizes: None: none larger than they are. Packed text only.
     """
     num_rows, num_text = text_ids.shape
+    vision_lengths = images.sample_tokens()
     packed = packed_lengths is not None
     text_lengths = tuple(packed_lengths) if packed_lengths is not None else (num_text,) * num_rows
     assert len(text_lengths) == len(vision_lengths), (text_lengths, vision_lengths)
@@ -197,7 +216,14 @@ def make_layout(
         samples=samples.int().view(4, -1),
         max_vision=int(vision.max()) if sizes is None else sizes.max_vision,
         pads_vision=sizes is not None,
+        images=_in_text(images),
     )
+
+
+def _in_text(images: ImageTable) -> tuple[ImageInText, ...]:
+    numbered = ((sample, order) for sample, count in enumerate(images.per_sample) for order in range(count))
+    found = zip(numbered, images.places, images.tokens, strict=True)
+    return tuple(ImageInText(*number, place, num_tokens) for number, place, num_tokens in found)
 
 
 def _tensors(

@@ -1,10 +1,11 @@
 """What every vision tower is: uint8 pixels to features, with the normalisation inside.
 
-Shape letters: K images, 3 channels, H = W = image_size, n tokens of one image, V width of the features.
+Shape letters: K images, 3 channels, H = W = image_size, n tokens of one image, T of all, V width of the features.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,10 @@ SIZES = {
 
 
 class Tower(nn.Module):
-    """One call, `tower(pixels_K3HW, blank_K)`: uint8[K, 3, H, W] and bool[K] to features float[K, n, V] in the weights' dtype.
+    """`features(pixels, blank_K, sizes)`: the features of K images one after the other, float[T, V] in the weights' dtype.
+
+    A tower of fixed squares has `tower(pixels_K3HW, blank_K)`, uint8[K, 3, H, W] and bool[K] to float[K, n, V]. One whose
+    images differ in size replaces `features`, and its row of config/towers.py has the rule of the sizes.
 
     A tower has no buffer that a checkpoint would have to hold, and no parameter without a gradient: layers after
     `vision.feature_layer` are not built.
@@ -33,8 +37,19 @@ class Tower(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
+        self.config = config
         self.normalise = PixelNormalization(config)
-        self.feature_shape = (config.tokens_per_image, config.hidden_size)
+
+    def features(self, pixels: Tensor, blank_K: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
+        """float[T, V]: of each image as many tokens as `config.num_tokens` says, the images one after the other.
+
+        Args:
+            pixels: as `data.loading.image_table.blank_pixels` lays them out.
+            blank_K: bool[K], images that are all zero after the normalisation.
+            sizes: (width, height) in pixels of each image.
+        """
+        features_KnV: Tensor = self(pixels, blank_K)
+        return features_KnV.flatten(0, 1)
 
     @classmethod
     def with_random_weights(cls, config: VisionConfig) -> Tower:

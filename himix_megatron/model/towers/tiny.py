@@ -24,8 +24,8 @@ class TinyTower(Tower):
         # Strong enough against the positions: at torch's default, 3.5 times weaker, shapes take twice as long to learn.
         nn.init.normal_(self.patch.weight, std=2 / math.sqrt(3 * config.patch_size**2))
         # At a deviation of 0.02 the tower had not learned where things are after 600 steps; at 0.5 it has after 400.
-        self.position = nn.Parameter(torch.randn(1, config.tokens_per_image, config.hidden_size) * 0.5)
-        self.layers = nn.ModuleList(_TinyLayer(config) for _ in range(num_layers_run(config)))
+        self.position = nn.Parameter(torch.randn(1, config.max_tokens_per_image, config.hidden_size) * 0.5)
+        self.layers = nn.ModuleList(TinyLayer(config) for _ in range(num_layers_run(config)))
         self.final_norm = nn.LayerNorm(config.hidden_size) if config.feature_layer == -1 else nn.Identity()
 
     def forward(self, pixels_K3HW: Tensor, blank_K: Tensor) -> Tensor:
@@ -38,7 +38,9 @@ class TinyTower(Tower):
         return features
 
 
-class _TinyLayer(nn.Module):
+class TinyLayer(nn.Module):
+    """norm, attention, add; norm, MLP, add."""
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         width = config.hidden_size
@@ -51,9 +53,12 @@ class _TinyLayer(nn.Module):
         self.down = nn.Linear(config.ffn_hidden_size, width)
 
     def forward(self, hidden_KnV: Tensor) -> Tensor:
-        qkv = self.qkv(self.attention_norm(hidden_KnV)).unflatten(-1, (3, self.num_heads, -1))
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [K, heads, n, V / heads]
-        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        hidden_KnV = hidden_KnV + self.out(mixed)
+        hidden_KnV = hidden_KnV + self.out(self.mix(self.qkv(self.attention_norm(hidden_KnV))))
         hidden_KnV = hidden_KnV + self.down(F.gelu(self.up(self.mlp_norm(hidden_KnV))))
         return hidden_KnV
+
+    def mix(self, qkv_KnX: Tensor) -> Tensor:
+        """Attention within each of K images, float[K, n, V], from queries, keys and values side by side."""
+        qkv = torch.unflatten(qkv_KnX, -1, (3, self.num_heads, -1))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [K, heads, n, V / heads]
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)

@@ -64,7 +64,7 @@ class TransformersTower(Tower):
         wanted = {name: tuple(tensor.shape) for name, tensor in tower.state_dict().items()}
         tower.load_state_dict(_read_weights(folder, wanted, dtype), strict=True, assign=True)
         # What no file holds: the numbers of the positions, and the mean and deviation.
-        tower.embeddings.position_ids = torch.arange(config.tokens_per_image + tower.num_class_tokens).expand((1, -1))
+        tower.embeddings.position_ids = torch.arange(config.max_tokens_per_image + tower.num_class_tokens).expand((1, -1))
         tower.normalise = PixelNormalization(config)
         return tower
 

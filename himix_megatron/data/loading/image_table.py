@@ -1,0 +1,116 @@
+"""What is known of a batch's images without their pixels: how large, how many vision tokens, and where in the text.
+
+Flows in: image sizes by arithmetic from the index, places from the text column; out: an ImageTable, by which one tensor of all
+pixels or features is divided into images, and the images over the ranks that encode them.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from ...config import VisionConfig
+from ...costs.flops import image_flops
+from ..images import image_file
+
+Size = tuple[int, int]
+"""(width, height) in pixels."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageTable:
+    """The images of n samples, by sample and by their order in it; K counts them all."""
+
+    per_sample: tuple[int, ...]
+    """n numbers: images of each sample."""
+    sizes: tuple[Size, ...]
+    """K pairs: pixels of each image as the tower gets it."""
+    tokens: tuple[int, ...]
+    """K numbers: vision tokens of each image."""
+    places: tuple[int, ...]
+    """K numbers: text tokens of the image's sample that come before it."""
+
+    @staticmethod
+    def of(vision: VisionConfig, sizes: Sequence[Sequence[Size]], places: Sequence[Sequence[int]] | None = None) -> ImageTable:
+        """The table of samples with images of these sizes, as the tower gets them. `places`: None: all before the text."""
+        flat = tuple(chain.from_iterable(sizes))
+        return ImageTable(
+            per_sample=tuple(map(len, sizes)),
+            sizes=flat,
+            tokens=tuple(map(vision.num_tokens, flat)),
+            places=(0,) * len(flat) if places is None else tuple(chain.from_iterable(places)),
+        )
+
+    @staticmethod
+    def of_features(tokens: Sequence[Sequence[int]]) -> ImageTable:
+        """The table of samples whose images' features have these numbers of tokens; their sizes are not told."""
+        flat = tuple(chain.from_iterable(tokens))
+        return ImageTable(tuple(map(len, tokens)), ((0, 0),) * len(flat), flat, (0,) * len(flat))
+
+    @staticmethod
+    def joined(tables: Iterable[ImageTable]) -> ImageTable:
+        """The tables' samples one after the other."""
+        parts = [(table.per_sample, table.sizes, table.tokens, table.places) for table in tables]
+        return ImageTable(*(tuple(chain.from_iterable(column)) for column in zip(*parts, strict=True)))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def sample_tokens(self) -> list[int]:
+        """n numbers: vision tokens of each sample."""
+        tokens = iter(self.tokens)
+        return [sum(next(tokens) for _ in range(count)) for count in self.per_sample]
+
+    def images_of(self, numbers: Sequence[int]) -> ImageTable:
+        """These images, as one sample's."""
+        sizes = tuple(self.sizes[k] for k in numbers)
+        tokens, places = (tuple(column[k] for k in numbers) for column in (self.tokens, self.places))
+        return ImageTable((len(numbers),), sizes, tokens, places)
+
+    def rows(self, images: Tensor) -> list[int]:
+        """How many rows of a tensor of all K images are each image's: of features its tokens, of pixels 1 where all have one
+        size, else its bytes."""
+        if images.dtype != torch.uint8:
+            return list(self.tokens)
+        return [1] * len(self) if images.dim() == 4 else [3 * width * height for width, height in self.sizes]
+
+    def split(self, images: Tensor) -> list[Tensor]:
+        """Views of each image: features float[n, V] of float[T, V]; pixels uint8[3, height, width] of `blank_pixels`."""
+        parts = torch.split(images, self.rows(images))
+        if images.dtype != torch.uint8:
+            return list(parts)
+        if images.dim() == 4:
+            return [part[0] for part in parts]
+        return [part.view(h, w, 3).permute(2, 0, 1) for part, (w, h) in zip(parts, self.sizes, strict=True)]
+
+
+def blank_pixels(images: ImageTable, vision: VisionConfig) -> Tensor:
+    """Zeros to decode into: uint8[K, 3, image_size, image_size], or uint8[bytes], image by image, where sizes differ. In both
+    each pixel's three channels lie side by side in memory."""
+    if vision.has_fixed_size:
+        return torch.from_numpy(image_file.blank_pixels(len(images), vision.blank_size))
+    return torch.zeros(sum(3 * width * height for width, height in images.sizes), dtype=torch.uint8)
+
+
+def divide_images(images: ImageTable, vision: VisionConfig, num_ranks: int) -> list[list[int]]:
+    """Which images each of the ranks of a replica encodes, by number: about the same FLOPs for each.
+
+    Where all cost alike: contiguous, ceil(K / R) each, the last ranks fewer or none. Else the most expensive image left goes to
+    the rank with the least to do.
+    """
+    costs = [image_flops(vision, vision.num_patches(size)) for size in images.sizes]
+    if len(set(costs)) <= 1:
+        each = -(-len(costs) // num_ranks)
+        return [list(range(len(costs)))[rank * each : (rank + 1) * each] for rank in range(num_ranks)]
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
+    loads = [(0.0, rank) for rank in range(num_ranks)]
+    for image in sorted(range(len(costs)), key=lambda k: (-costs[k], k)):
+        load, rank = loads[0]
+        shares[rank].append(image)
+        heapq.heapreplace(loads, (load + costs[image], rank))
+    return [sorted(share) for share in shares]

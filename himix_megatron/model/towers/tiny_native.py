@@ -1,0 +1,68 @@
+"""A small vision tower for images in their own aspect: each has as many tokens as it has patches.
+
+Shape letters: K images, T tokens of all of them, X = 3 * patch_size^2 numbers of a patch, V width of the features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ...config import VisionConfig
+from .base import Tower, num_layers_run
+from .tiny import TinyLayer
+
+
+class TinyNativeTower(Tower):
+    """TinyTower's layers over the patches of images of any shape; a patch's position is its row and column."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__(config)
+        self.patch = nn.Linear(3 * config.patch_size**2, config.hidden_size)
+        nn.init.normal_(self.patch.weight, std=2 / math.sqrt(3 * config.patch_size**2))  # as TinyTower's
+        self.layers = nn.ModuleList(_Layer(config) for _ in range(num_layers_run(config)))
+        self.final_norm = nn.LayerNorm(config.hidden_size) if config.feature_layer == -1 else nn.Identity()
+
+    def features(self, pixels: Tensor, blank_K: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
+        """uint8 bytes of all images to float[T, V] (see `Tower.features`)."""
+        side, weight = self.config.patch_size, self.patch.weight
+        grids = [(height // side, width // side) for width, height in sizes]
+        lengths = [rows * columns for rows, columns in grids]
+        images = torch.split(pixels, [length * 3 * side**2 for length in lengths])
+        patches_T3PP = torch.cat(
+            [
+                image.view(rows, side, columns, side, 3).permute(0, 2, 4, 1, 3).flatten(0, 1)
+                for image, (rows, columns) in zip(images, grids, strict=True)
+            ]
+        )
+        blank_T = blank_K.repeat_interleave(torch.tensor(lengths, device=pixels.device), output_size=sum(lengths))
+        inputs_TX = self.normalise(patches_T3PP, blank_T, weight.dtype).flatten(1)
+        positions_TV = torch.cat([_positions(*grid, self.config.hidden_size) for grid in grids])
+        hidden_TV = self.patch(inputs_TX) + positions_TV.to(weight)
+        for layer in self.layers:
+            hidden_TV = layer(hidden_TV, lengths)
+        features: Tensor = self.final_norm(hidden_TV)
+        return features
+
+
+class _Layer(TinyLayer):
+    def forward(self, hidden_TV: Tensor, lengths: Sequence[int]) -> Tensor:  # type: ignore[override]
+        self._lengths = list(lengths)
+        return super().forward(hidden_TV)
+
+    def mix(self, qkv_TX: Tensor) -> Tensor:
+        return torch.cat([super(_Layer, self).mix(own[None])[0] for own in torch.split(qkv_TX, self._lengths)])
+
+
+def _positions(rows: int, columns: int, width: int) -> Tensor:
+    """float[rows * columns, width]: sines and cosines of the row, then of the column."""
+    frequencies = 100.0 ** -(torch.arange(width // 4) / (width // 4))
+    angles = [torch.arange(number)[:, None] * frequencies for number in (rows, columns)]
+    of_row, of_column = (torch.cat((angle.sin(), angle.cos()), dim=1) for angle in angles)
+    whole = torch.zeros(rows, columns, width)
+    whole[:, :, : of_row.shape[1]] = of_row[:, None]
+    whole[:, :, of_row.shape[1] : 2 * of_row.shape[1]] = of_column
+    return whole.flatten(0, 1)
