@@ -266,7 +266,7 @@ def part_of(name: str) -> Part:
     return "vision_kv" if ".vision_norm." in name or ".linear_vision_kv." in name else "language"
 
 
-def build_model_chunks(config: Config, kernels: Kernels, topology: Topology, tower: Tower, *, trains: bool = True) -> list[Any]:
+def build_model_chunks(config: Config, kernels: Kernels, topology: Topology, tower: nn.Module, *, trains: bool = True) -> list[Any]:
     """This rank's model chunks (one, or `virtual_pipeline`), frozen as `train.trainable_parts` says.
 
     The tower goes in only where it trains; a frozen one belongs to the ShardedVisionEncoder. Without `trains` everything is
@@ -277,7 +277,7 @@ def build_model_chunks(config: Config, kernels: Kernels, topology: Topology, tow
     chunks = []
     for chunk in range(num_chunks):
         # Each chunk runs the tower for itself, so each needs its replica.
-        own_tower = copy.deepcopy(tower) if "tower" in config.train.trainable_parts else None
+        own_tower: Any = copy.deepcopy(tower) if "tower" in config.train.trainable_parts else None
         model = HiMixModel(config, kernels, topology, chunk=chunk if num_chunks > 1 else None, tower=own_tower)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trains and part_of(name) in config.train.trainable_parts)

@@ -22,7 +22,7 @@ from tests.support.data_fixtures import VISION, data_config, encoded, make, pict
 
 FOREVER = TrainingLength(1 << 40, None)
 BATCH = 64
-PACKED = {"pack_max_text_tokens": 256, "pack_max_images": 6}
+PACKED = {"pack_max_text_tokens": 256, "pack_max_vision_tokens": 24}
 NUM_SAMPLES = (4_000, 1_000)
 
 
@@ -47,7 +47,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def readers(folders: list[Path], data_size: int, config: dict[str, object]) -> tuple[SamplingPlan, list[StepReader]]:
     """What a fresh start builds: the plan, and each data rank's reader."""
     data = data_config(datasets=tuple(map(str, folders)), **config)
-    plan = SamplingPlan(Datasets([ShardDataset(f) for f in folders], data), data, seed=7, global_batch=BATCH, images_without=0)
+    plan = SamplingPlan(
+        Datasets([ShardDataset(f) for f in folders], data, VISION), data, seed=7, global_batch=BATCH, images_without=0
+    )
     micro = 1 if data.packs else 2
     places = [ReadSpec(data_rank=rank, data_size=data_size) for rank in range(data_size)]
     return plan, [StepReader(plan, vision_config=VISION, micro_batch=micro, reads=reads) for reads in places]

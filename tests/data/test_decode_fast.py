@@ -110,7 +110,7 @@ def test_pixels_can_be_written_into_a_batch(how, resize, interpolation):
     vision = vision_of(resize, interpolation, 24)
     data = encoded(picture(12, (64, 48)), "JPEG")
     wanted = decode(data, vision, how)
-    for batch in (blank_pixels(3, vision), np.zeros((3, 3, 24, 24), np.uint8)):
+    for batch in (blank_pixels(3, vision.blank_size), np.zeros((3, 3, 24, 24), np.uint8)):
         into = batch[1]
         assert decode(data, vision, how, into) is into
         np.testing.assert_array_equal(batch[1], wanted)
@@ -118,7 +118,7 @@ def test_pixels_can_be_written_into_a_batch(how, resize, interpolation):
 
 
 def test_blank_pixels_are_zeros_with_channels_last():
-    blank = blank_pixels(2, VISION)
+    blank = blank_pixels(2, VISION.blank_size)
     assert blank.shape == (2, 3, 16, 16)
     assert blank.strides == (768, 1, 48, 3)
     assert not blank.any()

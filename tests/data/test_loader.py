@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from himix_megatron.data.images.decode import decode
-from himix_megatron.data.loading.batch import mask_samples, rank_share
+from himix_megatron.data.loading.batch import mask_samples
+from himix_megatron.data.loading.image_table import ImageTable, divide_images
 from himix_megatron.data.loading.loader import ReadSpec, StepReader, step_loader
 from himix_megatron.data.loading.plan import Datasets, SamplingPlan, TrainingLength
 from himix_megatron.data.loading.token_counts import text_lengths
@@ -34,7 +35,7 @@ class Steps:
     ):
         folders = folders if isinstance(folders, list) else [folders]
         config = data or data_config()
-        datasets = Datasets([ShardDataset(folder) for folder in folders], config)
+        datasets = Datasets([ShardDataset(folder) for folder in folders], config, VISION)
         self.plan = SamplingPlan(
             datasets, config, seed=seed, global_batch=batch, images_without=1 if text_only_vision == "zero_image" else 0
         )
@@ -57,7 +58,7 @@ def assert_equal(a, b):
     assert torch.equal(a.pixels, b.pixels)
     assert torch.equal(a.blank, b.blank)
     for x, y in zip(a.micro_batches, b.micro_batches, strict=True):
-        assert (x.keys, x.images_per_sample) == (y.keys, y.images_per_sample)
+        assert (x.keys, x.images) == (y.keys, y.images)
         assert torch.equal(x.text_ids, y.text_ids)
         assert torch.equal(x.labels, y.labels)
         assert torch.equal(x.text_lengths, y.text_lengths)
@@ -105,7 +106,7 @@ def test_images_stand_in_the_order_of_their_samples(folder):
         batch = Steps(folder, text_only_vision=text_only_vision)[0]
         images = iter(zip(batch.pixels, batch.blank, strict=True))
         for micro_batch in batch.micro_batches:
-            for key, count in zip(micro_batch.keys, micro_batch.images_per_sample, strict=True):
+            for key, count in zip(micro_batch.keys, micro_batch.images.per_sample, strict=True):
                 i = number[key]
                 assert count == (dataset.num_images(i) or without)
                 for k in range(count):
@@ -146,7 +147,7 @@ def test_cut_texts_are_counted(folder):
 
 @pytest.mark.parametrize(("num_images", "ranks"), [(0, 1), (0, 3), (1, 4), (7, 2), (8, 3), (9, 4), (100, 7)])
 def test_shares_cover_the_images_in_order(num_images, ranks):
-    shares = [rank_share(num_images, r, ranks) for r in range(ranks)]
+    shares = divide_images(ImageTable.of(VISION, [[VISION.blank_size] * num_images]), VISION, ranks)
     assert [n for share in shares for n in share] == list(range(num_images))
     assert max(len(share) for share in shares) == -(-num_images // ranks)
 
@@ -175,7 +176,7 @@ def test_a_bad_sample_keeps_its_slot_without_loss(damaged, caplog):
     assert [whole_keys[slot] for slot in batch.bad_samples] == list(batch.bad_keys)
     for key, labels in zip(whole_keys, torch.cat([m.labels for m in batch.micro_batches]), strict=True):
         assert (labels == -100).all() == (key in batch.bad_keys)
-    counts = [count for m in batch.micro_batches for count in m.images_per_sample]
+    counts = [count for m in batch.micro_batches for count in m.images.per_sample]
     for key, start, count in zip(whole_keys, itertools.accumulate([0, *counts]), counts, strict=False):
         if key in batch.bad_keys:
             assert batch.blank[start : start + count].all()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from himix_megatron.data.loading.plan import START, WINDOW, DataPosition, Datasets, SamplingPlan, TrainingLength
-from tests.support.data_fixtures import data_config, make, mixed, row
+from tests.support.data_fixtures import VISION, data_config, make, mixed, row
 
 FOREVER = TrainingLength(10**9, None)
 
@@ -23,6 +23,7 @@ class Numbers(Datasets):
         self.ends = np.cumsum(sizes)
         self.text_tokens = draw.integers(3, 60, sum(sizes)).astype(np.uint32)
         self.images = draw.choice([0, 1, 1, 1, 2], sum(sizes)).astype(np.uint32)
+        self.vision = VISION
 
 
 @dataclasses.dataclass
@@ -38,7 +39,7 @@ class _Part:
         return self.size
 
 
-PACKED = {"pack_max_text_tokens": 200, "pack_max_images": 6}
+PACKED = {"pack_max_text_tokens": 200, "pack_max_vision_tokens": 24}
 
 
 def plan_of(numbers, batch=8, without=0, **config):
@@ -148,8 +149,8 @@ def test_long_samples_are_cut_or_left_out_as_asked():
 
 def test_a_sample_with_more_images_than_a_pack_is_left_out_and_counted():
     datasets = Numbers(1_000)
-    plan = plan_of(datasets, pack_max_text_tokens=200, pack_max_images=1)
-    assert plan.left_out == {"too_many_images": int((datasets.images > 1).sum())}
+    plan = plan_of(datasets, pack_max_text_tokens=200, pack_max_vision_tokens=7)
+    assert plan.left_out == {"too_many_vision_tokens": int((datasets.images > 1).sum())}
 
 
 def test_texts_without_a_place_in_the_template_are_refused_when_many_and_left_out_when_few():
@@ -172,7 +173,7 @@ def test_what_fixes_the_order_is_named_and_small(tmp_path):
     plan = plan_of(Numbers(*[100] * 40), datasets=("p",) * 40, weights=(1.0,) * 40, **PACKED)
     state = {"place": dataclasses.asdict(START), "data": plan.fingerprint_fields()}
     assert len(json.dumps(state)) < 4096
-    named = {"data.datasets", "data.weights", "data.template", "data.tokenizer", "train.seed", "data.pack_max_images"}
+    named = {"data.datasets", "data.weights", "data.template", "data.tokenizer", "train.seed", "data.pack_max_vision_tokens"}
     assert named <= plan.fingerprint_fields().keys()
 
 
@@ -190,7 +191,7 @@ def test_resuming_costs_the_same_at_any_step():
 def test_a_real_dataset_gives_its_own_counts(tmp_path):
     dataset = mixed(tmp_path / "a", 24)
     other = make(tmp_path / "b", *_texts_only(tmp_path))
-    both = Datasets([dataset, other], data_config())
+    both = Datasets([dataset, other], data_config(), VISION)
     assert len(both) == 30
     assert both.images.tolist() == [dataset.num_images(i) for i in range(24)] + [0] * 6
     assert both.key(25) == other.key(1)

@@ -150,7 +150,7 @@ def test_a_plan_over_s3_reads_a_few_shards_at_a_time(tmp_path, s3):
         )
     )  # fmt: skip
     config = data_config(datasets=("s3://bucket/plan",), shuffle_shards=3)
-    datasets = Datasets([ShardDataset("s3://bucket/plan", cache_dir=tmp_path / "cache")], config)
+    datasets = Datasets([ShardDataset("s3://bucket/plan", cache_dir=tmp_path / "cache")], config, VISION)
     plan = SamplingPlan(datasets, config, seed=1, global_batch=6, images_without=0)
     assert plan.shuffle == "shards"
     reader = StepReader(plan, vision_config=VISION, micro_batch=2, reads=ReadSpec())

@@ -105,7 +105,7 @@ def test_fifty_steps_from_foreign_tars(foreign):
     assert set(keys(steps)) == {f"set-{i // 6}/sub/{i}" for i in range(24)}
     for batch in steps[:10]:
         assert answers(batch) == [f"Caption {key.rsplit('/', 1)[1]}." for key in keys([batch])]
-        counts = [count for m in batch.micro_batches for count in m.images_per_sample]
+        counts = [count for m in batch.micro_batches for count in m.images.per_sample]
         assert counts == [2 if int(key.rsplit("/", 1)[1]) % 6 == 3 else 1 for key in keys([batch])]
         assert int(batch.blank.sum()) == sum(int(key.rsplit("/", 1)[1]) % 6 == 5 for key in keys([batch]))
         assert not batch.bad_keys

@@ -37,7 +37,7 @@ def config_for(data: Path, run: Path, *, packed: bool, parts: Any = TRAINED, **o
         return replace(config, train=replace(config.train, global_batch_samples=NUM_SAMPLES))
     return replace(
         config,
-        data=replace(config.data, pack_max_text_tokens=200, pack_max_images=5),
+        data=replace(config.data, pack_max_text_tokens=200, pack_max_vision_tokens=20),
         train=replace(config.train, global_batch_samples=None, global_batch_packs=NUM_PACKS),
     )
 

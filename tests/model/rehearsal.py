@@ -341,26 +341,28 @@ def step_batch(config: Config, topology: Any, number: int) -> Any:
     """Two micro-batches of two samples, with two images and one."""
     import numpy as np
 
-    from himix_megatron.data.loading.batch import StepBatch, collate, rank_share
+    from himix_megatron.data.loading.batch import StepBatch, collate
+    from himix_megatron.data.loading.image_table import ImageTable, blank_pixels, divide_images
     from himix_megatron.data.loading.plan import START
     from himix_megatron.data.text.chat_template import EncodedText
     from himix_megatron.training.data_setup import reads_of
 
     def text(length: int) -> EncodedText:
-        return EncodedText(np.arange(length), np.arange(length) > length // 2, False)
+        return EncodedText(np.arange(length), np.arange(length) > length // 2, False, np.zeros(0, np.int64))
 
-    packed = config.data.packs
+    packed, vision = config.data.packs, config.vision
+    images = ImageTable.of(vision, [[vision.input_size(40, 20), vision.blank_size], [vision.input_size(20, 40)]])
     micro_batches = tuple(
-        collate([text(12), text(8)], [12, 8], [2, 1], ["a", "b"], [0, 0], 24 if packed else 12, packed=packed) for _ in range(2)
+        collate([text(12), text(8)], [12, 8], images, ["a", "b"], [0, 0], 24 if packed else 12, packed=packed) for _ in range(2)
     )
     reads = reads_of(config, topology)
-    share = rank_share(6, reads.image_rank, reads.image_size)
-    size = config.vision.image_size
+    whole = ImageTable.joined([images, images])
+    share = divide_images(whole, vision, reads.image_size)[reads.image_rank]
     return StepBatch(
         step=number,
         micro_batches=micro_batches,
         blank=torch.zeros(6, dtype=torch.bool),
-        pixels=torch.zeros(len(share), 3, size, size, dtype=torch.uint8),
+        pixels=blank_pixels(whole.images_of(share), vision),
         bad_keys=(),
         after=START,
         is_last=False,

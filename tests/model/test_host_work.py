@@ -91,13 +91,14 @@ def calls_of_a_layer() -> tuple[float, float]:
 def _count(config: Any, topology: Any) -> Counter[str]:
     from torch.profiler import ProfilerActivity, profile
 
+    from himix_megatron.data.loading.image_table import ImageTable
     from himix_megatron.model.attention.mixture_attention import normalise
     from himix_megatron.model.attention.packed_layout import make_layout
     from tools.bench.decoder_setup import build
 
     model = build(config, topology)
     ids = torch.zeros(1, SAMPLES * TEXT, dtype=torch.long)
-    layout = make_layout(ids, [TEXT] * SAMPLES, [VISION] * SAMPLES, model.rotary_pos_emb)
+    layout = make_layout(ids, [TEXT] * SAMPLES, ImageTable.of_features([[VISION]] * SAMPLES), model.rotary_pos_emb)
     features = normalise(torch.randn(SAMPLES * VISION, HIDDEN), 1e-6)
     hidden = torch.randn(SAMPLES * TEXT, 1, HIDDEN, requires_grad=True)
     with profile(activities=[ProfilerActivity.CPU]) as calls:

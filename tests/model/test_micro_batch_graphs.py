@@ -22,6 +22,7 @@ IMAGES = ([1, 0, 2, 1], [1, 1, 0], [3], [1, 1, 1, 0])
 
 def packs(config: Any, device: torch.device, dtype: torch.dtype) -> list[Any]:
     """Packs of one width: other lengths, images and labels each."""
+    from himix_megatron.data.loading.image_table import ImageTable
     from himix_megatron.model.stage_input import StageInput
 
     generator, inputs = torch.Generator().manual_seed(0), []
@@ -31,10 +32,11 @@ def packs(config: Any, device: torch.device, dtype: torch.dtype) -> list[Any]:
         for length in texts:
             labels[0, end + length // 2 : end + length - 1] = ids[0, end + length // 2 + 1 : end + length]
             end += length
-        features = torch.randn(sum(images), config.vision.tokens_per_image, config.vision.hidden_size, generator=generator)
+        table = ImageTable.of_features([[4 + k for k in range(count)] for count in images])
+        features = torch.randn(sum(table.tokens), config.vision.hidden_size, generator=generator)
         labelled = (labels.flatten() >= 0).nonzero()[:, 0]
         given = StageInput(
-            ids, features, torch.zeros(sum(images), dtype=torch.bool), tuple(images),
+            ids, features, torch.zeros(sum(images), dtype=torch.bool), table,
             labels=labels, packed_lengths=tuple(texts), labelled=labelled,
         )  # fmt: skip
         tensors = {name: getattr(given, name).to(device) for name in ("text_ids", "images", "blank", "labels", "labelled")}
@@ -55,7 +57,7 @@ def both_ways(options: dict[str, Any], precision: str) -> list[tuple[torch.Tenso
     config = replace(
         config,
         model=replace(config.model, **options),
-        data=replace(config.data, pack_max_text_tokens=96, pack_max_images=4),
+        data=replace(config.data, pack_max_text_tokens=96, pack_max_vision_tokens=16),
         train=replace(config.train, global_batch_samples=None, global_batch_packs=4, cuda_graphs="on"),
     )
     topology = init_distributed(config.parallel, seed=1)

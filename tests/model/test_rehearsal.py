@@ -62,7 +62,7 @@ def config_for(
     data = dataclasses.replace(config.data, max_text_tokens=24)
     train = dataclasses.replace(config.train, cuda_graphs=cuda_graphs)
     if packed:
-        data = dataclasses.replace(data, pack_max_text_tokens=24, pack_max_images=4)
+        data = dataclasses.replace(data, pack_max_text_tokens=24, pack_max_vision_tokens=16)
         train = dataclasses.replace(train, global_batch_samples=None, global_batch_packs=4, micro_batch_samples=1)
     return dataclasses.replace(config, model=model, data=data, train=train)
 

@@ -13,6 +13,7 @@ from himix_megatron.distributed import cpu_backend
 
 cpu_backend.activate_if_needed()
 
+from himix_megatron.data.loading.image_table import ImageTable  # noqa: E402
 from himix_megatron.distributed.fused_kernels import has_variable_length, variable_length_arguments  # noqa: E402
 from himix_megatron.model.attention.backends import (  # noqa: E402
     TorchMixtureAttention,
@@ -33,13 +34,18 @@ def rotary(num_text: int) -> Tensor:
     return torch.arange(num_text, dtype=torch.float64)[:, None, None, None].expand(-1, 1, 1, DIM)
 
 
+def table(images: list[int]) -> ImageTable:
+    """Samples with so many images, of different numbers of tokens."""
+    return ImageTable.of_features([[IMAGE + k % 3 for k in range(count)] for count in images])
+
+
 def packed(text: list[int], images: list[int], padding: int) -> PackedLayout:
     row = torch.zeros(1, sum(text) + padding, dtype=torch.long)
-    return make_layout(row, text, [count * IMAGE for count in images], rotary)
+    return make_layout(row, text, table(images), rotary)
 
 
 def rows(num_text: int, images: list[int]) -> PackedLayout:
-    return make_layout(torch.zeros(len(images), num_text, dtype=torch.long), None, [count * IMAGE for count in images], rotary)
+    return make_layout(torch.zeros(len(images), num_text, dtype=torch.long), None, table(images), rotary)
 
 
 def random_pack(seed: int) -> PackedLayout:
@@ -257,4 +263,5 @@ def on_device(layout: PackedLayout) -> PackedLayout:
     rows = 1 if layout.packed else len(layout.text_lengths)
     text_ids = torch.zeros(rows, num_text, dtype=torch.long, device="cuda")
     lengths = layout.text_lengths if layout.packed else None
-    return make_layout(text_ids, lengths, layout.vision_lengths, lambda n: rotary(n).cuda())
+    images = ImageTable.of_features([[tokens] for tokens in layout.vision_lengths])
+    return make_layout(text_ids, lengths, images, lambda n: rotary(n).cuda())

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from himix_megatron.config import Config, VisionConfig
-from himix_megatron.data.loading.batch import rank_share
+from himix_megatron.data.loading.image_table import ImageTable, divide_images
 from himix_megatron.model.feature_prefetch import FeaturePrefetcher
 from himix_megatron.model.towers import build_tower
 from himix_megatron.model.vision_encoder import ShardedVisionEncoder
@@ -36,12 +36,17 @@ def _pixels(num_images: int) -> torch.Tensor:
     return torch.randint(0, 256, (num_images, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
+def _images(num_images: int) -> ImageTable:
+    return ImageTable.of(TOWER, [[TOWER.blank_size]] * num_images)
+
+
 def _encode(num_images: int, trainable: bool, dtype: torch.dtype, num_encoders: int | None) -> torch.Tensor:
     """What one rank of the replica gets; alone when no group exists."""
     world = torch.distributed.is_initialized()
     rank, size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if world else (0, 1)
     place = (rank, min(num_encoders or size, size))
-    share = rank_share(num_images, *place)
+    images = _images(num_images)
+    share = divide_images(images, TOWER, place[1])[place[0]] if place[0] < place[1] else []
     encoder = ShardedVisionEncoder(
         build_tower(TOWER, seed=3, dtype=torch.float32),
         torch.distributed.group.WORLD if world else None,
@@ -50,7 +55,7 @@ def _encode(num_images: int, trainable: bool, dtype: torch.dtype, num_encoders: 
         place=place,
         max_images_per_forward=2,
     )
-    return encoder.encode(_pixels(num_images)[share.start : share.stop], torch.arange(num_images) % 3 == 1, num_images)
+    return encoder.encode(_pixels(num_images)[share], torch.arange(num_images) % 3 == 1, images)
 
 
 def _encode_all(num_encoders: int | None) -> list[torch.Tensor]:
@@ -64,7 +69,7 @@ def _encode_all(num_encoders: int | None) -> list[torch.Tensor]:
 @pytest.mark.parametrize(("world_size", "num_encoders"), [(2, None), (3, None), (3, 2), (2, 1)])
 def test_a_shared_tower_gives_every_rank_what_one_rank_alone_computes(world_size: int, num_encoders: int | None) -> None:
     alone = _encode_all(None)
-    assert [len(features) for features in alone] == [7, 4, 1, 0, 5, 5]
+    assert [len(features) for features in alone] == [28, 16, 4, 0, 20, 5]
     assert alone[-2].dtype == torch.bfloat16
     assert torch.equal(alone[-1], _pixels(5))
     for rank_features in run_ranks(_encode_all, world_size, num_encoders):
@@ -152,7 +157,7 @@ def test_a_side_stream_gives_the_same_features() -> None:
     encoder = ShardedVisionEncoder(build_tower(TOWER, seed=3, dtype=torch.float32).to(device), None, False, torch.float32)
 
     def encode(number: int) -> tuple[int, torch.Tensor]:
-        return number, encoder.encode(_pixels(40 + number), torch.zeros(40 + number, dtype=torch.bool), 40 + number)
+        return number, encoder.encode(_pixels(40 + number), torch.zeros(40 + number, dtype=torch.bool), _images(40 + number))
 
     sums: dict[bool, list[float]] = {}
     for enabled in (True, False):
@@ -192,7 +197,7 @@ def test_every_placement_trains_alike(
     if packed:
         config = replace(
             config,
-            data=replace(config.data, pack_max_text_tokens=192, pack_max_images=6),
+            data=replace(config.data, pack_max_text_tokens=192, pack_max_vision_tokens=24),
             train=replace(config.train, global_batch_packs=2),
         )
     config = replace(

@@ -78,7 +78,7 @@ def test_features_equal_transformers_hidden_states(tower: str, feature_layer: in
         built = build_tower(config, seed=0, dtype=torch.float32).requires_grad_(trains)
         got = built(pixels, torch.tensor([False, True, False]))
     wanted = wanted[:, 1:] if tower == "clip" else wanted
-    assert got.shape == (3, config.tokens_per_image, config.hidden_size)
+    assert got.shape == (3, config.max_tokens_per_image, config.hidden_size)
     assert (got - wanted).abs().max() <= 1e-6 * wanted.abs().max().clamp(min=1)
 
 
