@@ -111,7 +111,7 @@ class ShardedVisionEncoder:
     def _gather(self, share: Tensor, each: int) -> Tensor:
         """All shares in rank order, [num_encoders * each, ...], each padded to `each` rows."""
         # As bytes: every backend carries them, whatever the dtype.
-        flat = share.view(len(share), -1) if share.dim() > 1 else share[:, None]
+        flat = share.flatten(1) if share.dim() > 1 else share[:, None]
         sent = F.pad(flat, (0, 0, 0, each - len(share))).contiguous().view(torch.uint8)
         received = sent.new_empty((self.num_encoders * each, sent.shape[1]))
         if self.num_encoders == self.size:
