@@ -346,12 +346,13 @@ def step_batch(config: Config, topology: Any, number: int) -> Any:
     from himix_megatron.data.text.chat_template import EncodedText
     from himix_megatron.training.data_setup import reads_of
 
-    def text(length: int) -> EncodedText:
-        return EncodedText(np.arange(length), np.arange(length) > length // 2, False)
+    def text(length: int, num_images: int) -> EncodedText:
+        return EncodedText(np.arange(length), np.arange(length) > length // 2, False, np.zeros(num_images, np.int64))
 
     packed = config.data.packs
     micro_batches = tuple(
-        collate([text(12), text(8)], [12, 8], [2, 1], ["a", "b"], [0, 0], 24 if packed else 12, packed=packed) for _ in range(2)
+        collate([text(12, 2), text(8, 1)], [12, 8], [2, 1], ["a", "b"], [0, 0], 24 if packed else 12, packed=packed)
+        for _ in range(2)
     )
     reads = reads_of(config, topology)
     share = rank_share(6, reads.image_rank, reads.image_size)
