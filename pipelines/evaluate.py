@@ -133,7 +133,7 @@ def evaluate(arguments: Arguments) -> dict[str, Any]:
     config, checkpoint, step = trained(arguments)
     items = exact_match.questions(dataset, arguments.max_samples)
     tokenizer, limit = load_tokenizer(config.data.tokenizer), arguments.max_new_tokens or MAX_NEW_TOKENS
-    overlong = sum(len(tokenizer.encode([Piece(q.expected)])[0]) > limit for q in items)
+    overlong = sum(len(tokenizer.encode([Piece(q.expected)]).ids) > limit for q in items)
     answerer = start(config, checkpoint)
     topology = answerer.topology
     if overlong:

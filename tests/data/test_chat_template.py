@@ -1,11 +1,15 @@
-"""Each template spells its family's text, and the loss covers the answers with their ends, and nothing else."""
+"""Each template spells its family's text, the loss covers the answers with their ends, and images keep their places."""
 
+import itertools
 import json
+import random
+import re
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from himix_megatron.conversion.export.tokenizer import byte_characters
 from himix_megatron.data.errors import BadSampleError
 from himix_megatron.data.text.chat_template import (
     TEMPLATES,
@@ -17,7 +21,7 @@ from himix_megatron.data.text.chat_template import (
     turns_of,
     without_marks,
 )
-from himix_megatron.data.text.tokenizer import load_tokenizer
+from himix_megatron.data.text.tokenizer import HuggingFaceTokenizer, Piece, load_tokenizer
 from tests.support.data_fixtures import row
 
 CORPUS = [
@@ -223,6 +227,183 @@ def test_long_texts_are_cut_and_say_so():
 )
 def test_marks_go_with_one_newline(marked, clean):
     assert without_marks(marked) == clean
+
+
+SPELLED = {
+    "plain": ("START", "{unwritten}{answer}\n", ""),
+    "vicuna": (
+        "<s>A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions. ",
+        "USER: {question} ASSISTANT: {answer}</s>",
+        "",
+    ),
+    "llama3": (
+        "<|begin_of_text|>",
+        "<|start_header_id|>user<|end_header_id|>\n\n{question}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n{answer}<|eot_id|>",
+        "",
+    ),
+    "chatml": (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
+        "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>",
+        "\n",
+    ),
+    "tiny": ("\0", "\1{question}\2{answer}\3", ""),
+}
+"""Opening, turn and what is between turns: the templates once more, as strings. A byte stands for each of tiny's tokens."""
+MARK = "\ue000"
+STRETCHES = ["a red circle", " ", "\n", "ünd", "你好", "🙂", "👩‍👧", "e\u0301", "the assis", "tant", "left", "?", "  x"]
+MARKS = ["<image>", "<image>\n", "\n<image>", "\n<image>\n", "<image>" * 2, "<image>\n" * 2]
+
+
+def drawn_text(draw: random.Random) -> str:
+    kinds = draw.choices((STRETCHES, MARKS), (2, 1), k=draw.randrange(1, 8))
+    return "".join(draw.choice(kind) for kind in kinds)
+
+
+def marked(text: str) -> str:
+    """A turn as it is written, with one character for each mark: letter by letter."""
+    letters: list[str] = []
+    while text:
+        if text.startswith("<image>"):
+            takes_before = letters[-1:] == ["\n"]
+            letters = [*(letters[:-1] if takes_before else letters), MARK]
+            text = text[len("<image>") :]
+            text = text if takes_before else text.removeprefix("\n")
+        else:
+            letters.append(text[0])
+            text = text[1:]
+    return "".join(stripped(stripped(letters)[::-1])[::-1])
+
+
+def stripped(letters: list[str]) -> list[str]:
+    """Without white space at the start, marks or not among it."""
+    first = next((i for i, letter in enumerate(letters) if letter != MARK and not letter.isspace()), len(letters))
+    return [MARK] * letters[:first].count(MARK) + letters[first:]
+
+
+def bytes_of(tokenizer, ids) -> list[bytes]:
+    """What each token writes."""
+    if not hasattr(tokenizer, "_tokenizer"):
+        return [bytes(1)] * len(ids)
+    known = {character: bytes([byte]) for byte, character in enumerate(byte_characters())}
+    names, special = tokenizer._tokenizer.convert_ids_to_tokens(list(ids)), tokenizer._tokenizer.all_special_tokens
+    added = {*special, *tokenizer._tokenizer.get_added_vocab()}
+    is_byte_level = "Ġ" in tokenizer._tokenizer.get_vocab()
+    written = []
+    for name in names:
+        if name in added:
+            written.append(name.encode())
+        elif is_byte_level:
+            written.append(b"".join(known[character] for character in name))
+        else:
+            byte = re.fullmatch("<0x(..)>", name)
+            written.append(bytes.fromhex(byte[1]) if byte else name.replace("▁", " ").encode())
+    return written
+
+
+def places_by_bytes(talk, tokenizer, template) -> list[int]:
+    """Slowly: the template's string with a character for each mark, and the bytes that each token writes of it."""
+    opening, turn, between = SPELLED[template]
+    texts = [marked(said["value"]) for said in talk["conversations"]]
+    turns = [
+        turn.format(question=question, unwritten=MARK * question.count(MARK), answer=answer)
+        for question, answer in zip(texts[::2], texts[1::2], strict=True)
+    ]
+    ids = encode(talk, tokenizer, template, 10_000).ids
+    written = bytes_of(tokenizer, ids)
+    *stretches, last = (opening.replace("START", written[0].decode()) + between.join(turns)).split(MARK)
+    whole, offsets = "".join([*stretches, last]).encode(), itertools.accumulate(len(s.encode()) for s in stretches)
+    ends, at = [], 0
+    for number, text in enumerate(written):
+        if hasattr(tokenizer, "_tokenizer") and not whole.startswith(text, at):
+            assert text[:1] == b" ", (number, text)
+            text = text[1:]  # the tokenizer's own space, before the first word of a text
+            assert whole.startswith(text, at)
+        at += len(text)
+        ends.append(at if text else at + 1)
+    assert at == len(whole)
+    return [next((number for number, end in enumerate(ends) if end > offset), len(ids)) for offset in offsets]
+
+
+def test_places_are_those_of_a_count_byte_by_byte(family):
+    template, tokenizer = family
+    draw, num_marks = random.Random(template), 0
+    for number in range(80):
+        num_turns = 1 if template == "plain" else draw.randrange(1, 4)
+        talk = row(number, None, *(drawn_text(draw) for _ in range(2 * num_turns)))
+        text = encode(talk, tokenizer, template, 10_000)
+        assert text.image_places.tolist() == places_by_bytes(talk, tokenizer, template), talk
+        assert text.image_places.dtype == "int64"
+        num_marks += len(text.image_places)
+    assert num_marks > 100
+
+
+def test_marks_change_neither_ids_nor_loss(family):
+    template, tokenizer = family
+    draw = random.Random(template)
+    for number in range(20):
+        said = [drawn_text(draw) for _ in range(2 if template == "plain" else 4)]
+        with_marks, without = (
+            encode(row(number, None, *turns), tokenizer, template, 40) for turns in (said, map(without_marks, said))
+        )
+        assert with_marks.ids.tolist() == without.ids.tolist()
+        assert with_marks.loss_mask.tolist() == without.loss_mask.tolist()
+        assert (with_marks.was_cut, without.image_places.tolist()) == (without.was_cut, [])
+
+
+@pytest.mark.parametrize(
+    ("turns", "places"),
+    [
+        (("<image>\nWhy?", "So."), [2]),
+        (("Why?\n<image>", "So."), [6]),
+        (("Why<image>?", "So."), [5]),
+        (("<image>", "So."), [2]),
+        (("  <image>  Why?", "So."), [2]),
+        (("<image><image>\nWhy?", "So."), [2, 2]),
+        (("<image>a<image>b<image>", "So."), [2, 3, 4]),
+        (("ü🙂<image>?", "So."), [8]),
+        (("Why?", "<image>So<image>."), [7, 9]),
+        (("Why?", "So.", "<image>And?", "Then <image>"), [12, 21]),
+        (("Why?", "So."), []),
+    ],
+)
+def test_a_place_is_the_number_of_tokens_before_the_mark(turns, places):
+    assert encode(row(0, None, *turns), load_tokenizer("bytes"), "tiny", 100).image_places.tolist() == places
+
+
+def test_images_of_a_question_that_is_not_written_stand_before_the_caption(folders):
+    for name in ("bytes", "qwen2", "vicuna"):
+        tokenizer = load_tokenizer("bytes" if name == "bytes" else str(folders[name]))
+        talk = row(0, None, "<image>\nDescribe it.<image>", "<image>a red <image>circle")
+        places = encode(talk, tokenizer, "plain", 100).image_places.tolist()
+        assert places[:3] == [1, 1, 1]
+        assert tokenizer.decode(encode(talk, tokenizer, "plain", 100).ids[1 : places[3]]).strip() == "a red"
+
+
+def test_a_token_that_a_mark_fell_into_comes_after_its_image(folders):
+    for name, template in (("qwen2", "chatml"), ("vicuna", "vicuna")):
+        tokenizer = load_tokenizer(str(folders[name]))
+        text = encode(row(0, None, "the assis<image>tant", "a"), tokenizer, template, 1000)
+        (place,) = text.image_places.tolist()
+        assert tokenizer.decode(text.ids[:place]).endswith("the")
+        assert tokenizer.decode(text.ids[place : place + 1]).strip() == "assistant"
+
+
+def test_a_token_without_characters_belongs_to_what_follows_it(folders, monkeypatch):
+    tokenizer = HuggingFaceTokenizer(folders["vicuna"])
+    encoding = {"input_ids": [5, 6, 7], "offset_mapping": [(0, 2), (2, 2), (2, 3)]}
+    monkeypatch.setattr(tokenizer, "_tokenizer", lambda text, **_: encoding)
+    pieces = [Piece("ab", marks=(0, 2)), Piece("c", loss=True, marks=(0, 1))]
+    assert tokenizer.encode(pieces) == ([5, 6, 7], [False, True, True], [0, 1, 1, 3])
+
+
+def test_places_in_a_text_that_is_cut_are_at_most_its_end():
+    talk = row(0, None, "<image>Why?<image>", "So <image>it is.<image>")
+    tokenizer = load_tokenizer("bytes")
+    assert encode(talk, tokenizer, "tiny", 100).image_places.tolist() == [2, 6, 10, 16]
+    assert encode(talk, tokenizer, "tiny", 10).image_places.tolist() == [2, 6, 10, 10]
+    assert encode(talk, tokenizer, "tiny", 4).image_places.tolist() == [2, 4, 4, 4]
 
 
 def test_a_tokenizer_without_the_templates_tokens_is_refused(folders):

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import pickle
 import time
 
 import numpy as np
@@ -196,6 +197,14 @@ def test_a_real_dataset_gives_its_own_counts(tmp_path):
     assert both.images.tolist() == [dataset.num_images(i) for i in range(24)] + [0] * 6
     assert both.key(25) == other.key(1)
     assert [both.source(i) for i in (0, 23, 24, 29)] == [0, 0, 1, 1]
+
+
+def test_places_of_images_are_found_by_the_sample_in_every_dataset_and_in_a_worker(tmp_path):
+    dataset, other = make(tmp_path / "texts", *_texts_only(tmp_path)), mixed(tmp_path / "a", 24)
+    both = Datasets([dataset, other], data_config())
+    wanted = [()] * 6 + [(2,) * other.num_images(i) for i in range(24)]
+    for datasets in (both, pickle.loads(pickle.dumps(both))):
+        assert [datasets.image_places(i) for i in range(30)] == wanted
 
 
 def _texts_only(folder):

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from himix_megatron.data.images import image_file
 from himix_megatron.data.loading.loader import ReadSpec, StepReader
 from himix_megatron.data.loading.plan import Datasets, SamplingPlan, TrainingLength
-from himix_megatron.data.loading.token_counts import text_lengths
+from himix_megatron.data.loading.token_counts import ImagePlaces, text_lengths
 from himix_megatron.data.shards.reader import ShardDataset
 from pipelines.launchers import task_engine
 from pipelines.preprocess import Settings, preprocess
@@ -16,6 +17,7 @@ from tests.support.data_fixtures import VISION, data_config, make, mixed_source
 
 from .test_preprocess import command, contents
 from .test_sources import img2dataset_set, make_from, parquet_set, webdataset_set
+from .test_token_counts import as_version_1
 
 
 def upload(store, folder: Path, place: str) -> str:
@@ -139,6 +141,28 @@ def test_text_lengths_are_counted_on_the_way_to_s3_and_read_from_there(tmp_path,
     before = stored(s3, "bucket/counted")
     preprocess(dataclasses.replace(settings, tokenizer="bytes", template="tiny"))
     assert stored(s3, "bucket/counted") == before
+
+
+def test_columns_of_version_1_on_s3_are_refused_until_preprocessing_has_made_them_again(tmp_path, s3, monkeypatch):
+    source = mixed_source(tmp_path)
+    column = {"tokenizer": "bytes", "template": "tiny"}
+    here = make(tmp_path / "here", *source, **column)
+    whole = local(here.path)
+    for path in (here.path / "lengths").rglob("*.len"):
+        as_version_1(path)
+    upload(s3, here.path, "bucket/old")
+    remote = ShardDataset("s3://bucket/old", cache_dir=tmp_path / "cache")
+    command = "preprocess with --tokenizer bytes --template tiny"
+    with pytest.raises(ValueError, match=rf"^s3://bucket/old has no .*rows-000000: it is of version 1[^\n]*: {command}$"):
+        text_lengths(remote, "bytes", "tiny")
+    monkeypatch.setattr(image_file, "verify", None)  # no image is decoded again
+    make_remote = {"engine": "local", "num_workers": 1, "samples_per_shard": 10, **column}
+    preprocess(Settings(annotations=source[0], images=source[1], out="s3://bucket/old", **make_remote))
+    stored_now = {name: data for name, data in stored(s3, "bucket/old").items() if Path(name).name != ".lock"}
+    assert stored_now == whole
+    text_lengths(remote, "bytes", "tiny")
+    places = ImagePlaces(remote, "bytes", "tiny")
+    assert [places.of(i) for i in range(len(remote))] == [(2,) * remote.num_images(i) for i in range(len(remote))]
 
 
 def test_a_plan_over_s3_reads_a_few_shards_at_a_time(tmp_path, s3):

@@ -119,7 +119,7 @@ def _columns(dataset: ShardDataset) -> dict[str, Numbers]:
     """Every column of text lengths that all shards have."""
     columns = {}
     for folder in sorted((dataset.path / "lengths").glob("*")):
-        lengths = [read_column(dataset.path, receipt, folder.name) for receipt in dataset.manifest.shards]
-        if lengths and all(part is not None for part in lengths):
-            columns[folder.name] = np.concatenate([part for part in lengths if part is not None]).astype(np.int64)
+        parts = [read_column(dataset.path, receipt, folder.name) for receipt in dataset.manifest.shards]
+        if parts and all(part is not None for part in parts):
+            columns[folder.name] = np.concatenate([part.lengths for part in parts if part is not None]).astype(np.int64)
     return columns

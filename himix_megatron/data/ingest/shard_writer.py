@@ -70,14 +70,14 @@ def make_shard(job: ShardJob, part: Part) -> tuple[Receipt, bool]:
 
 
 def _count_tokens(folder: Folder, receipt: Receipt, tokenizer: str, template: str) -> None:
-    """See that the shard's length column is there; on an object store it is made here, of a copy."""
+    """See that the shard's text column is there; on an object store it is made here, of a copy."""
     if isinstance(folder, LocalFolder):
         token_counts.make_column(folder.path, receipt, tokenizer, template)
         return
     column = token_counts.column_of(load_tokenizer(tokenizer), template)
     name = shard_format.lengths_path(Path(), column, receipt.name).as_posix()
     with contextlib.suppress(ValueError):
-        shard_format.decode_lengths(folder.read(name) or b"", receipt.tar, receipt.num_samples)
+        shard_format.decode_text_column(folder.read(name) or b"", receipt)
         return
     with _temporary_folder() as here:
         names = _names(receipt.name)

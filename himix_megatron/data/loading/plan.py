@@ -89,7 +89,7 @@ class StepPlan:
 
 
 class Datasets:
-    """One or several shard datasets, their samples numbered through; with the lengths of their texts and images."""
+    """One or several shard datasets, their samples numbered through; with what is known of texts and images unread."""
 
     def __init__(self, parts: Sequence[ShardDataset], data_config: DataConfig, vision: VisionConfig) -> None:
         """Raises: ValueError, as `token_counts.text_lengths`."""
@@ -99,6 +99,7 @@ class Datasets:
             [token_counts.text_lengths(part, data_config.tokenizer, data_config.template) for part in parts]
         )
         """uint32[len]: of whole texts; 0: the template has no place for it."""
+        self._places = [token_counts.ImagePlaces(part, data_config.tokenizer, data_config.template) for part in parts]
         self.images = np.concatenate([part.image_counts() for part in parts])
         """uint32[len]: images of each sample."""
         self.vision = vision
@@ -128,6 +129,10 @@ class Datasets:
         """The dataset of a sample, and its number there."""
         part = self.source(sample)
         return self.parts[part], sample - int(self.ends[part]) + len(self.parts[part])
+
+    def image_places(self, sample: int) -> tuple[int, ...]:
+        """For each image of a sample the tokens of its whole text before it. Raises: DamagedShardError for a lost column."""
+        return self._places[self.source(sample)].of(self.locate(sample)[1])
 
     def key(self, sample: int) -> str:
         """SHARD/KEY, for logs and errors."""

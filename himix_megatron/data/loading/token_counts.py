@@ -1,8 +1,9 @@
-"""How many tokens each sample's text has, for one tokenizer and template: a column beside the index, four bytes a sample.
+"""How many tokens each sample's text has and where its images stand in it, for one tokenizer and template.
 
-Packs are planned from it, and pipeline stages that read no text know its shape. Flows in: a dataset folder; out: a file a
-shard under OUT/lengths/COLUMN/, and all of them as one array. Preprocessing writes it while it has the texts at hand;
-otherwise the first run that needs it does. Lengths are of whole texts: what a run cuts is its own business.
+It is a column beside the index, four bytes a sample and four an image. Packs are planned from it, and pipeline stages that
+read no text know its shape. Flows in: a dataset folder; out: a file a shard under OUT/lengths/COLUMN/, the lengths of all of
+them as one array, and the places of one sample's images at a time. Preprocessing writes it while it has the texts at hand;
+otherwise the first run that needs it does. All is of whole texts: what a run cuts is its own business.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import multiprocessing
 import os
 import sys
 import zlib
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -28,8 +30,8 @@ import numpy.typing as npt
 
 from ...runtime.durable_files import publish
 from ..shards import shard_format
-from ..shards.reader import DamagedShardError, ShardDataset
-from ..shards.shard_format import Receipt
+from ..shards.reader import MAX_OPEN_SHARDS, DamagedShardError, ShardDataset
+from ..shards.shard_format import Receipt, TextColumn
 from ..text import chat_template
 from ..text.tokenizer import Tokenizer, load_tokenizer
 
@@ -46,7 +48,11 @@ FEW_SAMPLES = 20_000
 
 def column_of(tokenizer: Tokenizer, template: str) -> str:
     """The column's name: the same for the same ids."""
-    form = dataclasses.asdict(chat_template.template_of(template, tokenizer))
+    # Marks are a conversation's; a template has none.
+    form = dataclasses.asdict(
+        chat_template.template_of(template, tokenizer),
+        dict_factory=lambda fields: {name: value for name, value in fields if name != "marks"},
+    )
     return shard_format.hash_of([tokenizer.fingerprint, form])[:16]
 
 
@@ -54,28 +60,31 @@ def make_column(folder: Path, receipt: Receipt, tokenizer: str, template: str) -
     """Count the tokens of one shard's texts, unless that is done.
 
     Args: `tokenizer`, `template`: as in DataConfig.
-    Returns: whether the column was written. Raises: DamagedShardError for a text that is not what was written.
+    Returns: whether the column was written.
+    Raises: DamagedShardError for a text that is not what was written; ValueError for one whose marks are not its images.
     """
     spelled = load_tokenizer(tokenizer)
     column = column_of(spelled, template)
     if read_column(folder, receipt, column) is not None:
         return False
-    _write(folder, receipt, column, np.array([_count(text, spelled, template) for text in _texts(folder, receipt)], np.uint32))
+    counted = [_count(text, num_images, spelled, template) for text, num_images in _texts(folder, receipt)]
+    lengths = np.array([length for length, _ in counted], np.uint32)
+    places = np.array([place for _, places in counted for place in places], np.uint32)
+    _write(folder, receipt, column, TextColumn(lengths, places))
     return True
 
 
-def _write(folder: Path, receipt: Receipt, column: str, lengths: Lengths) -> None:
+def _write(folder: Path, receipt: Receipt, column: str, content: TextColumn) -> None:
     path = shard_format.lengths_path(folder, column, receipt.name)
     # The process's own partial file: without file locks several processes may count the same shard.
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    publish(path, shard_format.encode_lengths(lengths, receipt.tar), partial=partial)
+    publish(path, shard_format.encode_text_column(content, receipt), partial=partial)
 
 
-def read_column(folder: Path, receipt: Receipt, column: str) -> Lengths | None:
-    """uint32[num_samples] of one shard; None where there is none, or one that cannot be trusted (it is then made again)."""
+def read_column(folder: Path, receipt: Receipt, column: str) -> TextColumn | None:
+    """The column of one shard; None where there is none, or one that cannot be trusted (it is then made again)."""
     try:
-        data = shard_format.lengths_path(folder, column, receipt.name).read_bytes()
-        return shard_format.decode_lengths(data, receipt.tar, receipt.num_samples)
+        return shard_format.decode_text_column(shard_format.lengths_path(folder, column, receipt.name).read_bytes(), receipt)
     except (FileNotFoundError, ValueError):
         return None
 
@@ -89,16 +98,16 @@ def text_lengths(dataset: ShardDataset, tokenizer: str, template: str) -> Length
     chat_template.check_tokenizer(load_tokenizer(tokenizer), template)
     column = column_of(load_tokenizer(tokenizer), template)
 
-    def read() -> list[Lengths | None]:
+    def read() -> list[TextColumn | None]:
         return [read_column(dataset.path, receipt, column) for receipt in dataset.manifest.shards]
 
     if dataset.is_remote:
         _fetch_columns(dataset, column, tokenizer, template)
     found = read()
-    if any(lengths is None for lengths in found):
+    if any(part is None for part in found):
         try:
             with _one_at_a_time(dataset.path, column):
-                missing = [shard for shard, lengths in zip(dataset.manifest.shards, read(), strict=True) if lengths is None]
+                missing = [shard for shard, part in zip(dataset.manifest.shards, read(), strict=True) if part is None]
                 _make_all(dataset.path, missing, tokenizer, template)
         except DamagedShardError as error:
             raise ValueError(f"{error}: run the preprocessing again, it makes only what is missing or damaged") from None
@@ -106,12 +115,51 @@ def text_lengths(dataset: ShardDataset, tokenizer: str, template: str) -> Length
             if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise
             raise ValueError(
-                f"{dataset.path} has no text lengths for --data.tokenizer {tokenizer} --data.template {template}, and they "
-                f"cannot be written there ({os.strerror(error.errno)}): preprocess with --tokenizer {tokenizer} --template "
-                f"{template}, or make the folder writable"
+                f"{dataset.path} has no text lengths and places of images for --data.tokenizer {tokenizer} --data.template "
+                f"{template}, and they cannot be written there ({os.strerror(error.errno)}): preprocess with --tokenizer "
+                f"{tokenizer} --template {template}, or make the folder writable"
             ) from None
         found = read()
-    return np.concatenate([np.zeros(0, np.uint32), *(lengths for lengths in found if lengths is not None)])
+    return np.concatenate([np.zeros(0, np.uint32), *(part.lengths for part in found if part is not None)])
+
+
+class ImagePlaces:
+    """Where a dataset's images stand in its texts, once `text_lengths` has seen to the columns.
+
+    A shard's column is read when one of its samples is first asked for. It can be sent to worker processes.
+    """
+
+    def __init__(self, dataset: ShardDataset, tokenizer: str, template: str) -> None:
+        self._dataset, self._column = dataset, column_of(load_tokenizer(tokenizer), template)
+        self._shards: OrderedDict[int, npt.NDArray[np.uint32]] = OrderedDict()
+
+    def of(self, i: int) -> tuple[int, ...]:
+        """For each image of sample i the tokens of its whole text that come before it; 0 in a text without a place.
+
+        Raises: DamagedShardError when the column is gone or damaged.
+        """
+        num_images = self._dataset.num_images(i)
+        if not num_images:
+            return ()
+        shard, first = self._dataset.image_place(i, 0)
+        return tuple(self._of_shard(shard)[first : first + num_images].tolist())
+
+    def _of_shard(self, shard: int) -> npt.NDArray[np.uint32]:
+        if shard not in self._shards:
+            receipt = self._dataset.manifest.shards[shard]
+            path = shard_format.lengths_path(self._dataset.path, self._column, receipt.name)
+            try:
+                places = shard_format.decode_text_column(path.read_bytes(), receipt).image_places
+            except (FileNotFoundError, ValueError) as error:
+                what = error if isinstance(error, ValueError) else "the file is gone"
+                raise DamagedShardError(f"{path}: {what}: start the run again, it makes or fetches the column anew") from None
+            if len(self._shards) >= MAX_OPEN_SHARDS:
+                self._shards.popitem(last=False)
+            self._shards[shard] = places
+        return self._shards[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_shards": OrderedDict()}
 
 
 def _fetch_columns(dataset: ShardDataset, column: str, tokenizer: str, template: str) -> None:
@@ -120,15 +168,16 @@ def _fetch_columns(dataset: ShardDataset, column: str, tokenizer: str, template:
         if read_column(dataset.path, receipt, column) is not None:
             continue
         data = dataset.fetch(str(shard_format.lengths_path(Path(), column, receipt.name)))
-        if data is None:
-            raise ValueError(
-                f"{dataset.location} has no text lengths for --data.tokenizer {tokenizer} --data.template {template}: "
-                f"preprocess with --tokenizer {tokenizer} --template {template}"
-            )
         try:
-            _write(dataset.path, receipt, column, shard_format.decode_lengths(data, receipt.tar, receipt.num_samples))
+            if data is None:
+                raise ValueError("there is no file")
+            content = shard_format.decode_text_column(data, receipt)
         except ValueError as error:
-            raise ValueError(f"{dataset.location}: text lengths of {receipt.name}: {error}: preprocess again") from None
+            raise ValueError(
+                f"{dataset.location} has no text lengths and places of images for --data.tokenizer {tokenizer} --data.template "
+                f"{template} ({receipt.name}: {error}): preprocess with --tokenizer {tokenizer} --template {template}"
+            ) from None
+        _write(dataset.path, receipt, column, content)
 
 
 @contextlib.contextmanager
@@ -155,8 +204,8 @@ def _make_all(folder: Path, receipts: Sequence[Receipt], tokenizer: str, templat
                 log.info("text tokens: %d of %d shards counted", number, len(receipts))
 
 
-def _texts(folder: Path, receipt: Receipt) -> Iterator[dict[str, Any]]:
-    """The texts of one shard, in order; it needs no manifest."""
+def _texts(folder: Path, receipt: Receipt) -> Iterator[tuple[dict[str, Any], int]]:
+    """The texts of one shard, in order, each with the number of its images; it needs no manifest."""
     paths = shard_format.shard_paths(folder, receipt.name)
     try:
         samples, _ = shard_format.decode_index(paths.index.read_bytes())
@@ -168,11 +217,18 @@ def _texts(folder: Path, receipt: Receipt) -> Iterator[dict[str, Any]]:
             if len(data) != record["size"] or zlib.crc32(data) != record["crc32"]:
                 key = shard_format.sample_key(int(record["row"]))
                 raise DamagedShardError(f"the text of {receipt.name}/{key} does not match its checksum")
-            yield json.loads(data)
+            yield json.loads(data), int(record["num_images"])
 
 
-def _count(text: dict[str, Any], tokenizer: Tokenizer, template: str) -> int:
+def _count(text: dict[str, Any], num_images: int, tokenizer: Tokenizer, template: str) -> tuple[int, list[int]]:
+    """The tokens of a text, and of them those before each of its images."""
     try:
-        return len(chat_template.encode(text, tokenizer, template, sys.maxsize).ids)
+        encoded = chat_template.encode(text, tokenizer, template, sys.maxsize)
     except ValueError:
-        return UNUSABLE
+        return UNUSABLE, [0] * num_images
+    if len(encoded.image_places) != num_images:
+        raise ValueError(
+            f"sample {text['id']} has {num_images} images and {len(encoded.image_places)} {chat_template.IMAGE_MARK} marks: "
+            "the reader of its source must give as many (checked_conversation sees to it)"
+        )
+    return len(encoded.ids), encoded.image_places.tolist()

@@ -4,7 +4,7 @@
     OUT/shards/NAME-000000.idx          header, sample table, image table (little-endian; dtypes below)
     OUT/receipts/NAME-000000.json       a `Receipt`: the shard exists when this does
     OUT/quarantine/NAME-000000.jsonl    the rows left out, each with its reason; only where there are any
-    OUT/lengths/COLUMN/NAME-000000.len  each sample's text in tokens, for one tokenizer and template; can be added at any time
+    OUT/lengths/COLUMN/NAME-000000.len  a `TextColumn` for one tokenizer and template; can be added at any time
     OUT/manifest.json                   a `Manifest`, written last: the dataset exists when this does
 
 KEY is the row's number in the source, so keys are unique whatever the ids are. KEY.json holds `id` and `conversations` in
@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -40,8 +40,13 @@ IMAGE_RECORD = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4"), (
 """24 bytes: where the image's content lies in the tar, and its pixels as seen (after EXIF rotation)."""
 
 LENGTHS_MAGIC = b"HIMIXLEN"
-LENGTHS_HEADER = np.dtype([("magic", "S8"), ("version", "<u4"), ("num_samples", "<u4"), ("crc32", "<u4"), ("shard", "V16")])
-"""36 bytes, before a uint32 for each sample; `crc32` is of those, `shard` the start of the tar's SHA-256."""
+LENGTHS_VERSION = 2
+"""Of this file alone. Version 1 had no places of images; such a file is made again."""
+LENGTHS_HEADER = np.dtype(
+    [("magic", "S8"), ("version", "<u4"), ("num_samples", "<u4"), ("num_images", "<u4"), ("crc32", "<u4"), ("shard", "V16")]
+)
+"""40 bytes, before a uint32 for each sample and then for each image; `crc32` is of those, `shard` the start of the tar's
+SHA-256."""
 
 BLOCK = 512
 """Bytes of a tar block: headers take one, contents are padded to a multiple."""
@@ -69,6 +74,15 @@ class Receipt:
     index: FileDigest
     quarantine: FileDigest | None
     """None: no row was left out, and there is no file."""
+
+
+class TextColumn(NamedTuple):
+    """The texts of one shard in tokens: how long each is, and where its images stand in it."""
+
+    lengths: npt.NDArray[np.uint32]
+    """uint32[num_samples]: of whole texts; 0: the template has no place for it."""
+    image_places: npt.NDArray[np.uint32]
+    """uint32[num_images], in the order of the image table: the tokens of its sample's whole text that come before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,28 +208,41 @@ def decode_index(data: bytes | memoryview) -> tuple[Records, Records]:
 
 
 def lengths_path(folder: Path, column: str, name: str) -> Path:
-    """Where the text lengths of one shard are. `column`: see loading/token_counts.py."""
+    """Where the `TextColumn` of one shard is. `column`: see loading/token_counts.py."""
     return folder / "lengths" / column / f"{name}.len"
 
 
-def encode_lengths(lengths: npt.NDArray[np.uint32], tar: FileDigest) -> bytes:
-    """The length file's bytes for the shard with this tar."""
-    table = lengths.astype("<u4").tobytes()
-    shard = np.void(bytes.fromhex(tar.sha256)[:16])
-    return np.array((LENGTHS_MAGIC, SCHEMA_VERSION, len(lengths), zlib.crc32(table), shard), LENGTHS_HEADER).tobytes() + table
+def encode_text_column(column: TextColumn, receipt: Receipt) -> bytes:
+    """The file's bytes for the shard with this receipt."""
+    table = b"".join(part.astype("<u4").tobytes() for part in column)
+    start = np.void(bytes.fromhex(receipt.tar.sha256)[:16])
+    fields = (LENGTHS_MAGIC, LENGTHS_VERSION, *map(len, column), zlib.crc32(table), start)
+    return np.array(fields, LENGTHS_HEADER).tobytes() + table
 
 
-def decode_lengths(data: bytes, tar: FileDigest, num_samples: int) -> npt.NDArray[np.uint32]:
-    """uint32[num_samples]. Raises: ValueError when the bytes are damaged, or belong to another shard."""
+def is_old_text_column(data: bytes) -> bool:
+    """Whether these are the bytes of an earlier version, to be made again, rather than damaged ones."""
+    return data.startswith(LENGTHS_MAGIC + (1).to_bytes(4, "little"))
+
+
+def decode_text_column(data: bytes, receipt: Receipt) -> TextColumn:
+    """The column of this receipt's shard.
+
+    Raises: ValueError when the bytes are of another version or damaged, or belong to another shard.
+    """
+    if is_old_text_column(data):
+        raise ValueError("it is of version 1, without the places of images")
     header = np.frombuffer(data, LENGTHS_HEADER, count=1)[0] if len(data) >= LENGTHS_HEADER.itemsize else None
-    if header is None or header["magic"] != LENGTHS_MAGIC or header["version"] != SCHEMA_VERSION:
-        raise ValueError(f"not a length column of schema version {SCHEMA_VERSION}")
-    if bytes(header["shard"]) != bytes.fromhex(tar.sha256)[:16] or header["num_samples"] != num_samples:
+    if header is None or header["magic"] != LENGTHS_MAGIC or header["version"] != LENGTHS_VERSION:
+        raise ValueError(f"not a text column of version {LENGTHS_VERSION}")
+    counts = (receipt.num_samples, receipt.num_images)
+    start = bytes.fromhex(receipt.tar.sha256)[:16]
+    if bytes(header["shard"]) != start or (header["num_samples"], header["num_images"]) != counts:
         raise ValueError("it was made from another shard")
     table = memoryview(data)[LENGTHS_HEADER.itemsize :]
-    if len(table) != 4 * num_samples or zlib.crc32(table) != header["crc32"]:
+    if len(table) != 4 * sum(counts) or zlib.crc32(table) != header["crc32"]:
         raise ValueError("its checksum does not match its content")
-    return np.frombuffer(table, "<u4")
+    return TextColumn(*np.split(np.frombuffer(table, "<u4"), [receipt.num_samples]))
 
 
 def to_json(record: Receipt | Manifest) -> str:

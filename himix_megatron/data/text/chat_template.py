@@ -1,6 +1,7 @@
-"""A conversation in, token ids and a loss mask out: one template per model family.
+"""A conversation in, token ids, a loss mask and the places of its images out: one template per model family.
 
-HiMix puts no image token in the text: `<image>` marks are removed, each with one newline beside it. The loss covers each
+HiMix puts no image token in the text: `<image>` marks are removed, each with one newline beside it, and an image keeps its
+place as the number of text tokens before its mark, so the text is the same wherever its images stand. The loss covers each
 answer and the token that ends it, nothing else. Every text has at least one token before its first answer, so that the
 answer's first token is predicted too: a BOS where the family has one.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,8 @@ class EncodedText:
     """bool[T]: the token is part of an answer, so predicting it counts."""
     was_cut: bool
     """Tokens beyond the limit were dropped."""
+    image_places: npt.NDArray[np.int64]
+    """int64[images], 0 to T: the text tokens before each `<image>` mark, in the marks' order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,13 +136,26 @@ def check_conversation(turns: Any, num_images: int) -> None:
 
 
 def without_marks(text: str) -> str:
-    """Text without `<image>` marks; each takes the newline after it along, or else the one before it."""
-    return _MARK.sub("", text).strip()
+    """Text without `<image>` marks; each takes the newline before it along, or else the one after it."""
+    return _said(text).text
+
+
+def _said(text: str, prefix: str = "", *, loss: bool = False) -> Piece:
+    """A turn's text behind a prefix, without `<image>` marks, and where they stood."""
+    stretches = _MARK.split(text)
+    joined = "".join(stretches)
+    said, stripped = joined.strip(), len(joined) - len(joined.lstrip())
+    offsets = (min(max(0, offset - stripped), len(said)) for offset in accumulate(map(len, stretches[:-1])))
+    return Piece(prefix + said, loss=loss, marks=tuple(len(prefix) + offset for offset in offsets))
 
 
 def turns_of(conversation: Conversation) -> list[tuple[str, str]]:
     """(question, answer) of each turn, marks removed; the last answer is empty where the last turn is a question."""
-    texts = [without_marks(turn["value"]) for turn in conversation["conversations"]]
+    return [(without_marks(question), without_marks(answer)) for question, answer in _marked_turns(conversation)]
+
+
+def _marked_turns(conversation: Conversation) -> list[tuple[str, str]]:
+    texts = [turn["value"] for turn in conversation["conversations"]]
     return list(zip(texts[::2], [*texts[1::2], ""][: len(texts[::2])], strict=True))
 
 
@@ -158,11 +175,16 @@ def encode(conversation: Conversation, tokenizer: Tokenizer, template: str, max_
     Raises: ValueError for a conversation of several turns under `plain`, which has no questions.
     """
     form = template_of(template, tokenizer)
-    turns = turns_of(conversation)
+    turns = _marked_turns(conversation)
     if len(turns) > 1 and not form.has_questions:
         raise ValueError(f"data.template {template} is for captions (one answer), not for {len(turns)} turns: choose another")
-    ids, loss = tokenizer.encode(_render(form, turns))
-    return EncodedText(np.array(ids[:max_tokens], np.int64), np.array(loss[:max_tokens], np.bool_), len(ids) > max_tokens)
+    ids, loss, places = tokenizer.encode(_render(form, turns))
+    return EncodedText(
+        ids=np.array(ids[:max_tokens], np.int64),
+        loss_mask=np.array(loss[:max_tokens], np.bool_),
+        was_cut=len(ids) > max_tokens,
+        image_places=np.minimum(np.array(places, np.int64), min(len(ids), max_tokens)),
+    )
 
 
 def prompt(conversation: Conversation, tokenizer: Tokenizer, template: str, answer: int = 0) -> npt.NDArray[np.int64]:
@@ -172,15 +194,15 @@ def prompt(conversation: Conversation, tokenizer: Tokenizer, template: str, answ
     Returns: int64[T], a prefix of `encode`'s ids.
     """
     form = template_of(template, tokenizer)
-    turns = turns_of(conversation)
+    turns = _marked_turns(conversation)
     pieces = _render(form, turns[:answer]) + (list(form.between) if answer else []) + _ask(form, turns[answer][0])
-    return np.array(tokenizer.encode(pieces)[0], np.int64)
+    return np.array(tokenizer.encode(pieces).ids, np.int64)
 
 
 def end_of_turn(tokenizer: Tokenizer, template: str) -> tuple[int, ...]:
     """The ids that end an answer; one id in every template but `plain`, where it is the newline's."""
     # Behind some text: alone, a newline gets a space prefix from tokenizers that add one to every text.
-    ids, is_end = tokenizer.encode([_text("a"), template_of(template, tokenizer).end])
+    ids, is_end, _ = tokenizer.encode([_text("a"), template_of(template, tokenizer).end])
     return tuple(token for token, counts in zip(ids, is_end, strict=True) if counts)
 
 
@@ -195,14 +217,16 @@ def template_of(name: str, tokenizer: Tokenizer) -> ChatTemplate:
 
 def _ask(form: ChatTemplate, question: str) -> list[Piece]:
     """A question and the header of its answer."""
-    asked = [*form.before_question, _text(question)] if form.has_questions else []
+    said = _said(question)
+    # A question that is not written leaves its images where it would have stood.
+    asked = [*form.before_question, said] if form.has_questions else [Piece("", marks=(0,) * len(said.marks))]
     return [*asked, *form.before_answer]
 
 
 def _render(form: ChatTemplate, turns: Sequence[tuple[str, str]]) -> list[Piece]:
-    """Opening and whole turns."""
+    """Opening and whole turns, whose texts still have their marks."""
     pieces = list(form.opening)
     for number, (question, answer) in enumerate(turns):
         pieces += form.between if number else ()
-        pieces += [*_ask(form, question), Piece(form.answer_prefix + answer, loss=True), form.end]
+        pieces += [*_ask(form, question), _said(answer, form.answer_prefix, loss=True), form.end]
     return pieces

@@ -1,4 +1,4 @@
-"""Pieces of text in, token ids and a loss mask out; by a Hugging Face folder or by the built-in byte-level tokenizer.
+"""Pieces of text in; token ids, a loss mask and places of images out. By a Hugging Face folder, or by bytes, which is built in.
 
 A template (chat_template.py) spells a conversation as `Piece`s. Special tokens are pieces of their own, so that a tokenizer
 which lacks one is refused before training, and so that text can be masked piece by piece.
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,18 @@ class Piece:
     special: bool = False
     """`text` is the name of one token: `bos`, `eos`, or the token's own spelling, e.g. `<|im_end|>`."""
     loss: bool = False
+    marks: tuple[int, ...] = ()
+    """Where images stand: for each the characters of `text` before it, rising."""
+
+
+class Tokens(NamedTuple):
+    """What `Tokenizer.encode` makes of pieces."""
+
+    ids: list[int]
+    loss: list[bool]
+    """For each id whether it counts in the loss."""
+    image_places: list[int]
+    """For each mark, in order, the ids before it. A token with characters on both sides of a mark comes after it."""
 
 
 class Tokenizer(Protocol):
@@ -38,8 +51,8 @@ class Tokenizer(Protocol):
     def special_id(self, name: str) -> int | None:
         """The id of `bos`, `eos` or a special token by its spelling; None where the tokenizer has none."""
 
-    def encode(self, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:
-        """Ids, and for each whether it counts in the loss."""
+    def encode(self, pieces: Sequence[Piece]) -> Tokens:
+        """The pieces, joined, as ids."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text without special tokens."""
@@ -58,15 +71,15 @@ class ByteTokenizer:
         """See `Tokenizer`."""
         return BYTE_SPECIAL.get(name)
 
-    def encode(self, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:
+    def encode(self, pieces: Sequence[Piece]) -> Tokens:
         """See `Tokenizer`."""
-        ids: list[int] = []
-        loss: list[bool] = []
+        tokens = Tokens([], [], [])
         for piece in pieces:
             new = [BYTE_SPECIAL[piece.text]] if piece.special else list(piece.text.encode())
-            ids += new
-            loss += [piece.loss] * len(new)
-        return ids, loss
+            tokens.image_places.extend(len(tokens.ids) + len(piece.text[:mark].encode()) for mark in piece.marks)
+            tokens.ids.extend(new)
+            tokens.loss.extend([piece.loss] * len(new))
+        return tokens
 
     def decode(self, ids: Iterable[int]) -> str:
         """See `Tokenizer`; bytes that are no UTF-8 (a cut character) become U+FFFD."""
@@ -104,26 +117,29 @@ class HuggingFaceTokenizer:
         token = self._tokenizer.get_added_vocab().get(name)
         return None if token is None else int(token)
 
-    def encode(self, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:
+    def encode(self, pieces: Sequence[Piece]) -> Tokens:
         """See `Tokenizer`.
 
         Special tokens at the start become ids directly; all that follows is tokenized as one string, exactly as the model
-        saw text in its own pretraining (merges and space prefixes depend on the neighbours), and the mask is taken from the
-        tokens' character spans: a token counts when any of its characters does.
+        saw text in its own pretraining (merges and space prefixes depend on the neighbours), and mask and places are taken
+        from the tokens' character spans: a token counts when any of its characters does, and is before an image when all are.
         """
         start = next((i for i, piece in enumerate(pieces) if not piece.special), len(pieces))
         ids = [self._known(piece.text) for piece in pieces[:start]]
         loss = [piece.loss for piece in pieces[:start]]
-        text, counts = "", bytearray()
+        text, counts, marks = "", bytearray(), list[int]()
         for piece in pieces[start:]:
+            marks += [len(text) + mark for mark in piece.marks]
             spelling = self._spelling(piece.text) if piece.special else piece.text
             text += spelling
             counts += bytes([piece.loss]) * len(spelling)
         encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids += encoding["input_ids"]
         # A token without characters (a space prefix some tokenizers add) belongs to what follows it.
-        loss += [any(counts[begin : max(end, begin + 1)]) for begin, end in encoding["offset_mapping"]]
-        return ids, loss
+        spans = [(begin, max(end, begin + 1)) for begin, end in encoding["offset_mapping"]]
+        loss += [any(counts[begin:end]) for begin, end in spans]
+        ends = [end for _, end in spans]
+        return Tokens(ids, loss, [start + bisect_right(ends, mark) for mark in marks])
 
     def decode(self, ids: Iterable[int]) -> str:
         """See `Tokenizer`."""
