@@ -108,3 +108,11 @@ def mixed_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.support.datasets import make_mixed_dataset
 
     return make_mixed_dataset(tmp_path_factory.mktemp("mixed"))
+
+
+@pytest.fixture(scope="session")
+def shapes_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with images of different sizes."""
+    from tests.support.datasets import SHAPES, make_mixed_dataset
+
+    return make_mixed_dataset(tmp_path_factory.mktemp("shapes"), sizes=SHAPES)

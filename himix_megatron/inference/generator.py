@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..checkpoint.checkpointer import Checkpoints
 from ..config import Config
-from ..data.loading.image_table import ImageTable, blank_pixels, divide_images
+from ..data.loading.image_table import ImageTable, blank_pixels, image_share
 from ..distributed.fused_kernels import Kernels
 from ..distributed.megatron_config import params_dtype
 from ..distributed.topology import Topology
@@ -181,7 +181,7 @@ class Answerer:
         table = ImageTable.joined(tables)
         images = [image for p in prompts for image in (p.images or (None,) * without)]
         blank = torch.tensor([image is None for image in images], dtype=torch.bool)
-        share = divide_images(table, vision, topology.replica_size)[topology.replica_rank]
+        share = image_share(table, vision, topology.replica_rank, topology.replica_size)
         pixels = blank_pixels(own := table.images_of(share), vision)
         for k, place in zip(share, own.split(pixels), strict=True):
             if (image := images[k]) is not None:

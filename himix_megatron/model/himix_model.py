@@ -266,7 +266,9 @@ def part_of(name: str) -> Part:
     return "vision_kv" if ".vision_norm." in name or ".linear_vision_kv." in name else "language"
 
 
-def build_model_chunks(config: Config, kernels: Kernels, topology: Topology, tower: nn.Module, *, trains: bool = True) -> list[Any]:
+def build_model_chunks(
+    config: Config, kernels: Kernels, topology: Topology, tower: nn.Module, *, trains: bool = True
+) -> list[Any]:
     """This rank's model chunks (one, or `virtual_pipeline`), frozen as `train.trainable_parts` says.
 
     The tower goes in only where it trains; a frozen one belongs to the ShardedVisionEncoder. Without `trains` everything is

@@ -77,7 +77,7 @@ class ShardedVisionEncoder:
         if share.dtype != torch.uint8:
             share = share.to(self.dtype)
         elif not self.trainable:
-            share = self._features(share, blank_K[own].to(self.device, non_blocking=True), images.images_of(own))
+            share = self._features(share, to_device(blank_K[own], self.device), images.images_of(own))
         return share if self.size == 1 else self._exchange(share, images.rows(share), shares)
 
     @torch.no_grad()

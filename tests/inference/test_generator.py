@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from himix_megatron.config import Config
+from himix_megatron.config import Config, VisionConfig
 from himix_megatron.data.text.tokenizer import load_tokenizer
 from himix_megatron.inference.sampling import Sampling, choose
 from himix_megatron.inference.text_stream import TextStream
@@ -25,7 +25,8 @@ NUM_BATCHES, BATCH, MAX_NEW = 7, 15, 12
 TIE = 1e-5
 STOPS = tuple(range(0, 260, 13))
 """One token in thirteen, so that the answers of a batch end at different steps."""
-KINDS = ("qwen2", "llama")
+KINDS = ("qwen2", "llama", "native")
+"""native: images of different sizes, in their own aspect."""
 
 
 def config_for(kind: str, **layout: Any) -> Config:
@@ -38,18 +39,20 @@ def config_for(kind: str, **layout: Any) -> Config:
         "rope_scaling_factor": 8.0,
     }
     changes = other if kind == "llama" else {"tie_embeddings": True}
-    return replace(config, model=replace(config.model, init_std=0.3, **changes))
+    vision = replace(config.vision, tower="tiny_native", image_size=32) if kind == "native" else config.vision
+    return replace(config, model=replace(config.model, init_std=0.3, **changes), vision=vision)
 
 
-def random_prompts(draw: np.random.Generator, number: int) -> list[Any]:
+def random_prompts(draw: np.random.Generator, number: int, vision: VisionConfig) -> list[Any]:
     """1 to 20 random tokens each; no image, one or two."""
     from himix_megatron.inference.generator import Prompt
 
+    def image() -> np.ndarray[Any, Any]:
+        width, height = vision.blank_size if vision.has_fixed_size else vision.input_size(*draw.integers(4, 60, 2).tolist())
+        return draw.integers(0, 256, (3, height, width), dtype=np.uint8)
+
     return [
-        Prompt(
-            draw.integers(0, 260, draw.integers(1, 21)),
-            tuple(draw.integers(0, 256, (3, 16, 16), dtype=np.uint8) for _ in range(draw.integers(0, 3))),
-        )
+        Prompt(draw.integers(0, 260, draw.integers(1, 21)), tuple(image() for _ in range(draw.integers(0, 3))))
         for _ in range(number)
     ]
 
@@ -96,7 +99,7 @@ def compare(answerer: Any, num_batches: int, sampling: Sampling | None = None) -
     num_parts = answerer.config.parallel.pipeline if answerer.config.parallel.virtual_pipeline > 1 else 1
     answers, differing, ties, tokens = [], [], 0, 0
     for _ in range(num_batches):
-        prompts = random_prompts(draw, BATCH)
+        prompts = random_prompts(draw, BATCH, answerer.config.vision)
         cached = answerer.answer(prompts, STOPS, MAX_NEW, sampling=sampling)
         answerer.margins = []
         wanted = answerer.answer(prompts, STOPS, MAX_NEW, sampling=sampling, cached=False)
@@ -154,16 +157,16 @@ def what_is_computed(answerer: Any) -> dict[str, Any]:
     for layer in model.decoder.layers:
         layer.self_attention.linear_vision_kv.register_forward_pre_hook(lambda _, given: vision.append(tuple(given[0].shape)))
         layer.mlp.register_forward_pre_hook(lambda _, given: text.append(tuple(given[0].shape)))
-    prompts = random_prompts(np.random.default_rng(1), 6)
+    prompts = random_prompts(np.random.default_rng(1), 6, answerer.config.vision)
     answerer.answer(prompts, (), 8)
-    vision_tokens = 4 * max(len(prompt.images) for prompt in prompts)
+    vision_tokens = max(sum(image[0].size // 64 for image in prompt.images) for prompt in prompts)
     longest = max(len(prompt.ids) for prompt in prompts)
     return {"head": head, "vision": vision, "text": text, "vision_tokens": vision_tokens, "longest": longest}
 
 
 def alone_and_together(answerer: Any) -> dict[str, Any]:
     """Answers to 8 prompts in several ways."""
-    prompts = random_prompts(np.random.default_rng(2), 8)
+    prompts = random_prompts(np.random.default_rng(2), 8, answerer.config.vision)
     seen: dict[int, list[int]] = {}
 
     def watch(row: int, ids: list[int]) -> bool:

@@ -1,7 +1,7 @@
 """One training, however the model is cut: the same losses and gradient norms at every layout of ranks.
 
 From one checkpoint, 10 steps at a constant learning rate of 1e-3 in fp32, in both stages, on batches that hold samples
-with one image, two images and none.
+with one image, two images and none, of one size or of many.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.support.ranks import run_ranks
-from tests.support.small_runs import history, small_config, train
+from tests.support.small_runs import history, native, small_config, train
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tensor 2": (2, {"tensor": 2}),
@@ -43,43 +43,54 @@ STAGES = {"align": ("vision_kv",), "instruct": ("language", "vision_kv")}
 TEXT_ONLY = {"align": "none", "instruct": "zero_image"}
 
 
-def both_stages(start: Path, data: Path, folder: Path, layout: dict[str, Any]) -> None:
-    for stage, parts in STAGES.items():
-        train(small_config(data, folder / stage, parts=parts, text_only_vision=TEXT_ONLY[stage], initial=start, **layout))
+TOWERS = {"fixed": lambda config: config, "native": native}
+"""Images of one size each, and of different numbers of tokens."""
+Given = dict[str, tuple[Path, Path]]
+"""For each tower the checkpoint that every layout starts from, and the dataset."""
+CASES = [f"{tower} {stage}" for tower in TOWERS for stage in STAGES]
+
+
+def both_stages(given: Given, folder: Path, layout: dict[str, Any]) -> None:
+    for tower, (start, data) in given.items():
+        for stage, parts in STAGES.items():
+            run = folder / f"{tower} {stage}"
+            config = small_config(data, run, parts=parts, text_only_vision=TEXT_ONLY[stage], initial=start, **layout)
+            train(TOWERS[tower](config))
 
 
 @pytest.fixture(scope="module")
-def start(mixed_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint that every layout starts from."""
-    folder = tmp_path_factory.mktemp("start")
-    config = small_config(mixed_dataset, folder, parts=("language", "vision_kv"))
-    run_ranks(train, 1, replace(config, train=replace(config.train, steps=1)), start_gloo=False)
-    return folder
+def given(mixed_dataset: Path, shapes_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Given:
+    found = {}
+    for tower, data in (("fixed", mixed_dataset), ("native", shapes_dataset)):
+        folder = tmp_path_factory.mktemp(f"start-{tower}")
+        config = TOWERS[tower](small_config(data, folder, parts=("language", "vision_kv")))
+        run_ranks(train, 1, replace(config, train=replace(config.train, steps=1)), start_gloo=False)
+        found[tower] = folder, data
+    return found
 
 
 @pytest.fixture(scope="module")
-def one_rank(start: Path, mixed_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def one_rank(given: Given, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("one-rank")
-    run_ranks(both_stages, 1, start, mixed_dataset, folder, {}, start_gloo=False)
-    return {stage: history(folder / stage) for stage in STAGES}
+    run_ranks(both_stages, 1, given, folder, {}, start_gloo=False)
+    return {case: history(folder / case) for case in CASES}
 
 
 @pytest.mark.parametrize("name", LAYOUTS | RECOMPUTE)
-def test_layout_trains_as_one_rank(
-    name: str, start: Path, one_rank: dict[str, Any], mixed_dataset: Path, tmp_path: Path
-) -> None:
+def test_layout_trains_as_one_rank(name: str, given: Given, one_rank: dict[str, Any], tmp_path: Path) -> None:
     world_size, layout = (LAYOUTS | RECOMPUTE)[name]
-    run_ranks(both_stages, world_size, start, mixed_dataset, tmp_path, layout, start_gloo=False)
-    for stage in STAGES:
-        assert_same(history(tmp_path / stage), one_rank[stage])
+    run_ranks(both_stages, world_size, given, tmp_path, layout, start_gloo=False)
+    for case in CASES:
+        assert_same(history(tmp_path / case), one_rank[case])
 
 
 def test_one_rank_learns(one_rank: dict[str, Any]) -> None:
     # What the layouts are compared with is no standstill: instruct learns, and align (random features) has gradients to follow.
-    losses = one_rank["instruct"]["train/loss"]
-    assert len(losses) == 10
-    assert losses[-1] < losses[0] - 0.5, losses
-    assert min(one_rank["align"]["train/grad_norm"]) > 0.05
+    for tower in TOWERS:
+        losses = one_rank[f"{tower} instruct"]["train/loss"]
+        assert len(losses) == 10
+        assert losses[-1] < losses[0] - 0.5, losses
+        assert min(one_rank[f"{tower} align"]["train/grad_norm"]) > 0.05
 
 
 def assert_same(found: dict[str, list[float]], wanted: dict[str, list[float]]) -> None:
@@ -102,18 +113,23 @@ TOWER_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 ALL_PARTS = ("vision_kv", "language", "tower")
 
 
+def each_tower(given: Given, folder: Path, layout: dict[str, Any]) -> None:
+    for tower, (start, data) in given.items():
+        train(TOWERS[tower](small_config(data, folder / tower, parts=ALL_PARTS, initial=start, **layout)))
+
+
 @pytest.fixture(scope="module")
-def one_rank_with_tower(start: Path, mixed_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+def one_rank_with_tower(given: Given, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("one-rank-tower")
-    run_ranks(train, 1, small_config(mixed_dataset, folder, parts=ALL_PARTS, initial=start), start_gloo=False)
-    return history(folder)
+    run_ranks(each_tower, 1, given, folder, {}, start_gloo=False)
+    return {tower: history(folder / tower) for tower in TOWERS}
 
 
 @pytest.mark.parametrize("name", TOWER_LAYOUTS)
 def test_trainable_tower_trains_as_on_one_rank(
-    name: str, start: Path, one_rank_with_tower: dict[str, list[float]], mixed_dataset: Path, tmp_path: Path
+    name: str, given: Given, one_rank_with_tower: dict[str, Any], tmp_path: Path
 ) -> None:
     world_size, layout = TOWER_LAYOUTS[name]
-    config = small_config(mixed_dataset, tmp_path, parts=ALL_PARTS, initial=start, **layout)
-    run_ranks(train, world_size, config, start_gloo=False)
-    assert_same(history(tmp_path), one_rank_with_tower)
+    run_ranks(each_tower, world_size, given, tmp_path, layout, start_gloo=False)
+    for tower in TOWERS:
+        assert_same(history(tmp_path / tower), one_rank_with_tower[tower])

@@ -342,7 +342,7 @@ def step_batch(config: Config, topology: Any, number: int) -> Any:
     import numpy as np
 
     from himix_megatron.data.loading.batch import StepBatch, collate
-    from himix_megatron.data.loading.image_table import ImageTable, blank_pixels, divide_images
+    from himix_megatron.data.loading.image_table import ImageTable, blank_pixels, image_share
     from himix_megatron.data.loading.plan import START
     from himix_megatron.data.text.chat_template import EncodedText
     from himix_megatron.training.data_setup import reads_of
@@ -357,7 +357,7 @@ def step_batch(config: Config, topology: Any, number: int) -> Any:
     )
     reads = reads_of(config, topology)
     whole = ImageTable.joined([images, images])
-    share = divide_images(whole, vision, reads.image_size)[reads.image_rank]
+    share = image_share(whole, vision, reads.image_rank, reads.image_size)
     return StepBatch(
         step=number,
         micro_batches=micro_batches,

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from himix_megatron.config import Config, VisionConfig
-from himix_megatron.data.loading.image_table import ImageTable, divide_images
+from himix_megatron.data.loading.image_table import ImageTable, image_share
 from himix_megatron.model.feature_prefetch import FeaturePrefetcher
 from himix_megatron.model.towers import build_tower
 from himix_megatron.model.vision_encoder import ShardedVisionEncoder
@@ -46,7 +46,7 @@ def _encode(num_images: int, trainable: bool, dtype: torch.dtype, num_encoders: 
     rank, size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if world else (0, 1)
     place = (rank, min(num_encoders or size, size))
     images = _images(num_images)
-    share = divide_images(images, TOWER, place[1])[place[0]] if place[0] < place[1] else []
+    share = image_share(images, TOWER, *place)
     encoder = ShardedVisionEncoder(
         build_tower(TOWER, seed=3, dtype=torch.float32),
         torch.distributed.group.WORLD if world else None,

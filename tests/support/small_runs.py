@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,11 @@ def small_config(
         log=LogConfig(interval_steps=1),
         run=RunConfig(dir=str(run)),
     )
+
+
+def native(config: Config) -> Config:
+    """The same with a tower that gets images in their own aspect, of 1 to 16 tokens."""
+    return replace(config, vision=replace(config.vision, tower="tiny_native", image_size=32))
 
 
 def train(config: Config) -> None:

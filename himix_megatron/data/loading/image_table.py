@@ -114,3 +114,8 @@ def divide_images(images: ImageTable, vision: VisionConfig, num_ranks: int) -> l
         shares[rank].append(image)
         heapq.heapreplace(loads, (load + costs[image], rank))
     return [sorted(share) for share in shares]
+
+
+def image_share(images: ImageTable, vision: VisionConfig, rank: int, num_ranks: int) -> list[int]:
+    """One rank's part of `divide_images`; a rank beyond them has none."""
+    return divide_images(images, vision, num_ranks)[rank] if rank < num_ranks else []

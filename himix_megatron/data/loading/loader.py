@@ -27,7 +27,7 @@ from ..text import chat_template
 from ..text.chat_template import EncodedText
 from ..text.tokenizer import load_tokenizer
 from .batch import StepBatch, collate, mask_samples
-from .image_table import ImageTable, Size, divide_images
+from .image_table import ImageTable, Size, image_share
 from .plan import SamplingPlan, StepPlan
 from .shuffle import Numbers
 from .vision_reader import FeatureReader, PixelReader
@@ -93,7 +93,7 @@ class StepReader(Dataset[StepBatch]):
         has_none = (self.datasets.images[samples] == 0).tolist()
         blank = torch.tensor([slot in bad_texts or has_none[slot] for slot, _ in numbered], dtype=torch.bool)
         table = ImageTable.of(self.vision_config, sizes, places)
-        share = divide_images(table, self.vision_config, reads.image_size)[reads.image_rank]
+        share = image_share(table, self.vision_config, reads.image_rank, reads.image_size)
         wanted = [None if blank[n] else (samples[numbered[n][0]], numbered[n][1]) for n in share]
         pixels, bad_images = self._images(table.images_of(share), wanted)
         for n in bad_images:

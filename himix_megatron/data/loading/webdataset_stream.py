@@ -41,7 +41,7 @@ from ..text import chat_template
 from ..text.chat_template import EncodedText
 from ..text.tokenizer import load_tokenizer
 from .batch import StepBatch, collate, mask_samples
-from .image_table import ImageTable, Size, blank_pixels, divide_images
+from .image_table import ImageTable, Size, blank_pixels, image_share
 from .loader import ReadSpec, worker_options
 from .plan import DataPosition, TrainingLength
 
@@ -187,7 +187,7 @@ class _StreamReader(IterableDataset[StepBatch]):
         numbered = [(slot, k) for slot, own in enumerate(sizes) for k in range(len(own))]
         blank = torch.tensor([not samples[slot].images for slot, _ in numbered], dtype=torch.bool)
         table = ImageTable.of(vision, sizes, places)
-        share, bad = divide_images(table, vision, self.reads.image_size)[self.reads.image_rank], []
+        share, bad = image_share(table, vision, self.reads.image_rank, self.reads.image_size), []
         pixels = blank_pixels(own_images := table.images_of(share), vision)
         for n, into in zip(share, own_images.split(pixels), strict=True):
             slot, k = numbered[n]

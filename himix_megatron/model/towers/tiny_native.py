@@ -38,10 +38,10 @@ class TinyNativeTower(Tower):
                 for image, (rows, columns) in zip(images, grids, strict=True)
             ]
         )
-        blank_T = blank_K.repeat_interleave(torch.tensor(lengths, device=pixels.device), output_size=sum(lengths))
+        blank_T = torch.cat([blank.expand(length) for blank, length in zip(blank_K.unbind(), lengths, strict=True)])
         inputs_TX = self.normalise(patches_T3PP, blank_T, weight.dtype).flatten(1)
-        positions_TV = torch.cat([_positions(*grid, self.config.hidden_size) for grid in grids])
-        hidden_TV = self.patch(inputs_TX) + positions_TV.to(weight)
+        positions_TV = torch.cat([_positions(*grid, self.config.hidden_size, pixels.device) for grid in grids])
+        hidden_TV = self.patch(inputs_TX) + positions_TV.to(weight.dtype)
         for layer in self.layers:
             hidden_TV = layer(hidden_TV, lengths)
         features: Tensor = self.final_norm(hidden_TV)
@@ -57,12 +57,13 @@ class _Layer(TinyLayer):
         return torch.cat([super(_Layer, self).mix(own[None])[0] for own in torch.split(qkv_TX, self._lengths)])
 
 
-def _positions(rows: int, columns: int, width: int) -> Tensor:
-    """float[rows * columns, width]: sines and cosines of the row, then of the column."""
-    frequencies = 100.0 ** -(torch.arange(width // 4) / (width // 4))
-    angles = [torch.arange(number)[:, None] * frequencies for number in (rows, columns)]
+def _positions(rows: int, columns: int, width: int, device: torch.device) -> Tensor:
+    """float[rows * columns, width]: sines and cosines of the row, then of the column; zeros in what 4 leaves over."""
+    quarter = width // 4
+    frequencies = 100.0 ** -(torch.arange(quarter, device=device) / quarter)
+    angles = [torch.arange(number, device=device)[:, None] * frequencies for number in (rows, columns)]
     of_row, of_column = (torch.cat((angle.sin(), angle.cos()), dim=1) for angle in angles)
-    whole = torch.zeros(rows, columns, width)
-    whole[:, :, : of_row.shape[1]] = of_row[:, None]
-    whole[:, :, of_row.shape[1] : 2 * of_row.shape[1]] = of_column
+    whole = torch.zeros(rows, columns, width, device=device)
+    whole[:, :, : 2 * quarter] = of_row[:, None]
+    whole[:, :, 2 * quarter : 4 * quarter] = of_column
     return whole.flatten(0, 1)
