@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 PROGRAM = "python -m pipelines.encode"
 PARTS = ("features", "receipts", "towers")
 BATCH_IMAGES = 64
-"""Per forward pass of the tower."""
+"""Per forward pass of the tower, of the largest size; of smaller ones more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +76,7 @@ def encode(config: Config, settings: Settings) -> FeatureManifest:
         tower_file = _store_tower(config, folder.path)
         key = feature_cache.feature_key(config, dataset, tower_file.stem)
         _refuse_other_features(folder, key)
-        shape = (config.vision.tokens_per_image, config.vision.hidden_size)
+        shape = (config.vision.max_tokens_per_image if config.vision.has_fixed_size else None, config.vision.hidden_size)
         first = FeatureJob(folder, attempt, shard_format.hash_of(key), config.data.features_dtype, shape, None)
         jobs = [first, *(replace(first, shard=shard) for shard in range(len(dataset.manifest.shards)))]
         worker = functools.partial(Encoder, config, str(dataset.location), tower_file, settings.decode_threads)
@@ -87,7 +87,7 @@ def encode(config: Config, settings: Settings) -> FeatureManifest:
         shards = tuple(receipts[shard.name] for shard in dataset.manifest.shards)
         squares = sum(receipt.squared for receipt in shards)
         manifest = feature_cache.FeatureManifest(
-            features_version=feature_cache.FEATURES_VERSION,
+            features_version=receipts[feature_cache.BLANK].features_version,
             key=key,
             tokens_per_image=shape[0],
             width=shape[1],
@@ -124,14 +124,14 @@ class Encoder:
         """See that one feature file exists."""
         from himix_megatron.data.ingest.feature_writer import make_features
 
-        return make_features(job, self.dataset, self._features, self.reader, batch=BATCH_IMAGES, pool=self.pool)
+        max_tokens = BATCH_IMAGES * self.reader.vision.max_tokens_per_image
+        return make_features(job, self.dataset, self._features, self.reader, max_tokens=max_tokens, pool=self.pool)
 
-    def _features(self, pixels: Tensor, blank: Tensor) -> Tensor:
+    def _features(self, pixels: Tensor, blank: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
         import torch
 
         with torch.no_grad():
-            computed: Tensor = self.tower(pixels.to(self.device), blank.to(self.device))
-        return computed.cpu()
+            return self.tower.features(pixels.to(self.device), blank.to(self.device), sizes).cpu()
 
 
 def _with_ray(

@@ -21,9 +21,8 @@ def own_aspect(width: int, height: int, image_size: int, patch_size: int) -> tup
     has."""
     budget = (image_size // patch_size) ** 2
     scale = min(1.0, math.sqrt(budget * patch_size**2 / (width * height)))
-    columns, rows = (max(1, int(side * scale / patch_size)) for side in (width, height))
-    # A narrow image's shorter side is rounded up to one patch.
-    columns, rows = min(columns, budget // rows), min(rows, budget // columns)
+    # A narrow image's shorter side is rounded up to one patch, and its longer one then limited.
+    columns, rows = (min(max(1, int(side * scale / patch_size)), budget) for side in (width, height))
     return columns * patch_size, rows * patch_size
 
 

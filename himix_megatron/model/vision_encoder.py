@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..data.loading.image_table import ImageTable, divide_images
+from ..data.loading.image_table import ImageTable, divide_images, token_batches
 from ..distributed.topology import Topology
 from .stage_input import to_device
 from .towers import Tower
@@ -84,7 +84,7 @@ class ShardedVisionEncoder:
     def _features(self, pixels: Tensor, blank: Tensor, images: ImageTable) -> Tensor:
         """[T_share, V]; only so many vision tokens at once bound the memory."""
         features = pixels.new_empty((sum(images.tokens), self.tower.config.hidden_size), dtype=self.dtype)
-        parts = _within(images.tokens, self.max_tokens_per_forward)
+        parts = token_batches(images.tokens, self.max_tokens_per_forward)
         rows = images.rows(pixels)
         into = torch.split(features, [sum(images.tokens[part]) for part in parts])
         given = torch.split(pixels, [sum(rows[part]) for part in parts])
@@ -122,17 +122,6 @@ class ShardedVisionEncoder:
                     part.copy_(sent)
                 dist.broadcast(part, group=self.group, group_src=source)
         return received.view(share.dtype).view(-1, *share.shape[1:])
-
-
-def _within(tokens: Sequence[int], budget: int) -> list[slice]:
-    """Neighbouring images, together of at most `budget` tokens or one alone."""
-    parts, first, taken = [], 0, 0
-    for image, number in enumerate(tokens):
-        if image > first and taken + number > budget:
-            parts.append(slice(first, image))
-            first, taken = image, 0
-        taken += number
-    return [*parts, slice(first, len(tokens))] if tokens else []
 
 
 def _fills(own_rows: Sequence[int], each: int) -> bool:

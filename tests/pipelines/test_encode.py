@@ -13,14 +13,16 @@ import pytest
 import torch
 
 from himix_megatron.config import Config
-from himix_megatron.data.ingest.feature_writer import images_of
+from himix_megatron.data.ingest.feature_writer import images_of, pack
 from himix_megatron.data.loading import feature_cache
 from himix_megatron.data.loading.feature_cache import FeatureCache
+from himix_megatron.data.loading.image_table import ImageTable
 from himix_megatron.data.loading.vision_reader import PixelReader
 from himix_megatron.data.shards import shard_format
 from himix_megatron.data.shards.reader import ShardDataset
 from pipelines.cli import split_recipe_flags
 from pipelines.encode import Encoder, Settings, encode, main
+from tests.support.data_fixtures import mixed
 from tests.support.ranks import run_ranks
 from tests.support.small_runs import history, small_config, train
 
@@ -39,23 +41,36 @@ def cache(mixed_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-def test_cached_features_equal_online_ones_rounded(mixed_dataset: Path, cache: Path) -> None:
+def assert_equals_online(config: Config, dataset: ShardDataset, folder: Path) -> None:
+    """Every image's features in a cache are the tower's, rounded, and those of images that it gives different sizes too."""
     from himix_megatron.model.towers import build_tower
 
-    config, dataset = settings_of(mixed_dataset, cache), ShardDataset(mixed_dataset)
-    tower = build_tower(config.vision, seed=config.train.seed, dtype=torch.float32)
-    found, reader = FeatureCache(cache, dataset), PixelReader(config.vision, config.data.decode)
-    with torch.no_grad():
-        for shard in range(len(dataset.manifest.shards)):
-            places = images_of(dataset, shard)
-            pixels = reader.blanks(len(places))
-            for n, place in enumerate(places):
-                reader.read_into(pixels[n], dataset, *place)
-            online = tower(pixels, torch.zeros(len(places), dtype=torch.bool)).bfloat16()
-            for place, wanted in zip(places, online, strict=True):
-                assert torch.equal(found.read(*place), wanted)
-        blank = tower(reader.blanks(1), torch.tensor([True])).bfloat16()
-        assert torch.equal(found.blank(), blank[0])
+    vision = config.vision
+    tower = build_tower(vision, seed=config.train.seed, dtype=torch.float32)
+    found, reader = FeatureCache(folder, dataset), PixelReader(vision, config.data.decode)
+
+    def rounded(pixels: torch.Tensor, images: ImageTable, blank: bool = False) -> list[torch.Tensor]:
+        with torch.no_grad():
+            online = tower.features(pixels, torch.full((len(images),), blank), images.sizes)
+        values, scales = pack(online, config.data.features_dtype)
+        stored = values if scales is None else values.float() * scales[:, None]
+        assert (stored - online).norm() <= (0.004 if scales is None else 0.04) * online.norm()
+        return images.split(stored)
+
+    for shard in range(len(dataset.manifest.shards)):
+        places = images_of(dataset, shard)
+        images = ImageTable.of(vision, [[vision.input_size(*dataset.image_size(*place)) for place in places]])
+        pixels = reader.blanks(images)
+        for place, into in zip(places, images.split(pixels), strict=True):
+            reader.read_into(into, dataset, *place)
+        for place, wanted in zip(places, rounded(pixels, images), strict=True):
+            assert torch.equal(found.read(*place), wanted)
+    blank = ImageTable.of(vision, [[vision.blank_size]])
+    assert torch.equal(found.blank(), rounded(reader.blanks(blank), blank, blank=True)[0])
+
+
+def test_cached_features_equal_online_ones_rounded(mixed_dataset: Path, cache: Path) -> None:
+    assert_equals_online(settings_of(mixed_dataset, cache), ShardDataset(mixed_dataset), cache)
 
 
 def test_ray_and_one_process_write_the_same_bytes(mixed_dataset: Path, cache: Path, tmp_path: Path) -> None:
@@ -83,13 +98,18 @@ def test_run_again_it_makes_only_what_is_missing_or_damaged(mixed_dataset: Path,
     assert (folder / "manifest.json").read_bytes() == (cache / "manifest.json").read_bytes()
 
 
+@pytest.mark.parametrize(("tower", "dtype"), [("tiny", "bf16"), ("tiny_native", "bf16"), ("tiny_native", "fp8_token")])
 def test_an_interrupted_run_leaves_no_cache_and_is_finished_by_the_next(
-    mixed_dataset: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tower: str, dtype: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, settings = settings_of(mixed_dataset, tmp_path), Settings(data=str(mixed_dataset), out=tmp_path, engine="local")
+    dataset = mixed(tmp_path / "data", sizes=((40, 30), (8, 64), (100, 20), (64, 64)))
+    config, out = settings_of(dataset.path, tmp_path), tmp_path / "c"
+    config = replace(config, data=replace(config.data, features_dtype=dtype), vision=replace(config.vision, tower=tower))
+    settings = Settings(data=str(dataset.path), out=out, engine="local")
+    encode(config, replace(settings, out=tmp_path / "whole"))
     forward, calls = Encoder._features, iter(range(9))
 
-    def interrupted(self: Encoder, *given: torch.Tensor) -> torch.Tensor:
+    def interrupted(self: Encoder, *given: Any) -> torch.Tensor:
         if next(calls) == 2:
             raise KeyboardInterrupt
         return forward(self, *given)
@@ -98,14 +118,15 @@ def test_an_interrupted_run_leaves_no_cache_and_is_finished_by_the_next(
     with pytest.raises(KeyboardInterrupt):
         encode(config, settings)
     with pytest.raises(ValueError, match="holds no finished features"):
-        FeatureCache(tmp_path, ShardDataset(mixed_dataset))
-    kept = sorted((tmp_path / "features").iterdir())
+        FeatureCache(out, dataset)
+    kept = sorted((out / "features").iterdir())
     assert len(kept) == 2  # the blank image and the first shard
     before = [file.stat().st_mtime_ns for file in kept]
     encode(config, settings)
     assert [file.stat().st_mtime_ns for file in kept] == before
-    assert (tmp_path / "manifest.json").read_bytes() == (cache / "manifest.json").read_bytes()
-    assert not list(tmp_path.glob(".partial-*"))
+    assert (out / "manifest.json").read_bytes() == (tmp_path / "whole" / "manifest.json").read_bytes()
+    assert not list(out.glob(".partial-*"))
+    assert_equals_online(config, dataset, out)
 
 
 def test_other_features_are_not_overwritten(mixed_dataset: Path, cache: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,17 @@ def row(i: int, image: str | list[str] | None, *turns: str, marks: int | None = 
     return {"id": f"row-{i}", **({} if image is None else {"image": image}), "conversations": said}
 
 
-def mixed_source(folder: Path, num_rows: int = 24) -> tuple[Path, Path]:
-    """JPEG and PNG pictures; text-only rows and rows of two pictures among those of one. Returns: annotations, images."""
+def mixed_source(folder: Path, num_rows: int = 24, sizes: Sequence[tuple[int, int]] = ((40, 30),)) -> tuple[Path, Path]:
+    """JPEG and PNG pictures of `sizes` in turn; text-only rows and rows of two pictures among those of one.
+
+    Returns: annotations, images.
+    """
     images = folder / "images"
     images.mkdir(parents=True)
     rows = []
     for i in range(num_rows):
         form, suffix = (("JPEG", "jpg"), ("PNG", "png"))[i % 2]
-        (images / f"{i}.{suffix}").write_bytes(encoded(picture(i), form))
+        (images / f"{i}.{suffix}").write_bytes(encoded(picture(i, sizes[i % len(sizes)]), form))
         if i % 6 == 3:
             rows.append(row(i, None))
         elif i % 6 == 4:
@@ -67,9 +71,9 @@ def make(folder: Path, annotations: Path, images: Path, **options: Any) -> Shard
     return ShardDataset(folder)
 
 
-def mixed(folder: Path, num_rows: int = 24) -> ShardDataset:
+def mixed(folder: Path, num_rows: int = 24, **options: Any) -> ShardDataset:
     """`mixed_source`, preprocessed."""
-    return make(folder / "shards", *mixed_source(folder, num_rows))
+    return make(folder / "shards", *mixed_source(folder, num_rows, **options))
 
 
 VISION = VisionConfig(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,8 @@ from torch import Tensor
 from ...runtime.durable_files import file_digest, sync_file, write_synced
 from ..errors import BadSampleError
 from ..loading import feature_cache
-from ..loading.feature_cache import BLANK, MANIFEST, Dtype, FeatureManifest, FeatureReceipt, Layout
+from ..loading.feature_cache import BLANK, MANIFEST, Dtype, FeatureManifest, FeatureReceipt, Layout, token_starts
+from ..loading.image_table import ImageTable, Size, token_batches
 from ..loading.vision_reader import PixelReader
 from ..shards.reader import ShardDataset
 from ..shards.storage import LocalFolder
@@ -30,8 +31,10 @@ log = logging.getLogger(__name__)
 FP8_MAX = 448.0
 """Largest float8_e4m3fn."""
 
-Encode = Callable[[Tensor, Tensor], Tensor]
-"""(pixels uint8[K, 3, H, W], blank bool[K]) -> features [K, n, V] on the CPU."""
+Encode = Callable[[Tensor, Tensor, Sequence[Size]], Tensor]
+"""(pixels as `blank_pixels` lays them out, blank bool[K], sizes of the K images) -> features [T, V] on the CPU."""
+Batch = tuple[Tensor, Tensor, ImageTable]
+"""Pixels of some images, bool[K] of those that have none, and the table of the images."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,27 +46,28 @@ class FeatureJob:
     """Where files are written before they are renamed; this attempt's own."""
     key_hash: str
     dtype: Dtype
-    shape: tuple[int, int]
-    """(n, V) of one image."""
+    shape: tuple[int | None, int]
+    """(n, V) of one image; n None: images differ."""
     shard: int | None
     """Of the dataset; None: the blank image."""
 
 
-def pack(computed_KnV: Tensor, dtype: Dtype) -> tuple[Tensor, Tensor | None]:
-    """Features as they are stored: bf16[K, n, V] and None, or float8_e4m3fn[K, n, V] and scales float32[K, n]."""
+def pack(computed_TV: Tensor, dtype: Dtype) -> tuple[Tensor, Tensor | None]:
+    """Features as they are stored: bf16[T, V] and None, or float8_e4m3fn[T, V] and scales float32[T]."""
     if dtype == "bf16":
-        return computed_KnV.bfloat16(), None
-    wide = computed_KnV.float()
+        return computed_TV.bfloat16(), None
+    wide = computed_TV.float()
     scales = (wide.abs().amax(dim=-1) / FP8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
     # A quotient may round to just above the largest number, which has no neighbour but NaN.
     return (wide / scales[..., None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scales
 
 
 def make_features(
-    job: FeatureJob, dataset: ShardDataset, encode: Encode, reader: PixelReader, *, batch: int, pool: Executor
+    job: FeatureJob, dataset: ShardDataset, encode: Encode, reader: PixelReader, *, max_tokens: int, pool: Executor
 ) -> tuple[FeatureReceipt, bool]:
-    """See that a feature file exists: verify it by its receipt, or write it. `pool`: threads that decode.
+    """See that a feature file exists: verify it by its receipt, or write it.
 
+    Args: max_tokens: vision tokens that are encoded at once; pool: threads that decode.
     Returns: the receipt, and whether the file was written.
     """
     name = BLANK if job.shard is None else dataset.manifest.shards[job.shard].name
@@ -72,12 +76,15 @@ def make_features(
         return receipt, False
     partial = job.attempt / f"{name}.safetensors"
     if job.shard is None:
-        source, images = "", [(reader.blanks(1), torch.ones(1, dtype=torch.bool))]
-        receipt = _write(partial, job, name, source, 1, iter(images), encode)
+        images = ImageTable.of(reader.vision, [[reader.vision.blank_size]])
+        blank = (reader.blanks(images), torch.ones(1, dtype=torch.bool), images)
+        receipt = _write(partial, job, name, "", images, iter([blank]), encode)
     else:
         source, places = dataset.manifest.shards[job.shard].tar.sha256, images_of(dataset, job.shard)
-        decoded = _decoded(dataset, places, reader, batch, pool)
-        receipt = _write(partial, job, name, source, len(places), decoded, encode)
+        sizes = [reader.vision.input_size(*dataset.image_size(*place)) for place in places]
+        images = ImageTable.of(reader.vision, [sizes])
+        decoded = _decoded(dataset, places, images, reader, max_tokens, pool)
+        receipt = _write(partial, job, name, source, images, decoded, encode)
     job.folder.put({feature_cache.feature_file(name): partial})
     _publish(job.folder, job.attempt / f"{name}.json", feature_cache.receipt_file(name), feature_cache.to_json(receipt))
     return receipt, True
@@ -114,14 +121,20 @@ def images_of(dataset: ShardDataset, shard: int) -> list[tuple[int, int]]:
 
 
 def _decoded(
-    dataset: ShardDataset, images: list[tuple[int, int]], reader: PixelReader, batch: int, pool: Executor
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pixels of a batch of images at a time, and which of them are damaged; the next batch is decoded meanwhile."""
+    dataset: ShardDataset,
+    places: list[tuple[int, int]],
+    images: ImageTable,
+    reader: PixelReader,
+    max_tokens: int,
+    pool: Executor,
+) -> Iterator[Batch]:
+    """A batch of images at a time; the next one is decoded meanwhile."""
 
-    def start(first: int) -> tuple[Tensor, list[Future[bool]]]:
-        places = images[first : first + batch]
-        pixels = reader.blanks(len(places))
-        return pixels, [pool.submit(decode, pixels[n], *place) for n, place in enumerate(places)]
+    def start(part: slice) -> tuple[Tensor, list[Future[bool]], ImageTable]:
+        own = images.images_of(range(part.start, part.stop))
+        pixels = reader.blanks(own)
+        read = [pool.submit(decode, into, *place) for into, place in zip(own.split(pixels), places[part], strict=True)]
+        return pixels, read, own
 
     def decode(into: Tensor, i: int, k: int) -> bool:
         try:
@@ -131,11 +144,12 @@ def _decoded(
             log.warning("%s: image %d is left out: %s", dataset.key(i), k, error.detail)
             return False
 
-    waiting = start(0)
-    for first in range(0, len(images), batch):
-        pixels, read = waiting
-        waiting = start(first + batch)
-        yield pixels, torch.tensor([not future.result() for future in read])
+    started = map(start, token_batches(images.tokens, max_tokens))
+    waiting = next(started, None)
+    while waiting is not None:
+        pixels, read, own = waiting
+        waiting = next(started, None)
+        yield pixels, torch.tensor([not future.result() for future in read]), own
 
 
 def _write(
@@ -143,43 +157,45 @@ def _write(
     job: FeatureJob,
     name: str,
     source: str,
-    num_images: int,
-    images: Iterator[tuple[Tensor, Tensor]],
+    images: ImageTable,
+    batches: Iterator[Batch],
     encode: Encode,
 ) -> FeatureReceipt:
     """Write one feature file as the tower goes along. Images marked as missing get zeros; the blank one is encoded as such."""
-    layout = Layout(num_images, *job.shape, job.dtype)
+    tokens, width = job.shape
+    layout = Layout(token_starts(len(images), tokens, images.tokens), width, job.dtype)
     checksums: list[int] = []
     scales: list[bytes] = []
     damaged: list[int] = []
     error = squared = 0.0
     with path.open("wb") as file:
         file.write(layout.header)
-        for pixels, missing in images:
-            computed = encode(pixels, missing)
-            assert computed.shape[1:] == job.shape, (computed.shape, job.shape)
+        for pixels, missing, own in batches:
+            computed = encode(pixels, missing, own.sizes)
+            assert computed.shape == (sum(own.tokens), width), (computed.shape, own.tokens, width)
             if job.shard is not None:
                 damaged += [len(checksums) + int(n) for n in missing.nonzero()]
-                computed = computed.masked_fill(missing[:, None, None], 0)
+                computed = computed.masked_fill(missing.repeat_interleave(torch.tensor(own.tokens))[:, None], 0)
             values, scale = pack(computed, job.dtype)
             stored = values.double() if scale is None else values.double() * scale.double()[..., None]
             error += float((stored - computed.double()).square().sum())
             squared += float(computed.double().square().sum())
-            for n in range(len(values)):
-                own = _bytes(values[n])
-                own_scales = b"" if scale is None else _bytes(scale[n])
-                file.write(own)
-                scales.append(own_scales)
-                checksums.append(zlib.crc32(own_scales, zlib.crc32(own)))
+            of_images = [b""] * len(own) if scale is None else map(_bytes, own.split(scale))
+            for image, image_scales in zip(map(_bytes, own.split(values)), of_images, strict=True):
+                file.write(image)
+                scales.append(image_scales)
+                checksums.append(zlib.crc32(image_scales, zlib.crc32(image)))
         file.write(b"".join(scales))
         file.write(np.array(checksums, "<i8").tobytes())
+        if layout.version == feature_cache.FLAT_VERSION:
+            file.write(np.array(images.tokens, "<i8").tobytes())
         sync_file(file)
     return FeatureReceipt(
-        features_version=feature_cache.FEATURES_VERSION,
+        features_version=layout.version,
         name=name,
         key_hash=job.key_hash,
         source=source,
-        num_images=num_images,
+        num_images=len(images),
         damaged=tuple(damaged),
         squared_error=error,
         squared=squared,

@@ -6,9 +6,11 @@
     OUT/towers/HASH.safetensors            the tower that made them
     OUT/manifest.json                      a `FeatureManifest`, written last: the cache exists when this does
 
-A feature file is plain safetensors: `features` [K, n, V] in BF16, or in F8_E4M3 with `scales` F32 [K, n] (a feature is
-value x scale), and `crc32` I64 [K] of each image's values and scales. An image that could not be decoded has zeros, and is
-named in the receipt. ingest/feature_writer.py writes them. K images, n tokens of one image, V width.
+A feature file is plain safetensors. Version 1, where all images have the same number of tokens: `features` [K, n, V] in BF16,
+or in F8_E4M3 with `scales` F32 [K, n] (a feature is value x scale), and `crc32` I64 [K] of each image's values and scales.
+Version 2, where images differ: `features` [T, V], the images one after the other, `scales` F32 [T], `crc32` I64 [K], and
+`lengths` I64 [K], the tokens of each image. An image that could not be decoded has zeros, and is named in the receipt.
+ingest/feature_writer.py writes them. K images, n tokens of one image, T of all, V width.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -31,9 +35,10 @@ from ...config import Config
 from ...runtime.durable_files import FileDigest
 from ..errors import BadSampleError
 from ..shards import shard_format
-from ..shards.reader import ShardDataset
+from ..shards.reader import DamagedShardError, ShardDataset
 
-FEATURES_VERSION = 1
+FIXED_VERSION, FLAT_VERSION = VERSIONS = (1, 2)
+"""Of caches in which all images have the same number of tokens, and of those in which they differ."""
 MANIFEST = "manifest.json"
 BLANK = "blank"
 """Name of the file with the all-zero image's features."""
@@ -82,7 +87,8 @@ class FeatureManifest:
 
     features_version: int
     key: dict[str, Any]
-    tokens_per_image: int
+    tokens_per_image: int | None
+    """None: images differ."""
     width: int
     num_images: int
     relative_error: float
@@ -97,62 +103,80 @@ class FeatureManifest:
         return dtype
 
 
-@dataclass(frozen=True, slots=True)
+def token_starts(num_images: int, tokens: int | None, lengths: npt.ArrayLike = ()) -> range | npt.NDArray[np.int64]:
+    """`Layout.starts` of images that all have `tokens`; None: that have `lengths`."""
+    if tokens is not None:
+        return range(0, (num_images + 1) * tokens, tokens)
+    return np.cumsum(np.append(0, np.asarray(lengths, np.int64)))
+
+
+@dataclass(frozen=True)
 class Layout:
     """Where everything is in a feature file of K images."""
 
-    num_images: int
-    tokens: int
+    starts: range | npt.NDArray[np.int64]
+    """K + 1 numbers: tokens before each image, then of all. A range, which takes no memory, where images do not differ."""
     width: int
     dtype: Dtype
 
     @property
-    def value_bytes(self) -> int:
-        """Of one image's values."""
-        return self.tokens * self.width * (2 if self.dtype == "bf16" else 1)
+    def version(self) -> int:
+        """Of the format."""
+        return FIXED_VERSION if isinstance(self.starts, range) else FLAT_VERSION
 
     @property
-    def num_scales(self) -> int:
-        """Of one image."""
-        return 0 if self.dtype == "bf16" else self.tokens
+    def num_images(self) -> int:
+        """K."""
+        return len(self.starts) - 1
 
     @property
+    def num_tokens(self) -> int:
+        """T."""
+        return int(self.starts[-1])
+
+    @property
+    def token_bytes(self) -> tuple[int, int]:
+        """Of one token's values, and of its scale."""
+        return (2 * self.width, 0) if self.dtype == "bf16" else (self.width, 4)
+
+    @functools.cached_property
     def header(self) -> bytes:
         """What a safetensors file begins with."""
-        return _header(self)
+        images, tokens = self.num_images, self.num_tokens
+        shape = [images, self.starts.step] if isinstance(self.starts, range) else [tokens]
+        of_values, of_scale = self.token_bytes
+        tensors = [("features", "BF16" if self.dtype == "bf16" else "F8_E4M3", [*shape, self.width], of_values * tokens)]
+        if of_scale:
+            tensors.append(("scales", "F32", shape, of_scale * tokens))
+        tensors.append(("crc32", "I64", [images], 8 * images))
+        if self.version == FLAT_VERSION:
+            tensors.append(("lengths", "I64", [images], 8 * images))
+        entries, end = {}, 0
+        for name, dtype, of_tensor, size in tensors:
+            begin, end = end, end + size
+            entries[name] = {"dtype": dtype, "shape": of_tensor, "data_offsets": [begin, end]}
+        text = json.dumps(entries).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
 
     def places(self, image: int) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
         """(offset, bytes) of one image's values, scales and checksum."""
+        first, end = int(self.starts[image]), int(self.starts[image + 1])
+        of_values, of_scale = self.token_bytes
         values = len(self.header)
-        scales = values + self.num_images * self.value_bytes
-        crc32 = scales + self.num_images * 4 * self.num_scales
+        scales = values + of_values * self.num_tokens
+        crc32 = scales + of_scale * self.num_tokens
         return (
-            (values + image * self.value_bytes, self.value_bytes),
-            (scales + image * 4 * self.num_scales, 4 * self.num_scales),
-            (crc32 + image * 8, 8),
+            (values + of_values * first, of_values * (end - first)),
+            (scales + of_scale * first, of_scale * (end - first)),
+            (crc32 + 8 * image, 8),
         )
 
     def unpack(self, values: bytes, scales: bytes) -> Tensor:
         """One image's features: bf16[n, V], or float32[n, V] of fp8."""
         stored = torch.frombuffer(bytearray(values), dtype=torch.bfloat16 if self.dtype == "bf16" else torch.float8_e4m3fn)
-        stored = stored.view(self.tokens, self.width)
+        stored = stored.view(-1, self.width)
         return stored.float() * torch.frombuffer(bytearray(scales), dtype=torch.float32)[:, None] if scales else stored
-
-
-@functools.lru_cache(MAX_OPEN_FILES)
-def _header(layout: Layout) -> bytes:
-    num_images, values = layout.num_images, "BF16" if layout.dtype == "bf16" else "F8_E4M3"
-    tensors = [("features", values, [num_images, layout.tokens, layout.width], layout.value_bytes)]
-    if layout.num_scales:
-        tensors.append(("scales", "F32", [num_images, layout.num_scales], 4 * layout.num_scales))
-    tensors.append(("crc32", "I64", [num_images], 8))
-    entries, end = {}, 0
-    for name, dtype, shape, each in tensors:
-        begin, end = end, end + each * num_images
-        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def feature_file(name: str) -> str:
@@ -166,12 +190,12 @@ def receipt_file(name: str) -> str:
 
 
 def receipt_from_json(text: str) -> FeatureReceipt:
-    """Raises: ValueError for text that is no receipt of this version."""
+    """Raises: ValueError for text that is no receipt of a known version."""
     return _receipt(_checked(text, "receipt"))
 
 
 def manifest_from_json(text: str) -> FeatureManifest:
-    """Raises: ValueError for text that is no manifest of this version, or was changed."""
+    """Raises: ValueError for text that is no manifest of a known version, or was changed."""
     values = _checked(text, "manifest")
     fingerprint = values.pop("fingerprint", None)
     if shard_format.hash_of(values) != fingerprint:
@@ -194,8 +218,10 @@ def _checked(text: str, what: str) -> dict[str, Any]:
         values = json.loads(text)
     except ValueError as error:
         raise ValueError(f"not a {what}: {error}") from None
-    if not isinstance(values, dict) or values.get("features_version") != FEATURES_VERSION:
-        raise ValueError(f"not a {what} of features, version {FEATURES_VERSION}")
+    version = values.get("features_version") if isinstance(values, dict) else None
+    if version not in VERSIONS:
+        raise ValueError(f"not a {what} of features: its features_version is {version}, wanted one of {VERSIONS}")
+    assert isinstance(values, dict)
     return values
 
 
@@ -225,12 +251,11 @@ class FeatureCache:
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
         self.check({"dataset": dataset.fingerprint})
-        self.shape = (self.manifest.tokens_per_image, self.manifest.width)
         for receipt in (self.manifest.blank, *self.manifest.shards):
             path = self.folder / feature_file(receipt.name)
             if not path.is_file() or path.stat().st_size != receipt.file.bytes:
                 raise ValueError(f"{path} is missing or incomplete: run pipelines.encode again, it makes only what is missing")
-        self._files: OrderedDict[str, int] = OrderedDict()
+        self._files: OrderedDict[str, tuple[int, Layout]] = OrderedDict()
 
     def check(self, key: Mapping[str, Any]) -> None:
         """Compare with what is wanted now. Raises: ValueError naming the first part of the key that differs."""
@@ -259,7 +284,8 @@ class FeatureCache:
     def read(self, i: int, k: int) -> Tensor:
         """Features of image k of sample i: bf16[n, V], or float32[n, V] of fp8.
 
-        Raises: BadSampleError when the image could not be decoded, or its features are damaged; OSError when the machine fails.
+        Raises: BadSampleError when the image could not be decoded, or its features are damaged; DamagedShardError when none of
+            the file's can be placed; OSError when the machine fails.
         """
         shard, image = self.dataset.image_place(i, k)
         receipt = self.manifest.shards[shard]
@@ -268,26 +294,44 @@ class FeatureCache:
         return self._read(receipt, image, f"image {k} of {self.dataset.key(i)}")
 
     def _read(self, receipt: FeatureReceipt, image: int, what: str) -> Tensor:
-        layout = Layout(receipt.num_images, *self.shape, self.manifest.dtype)
-        file = self._file(receipt)
+        file, layout = self._file(receipt)
         values, scales, crc32 = (os.pread(file, size, offset) for offset, size in layout.places(image))
         if zlib.crc32(scales, zlib.crc32(values)).to_bytes(8, "little") != crc32:
             raise BadSampleError("damaged_features", f"the features of {what} do not match their checksum")
         return layout.unpack(values, scales)
 
-    def _file(self, receipt: FeatureReceipt) -> int:
-        """An open file descriptor."""
+    def _file(self, receipt: FeatureReceipt) -> tuple[int, Layout]:
+        """An open file descriptor, and the file's layout."""
         if receipt.name not in self._files:
             if len(self._files) >= MAX_OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-            self._files[receipt.name] = os.open(self.folder / feature_file(receipt.name), os.O_RDONLY)
+                os.close(self._files.popitem(last=False)[1][0])
+            path = self.folder / feature_file(receipt.name)
+            layout = self._layout(path, receipt)
+            self._files[receipt.name] = os.open(path, os.O_RDONLY), layout
         return self._files[receipt.name]
+
+    def _layout(self, path: Path, receipt: FeatureReceipt) -> Layout:
+        tokens, images, lengths = self.manifest.tokens_per_image, receipt.num_images, b""
+        with path.open("rb") as file:
+            if tokens is None:
+                file.seek(receipt.file.bytes - 8 * images)
+                lengths = file.read()
+            starts = token_starts(images, tokens, np.frombuffer(lengths, "<i8"))
+            layout = Layout(starts, self.manifest.width, self.manifest.dtype)
+            file.seek(0)
+            # The header has the lengths' sum: one wrong length would move every image behind it.
+            if file.read(len(layout.header)) != layout.header:
+                raise DamagedShardError(
+                    f"{path} is damaged: its header is not that of {images} images with {layout.num_tokens} tokens together: "
+                    "run pipelines.encode again, it makes only what is missing or damaged"
+                )
+        return layout
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": OrderedDict()}
 
     def __del__(self) -> None:
-        for descriptor in getattr(self, "_files", {}).values():
+        for descriptor, _ in getattr(self, "_files", {}).values():
             os.close(descriptor)
 
 

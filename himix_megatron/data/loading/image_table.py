@@ -97,6 +97,17 @@ def blank_pixels(images: ImageTable, vision: VisionConfig) -> Tensor:
     return torch.zeros(sum(3 * width * height for width, height in images.sizes), dtype=torch.uint8)
 
 
+def token_batches(tokens: Sequence[int], budget: int) -> list[slice]:
+    """Images of so many tokens each, in batches of neighbours: together of at most `budget` tokens, or one image alone."""
+    parts, first, taken = [], 0, 0
+    for image, number in enumerate(tokens):
+        if image > first and taken + number > budget:
+            parts.append(slice(first, image))
+            first, taken = image, 0
+        taken += number
+    return [*parts, slice(first, len(tokens))] if tokens else []
+
+
 def divide_images(images: ImageTable, vision: VisionConfig, num_ranks: int) -> list[list[int]]:
     """Which images each of the ranks of a replica encodes, by number: about the same FLOPs for each.
 

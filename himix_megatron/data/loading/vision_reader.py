@@ -52,5 +52,12 @@ class FeatureReader:
         return features
 
     def read_into(self, place: Tensor, dataset: ShardDataset, i: int, k: int) -> None:
-        """As PixelReader's."""
-        place.copy_(self.caches[dataset.fingerprint].read(i, k))
+        """As PixelReader's. Raises: also ValueError for features of another number of tokens than the image has here."""
+        cache = self.caches[dataset.fingerprint]
+        features = cache.read(i, k)
+        if features.shape != place.shape:
+            raise ValueError(
+                f"data.features: {cache.folder} has {len(features)} tokens of image {k} of {dataset.key(i)}, but here the "
+                f"tower gives it {len(place)}: delete the folder and encode again with python -m pipelines.encode"
+            )
+        place.copy_(features)
