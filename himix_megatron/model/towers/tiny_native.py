@@ -29,6 +29,9 @@ class TinyNativeTower(Tower):
     def features(self, pixels: Tensor, blank_K: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
         """uint8 bytes of all images to float[T, V] (see `Tower.features`)."""
         side, weight = self.config.patch_size, self.patch.weight
+        if not sizes:
+            nothing: Tensor = self.patch(weight.new_empty(0, weight.shape[1]))
+            return nothing
         grids = [(height // side, width // side) for width, height in sizes]
         lengths = [rows * columns for rows, columns in grids]
         images = torch.split(pixels, [length * 3 * side**2 for length in lengths])
@@ -39,9 +42,8 @@ class TinyNativeTower(Tower):
             ]
         )
         blank_T = torch.cat([blank.expand(length) for blank, length in zip(blank_K.unbind(), lengths, strict=True)])
-        inputs_TX = self.normalise(patches_T3PP, blank_T, weight.dtype).flatten(1)
         positions_TV = torch.cat([_positions(*grid, self.config.hidden_size, pixels.device) for grid in grids])
-        hidden_TV = self.patch(inputs_TX) + positions_TV.to(weight.dtype)
+        hidden_TV = self.patch(self.normalise(patches_T3PP, blank_T, weight.dtype).flatten(1)) + positions_TV.to(weight.dtype)
         for layer in self.layers:
             hidden_TV = layer(hidden_TV, lengths)
         features: Tensor = self.final_norm(hidden_TV)
