@@ -16,7 +16,7 @@ from himix_megatron.config import Config
 from himix_megatron.data.loading.plan import SamplingPlan
 from himix_megatron.training.data_setup import make_plan
 from tests.support.ranks import run_ranks
-from tests.support.small_runs import history, small_config, train
+from tests.support.small_runs import history, native, small_config, train
 
 NUM_SAMPLES, NUM_PACKS = 40, 8
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -31,58 +31,71 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 TRAINED = ("language", "vision_kv")
 
 
-def config_for(data: Path, run: Path, *, packed: bool, parts: Any = TRAINED, **options: Any) -> Config:
-    config = small_config(data, run, parts=parts, steps=5, **options)
+Given = dict[str, tuple[Path, Path]]
+"""For images of one size and of different sizes: the checkpoint that all start from, and the dataset."""
+
+
+def config_for(
+    data: Path, run: Path, *, packed: bool, parts: Any = TRAINED, shape: str = "fixed", steps: int = 5, **options: Any
+) -> Config:
+    config = small_config(data, run, parts=parts, steps=steps, **options)
+    config = config if shape == "fixed" else native(config)
     if not packed:
         return replace(config, train=replace(config.train, global_batch_samples=NUM_SAMPLES))
     return replace(
         config,
-        data=replace(config.data, pack_max_text_tokens=200, pack_max_vision_tokens=20),
+        data=replace(config.data, pack_max_text_tokens=200, pack_max_vision_tokens=20 if shape == "fixed" else 41),
         train=replace(config.train, global_batch_samples=None, global_batch_packs=NUM_PACKS),
     )
 
 
-@pytest.fixture(scope="module")
-def start(mixed_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("start")
-    config = small_config(mixed_dataset, folder, parts=TRAINED, steps=1)
-    run_ranks(train, 1, config, start_gloo=False)
-    return folder
+def train_each(given: Given, folder: Path, options: dict[str, Any]) -> None:
+    for shape, (start, data) in given.items():
+        train(config_for(data, folder / shape, shape=shape, initial=start, **options))
 
 
 @pytest.fixture(scope="module")
-def unpacked(start: Path, mixed_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+def given(mixed_dataset: Path, shapes_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Given:
+    found = {}
+    for shape, data in (("fixed", mixed_dataset), ("native", shapes_dataset)):
+        folder = tmp_path_factory.mktemp(f"start-{shape}")
+        run_ranks(train, 1, config_for(data, folder, packed=False, shape=shape, steps=1), start_gloo=False)
+        found[shape] = folder, data
+    return found
+
+
+@pytest.fixture(scope="module")
+def unpacked(given: Given, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("unpacked")
-    run_ranks(train, 1, config_for(mixed_dataset, folder, packed=False, initial=start), start_gloo=False)
-    return history(folder)
+    run_ranks(train_each, 1, given, folder, {"packed": False}, start_gloo=False)
+    return {shape: history(folder / shape) for shape in given}
 
 
-def test_a_step_of_packs_is_the_whole_set(mixed_dataset: Path, tmp_path: Path) -> None:
+def test_a_step_of_packs_is_the_whole_set(given: Given, tmp_path: Path) -> None:
     """What the comparisons below rest on."""
-    config = config_for(mixed_dataset, tmp_path, packed=True)
-    plan = make_plan(config, config.data)
-    assert isinstance(plan, SamplingPlan)
-    assert [len(plan.window(epoch, 0)) for epoch in range(5)] == [NUM_PACKS] * 5
-    assert max(map(len, plan.window(0, 0))) > 4
+    for shape, (_, data) in given.items():
+        config = config_for(data, tmp_path, packed=True, shape=shape)
+        plan = make_plan(config, config.data)
+        assert isinstance(plan, SamplingPlan)
+        assert [len(plan.window(epoch, 0)) for epoch in range(5)] == [NUM_PACKS] * 5
+        assert max(map(len, plan.window(0, 0))) > 4
+        assert (shape == "fixed") == (len(set(plan.vision_tokens(slice(None)).tolist())) == 3)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_packed_training_equals_unpacked(
-    name: str, start: Path, unpacked: dict[str, list[float]], mixed_dataset: Path, tmp_path: Path
-) -> None:
+def test_packed_training_equals_unpacked(name: str, given: Given, unpacked: dict[str, Any], tmp_path: Path) -> None:
     world_size, layout = LAYOUTS[name]
-    run_ranks(train, world_size, config_for(mixed_dataset, tmp_path, packed=True, initial=start, **layout), start_gloo=False)
-    assert_same(history(tmp_path), unpacked)
+    run_ranks(train_each, world_size, given, tmp_path, {"packed": True, **layout}, start_gloo=False)
+    for shape in given:
+        assert_same(history(tmp_path / shape), unpacked[shape])
 
 
-def test_packed_training_of_a_tower_equals_unpacked(start: Path, mixed_dataset: Path, tmp_path: Path) -> None:
-    found = []
+def test_packed_training_of_a_tower_equals_unpacked(given: Given, tmp_path: Path) -> None:
     for packed in (False, True):
-        run = tmp_path / str(packed)
-        options = {"parts": (*TRAINED, "tower"), "initial": start, "text_only_vision": "none"}
-        run_ranks(train, 1, config_for(mixed_dataset, run, packed=packed, **options), start_gloo=False)
-        found.append(history(run))
-    assert_same(found[1], found[0])
+        options = {"packed": packed, "parts": (*TRAINED, "tower"), "text_only_vision": "none"}
+        run_ranks(train_each, 1, given, tmp_path / str(packed), options, start_gloo=False)
+    for shape in given:
+        assert_same(history(tmp_path / "True" / shape), history(tmp_path / "False" / shape))
 
 
 def test_a_packed_run_continues_inside_a_window(mixed_dataset: Path, tmp_path: Path) -> None:

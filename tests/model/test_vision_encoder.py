@@ -9,16 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from himix_megatron.config import Config, VisionConfig
-from himix_megatron.data.loading.image_table import ImageTable, image_share
+from himix_megatron.data.loading.image_table import ImageTable, blank_pixels, image_share
 from himix_megatron.model.feature_prefetch import FeaturePrefetcher
 from himix_megatron.model.towers import build_tower
 from himix_megatron.model.vision_encoder import ShardedVisionEncoder
 from tests.support.ranks import run_ranks
-from tests.support.small_runs import history, small_config, train
+from tests.support.small_runs import history, native, small_config, train
 
 TOWER = VisionConfig(
     tower="tiny",
@@ -30,6 +31,9 @@ TOWER = VisionConfig(
     ffn_hidden_size=40,
     feature_layer=-1,
 )
+
+
+NATIVE = replace(TOWER, tower="tiny_native", image_size=32)
 
 
 def _pixels(num_images: int) -> torch.Tensor:
@@ -77,6 +81,29 @@ def test_a_shared_tower_gives_every_rank_what_one_rank_alone_computes(world_size
             assert got.dtype == wanted.dtype
             assert got.shape == wanted.shape
             assert torch.allclose(got.float(), wanted.float(), atol=1e-2 if got.dtype == torch.bfloat16 else 1e-6)
+
+
+def _encode_shapes(trainable: bool) -> torch.Tensor:
+    """What one rank gets of nine images of different sizes, one of them blank; alone when no group exists."""
+    draw, world = np.random.default_rng(0), torch.distributed.is_initialized()
+    images = ImageTable.of(NATIVE, [[NATIVE.input_size(*draw.integers(4, 90, 2).tolist()) for _ in range(9)]])
+    assert len(set(images.tokens)) > 4
+    rows = images.rows(pixels := blank_pixels(images, NATIVE))
+    pixels.copy_(torch.from_numpy(draw.integers(0, 256, len(pixels), dtype=np.uint8)))
+    place = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if world else (0, 1)
+    share = torch.cat([part for k, part in enumerate(torch.split(pixels, rows)) if k in image_share(images, NATIVE, *place)])
+    tower = build_tower(NATIVE, seed=3, dtype=torch.float32)
+    group = torch.distributed.group.WORLD if world else None
+    encoder = ShardedVisionEncoder(tower, group, trainable, torch.float32, place=place, max_images_per_forward=1)
+    return encoder.encode(share, torch.arange(9) == 4, images)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_images_of_different_sizes_come_back_in_their_order(trainable: bool) -> None:
+    alone = _encode_shapes(trainable)
+    for found in run_ranks(_encode_shapes, 3, trainable):
+        assert found.dtype == alone.dtype
+        assert torch.allclose(found.float(), alone.float(), atol=1e-6)
 
 
 # ---- ahead of the training ---------------------------------------------------------------------------------------------
@@ -182,27 +209,38 @@ def _train_each(config: Config, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "parts", "layout", "packed"),
+    ("world_size", "parts", "layout", "packed", "shape"),
     [
-        (2, ("vision_kv",), {"pipeline": 2}, False),
-        (2, ("vision_kv",), {"pipeline": 2}, True),
-        (4, ("language", "vision_kv"), {"tensor": 2, "pipeline": 2}, True),
-        (2, ("tower", "vision_kv"), {"pipeline": 2}, False),
+        (2, ("vision_kv",), {"pipeline": 2}, False, "fixed"),
+        (2, ("vision_kv",), {"pipeline": 2}, True, "fixed"),
+        (4, ("language", "vision_kv"), {"tensor": 2, "pipeline": 2}, True, "fixed"),
+        (2, ("tower", "vision_kv"), {"pipeline": 2}, False, "fixed"),
+        (3, ("vision_kv",), {"pipeline": 3, "split": "balanced"}, True, "native"),
+        (2, ("tower", "vision_kv"), {"pipeline": 2}, False, "native"),
     ],
 )
 def test_every_placement_trains_alike(
-    world_size: int, parts: tuple[Any, ...], layout: dict[str, Any], packed: bool, mixed_dataset: Path, tmp_path: Path
+    world_size: int,
+    parts: tuple[Any, ...],
+    layout: dict[str, Any],
+    packed: bool,
+    shape: str,
+    mixed_dataset: Path,
+    shapes_dataset: Path,
+    tmp_path: Path,
 ) -> None:
-    config = small_config(mixed_dataset, tmp_path, parts=parts, text_only_vision="zero_image", steps=4, **layout)
+    data = mixed_dataset if shape == "fixed" else shapes_dataset
+    config = small_config(data, tmp_path, parts=parts, text_only_vision="zero_image", steps=4, **layout)
+    config = config if shape == "fixed" else native(config)
     if packed:
         config = replace(
             config,
-            data=replace(config.data, pack_max_text_tokens=192, pack_max_vision_tokens=24),
+            data=replace(config.data, pack_max_text_tokens=192, pack_max_vision_tokens=24 if shape == "fixed" else 72),
             train=replace(config.train, global_batch_packs=2),
         )
     config = replace(
         config,
-        data=replace(config.data, validation_path=str(mixed_dataset)),
+        data=replace(config.data, validation_path=str(data)),
         log=replace(config.log, validation_interval_steps=2, validation_samples=16),
     )
     run_ranks(_train_each, world_size, config, tmp_path, start_gloo=False)

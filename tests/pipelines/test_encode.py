@@ -24,7 +24,7 @@ from pipelines.cli import split_recipe_flags
 from pipelines.encode import Encoder, Settings, encode, main
 from tests.support.data_fixtures import mixed
 from tests.support.ranks import run_ranks
-from tests.support.small_runs import history, small_config, train
+from tests.support.small_runs import history, native, small_config, train
 
 
 def settings_of(data: Path, folder: Path, **changes: Any) -> Config:
@@ -153,22 +153,40 @@ def without_images(data: Path, folder: Path) -> Path:
 def train_without_a_tower(config: Config) -> None:
     """Train with a tower that cannot run."""
     from himix_megatron.model.towers.tiny import TinyTower
+    from himix_megatron.model.towers.tiny_native import TinyNativeTower
 
     def forward(*_: Any) -> None:
         raise AssertionError("the tower runs")
 
     TinyTower.forward = forward  # type: ignore[assignment]
+    TinyNativeTower.features = forward  # type: ignore[assignment]
     train(config)
 
 
-@pytest.mark.parametrize("layout", [{}, {"pipeline": 2}], ids=["one rank", "two stages"])
+@pytest.fixture(scope="module")
+def shapes_cache(shapes_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Features of images of different sizes."""
+    folder = tmp_path_factory.mktemp("shapes-cache")
+    config = native(settings_of(shapes_dataset, folder))
+    encode(config, Settings(data=str(shapes_dataset), out=folder, engine="local"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape"),
+    [({}, "fixed"), ({"pipeline": 2}, "fixed"), ({"pipeline": 2}, "native")],
+    ids=["one rank", "two stages", "two stages, images of different sizes"],
+)
 def test_align_on_features_reads_no_image_and_runs_no_tower(
-    layout: dict[str, Any], mixed_dataset: Path, cache: Path, tmp_path: Path
+    layout: dict[str, Any], shape: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    online = settings_of(mixed_dataset, tmp_path / "online", **layout)
+    names = ("mixed_dataset", "cache") if shape == "fixed" else ("shapes_dataset", "shapes_cache")
+    dataset, cache = map(request.getfixturevalue, names)
+    online = settings_of(dataset, tmp_path / "online", **layout)
+    online = online if shape == "fixed" else native(online)
     ranks = 2 if layout else 1
     run_ranks(train, ranks, online, start_gloo=False)
-    blind = without_images(mixed_dataset, tmp_path / "blind")
+    blind = without_images(dataset, tmp_path / "blind")
     data = replace(online.data, datasets=(str(blind),), features=(str(cache),))
     data = replace(data, validation_path=str(blind), validation_features=str(cache))
     cached = replace(online, data=data, run=replace(online.run, dir=str(tmp_path / "cached")))
