@@ -15,7 +15,7 @@ files into the page cache. Ratios are of medians. Exit code 1 if a stated ratio 
 - preprocess: JSON and images to shards: ours with Ray, ours in one process, and Ray Data's `map_batches` with
   `write_webdataset` and the same checks (also with Pillow's decoding). Ray runs already. Ours syncs every shard to the disk and
   hashes it, Ray Data does neither.
-- pack: how full packs of 2,048 text tokens and 46 images are, of the budget that binds, for lengths like LLaVA's.
+- pack: how full packs of 2,048 text tokens and 46 images of 729 tokens are, of the budget that binds, for lengths like LLaVA's.
 """
 
 from __future__ import annotations
