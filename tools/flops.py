@@ -18,8 +18,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from himix_megatron.config import Config, Count, CountOrZero, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
-from himix_megatron.costs.flops import StepFlops, Work, forward_flops, step_flops, tower_flops
+from himix_megatron.config import (
+    Config,
+    Count,
+    CountOrZero,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Positive,
+    TrainConfig,
+    VisionConfig,
+)
+from himix_megatron.costs.flops import StepFlops, Work, forward_flops, image_flops, patches_of, step_flops
 from himix_megatron.costs.memory import GIB, MicroBatch, RankMemory, model_parameters, rank_memory
 from pipelines.cli import load_recipe, parse_settings, run_main
 from pipelines.flags import Word
@@ -58,6 +68,9 @@ class Arguments:
     """Text tokens of a sample. None: the recipe's usual number, else 64."""
     images: CountOrZero = 1
     """Images of a sample."""
+    vision_tokens: Positive | None = None
+    """Mean vision tokens of an image. None: those of the tower's largest image, which are every image's where its size is
+    fixed."""
     label_share: float = 0.5
     """Share of the text tokens that have a label and go through the head in training."""
     micro_batch: Count | None = None
@@ -108,6 +121,15 @@ def _bare(sizes: dict[str, Any]) -> Config:
     )
 
 
+def mean_vision_tokens(vision: VisionConfig, given: float | None) -> float:
+    """--vision-tokens as given, or those of the tower's largest image. Raises: ValueError if no images can have that mean."""
+    most = vision.max_tokens_per_image
+    if given is not None and (given > most or (given < most and vision.has_fixed_size)):
+        wanted = f"all its images have {most}" if vision.has_fixed_size else f"its largest image has {most}"
+        raise ValueError(f"--vision-tokens is {given:g}, but the tower is {vision.tower}: {wanted}")
+    return float(most) if given is None else given
+
+
 @dataclass(frozen=True)
 class Comparison:
     """HiMix and vanilla on one sample."""
@@ -119,20 +141,20 @@ class Comparison:
     step: tuple[StepFlops, StepFlops]
 
 
-def compare(config: Config, text: float, images: float, labels: float) -> Comparison:
-    """The four counts. `labels`: tokens that go through the head in a training step."""
-    vision = images * config.vision.tokens_per_image
+def compare(config: Config, text: float, images: float, labels: float, each: float | None = None) -> Comparison:
+    """The four counts. `labels`: tokens that go through the head in a training step; `each`: as `mean_vision_tokens`."""
+    each = mean_vision_tokens(config.vision, each)
+    vision, encoding = images * each, Work.encoding([patches_of(config.vision, each)]) * images
     lengths = ([text], [vision])
     full = (
         Work.of(*lengths, head_tokens=text, causal=False),
         Work.concatenated(*lengths, head_tokens=text + vision, causal=False),
     )
     causal = Work.of(*lengths, head_tokens=text), Work.concatenated(*lengths, head_tokens=text)
-    tower = images * tower_flops(config.vision)
-    trained = (
-        Work.of(*lengths, head_tokens=labels, images=images),
-        Work.concatenated(*lengths, head_tokens=labels, images=images),
-    )
+    tower = forward_flops(config, encoding).tower
+    trained = [
+        work + encoding for work in (Work.of(*lengths, head_tokens=labels), Work.concatenated(*lengths, head_tokens=labels))
+    ]
     himix, vanilla = (forward_flops(config, work).language for work in causal)
     return Comparison(
         paper=tuple(forward_flops(config, work).language for work in full),  # type: ignore[arg-type]
@@ -158,18 +180,18 @@ def _ratio(pair: tuple[float, float]) -> float:
     return pair[1] / pair[0]
 
 
-def table(config: Config, text: int, images: int, label_share: float, micro_batch: int) -> Iterator[str]:
-    """A recipe's or given sizes' table."""
+def table(config: Config, text: int, images: int, each: float, label_share: float, micro_batch: int) -> Iterator[str]:
+    """A recipe's or given sizes' table. `each`: mean vision tokens of an image."""
     vision, own = config.vision, model_parameters(config)
     yield (
-        f"{config.recipe}: {text} text tokens, {images} image{'' if images == 1 else 's'} of {vision.tokens_per_image} tokens "
+        f"{config.recipe}: {text} text tokens, {images} image{'' if images == 1 else 's'} of {each:g} tokens "
         f"({vision.tower}), trains {', '.join(config.train.trainable_parts)}"
     )
     yield (
         f"parameters: {_count(own.total)}: language {_count(own.language)}, vision K/V {_count(own.vision_kv)}, tower "
         f"{_count(own.tower)}; trained {_count(own.trained(config))}"
     )
-    found = compare(config, text, images, label_share * text)
+    found = compare(config, text, images, label_share * text, each)
     yield f"{'GFLOP of one sample':<44}{'HiMix':>10}{'vanilla':>10}{'ratio':>7}"
     steps = found.step
     for what, himix, vanilla in (
@@ -181,12 +203,11 @@ def table(config: Config, text: int, images: int, label_share: float, micro_batc
         ("step, with what is recomputed: hardware FLOPs", steps[0].hardware, steps[1].hardware),
     ):
         yield f"{what:<44}{himix / 1e9:>10.1f}{vanilla / 1e9:>10.1f}{vanilla / himix:>7.1f}"
-    yield from _memory(config, text, images, micro_batch)
+    yield from _memory(config, text, images * each, micro_batch)
 
 
-def _memory(config: Config, text: int, images: int, micro_batch: int) -> Iterator[str]:
-    """Memory of one rank that holds the whole model."""
-    tokens = images * config.vision.tokens_per_image
+def _memory(config: Config, text: int, vision: float, micro_batch: int) -> Iterator[str]:
+    """Memory of one rank that holds the whole model, at so many text and vision tokens a sample."""
     single = replace(
         config,
         parallel=replace(config.parallel, tensor=1, pipeline=1, virtual_pipeline=1, sequence=False),
@@ -194,10 +215,10 @@ def _memory(config: Config, text: int, images: int, micro_batch: int) -> Iterato
     )
     himix, vanilla = (
         rank_memory(
-            single, 0, data_size=1, images_per_step=images * micro_batch,
+            single, 0, data_size=1, vision_tokens_per_step=vision * micro_batch,
             micro_batch=MicroBatch(text_tokens=micro_batch * s, vision_tokens=micro_batch * n, rows=micro_batch),
         )
-        for s, n in ((text, tokens), (text + tokens, 0))
+        for s, n in ((text, vision), (text + vision, 0))
     )  # fmt: skip
     yield f"{f'GiB on one GPU, micro-batch of {micro_batch}':<44}{'HiMix':>10}{'vanilla':>10}{'ratio':>7}"
     for what in (*RankMemory.__dataclass_fields__, "total"):
@@ -211,26 +232,27 @@ def _count(number: float) -> str:
     return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"
 
 
-def plot(config: Config, text: int, images: int, path: Path) -> None:
-    """Decoder FLOPs of a sample's forward pass: over its text's length, and over its number of images."""
+def plot(config: Config, text: int, images: int, each: float, path: Path) -> None:
+    """Decoder FLOPs of a sample's forward pass: over its text's length, and over its number of images, of `each` tokens."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    tower = image_flops(config.vision, patches_of(config.vision, each))
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
     lengths, counts = [16 * 2 ** (k / 4) for k in range(29)], list(range(1, 17))
     for axis, places, samples, title in (
         (left, lengths, [(s, images) for s in lengths], f"text tokens ({images} image{'' if images == 1 else 's'})"),
         (right, counts, [(text, k) for k in counts], f"images ({text} text tokens)"),
     ):
-        found = [compare(config, s, k, s) for s, k in samples]
+        found = [compare(config, s, k, s, each) for s, k in samples]
         for way, style in (("paper", "--"), ("honest", "-")):
             for which, name, colour in ((1, "vanilla", "tab:red"), (0, "HiMix", "tab:blue")):
                 values = [getattr(item, way)[which] / 1e9 for item in found]
                 label = f"{name}, {'honest' if way == 'honest' else 'the way of the paper'}"
                 axis.plot(places, values, style, color=colour, label=label)
-        axis.plot(places, [k * tower_flops(config.vision) / 1e9 for _, k in samples], ":", color="grey", label="tower")
+        axis.plot(places, [k * tower / 1e9 for _, k in samples], ":", color="grey", label="tower")
         axis.set_xlabel(title)
         axis.set_yscale("log")
         axis.grid(visible=True, alpha=0.3)
@@ -264,10 +286,11 @@ def main() -> int:
     config = config_of(arguments)
     text = arguments.text_tokens or (config.parallel.split_text_tokens if arguments.recipe else PAPER_TEXT_TOKENS)
     micro_batch = arguments.micro_batch or config.micro_batch
-    for line in table(config, text, arguments.images, arguments.label_share, micro_batch):
+    each = mean_vision_tokens(config.vision, arguments.vision_tokens)
+    for line in table(config, text, arguments.images, each, arguments.label_share, micro_batch):
         print(line)
     if arguments.plot is not None:
-        plot(config, text, arguments.images, arguments.plot)
+        plot(config, text, arguments.images, each, arguments.plot)
         print(f"plot: {arguments.plot}")
     return 0
 

@@ -22,6 +22,7 @@ from himix_megatron.costs.memory import GIB, RankMemory
 from pipelines.cli import load_recipe, parse_settings, run_main
 from pipelines.flags import Word
 from pipelines.recipes import RECIPES
+from tools.flops import mean_vision_tokens
 from tools.planner.layouts import Plan, Sample, plans
 from tools.planner.machine import Machine, machine_named, machine_of_file
 
@@ -56,14 +57,17 @@ class Arguments:
     """Samples (with packing: packs) of a step. None: the recipe's."""
     pack_max_text_tokens: Count | None = None
     """Text tokens of a pack. None: the recipe's."""
-    pack_max_images: Count | None = None
-    """Images of a pack."""
+    pack_max_vision_tokens: Count | None = None
+    """Vision tokens of a pack."""
     text_tokens: Positive | None = None
     """Text tokens of a usual sample. None: the recipe's."""
     longest_text: Count | None = None
     """Text tokens of the longest sample. None: the recipe's data.max_text_tokens."""
     images: ZeroOrMore = 1.0
     """Images of a usual sample."""
+    vision_tokens: Positive | None = None
+    """Mean vision tokens of an image. None: those of the tower's largest image, which are every image's where its size is
+    fixed."""
     label_share: float = 0.5
     """Share of the text tokens that have a label."""
     price_per_gpu_hour: Positive = 2.0
@@ -80,8 +84,8 @@ def check(arguments: Arguments) -> None:
         raise ValueError(f"no recipe given: there are {', '.join(RECIPES)}; or --compare published")
     if arguments.gpus is None:
         raise ValueError("--gpus must be given: how many GPUs there are")
-    if (arguments.pack_max_text_tokens is None) != (arguments.pack_max_images is None):
-        raise ValueError("packing has two budgets: give both --pack-max-text-tokens and --pack-max-images, or neither")
+    if (arguments.pack_max_text_tokens is None) != (arguments.pack_max_vision_tokens is None):
+        raise ValueError("packing has two budgets: give both --pack-max-text-tokens and --pack-max-vision-tokens, or neither")
     if not 0 < arguments.label_share <= 1:
         raise ValueError(f"--label-share is {arguments.label_share}: wanted above 0, at most 1")
     if arguments.gpus > arguments.gpus_per_node and arguments.gpus % arguments.gpus_per_node:
@@ -101,7 +105,7 @@ def settings(arguments: Arguments) -> tuple[Config, Sample]:
         data = replace(
             data,
             pack_max_text_tokens=arguments.pack_max_text_tokens,
-            pack_max_images=arguments.pack_max_images,
+            pack_max_vision_tokens=arguments.pack_max_vision_tokens,
             max_text_tokens=longest,
         )
         if batch is None and not config.data.packs:
@@ -114,7 +118,13 @@ def settings(arguments: Arguments) -> tuple[Config, Sample]:
     if longest < text:
         raise ValueError(f"--longest-text ({longest}) is below --text-tokens ({text:g})")
     config = replace(config, parallel=replace(config.parallel, split_text_tokens=max(1, round(text))))
-    sample = Sample(text_tokens=text, longest_text=longest, images=arguments.images, label_share=arguments.label_share)
+    sample = Sample(
+        text_tokens=text,
+        longest_text=longest,
+        images=arguments.images,
+        vision_tokens=mean_vision_tokens(config.vision, arguments.vision_tokens),
+        label_share=arguments.label_share,
+    )
     return config, sample
 
 
@@ -180,7 +190,7 @@ def stages(plan: Plan) -> Iterator[str]:
 def command(plan: Plan, node_size: int) -> str:
     """The command that runs it: torchrun on one node, sbatch on several."""
     config, layout, data = plan.config, plan.layout, plan.config.data
-    packing = ("pack_max_text_tokens", "pack_max_images", "max_text_tokens")
+    packing = ("pack_max_text_tokens", "pack_max_vision_tokens", "max_text_tokens")
     values = {
         config.batch_flags[0]: config.global_batch,
         **({f"data.{name}": getattr(data, name) for name in packing} if data.packs else {}),
@@ -213,7 +223,8 @@ def plan(arguments: Arguments) -> None:
     batch = f"{config.global_batch} {'packs' if config.data.packs else 'samples'}"
     print(
         f"{config.recipe} on {arguments.gpus} x {machine.name}: {batch} a step, {sample.text_tokens:g} text tokens (longest "
-        f"{sample.longest_text}) and {sample.images:g} images a sample; {len(found)} layouts fit"
+        f"{sample.longest_text}) and {sample.images:g} images of {sample.vision_tokens:g} vision tokens a sample; "
+        f"{len(found)} layouts fit"
     )
     for line in table(found, machine, arguments.price_per_gpu_hour, arguments.show):
         print(line)

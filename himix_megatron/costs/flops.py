@@ -57,6 +57,11 @@ def image_flops(vision: VisionConfig, num_patches: float) -> float:
     return _tower_flops(vision, images=1, patches=num_patches, patch_pairs=num_patches**2)
 
 
+def patches_of(vision: VisionConfig, vision_tokens: float) -> float:
+    """Patches that give so many vision tokens, at the tower's ratio in its largest image."""
+    return vision_tokens * vision.max_patches_per_image / vision.max_tokens_per_image
+
+
 def _tower_flops(vision: VisionConfig, *, images: float, patches: float, patch_pairs: float) -> float:
     """Up to the layer whose output is taken (class tokens counted)."""
     width, extra = vision.hidden_size, TOWERS[vision.tower].class_tokens

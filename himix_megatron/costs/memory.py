@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 from ..config import Config
 from ..config.families import FAMILIES
 from ..config.towers import TOWERS
-from .flops import chunk_layers
+from .flops import chunk_layers, patches_of
 
 GIB = 2**30
 VOCAB_MULTIPLE = 128
@@ -24,6 +24,8 @@ Each chunk writes a gradient of the head's whole weight and adds it to the sum."
 MAX_LOGITS = 2**31
 """Most logits of a rank that are kept for the backward pass where the cross-entropy needs nothing beside them and writes its
 gradient over them: 4 GiB in bf16. Above, chunks of an eighth of this."""
+IMAGES_PER_FORWARD = 64
+"""A frozen tower encodes at most as many vision tokens at once as this many of its largest images have."""
 FIXED_BYTES = 2.5 * GIB
 """CUDA context, NCCL's buffers and cuBLAS's workspaces: an allowance, not measured here."""
 FRAGMENTS = 0.05
@@ -158,11 +160,11 @@ def chunks_under_way(config: Config, stage: int, num_micro_batches: int) -> int:
 
 
 def rank_memory(
-    config: Config, stage: int, *, data_size: int, micro_batch: MicroBatch, images_per_step: float, on_gpu: bool = True
+    config: Config, stage: int, *, data_size: int, micro_batch: MicroBatch, vision_tokens_per_step: float, on_gpu: bool = True
 ) -> RankMemory:
     """Bytes of a rank of `stage`.
 
-    Args: micro_batch: the largest one; images_per_step: of one replica.
+    Args: micro_batch: the largest one; vision_tokens_per_step: of one replica.
     """
     parallel, train, vision = config.parallel, config.train, config.vision
     size = 2 if train.precision == "bf16" else 4
@@ -190,11 +192,11 @@ def rank_memory(
             kept = size * (chunk + ("language" in train.trainable_parts) * rows * config.model.hidden_size)
             logits = kept if config.model.layer_spec != "torch" else max(logits, kept)
         logits += 3 * size * text
-    features = 2 * images_per_step * vision.max_tokens_per_image * vision.hidden_size * size
+    features = 2 * vision_tokens_per_step * vision.hidden_size * size
     if not config.data.features:
-        share = images_per_step / (parallel.tensor * parallel.pipeline)
-        inner = vision.max_tokens_per_image * (6 * vision.hidden_size + vision.ffn_hidden_size)
-        features += min(64.0, share) * inner * size
+        share = vision_tokens_per_step / (parallel.tensor * parallel.pipeline)
+        patches = patches_of(vision, min(IMAGES_PER_FORWARD * vision.max_tokens_per_image, share))
+        features += patches * (6 * vision.hidden_size + vision.ffn_hidden_size) * size
     found = RankMemory(
         weights=size * own.total,
         gradients=4 * trained,

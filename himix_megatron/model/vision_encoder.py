@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..costs.memory import IMAGES_PER_FORWARD
 from ..data.loading.image_table import ImageTable, divide_images, token_batches
 from ..distributed.topology import Topology
 from .stage_input import to_device
@@ -49,7 +50,7 @@ class ShardedVisionEncoder:
         *,
         device: torch.device | None = None,
         place: tuple[int, int] | None = None,
-        max_images_per_forward: int = 64,
+        max_images_per_forward: int = IMAGES_PER_FORWARD,
     ) -> None:
         """Args:
         group: the replica's ranks; None: this rank has all the images by itself.

@@ -282,6 +282,8 @@ def interval_points(
     for name, number in rates.items():
         points[f"throughput/{name}_per_second"] = number / interval.seconds
         points[f"throughput/{name}_per_second_per_rank"] = number / interval.seconds / len(ranks)
+    if rates["images"]:
+        points["data/vision_tokens_per_image"] = rates["vision_tokens"] / rates["images"]
     points |= gradient_points(config, ranks, grad_norm)
     points |= compute_points(config, ranks, interval.seconds, peak)
     points |= fill_points(config, ranks, interval.packs)
@@ -327,7 +329,7 @@ def compute_points(config: Config, ranks: Sequence[RankSums], seconds: float, pe
 
 
 def fill_points(config: Config, ranks: Sequence[RankSums], packs: int) -> dict[str, float]:
-    """The share of text positions and image slots that was filled, and the share of computed tokens that was padding."""
+    """The share of the places for text and vision tokens that was filled, and the share of computed tokens that was padding."""
     points = {"data/text_packing_efficiency": sum(rank.text_tokens for rank in ranks) / sum(rank.positions for rank in ranks)}
     real = sum(rank.text_tokens + rank.vision_tokens for rank in ranks)
     points["compute/padding_fraction"] = 1 - real / sum(rank.computed_tokens for rank in ranks)

@@ -41,9 +41,10 @@ PAGES = {
         "samples and images per second": ["throughput/(samples|images)_per_second$"],
         "model TFLOP/s and GPU": [r"compute/\w+_tflops_per_second_per_rank"],
         "MFU": [r"compute/\w+_mfu"],
+        "vision tokens of an image": ["data/vision_tokens_per_image"],
         "seconds of a step": ["time/step_seconds", "time/data_wait_seconds", r"pipeline/stage_\d+_busy_seconds"],
         "busy stages and bubble": [r"pipeline/stage_\d+_busy_fraction", "pipeline/bubble_fraction"],
-        "fill of packs or rows, share of padding": ["data/(text|image)_packing_efficiency", "compute/padding_fraction"],
+        "fill of packs or rows, share of padding": ["data/(text|vision)_packing_efficiency", "compute/padding_fraction"],
     },
     "Is it healthy?": {
         "wall time by cause": [r"goodput/\w+_seconds"],

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from himix_megatron.config import Config, current_fields, from_json, to_json
-from himix_megatron.config.serialization import RENAMED_FIELDS, VERSION
+from himix_megatron.config.serialization import COUNTED_IMAGES, RENAMED_FIELDS, VERSION
+from himix_megatron.training.resume import _check_continues
 from pipelines.recipes import RECIPES
 
 
@@ -20,6 +23,8 @@ def version_0(config: Config) -> dict[str, Any]:
     for old, new in RENAMED_FIELDS.items():
         section, name = new.split(".")
         tree[section][old.split(".")[1]] = tree[section].pop(name)
+    vision_tokens = tree["data"].pop("pack_max_vision_tokens")
+    tree["data"]["pack_images"] = vision_tokens and vision_tokens // 729
     tree["data"]["too_long"] = {"truncate": "cut"}.get(tree["data"]["too_long"], tree["data"]["too_long"])
     tree["train"]["fp8"] = {"tensorwise": "hybrid"}.get(tree["train"]["fp8"], tree["train"]["fp8"])
     return tree
@@ -31,7 +36,7 @@ def test_settings_without_a_version_are_read_by_their_old_names() -> None:
         recipe,
         replace(
             recipe,
-            data=replace(recipe.data, datasets=("a", "b"), pack_max_text_tokens=4096, pack_max_images=16),
+            data=replace(recipe.data, datasets=("a", "b"), pack_max_text_tokens=4096, pack_max_vision_tokens=16 * 729),
             train=replace(recipe.train, global_batch_samples=None, global_batch_packs=8, fp8="tensorwise"),
             checkpoint=replace(recipe.checkpoint, init_from="runs/start"),
             run=replace(recipe.run, ignore_stop_file=True),
@@ -45,6 +50,43 @@ def test_settings_without_a_version_are_read_by_their_old_names() -> None:
         assert from_json(json.dumps(tree)) == config
 
 
+@pytest.mark.parametrize(("images", "vision_tokens"), [(26, 18954), (None, None)])
+def test_a_packs_budget_in_images_is_read_as_one_in_vision_tokens(images: int | None, vision_tokens: int | None) -> None:
+    recipe = RECIPES["llama3_2_1b_instruct"]()
+    data = replace(recipe.data, pack_max_text_tokens=images and 8192, pack_max_vision_tokens=vision_tokens)
+    train = replace(recipe.train, global_batch_samples=None, global_batch_packs=8) if images else recipe.train
+    config = replace(recipe, data=data, train=train)
+    tree = json.loads(to_json(config))
+    assert "pack_max_images" not in tree["data"]
+    del tree["data"]["pack_max_vision_tokens"]
+    tree["data"]["pack_max_images"] = images
+    assert from_json(json.dumps(tree | {"version": 1})) == config
+    assert from_json(json.dumps(version_0(config))) == config
+    with pytest.raises(ValueError, match=r"has a field data\.pack_max_images, which this program does not know"):
+        from_json(json.dumps(tree))
+
+
+def test_a_checkpoint_with_a_budget_in_images_continues_at_as_many_vision_tokens(tmp_path: Path) -> None:
+    recipe = RECIPES["llama3_2_1b_instruct"]()
+    names = {"data.pack_max_text_tokens": 8192, "train.seed": 1}
+    position: dict[str, Any] = {"step": 3, "place": {"epoch": 0, "window": 0, "pack": 0}}
+    description = {"parts": recipe.train.trainable_parts, "distributed_optimizer": True, "position": position}
+
+    def check(stored: dict[str, Any], vision_tokens: int | None) -> None:
+        position["data"] = names | stored
+        plan: Any = SimpleNamespace(fingerprint_fields=lambda: names | {"data.pack_max_vision_tokens": vision_tokens})
+        _check_continues(recipe, plan, tmp_path, description)
+
+    for old in COUNTED_IMAGES:
+        check({old: 26}, 26 * 729)
+        check({old: None}, None)
+        with pytest.raises(
+            ValueError, match=r"pack_max_vision_tokens changed from 18954 to 18955, which changes the data order"
+        ):
+            check({old: 26}, 18955)
+    check({"data.pack_max_vision_tokens": 18955}, 18955)
+
+
 def test_an_old_name_is_no_name_of_today() -> None:
     for old, new in RENAMED_FIELDS.items():
         assert current_fields({old: 1}) == current_fields({new: 1}) == {new: 1}
@@ -53,7 +95,7 @@ def test_an_old_name_is_no_name_of_today() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"version": VERSION + 1}, f"config.json has version {VERSION + 1}: this program reads versions 0 and {VERSION}"),
+        ({"version": VERSION + 1}, f"config.json has version {VERSION + 1}: this program reads versions 0 to {VERSION}"),
         ({"version": "new"}, "config.json has version new"),
         ({"video": {}}, "config.json has a field video, which this program does not know"),
         ({"run": {"dir": None, "stepz": 3}}, "config.json has a field run.stepz, which this program does not know"),

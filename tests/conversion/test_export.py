@@ -262,6 +262,7 @@ def reference_to_hf(file: Path, out: Path) -> list[int]:
     recomputing the whole text at each."""
     from himix_megatron.conversion.authors_layout import from_authors, to_authors
     from himix_megatron.conversion.sharding import gather, scatter
+    from himix_megatron.data.loading.image_table import ImageTable
     from himix_megatron.distributed.fused_kernels import detect
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
     from himix_megatron.model.himix_model import build_model_chunks
@@ -276,7 +277,9 @@ def reference_to_hf(file: Path, out: Path) -> list[int]:
     scatter(model_chunks, from_authors(reference.weights, config.model), topology)
     ids = reference.tensors["input_ids"][:1]
     for _ in range(8):
-        given = StageInput(ids, reference.tensors["vision"][:1].float(), torch.zeros(1, dtype=torch.bool), (1,))
+        features = reference.tensors["vision"][0].float()
+        images = ImageTable.of_features([[len(features)]])
+        given = StageInput(ids, features, torch.zeros(1, dtype=torch.bool), images)
         (logits,) = run_logits(model_chunks, [given], lambda _, logits: logits)
         ids = torch.cat((ids, logits[:, -1:, : config.model.vocab_size].argmax(-1)), dim=1)
     weights = to_authors(gather(model_chunks, lambda parameter: parameter, topology, config.model.vocab_size), config.model)

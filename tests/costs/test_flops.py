@@ -20,11 +20,12 @@ from himix_megatron.costs.flops import (
     chunk_layers,
     forward_flops,
     head_flops,
+    image_flops,
     layer_flops,
     stage_flops,
     step_flops,
-    tower_flops,
 )
+from himix_megatron.data.loading.image_table import ImageTable, blank_pixels
 from pipelines.recipes import RECIPES
 from tests.support.ranks import run_ranks
 from tests.support.small_runs import history, small_config, train
@@ -92,9 +93,10 @@ def counted_step(config: Config, packed: bool) -> tuple[int, int]:
     pixels = torch.zeros(sum(IMAGES), 3, 160, 160, dtype=torch.uint8)
     blank = torch.zeros(len(pixels), dtype=torch.bool)
     trains = "tower" in config.train.trainable_parts
-    images = pixels if trains else torch.randn(len(pixels), config.vision.tokens_per_image, config.vision.hidden_size)
+    table = ImageTable.of(config.vision, [[config.vision.blank_size] * count for count in IMAGES])
+    images = pixels if trains else torch.randn(sum(table.tokens), config.vision.hidden_size)
     with counter() as counted, sdpa_kernel(SDPBackend.MATH):
-        losses = unwrap_model(stages[0])(ids, images, blank, IMAGES, labels=labels, packed_lengths=TEXTS if packed else None)
+        losses = unwrap_model(stages[0])(ids, images, blank, table, labels=labels, packed_lengths=TEXTS if packed else None)
         losses.sum().backward()
     shutdown_distributed()
     return int(counted.get_total_flops()), int((labels >= 0).sum())
@@ -108,14 +110,15 @@ def test_a_steps_operations_are_those_that_torch_counts(stage: str, recompute: s
     config = counted_config(STAGES[stage], recompute)
     [(counted, labels)] = run_ranks(counted_step, 1, config, packed, start_gloo=False)
     texts = TEXTS if packed else [max(TEXTS)] * len(TEXTS)
-    visions = [count * config.vision.tokens_per_image for count in IMAGES]
+    visions = [count * config.vision.max_tokens_per_image for count in IMAGES]
     images = sum(IMAGES) if "tower" in config.train.trainable_parts else 0  # elsewhere the features were given
-    found = step_flops(config, Work.of(texts, visions, head_tokens=labels, images=images, causal=False))
+    encoding = Work.encoding([config.vision.max_patches_per_image] * images)
+    found = step_flops(config, Work.of(texts, visions, head_tokens=labels, causal=False) + encoding)
     assert found.hardware == pytest.approx(counted, rel=0.01)
     assert found.model < counted
 
 
-@pytest.mark.parametrize("kind", ["siglip", "clip", "tiny"])
+@pytest.mark.parametrize("kind", ["siglip", "clip", "tiny", "tiny_native"])
 def test_a_towers_operations_are_those_that_torch_counts(kind: Any) -> None:
     from himix_megatron.model.towers import build_tower
 
@@ -123,9 +126,26 @@ def test_a_towers_operations_are_those_that_torch_counts(kind: Any) -> None:
         tower=kind, image_size=42, patch_size=14, hidden_size=64, num_layers=3, num_attention_heads=4, ffn_hidden_size=96
     )
     tower = build_tower(config, seed=0, dtype=torch.float32)
+    table = ImageTable.of(config, [[config.input_size(300, 200), config.input_size(50, 300)]])
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter() as counted:
-        tower(torch.zeros(2, 3, 42, 42, dtype=torch.uint8), torch.zeros(2, dtype=torch.bool))
-    assert 2 * tower_flops(config) == pytest.approx(counted.get_total_flops(), rel=0.01)
+        tower.features(blank_pixels(table, config), torch.zeros(2, dtype=torch.bool), table.sizes)
+    wanted = [image_flops(config, config.num_patches(size)) for size in table.sizes]
+    assert sum(wanted) == pytest.approx(counted.get_total_flops(), rel=0.01)
+    assert len(set(wanted)) == (1 if config.has_fixed_size else 2)
+
+
+def test_images_of_different_sizes_cost_the_sum_of_their_own() -> None:
+    config = RECIPES["llama3_2_1b_instruct"]()
+    config = replace(config, train=replace(config.train, trainable_parts=("language", "vision_kv", "tower")))
+    one, other = (
+        Work.of([text], [vision], head_tokens=text) + Work.encoding([vision]) for text, vision in ((40, 729), (70, 96))
+    )
+    both = Work.of([40, 70], [729, 96], head_tokens=110) + Work.encoding([729, 96])
+    assert step_flops(config, both).hardware == pytest.approx(
+        step_flops(config, one).hardware + step_flops(config, other).hardware
+    )
+    tower = image_flops(config.vision, 729) + image_flops(config.vision, 96)
+    assert forward_flops(config, both).tower == forward_flops(config, one + other).tower == pytest.approx(tower)
 
 
 def test_causal_attention_worked_by_hand() -> None:
@@ -164,8 +184,10 @@ def test_the_mask_shows_as_many_pairs_as_are_counted() -> None:
 
 
 def test_work_of_parts_adds_up() -> None:
-    parts = [Work.of([n], [100], head_tokens=n // 2, images=1) for n in (10, 20, 30)]
-    assert parts[0] + parts[1] + parts[2] == Work.of([10, 20, 30], [100] * 3, head_tokens=30, images=3)
+    parts = [Work.of([n], [100], head_tokens=n // 2) + Work.encoding([n]) for n in (10, 20, 30)]
+    whole = Work.of([10, 20, 30], [100] * 3, head_tokens=30) + Work.encoding([10, 20, 30])
+    assert parts[0] + parts[1] + parts[2] == whole
+    assert whole + whole == whole * 2
 
 
 # ---- stages ------------------------------------------------------------------------------------------------------------

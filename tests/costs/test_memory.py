@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from himix_megatron.config import Config
+from himix_megatron.config import Config, ParallelConfig
 from himix_megatron.costs.memory import (
     MicroBatch,
     chunks_under_way,
@@ -19,6 +19,7 @@ from himix_megatron.costs.memory import (
     rank_memory,
     rank_parameters,
 )
+from himix_megatron.data.loading.image_table import ImageTable
 from pipelines.recipes import RECIPES
 from tests.support.ranks import run_ranks
 from tests.support.small_runs import small_config
@@ -72,7 +73,7 @@ def test_a_language_model_has_as_many_parameters_as_it_is_known_for(family: str,
     assert model_parameters(RECIPES[f"{family}_align"]()).language == pytest.approx(millions * 1e6, rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["siglip", "clip", "tiny"])
+@pytest.mark.parametrize("kind", ["siglip", "clip", "tiny", "tiny_native"])
 def test_a_towers_parameters_are_counted(kind: Any) -> None:
     from himix_megatron.costs.memory import tower_parameters
     from himix_megatron.model.towers import build_tower
@@ -106,9 +107,10 @@ def kept_by_layers(config: Config) -> float:
             return tensor
 
         ids = torch.randint(260, (SAMPLES, TEXT), generator=torch.Generator().manual_seed(0))
-        images = torch.randn(SAMPLES, VISION, config.vision.hidden_size)
+        features = torch.randn(SAMPLES * VISION, config.vision.hidden_size)
+        images = ImageTable.of_features([[VISION]] * SAMPLES)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            losses = model(ids, images, torch.zeros(SAMPLES, dtype=torch.bool), (1,) * SAMPLES, labels=ids)
+            losses = model(ids, features, torch.zeros(SAMPLES, dtype=torch.bool), images, labels=ids)
         losses.sum().backward()
         found.append(sum(kept.values()))
     shutdown_distributed()
@@ -137,7 +139,7 @@ def test_a_stage_holds_as_many_micro_batches_as_its_schedule_has_under_way() -> 
 
 def test_a_distributed_optimizer_holds_its_share() -> None:
     config = RECIPES["llama3_2_3b_instruct"]()
-    sizes = {"micro_batch": MicroBatch(text_tokens=2048, vision_tokens=729), "images_per_step": 8}
+    sizes = {"micro_batch": MicroBatch(text_tokens=2048, vision_tokens=729), "vision_tokens_per_step": 8 * 729}
     one, eight = (rank_memory(config, 0, data_size=size, **sizes) for size in (1, 8))  # type: ignore[arg-type]
     assert one.optimizer == 8 * eight.optimizer
     assert one.gradients == eight.gradients
@@ -146,11 +148,25 @@ def test_a_distributed_optimizer_holds_its_share() -> None:
     assert (one.optimizer, one.gradients) == (12 * trained, 4 * trained)
 
 
+def test_the_towers_memory_is_bounded_by_what_it_encodes_at_once() -> None:
+    config = RECIPES["llama3_2_1b_instruct"]()
+    config, vision = replace(config, parallel=ParallelConfig()), config.vision
+    largest = MicroBatch(text_tokens=2048, vision_tokens=729)
+
+    def features(tokens: float) -> float:
+        return rank_memory(config, 0, data_size=1, micro_batch=largest, vision_tokens_per_step=tokens).features
+
+    held, inner = 2 * 2 * vision.hidden_size, 2 * (6 * vision.hidden_size + vision.ffn_hidden_size)
+    for images in (1, 64, 65, 200):  # bf16: this step's features and the next one's; 64 images at once
+        assert features(729 * images) == 729 * (images * held + min(images, 64) * inner)
+
+
 def test_constants_are_those_of_the_model() -> None:
     from himix_megatron.costs import memory
     from himix_megatron.distributed import megatron_config
-    from himix_megatron.model import loss
+    from himix_megatron.model import loss, vision_encoder
 
     assert megatron_config.padded_vocab is memory.padded_vocab
     assert (memory.CHUNK_LOGITS, memory.GPU_CHUNK_LOGITS) == (loss.CHUNK_LOGITS, loss.GPU_CHUNK_LOGITS)
     assert memory.MAX_LOGITS == loss.MAX_LOGITS
+    assert vision_encoder.IMAGES_PER_FORWARD is memory.IMAGES_PER_FORWARD

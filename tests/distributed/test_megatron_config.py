@@ -199,7 +199,7 @@ def test_the_log_says_what_a_run_is_computed_with() -> None:
 
 def test_cuda_graphs_are_refused_where_they_cannot_be_recorded() -> None:
     recipe = RECIPES["qwen2_0_5b_instruct"]()
-    data = replace(recipe.data, pack_max_text_tokens=8192, pack_max_images=32)
+    data = replace(recipe.data, pack_max_text_tokens=8192, pack_max_vision_tokens=23328)
     train = replace(recipe.train, global_batch_samples=None, global_batch_packs=4, cuda_graphs="on")
     config = replace(recipe, data=data, train=train)
     with pytest.raises(ValueError, match=r"there is no GPU here: use --train\.cuda-graphs off"):

@@ -116,7 +116,7 @@ def see() -> list[int]:
     features = tower(torch.randint(256, (2, 3, size, size), dtype=torch.uint8), torch.tensor([False, True]))
     assert torch.isfinite(features).all()
     assert len({tuple(row) for row in tower.position[0].tolist()}) == features.shape[1], "two patches share a position"
-    sizes = [config.vision.tokens_per_image, config.vision.hidden_size]
+    sizes = [config.vision.max_tokens_per_image, config.vision.hidden_size]
     return [*features.shape, *sizes, sum(p.numel() for p in tower.parameters()), tower_parameters(config)]
 
 

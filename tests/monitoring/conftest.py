@@ -29,7 +29,7 @@ def watched_run(tmp_path_factory: pytest.TempPathFactory) -> Config:
             weights=(1.0, 3.0),
             validation_path=str(scenes.heldout),
             pack_max_text_tokens=256,
-            pack_max_images=6,
+            pack_max_vision_tokens=216,
         ),
         train=replace(
             recipe.train,

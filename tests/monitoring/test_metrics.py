@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from himix_megatron.config import Config, ParallelConfig
 from himix_megatron.data.loading.batch import MicroBatch
+from himix_megatron.data.loading.image_table import ImageTable
 from himix_megatron.data.shards.reader import ShardDataset
 from himix_megatron.model.loss import answer_loss
 from himix_megatron.monitoring.metrics import RankSums, StepCounts, fill_points, pipeline_points, source_points
@@ -52,7 +53,7 @@ def test_rates_agree_with_the_ledger(watched_run: Config, run_dir: Path) -> None
         "text_tokens": sum(line["text_tokens"] for line in samples),
         "answer_tokens": sum(line["answer_tokens"] for line in samples),
         "vision_tokens": vision_tokens,
-        "images": vision_tokens / watched_run.vision.tokens_per_image,
+        "images": vision_tokens / watched_run.vision.max_tokens_per_image,
         "samples": len(samples),
     }
     for name, number in expected.items():
@@ -76,7 +77,7 @@ def test_flops_are_those_worked_out_by_hand(watched_run: Config, run_dir: Path) 
         layer += 2 * s * (H * (q + 2 * kv) + q * H + 3 * H * F) + 2 * n * Vh * 2 * kv + 4 * q * (s * (s + 1) / 2 + s * n)
         head += 2 * line["answer_tokens"] * H * V
     decoder = 3 * (model.num_layers * layer + head)
-    n = vision.tokens_per_image
+    n = vision.max_tokens_per_image
     patches = 2 * n * 3 * vision.patch_size**2 * Vh
     layers = vision.num_layers + 1 + vision.feature_layer
     image = layers * (2 * n * (4 * Vh**2 + 2 * Vh * vision.ffn_hidden_size) + 4 * n * n * Vh) + patches
@@ -103,21 +104,25 @@ def test_packs_are_filled_as_the_ledger_says(watched_run: Config, run_dir: Path)
     found, samples = points(run_dir), ledger(run_dir, BEGIN + 1, END)
     packs = (END - BEGIN) * watched_run.global_batch
     text = sum(line["text_tokens"] for line in samples) / (packs * 256)
-    images = sum(line["vision_tokens"] for line in samples) / watched_run.vision.tokens_per_image / (packs * 6)
+    vision = sum(line["vision_tokens"] for line in samples) / (packs * 216)
     assert found["data/text_packing_efficiency"][END].value == pytest.approx(text)
-    assert found["data/image_packing_efficiency"][END].value == pytest.approx(images)
+    assert found["data/vision_packing_efficiency"][END].value == pytest.approx(vision)
+    assert found["data/vision_tokens_per_image"][END].value == watched_run.vision.max_tokens_per_image
 
 
-@pytest.mark.parametrize(("graphs", "text", "images"), [("off", 200, 3), ("on", 256, 8)])
-def test_padding_is_what_is_computed_for_nobody(watched_run: Config, graphs: Any, text: int, images: int) -> None:
+@pytest.mark.parametrize(("graphs", "text", "vision"), [("off", 200, 66), ("on", 256, 4096)])
+def test_padding_is_what_is_computed_for_nobody(watched_run: Config, graphs: Any, text: int, vision: int) -> None:
     train = replace(watched_run.train, trainable_parts=("language",), precision="bf16", recompute="none", cuda_graphs=graphs)
-    config = replace(watched_run, parallel=ParallelConfig(), train=train)
+    vision_config = replace(watched_run.vision, tower="tiny_native")
+    config = replace(watched_run, parallel=ParallelConfig(), train=train, vision=vision_config)
     row = torch.zeros(1, 200, dtype=torch.int64)
-    pack = MicroBatch(row, row, torch.tensor([100, 50]), (1, 2), ("s/a", "s/b"), packed=True)
-    sums, each = RankSums(), config.vision.tokens_per_image
-    sums.add_batch(config, SimpleNamespace(micro_batches=(pack,), blank=torch.zeros(3, dtype=torch.bool)))  # type: ignore[arg-type]
+    images = ImageTable.of(config.vision, [[(48, 48)], [(24, 32), (48, 24)]])  # 36, 12 and 18 tokens
+    pack = MicroBatch(row, row, torch.tensor([100, 50]), images, ("s/a", "s/b"), packed=True)
+    sums, blank = RankSums(), torch.tensor([False, True, False])
+    sums.add_batch(config, SimpleNamespace(micro_batches=(pack,), images=images, blank=blank))  # type: ignore[arg-type]
     found = fill_points(config, [sums, RankSums()], packs=1)["compute/padding_fraction"]
-    assert found == pytest.approx(1 - (150 + 3 * each) / (text + images * each))
+    assert found == pytest.approx(1 - (150 + 66) / (text + vision))
+    assert (sums.images, sums.patches, sums.patch_pairs) == (2, 36 + 18, 36**2 + 18**2)
 
 
 def test_losses_of_the_datasets_make_up_the_loss(watched_run: Config, run_dir: Path) -> None:
@@ -140,14 +145,14 @@ def test_a_dataset_that_was_not_met_has_no_loss() -> None:
 
 
 def test_each_token_counts_for_its_own_dataset() -> None:
-    labels = torch.tensor([[1, -100, 2, 3, -100, -100]])
+    labels, no_images = torch.tensor([[1, -100, 2, 3, -100, -100]]), ImageTable.of_features([[], []])
     losses = torch.tensor([[0.5, 0.0, 2.0, 4.0, 0.0, 0.0]])
-    packed = MicroBatch(labels, labels, torch.tensor([2, 3]), (0, 0), ("s/a", "s/b"), (2, 0), packed=True)
+    packed = MicroBatch(labels, labels, torch.tensor([2, 3]), no_images, ("s/a", "s/b"), (2, 0), packed=True)
     assert packed.token_sources().tolist() == [[2, 2, 0, 0, 0, 0]]
     total, tokens, report = answer_loss(labels, losses, token_sources=packed.token_sources(), num_sources=3)
     assert (total.item(), tokens.item()) == (6.5, 3)
     assert report.tolist() == [6.5, 3, 6.0, 2, 0, 0, 0.5, 1]
-    rows = MicroBatch(labels.view(2, 3), labels.view(2, 3), torch.tensor([3, 1]), (0, 0), ("s/a", "s/b"), (2, 0))
+    rows = MicroBatch(labels.view(2, 3), labels.view(2, 3), torch.tensor([3, 1]), no_images, ("s/a", "s/b"), (2, 0))
     assert rows.token_sources().tolist() == [[2, 2, 2], [0, 0, 0]]
     assert rows.token_sources().is_contiguous()  # pinned memory takes each number once
 

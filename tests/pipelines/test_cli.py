@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import pytest
 
 from himix_megatron.config import differences
-from himix_megatron.config.serialization import RENAMED_FIELDS
+from himix_megatron.config.serialization import COUNTED_IMAGES, RENAMED_FIELDS
 from himix_megatron.runtime.errors import RankError
 from pipelines import scaling
 from pipelines.cli import parse, parse_settings, run_main
@@ -79,7 +79,7 @@ def test_dashes_and_underscores_are_one() -> None:
         ("tiny_align --train.epochs many", "--train.epochs is 'many': wanted a number"),
         ("tiny_align --train.precision fp8", "--train.precision is 'fp8': wanted one of bf16, fp32"),
         ("tiny_align --model.family lama", "model.family is lama: wanted one of llama, qwen2"),
-        ("tiny_align --vision.tower siglp", "vision.tower is siglp: wanted one of tiny, siglip, clip"),
+        ("tiny_align --vision.tower siglp", "vision.tower is siglp: wanted one of tiny, tiny_native, siglip, clip"),
         (
             "tiny_align --train.trainable-parts foo",
             "--train.trainable-parts is 'foo': wanted one of vision_kv, language, tower",
@@ -260,6 +260,10 @@ def test_an_old_flag_names_the_new_one() -> None:
         said = f"unknown setting {flag(old)}: it is now {flag(new)} ("
         with pytest.raises(ValueError, match=re.escape(said)):
             parse(["tiny_align", flag(old), "1"])
+    for old in COUNTED_IMAGES:
+        with pytest.raises(ValueError, match=r"limited in vision tokens: --data\.pack-max-vision-tokens, ") as refused:
+            parse(["tiny_align", flag(old), "26"])
+        assert "\n" not in str(refused.value)
 
 
 def test_a_recipe_of_another_package_is_named_by_module_and_function(

@@ -38,7 +38,7 @@ def test_a_run_is_evaluated_at_any_layout_however_its_kernels_ran(tmp_path: Path
     config = replace(
         recipe,
         model=replace(recipe.model, attention_core="triton", layer_spec="te"),
-        data=replace(recipe.data, pack_max_text_tokens=8192, pack_max_images=32),
+        data=replace(recipe.data, pack_max_text_tokens=8192, pack_max_vision_tokens=23328),
         train=replace(recipe.train, global_batch_samples=None, global_batch_packs=4, cuda_graphs="on"),
     )
     (tmp_path / "config.json").write_text(to_json(config))

@@ -58,7 +58,7 @@ SETTINGS = {
     "--data.max-bad-fraction 2": "data.max_bad_fraction is 2.0: wanted 0 to 1",
     "--data.weights 1 2": "data.weights has 2 numbers for 1 datasets",
     "--data.weights nan": "data.weights is nan: wanted a finite number above 0",
-    "--data.pack-max-images 4": "packing has two budgets",
+    "--data.pack-max-vision-tokens 4": "packing has two budgets",
     "--data.webdataset-urls x.tar": "data.datasets and data.webdataset_urls are both given",
     "--data.features a b": "data.features names 2 folders for 1 datasets",
     "--data.cache-gib nan": "data.cache_gib is nan",

@@ -68,7 +68,7 @@ def test_published_recipes_hold_the_papers_settings(family: str) -> None:
             0,
         )
         assert config.train.precision == "bf16"
-        assert (config.vision.resize, config.vision.feature_layer, config.vision.tokens_per_image) == ("square", -2, 729)
+        assert (config.vision.resize, config.vision.feature_layer, config.vision.max_tokens_per_image) == ("square", -2, 729)
         assert config.model.text_only_vision == "zero_image"
 
 
@@ -87,7 +87,7 @@ def test_tiny_recipes_fit_the_byte_tokenizer_and_one_tensor_group_of_two() -> No
 
 
 def test_towers_have_their_published_tokens() -> None:
-    assert (siglip_so400m_384().tokens_per_image, clip_large_336().tokens_per_image) == (729, 576)
+    assert (siglip_so400m_384().max_tokens_per_image, clip_large_336().max_tokens_per_image) == (729, 576)
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))

@@ -36,7 +36,7 @@ def test_it_compares_and_fails_where_a_line_is_missed() -> None:
 
 
 def test_a_whole_decoder_is_measured_on_a_cpu_too() -> None:
-    flags = ("--recipe", "tiny_align", "--pack-max-text-tokens", "128", "--pack-max-images", "3", "--packs", "2", "--optimizer")
+    flags = ("--recipe", "tiny_align", "--pack-max-text-tokens", "128", "--images-per-pack", "3", "--packs", "2", "--optimizer")
     done = bench("--part", "training", *flags)
     assert done.returncode == 0, done.stderr
     assert "decoder's MFU" in done.stdout

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from himix_megatron.costs.flops import tower_flops
+from himix_megatron.costs.flops import image_flops
 from pipelines.recipes import RECIPES
 from tools.flops import PAPER, compare, paper_lines
 
@@ -43,7 +44,20 @@ def test_the_honest_ratio_is_smaller_and_the_tower_makes_it_smaller_still() -> N
         found = compare(config, 64, 1, 32)
         ratios = [vanilla / himix for himix, vanilla in (found.paper, found.honest, found.with_tower)]
         assert ratios == sorted(ratios, reverse=True)
-        assert found.with_tower[0] - found.honest[0] == pytest.approx(tower_flops(config.vision))
+        assert found.with_tower[0] - found.honest[0] == pytest.approx(
+            image_flops(config.vision, config.vision.max_patches_per_image)
+        )
+
+
+def test_fewer_vision_tokens_cost_less_on_both_sides() -> None:
+    tiny = RECIPES["tiny_instruct"]()
+    config = replace(tiny, vision=replace(tiny.vision, tower="tiny_native"))
+    mean, largest = (compare(config, 64, 2, 32, tokens) for tokens in (18, None))
+    assert largest == compare(config, 64, 2, 32, 36)
+    for few, most in zip((*mean.honest, *mean.with_tower), (*largest.honest, *largest.with_tower), strict=True):
+        assert few < most
+    with pytest.raises(ValueError, match=r"--vision-tokens is 37, but the tower is tiny_native: its largest image has 36"):
+        compare(config, 64, 2, 32, 37)
 
 
 def test_without_images_himix_is_vanilla() -> None:

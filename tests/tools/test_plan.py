@@ -19,7 +19,7 @@ from tools.planner.cost import step_time
 from tools.planner.layouts import Plan, Sample, job_of, layout_of, micro_batch_work, plans
 from tools.planner.machine import EFFICIENCY, machine_named
 
-SAMPLE = Sample(text_tokens=314, longest_text=2048, images=1, label_share=0.5)
+SAMPLE = Sample(text_tokens=314, longest_text=2048, images=1, vision_tokens=729, label_share=0.5)
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -117,7 +117,7 @@ def test_a_slower_network_costs_data_parallelism() -> None:
 
 def test_packs_are_planned_too() -> None:
     arguments = tool.Arguments(
-        recipe="llama3_2_1b_instruct", gpus=8, global_batch=16, pack_max_text_tokens=4096, pack_max_images=12
+        recipe="llama3_2_1b_instruct", gpus=8, global_batch=16, pack_max_text_tokens=4096, pack_max_vision_tokens=8748
     )
     config, sample = tool.settings(arguments)
     plan = tool.choose(config, machine_named("h100-80gb", None), 8, sample)[0]
@@ -126,6 +126,20 @@ def test_packs_are_planned_too() -> None:
     assert plan.samples == pytest.approx(16 * 12)
     words = shlex.split(tool.command(plan, 8))
     assert parse(words[words.index("llama3_2_1b_instruct") :]) == plan.config
+
+
+def test_images_of_other_sizes_are_planned_by_their_tokens() -> None:
+    tiny = RECIPES["tiny_instruct"]()
+    config = replace(tiny, vision=replace(tiny.vision, tower="tiny_native", image_size=96))  # at most 144 tokens
+
+    def first(tokens: float) -> Plan:
+        return tool.choose(config, machine_named("h100-80gb", None), 2, replace(SAMPLE, vision_tokens=tokens))[0]
+
+    few, many = first(36), first(144)
+    assert many.flops.tower > 4 * few.flops.tower  # attention is within an image
+    assert many.flops.language > few.flops.language
+    assert many.memory[0].features > few.memory[0].features
+    assert many.memory[0].activations == few.memory[0].activations  # those of the largest images
 
 
 # ---- the command -------------------------------------------------------------------------------------------------------
@@ -163,6 +177,10 @@ def test_the_list_ends_with_memory_of_each_stage_and_the_command() -> None:
         (("vicuna_8b_instruct", "--gpus", "8"), "unknown recipe vicuna_8b_instruct: did you mean vicuna_7b_instruct?"),
         (("vicuna_7b_instruct",), "--gpus must be given"),
         (("vicuna_7b_instruct", "--gpus", "12"), "it must be a multiple of --gpus-per-node (8)"),
+        (
+            ("vicuna_7b_instruct", "--gpus", "8", "--vision-tokens", "700"),
+            "--vision-tokens is 700, but the tower is siglip: all",
+        ),
         (("vicuna_7b_instruct", "--gpus", "8", "--global-batch", "0"), "--global-batch is 0: wanted 1 or more"),
         ((), "no recipe given"),
     ],

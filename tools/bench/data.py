@@ -15,7 +15,7 @@ files into the page cache. Ratios are of medians. Exit code 1 if a stated ratio 
 - preprocess: JSON and images to shards: ours with Ray, ours in one process, and Ray Data's `map_batches` with
   `write_webdataset` and the same checks (also with Pillow's decoding). Ray runs already. Ours syncs every shard to the disk and
   hashes it, Ray Data does neither.
-- pack: how full packs of 2,048 text tokens and 46 images are, of the budget that binds, for lengths like LLaVA's.
+- pack: how full packs of 2,048 text tokens and 46 images of 729 tokens are, of the budget that binds, for lengths like LLaVA's.
 """
 
 from __future__ import annotations
@@ -250,7 +250,7 @@ def bench_decode(shards: Path, arguments: Arguments) -> list[Line]:
 def our_pixels(dataset: ShardDataset, num_samples: int) -> Iterator[image_file.Pixels]:
     """Batches as the loader makes them, checksums included."""
     for first in range(0, num_samples - BATCH + 1, BATCH):
-        pixels = image_file.blank_pixels(BATCH, VISION)
+        pixels = image_file.blank_pixels(BATCH, VISION.blank_size)
         for place, i in enumerate(range(first, first + BATCH)):
             _, data = dataset.sample(i)
             decode(data[0], VISION, "fast", out=pixels[place])
@@ -365,14 +365,15 @@ def bench_pack(arguments: Arguments) -> list[Line]:
     """How full packs are."""
     draw = np.random.default_rng(0)
     size = WINDOW * max(1, round(16 * arguments.scale))
-    lines, rates = [], {}
+    lines, rates, each = [], {}, VISION.max_tokens_per_image
     for what, mean, text_only_vision in (("captions", 44, 0.0), ("chats", 314, 40_688 / 665_298)):
         normal = draw.normal(np.log(mean) - SIGMA**2 / 2, SIGMA, size)
         text_tokens = np.clip(np.exp(normal).round(), 4, PACK_TEXT_TOKENS).astype(np.int64)
         images = (draw.random(size) >= text_only_vision).astype(np.int64)
         begun = time.perf_counter()
         parts = [slice(first, first + WINDOW) for first in range(0, size, WINDOW)]
-        packs = sum(len(plan_packs(text_tokens[p], images[p], PACK_TEXT_TOKENS, PACK_IMAGES)) for p in parts)
+        budgets = (PACK_TEXT_TOKENS, PACK_IMAGES * each)
+        packs = sum(len(plan_packs(text_tokens[p], images[p] * each, *budgets, image_tokens=each)) for p in parts)
         rates[f"packs planned, {what}"] = [size / (time.perf_counter() - begun)]
         fills = {"text": text_tokens.sum() / packs / PACK_TEXT_TOKENS, "images": images.sum() / packs / PACK_IMAGES}
         binds = max(fills, key=lambda name: float(fills[name]))

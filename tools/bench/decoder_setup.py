@@ -36,8 +36,8 @@ class Arguments:
     """Threads of torch; each of two tensor ranks gets half."""
     pack_max_text_tokens: Count = 8192
     """`training`: text tokens of a pack."""
-    pack_max_images: Count = 26
-    """`training`: images of a pack, one for each sample."""
+    images_per_pack: Count = 26
+    """`training`: images of a pack, one for each sample, as large as the tower takes them."""
     packs: Count = 2
     """`training`: packs of a step."""
     layer_spec: Literal["auto", "te", "torch"] = "auto"
@@ -94,6 +94,7 @@ def layers_step(
     model: Any, texts: list[int], visions: list[int], vision_width: int, *, packed: bool = False
 ) -> Callable[[], None]:
     """Forward and backward of the layers on samples of these lengths: texts of one length, or packed texts of any."""
+    from himix_megatron.data.loading.image_table import ImageTable
     from himix_megatron.model.attention.mixture_attention import normalise
     from himix_megatron.model.attention.packed_layout import make_layout
 
@@ -105,9 +106,10 @@ def layers_step(
     hidden.requires_grad_(any(p.requires_grad for p in model.decoder.layers[0].mlp.parameters()))
     features = torch.randn(sum(visions), vision_width, generator=generator).to(own)
     grad = torch.randn(hidden.shape, generator=generator).to(own)
+    images = ImageTable.of_features([[tokens] for tokens in visions])
 
     def step() -> None:
-        layout = make_layout(places, lengths, visions, model.rotary_pos_emb)
+        layout = make_layout(places, lengths, images, model.rotary_pos_emb)
         context = normalise(features, model.config.layernorm_epsilon)
         model.decoder(hidden, None, context=context, packed_seq_params=layout).backward(grad)
         hidden.grad = None

@@ -108,7 +108,7 @@ class Himix:
         return first - begun, (_now() - first) / self.arguments.new_tokens
 
     def _next(self, text_ids: Tensor, cache: Any) -> Tensor:
-        logits_B1W: Tensor = self.model(text_ids, None, None, (), cache=cache)
+        logits_B1W: Tensor = self.model(text_ids, None, None, None, cache=cache)
         cache.advance()
         return logits_B1W.argmax(-1)
 

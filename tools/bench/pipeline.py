@@ -92,14 +92,14 @@ def calibrate(config: Config) -> dict[str, Any]:
     run = builder.build_components(config, start, topology)
     reader = step_reader(config, start.plan, topology)
     batch = reader[next(start.plan.steps(start.length))]
-    images = run.encoder.encode(batch.pixels, batch.blank, len(batch.blank))
+    images, sizes = run.encoder.encode(batch.pixels, batch.blank, batch.images), batch.images.sizes
 
     def decoder() -> None:
         train_step.run_schedule(run, batch, images, forward_only=False)
 
     def tower(width: int) -> Callable[[], object]:
         built = build_tower(replace(config.vision, ffn_hidden_size=width), seed=0, dtype=torch.float32)
-        return torch.no_grad()(lambda: built(batch.pixels, batch.blank))
+        return torch.no_grad()(lambda: built.features(batch.pixels, batch.blank, sizes))
 
     width = 4 * config.vision.hidden_size
     for attempts_left in range(4, -1, -1):

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from himix_megatron.config import Config, TrainConfig
-from himix_megatron.costs.flops import Work, step_flops, tower_flops
+from himix_megatron.costs.flops import Work, image_flops, step_flops
 from himix_megatron.costs.hardware import device_of
 from himix_megatron.distributed.topology import Topology, init_distributed, shutdown_distributed
 from pipelines.cli import load_recipe
@@ -97,6 +97,7 @@ def step_batch(packs: Packs, vocab_size: int) -> Any:
     """A step's texts, made up, as the loader would hand them to training. Images inside the text are random ids without a
     label."""
     from himix_megatron.data.loading.batch import NO_LOSS, MicroBatch, StepBatch
+    from himix_megatron.data.loading.image_table import ImageTable
     from himix_megatron.data.loading.plan import START
 
     micro_batches, inside = [], packs.tokens_per_image if packs.images == "inside" else 0
@@ -107,7 +108,8 @@ def step_batch(packs: Packs, vocab_size: int) -> Any:
             first, last = (begin + inside + place for place in _answer(length))
             labels[0, first:last] = ids[0, first + 1 : last + 1]
             begin += inside + length
-        own, images = torch.tensor(lengths) + inside, (0 if inside else 1,) * len(lengths)
+        own = torch.tensor(lengths) + inside
+        images = ImageTable.of_features([[] if inside else [packs.tokens_per_image]] * len(lengths))
         micro_batches.append(MicroBatch(ids, labels, own, images, ("made up",) * len(lengths), packed=True))
     count = 0 if inside else packs.samples
     return StepBatch(
@@ -122,7 +124,7 @@ def inputs_of(packs: Packs, config: Config, device: torch.device) -> list[Any]:
     from himix_megatron.model.stage_input import stage_inputs
 
     batch = step_batch(packs, config.model.vocab_size)
-    shape = (len(batch.blank), packs.tokens_per_image, config.vision.hidden_size)
+    shape = (sum(batch.images.tokens), config.vision.hidden_size)
     return stage_inputs(batch, torch.randn(shape, dtype=params_dtype(config), device=device), device)
 
 
@@ -167,12 +169,12 @@ class Decoder:
 
 
 def packed(config: Config, *, text_tokens: int, images: int, packs: int) -> Config:
-    """The configuration on one rank, with packs of this size, and features instead of a tower."""
+    """The configuration on one rank, with packs of so many text tokens and largest images, and features instead of a tower."""
     return dataclasses.replace(
         config,
         data=dataclasses.replace(
-            config.data, pack_max_text_tokens=text_tokens, pack_max_images=images, datasets=("made up",), features=("made up",),
-            max_text_tokens=min(config.data.max_text_tokens, text_tokens),
+            config.data, pack_max_text_tokens=text_tokens, pack_max_vision_tokens=images * config.vision.max_tokens_per_image,
+            datasets=("made up",), features=("made up",), max_text_tokens=min(config.data.max_text_tokens, text_tokens),
         ),
         train=dataclasses.replace(config.train, global_batch_samples=None, global_batch_packs=packs),
         parallel=dataclasses.replace(config.parallel, tensor=1, pipeline=1, virtual_pipeline=1, sequence=False, overlap="off"),
@@ -191,7 +193,7 @@ def configuration(arguments: Arguments) -> Config:
         model=dataclasses.replace(config.model, num_layers=layers, layer_spec=arguments.layer_spec),
         train=dataclasses.replace(config.train, fp8=arguments.fp8, recompute=arguments.recompute),  # type: ignore[arg-type]
     )
-    config = packed(config, text_tokens=arguments.pack_max_text_tokens, images=arguments.pack_max_images, packs=arguments.packs)
+    config = packed(config, text_tokens=arguments.pack_max_text_tokens, images=arguments.images_per_pack, packs=arguments.packs)
     return dataclasses.replace(config, train=dataclasses.replace(config.train, cuda_graphs=arguments.cuda_graphs))
 
 
@@ -207,7 +209,7 @@ def training(arguments: Arguments) -> list[Line]:
     torch.set_num_threads(arguments.threads)
     topology = init_distributed(config.parallel, seed=0)
     decoder, vision = Decoder(config, topology), config.vision
-    packs = Packs.of(arguments.pack_max_text_tokens, arguments.pack_max_images, arguments.packs, vision.tokens_per_image)
+    packs = Packs.of(arguments.pack_max_text_tokens, arguments.images_per_pack, arguments.packs, vision.max_tokens_per_image)
     steps: dict[str, Callable[[], object]] = {"decoder": decoder.step_on(packs)}
     if not torch.cuda.is_available():
         steps["product"] = product()
@@ -226,23 +228,22 @@ def training(arguments: Arguments) -> list[Line]:
     )
     title += f"parts {' '.join(config.train.trainable_parts)}, "
     title += f"{arguments.packs} packs of {arguments.pack_max_text_tokens} text tokens "
-    title += f"and {arguments.pack_max_images} images, {device_name()}{memory}"
+    title += f"and {arguments.images_per_pack} images, {device_name()}{memory}"
     report(title, lines, seconds)
     return lines
 
 
 def tower_step(tower: Any, images: int, config: Config, device: torch.device) -> Callable[[], object]:
-    """The frozen tower on this many images, in batches of at most 64."""
-    tower, size = tower.to(device).requires_grad_(False), config.vision.image_size
-    pixels = torch.zeros(images, 3, size, size, dtype=torch.uint8, device=device)
-    blank = torch.zeros(images, dtype=torch.bool, device=device)
+    """The frozen tower on so many of its largest images, in batches as training encodes them."""
+    from himix_megatron.data.loading.image_table import ImageTable, blank_pixels
+    from himix_megatron.distributed.megatron_config import params_dtype
+    from himix_megatron.model.vision_encoder import ShardedVisionEncoder
 
-    @torch.no_grad()
-    def step() -> None:
-        for first in range(0, images, 64):
-            tower(pixels[first : first + 64], blank[first : first + 64])
-
-    return step
+    vision = config.vision
+    table = ImageTable.of(vision, [[vision.blank_size]] * images)
+    pixels, blank = blank_pixels(table, vision).to(device), torch.zeros(images, dtype=torch.bool, device=device)
+    encoder = ShardedVisionEncoder(tower.to(device).requires_grad_(False), None, False, params_dtype(config))
+    return lambda: encoder.encode(pixels, blank, table)
 
 
 def device_name() -> str:
@@ -273,7 +274,7 @@ def lines_of(arguments: Arguments, config: Config, packs: Packs, seconds: dict[s
     what = f"decoder's MFU, forward and backward, peak {peak / 1e12:.4g} TFLOP/s ({source})"
     lines = [Line(what, needed / time["decoder"] / peak, wanted)]
     if "tower" in time:
-        with_tower = needed + tower_flops(config.vision) * packs.samples
+        with_tower = needed + image_flops(config.vision, config.vision.max_patches_per_image) * packs.samples
         lines.append(Line("MFU with the tower", with_tower / (time["decoder"] + time["tower"]) / peak))
     if "optimizer" in time:
         share = time["optimizer"] / (time["decoder"] + time["optimizer"])

@@ -195,6 +195,7 @@ def triton_kernels(found: kernels.Kernels) -> Finding:
 def _attend_in_triton() -> None:
     import torch
 
+    from himix_megatron.data.loading.image_table import ImageTable
     from himix_megatron.model.attention.packed_layout import make_layout
     from himix_megatron.model.attention.triton_attention import triton_attention
 
@@ -204,7 +205,8 @@ def _attend_in_triton() -> None:
         torch.ones(8, 1, 2, 64, dtype=torch.bfloat16, device="cuda"),
     )
     ids = torch.zeros(1, 4, dtype=torch.long, device="cuda")
-    layout = make_layout(ids, [4], [8], lambda length: torch.zeros(length, 1, 1, 64, device="cuda"))
+    images = ImageTable.of_features([[8]])
+    layout = make_layout(ids, [4], images, lambda length: torch.zeros(length, 1, 1, 64, device="cuda"))
     mixed = triton_attention(query, key, value, vision, layout, 0.125)
     if not bool((mixed == 1).all()):  # values that are all one, however they are weighted
         raise ValueError("attention over ones is not one")

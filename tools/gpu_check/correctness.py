@@ -26,6 +26,7 @@ from himix_megatron.distributed import cpu_backend
 cpu_backend.activate_if_needed()
 
 from himix_megatron.config import Config, TrainConfig  # noqa: E402
+from himix_megatron.data.loading.image_table import ImageTable  # noqa: E402
 from himix_megatron.distributed.fused_kernels import Kernels, detect  # noqa: E402
 from himix_megatron.distributed.megatron_config import transformer_config  # noqa: E402
 from himix_megatron.distributed.topology import (  # noqa: E402
@@ -171,8 +172,12 @@ def layout_of(batch: Batch, device: torch.device, tokens: int) -> PackedLayout:
     """As the model lays a micro-batch out; cores use no angles."""
     ids = torch.zeros(batch.rows, dtype=torch.long, device=device)
     lengths = batch.text if batch.packed else None
-    visions = [count * tokens for count in batch.images]
-    return make_layout(ids, lengths, visions, lambda number: torch.zeros(number, 1, 1, 2, device=device))
+    return make_layout(ids, lengths, images_of(batch, tokens), lambda number: torch.zeros(number, 1, 1, 2, device=device))
+
+
+def images_of(batch: Batch, tokens: int) -> ImageTable:
+    """The batch's images, with features of so many tokens each."""
+    return ImageTable.of_features([[tokens] * count for count in batch.images])
 
 
 def core_inputs(batch: Batch, heads: Heads, tokens: int) -> list[Tensor]:
@@ -321,10 +326,11 @@ def model_outcome(
     caught: list[Tensor] = []
     hook = model.decoder.register_forward_hook(lambda _, __, output: caught.append(output))
     features = inputs.features.to(device, dtype, copy=True).requires_grad_()
-    blank = torch.zeros(len(features), dtype=torch.bool, device=device)
+    images = images_of(batch, inputs.tokens_per_image)
+    blank = torch.zeros(len(images), dtype=torch.bool, device=device)
     labels = as_rows(inputs.labels.where(inputs.by > 0, -100), -100)
     packed = batch.text if batch.packed else None
-    losses = model(as_rows(inputs.ids, 0), features, blank, batch.images, labels, packed_lengths=packed)
+    losses = model(as_rows(inputs.ids, 0), features, blank, images, labels, packed_lengths=packed)
     hook.remove()
     model.zero_grad(set_to_none=True)
     (losses.float() * as_rows(inputs.by.float(), 0)).sum().backward()

@@ -29,7 +29,7 @@ ACCURACY = 0.95
 """Least share of right answers of the quickstart; a run in fp32 on a CPU gives 0.99."""
 ROWS = ("--train.global-batch-samples", "8", "--train.micro-batch-samples", "4")
 SHAPES = {
-    "packs": ("--data.pack-max-text-tokens", "512", "--data.pack-max-images", "8", "--train.global-batch-packs", "2"),
+    "packs": ("--data.pack-max-text-tokens", "512", "--data.pack-max-vision-tokens", "288", "--train.global-batch-packs", "2"),
     "rows": ROWS,
 }
 HERE = "tools.gpu_check.end_to_end"

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 
 from himix_megatron.config import Config
-from himix_megatron.costs.flops import Work, tower_flops
+from himix_megatron.costs.flops import image_flops
 from himix_megatron.costs.memory import FIXED_BYTES, FRAGMENTS, GIB, MicroBatch, RankMemory, rank_memory
 from himix_megatron.distributed.fused_kernels import detect
 from himix_megatron.distributed.megatron_config import attention_core, params_dtype
@@ -119,7 +119,7 @@ def sizes(model: Model, context: Context) -> tuple[int, int, int]:
 
 def packs_of(model: Model, context: Context, config: Config) -> Packs:
     """Chats."""
-    return Packs.of(*sizes(model, context), config.vision.tokens_per_image)
+    return Packs.of(*sizes(model, context), config.vision.max_tokens_per_image)
 
 
 @contextmanager
@@ -190,7 +190,7 @@ def expected_memory(config: Config, packs: Packs, *, optimizer: bool) -> RankMem
     )
     # All packs have one size here: no micro-batch runs beside the graphs' pool.
     config = replace(config, train=replace(config.train, cuda_graphs="off"))
-    found = rank_memory(config, 0, data_size=1, micro_batch=largest, images_per_step=0)
+    found = rank_memory(config, 0, data_size=1, micro_batch=largest, vision_tokens_per_step=0)
     size = 2 if config.train.precision == "bf16" else 4
     given = size * sum(images) * packs.tokens_per_image * config.vision.hidden_size
     found = replace(found, features=given, optimizer=found.optimizer if optimizer else 0.0, allowance=0.0)
@@ -269,7 +269,7 @@ def concatenation(model: Model, context: Context) -> Iterator[Line]:
     config, tower = configuration(model, context, "te"), tower_seconds(context)
     yield Line("the frozen tower's ms an image", 1e3 * tower)
     with built(config) as own:
-        for name, beside, inside in pairs(model, context, config.vision.tokens_per_image):
+        for name, beside, inside in pairs(model, context, config.vision.max_tokens_per_image):
             yield from gain_lines(f"{model.name}, {name} text tokens", own, beside, inside, tower, context)
 
 
@@ -285,11 +285,14 @@ def pairs(model: Model, context: Context, tokens_per_image: int) -> Iterator[tup
 
 def gain_lines(name: str, own: Decoder, beside: Packs, inside: Packs, tower: float, context: Context) -> Iterator[Line]:
     """The gain of the decoder alone and of the whole step."""
-    times, flops = [], []
+    times, flops, vision = [], [], own.config.vision
     for packs in (beside, inside):
         times.append(measured(own, packs, context) / packs.samples)
         flops.append(packs.flops(own.config) / packs.samples)
-    for what, seconds, operations in (("decoder", 0.0, 0.0), ("whole step", tower, tower_flops(own.config.vision))):
+    for what, seconds, operations in (
+        ("decoder", 0.0, 0.0),
+        ("whole step", tower, image_flops(vision, vision.max_patches_per_image)),
+    ):
         gain = (times[1] + seconds) / (times[0] + seconds)
         honest = (flops[1] + operations) / (flops[0] + operations)
         each = f"{1e3 * (times[0] + seconds):.2f} and {1e3 * (times[1] + seconds):.2f} ms a sample"
@@ -336,11 +339,13 @@ def machine(context: Context) -> Iterator[Line]:
     attention: list[tuple[float, ...]] = []
     for model in MODELS.values():
         config = configuration(model, context, "te")
-        shapes |= dict.fromkeys(rates.products_of(config, *sizes(model, context)[:2]))
+        text_tokens, images, _ = sizes(model, context)
+        vision_tokens = images * config.vision.max_tokens_per_image
+        shapes |= dict.fromkeys(rates.products_of(config, text_tokens, vision_tokens))
         heads = Heads(config.model.num_attention_heads, config.model.num_query_groups, config.model.channels_per_head)
         packs = [packs_of(model, context, config)]
         if not context.tiny and model.name in ("qwen2_0_5b", "llama3_2_3b"):  # captions: their attention has another shape
-            packs.append(Packs.of(CAPTION_TOKENS * 128, 128, 1, config.vision.tokens_per_image))
+            packs.append(Packs.of(CAPTION_TOKENS * 128, 128, 1, config.vision.max_tokens_per_image))
         for own in packs:
             found = rates.attention_seconds(heads, own, device)
             rows = {core: rates.attention_row(heads, own, seconds) for core, seconds in found.items()}
@@ -383,9 +388,8 @@ def predicted_seconds(config: Config, packs: Packs, machine: Machine) -> float:
     """The planner's seconds of a step of these packs, without optimizer and tower."""
     if config.train.cuda_graphs == "on":
         machine = replace(machine, layer_seconds=0.0)  # the host launches one graph for all layers
-    count, work = len(packs.text_lengths), packs.work()
-    each = Work(*(getattr(work, name) / count for name in Work.__dataclass_fields__))
-    return step_time(machine, layout_of(config, 1), job_of(config, each, count, 0.0)).compute
+    count = len(packs.text_lengths)
+    return step_time(machine, layout_of(config, 1), job_of(config, packs.work() * (1 / count), count, 0.0)).compute
 
 
 def host_seconds(context: Context) -> float:

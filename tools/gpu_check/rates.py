@@ -102,7 +102,7 @@ class Product:
         return queued_seconds([lambda a=a, b=b: multiply(a, b) for a, b in pairs] * 2)
 
 
-def products_of(config: Config, text_tokens: int, images: int) -> Iterator[Product]:
+def products_of(config: Config, text_tokens: int, vision_tokens: int) -> Iterator[Product]:
     """Those of a layer and of the head over labelled tokens, as a step of the decoder has them."""
     model, vision = config.model, config.vision
     query, key_value = (heads * model.channels_per_head for heads in (model.num_attention_heads, model.num_query_groups))
@@ -113,9 +113,8 @@ def products_of(config: Config, text_tokens: int, images: int) -> Iterator[Produ
         yield Product(rows, taken, given, "forward")
         yield Product(rows, given, taken, "input")
         yield Product(taken, rows, given, "weight")
-    tokens = images * vision.tokens_per_image
-    yield Product(tokens, vision.hidden_size, 2 * key_value, "forward")
-    yield Product(vision.hidden_size, tokens, 2 * key_value, "weight")
+    yield Product(vision_tokens, vision.hidden_size, 2 * key_value, "forward")
+    yield Product(vision.hidden_size, vision_tokens, 2 * key_value, "weight")
 
 
 # ---- attention ---------------------------------------------------------------------------------------------------------

@@ -114,8 +114,10 @@ class Given:
     ids: Tensor
     labels: Tensor
     features: Tensor
+    """[T, V] of all images."""
     by: Tensor
     """Each loss's weight; 0 for a token that has none."""
+    tokens_per_image: int
 
     @staticmethod
     def of(batch: Batch, tokens: int, width: int) -> Given:
@@ -123,8 +125,8 @@ class Given:
         number = sum(batch.text)
         ids, labels = (drawn(f"{batch.name} {kind}", (number,)).abs().mul(60).long() for kind in ("ids", "labels"))
         by = drawn(f"{batch.name} by", (number,)).abs() * (torch.arange(number) % 5 != 1)
-        features = drawn(f"{batch.name} features", (sum(batch.images), tokens, width))
-        return Given(ids.clamp(max=259), labels.clamp(max=259), features, by)
+        features = drawn(f"{batch.name} features", (sum(batch.images), tokens, width)).flatten(0, 1)
+        return Given(ids.clamp(max=259), labels.clamp(max=259), features, by, tokens)
 
 
 def outcome_of(model: ModelConfig, weights: Mapping[str, Tensor], batch: Batch, given: Given) -> dict[str, Tensor]:
@@ -148,9 +150,9 @@ def outcome_of(model: ModelConfig, weights: Mapping[str, Tensor], batch: Batch, 
     query, key, value = qkv[:, :, :-2].flatten(1, 2), qkv[:, :, -2], qkv[:, :, -1]
     places = torch.cat([torch.arange(length, dtype=torch.float64) for length in batch.text])
     query, key = (_turned(part, places, model.rope_theta) for part in (query, key))
-    unit = normed(seen.flatten(0, 1), None) * own[f"{layer}self_attention.vision_norm.weight"]
+    unit = normed(seen, None) * own[f"{layer}self_attention.vision_norm.weight"]
     vision_kv = product(unit, f"{layer}self_attention.linear_vision_kv").view(-1, query_groups, 2, dim)
-    lengths = tuple(count * seen.shape[1] for count in batch.images)
+    lengths = tuple(count * given.tokens_per_image for count in batch.images)
     layout: Any = SimpleNamespace(text_lengths=batch.text, vision_lengths=lengths, packed=True)
     mixed = spelled_out(query[:, None], key[:, None], value[:, None], vision_kv, layout)[:, 0]
     x = x + product(mixed, f"{layer}self_attention.linear_proj")

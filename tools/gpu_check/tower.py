@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from himix_megatron.config import VisionConfig
-from himix_megatron.costs.flops import tower_flops
+from himix_megatron.costs.flops import image_flops
 from himix_megatron.model.towers.transformers_tower import TransformersTower
 from pipelines.recipes import siglip_so400m_384
 from tools.bench.measure import Line, seconds_of
@@ -34,7 +34,8 @@ def tower(context: Context) -> Iterator[Line]:
         seconds = statistics.median(seconds_of(lambda frozen=frozen: encode(frozen)) for _ in range(5))
         yield Line(f"ms, {images} images: {name}", 1000 * seconds)
         wanted = WANTED_SHARE if frozen and not context.tiny else None
-        yield Line(f"share of the peak: {name}", tower_flops(config) * images / seconds / peak_flops(), wanted)
+        flops = images * image_flops(config, config.max_patches_per_image)
+        yield Line(f"share of the peak: {name}", flops / seconds / peak_flops(), wanted)
     modules, product = found.values()
     difference = float((product - modules).norm() / modules.norm())
     yield Line("relative difference of their features", difference, MOST_DIFFERENCE, at_most=True)
@@ -77,7 +78,7 @@ def fresh_tower(config: VisionConfig, device: torch.device) -> TransformersTower
             scale = parameter[0].numel() ** -0.5 if matrix else 0.05
             is_norm = not matrix and "norm" in name and name.endswith("weight")
             parameter.copy_(drawn * scale + is_norm)
-    built.embeddings.position_ids = torch.arange(config.tokens_per_image, device=device).expand((1, -1))
+    built.embeddings.position_ids = torch.arange(config.max_tokens_per_image, device=device).expand((1, -1))
     return built
 
 

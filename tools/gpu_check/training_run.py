@@ -33,9 +33,9 @@ COMMON = (
     "--vision.path None --checkpoint.init-from None --data.tokenizer bytes --data.template tiny --train.global-batch-packs 2 "
     "--train.steps 100000 --log.interval-steps 5"
 )
-LARGE = "--data.pack-max-text-tokens 8192 --data.pack-max-images 32 --data.num-workers 8"
+LARGE = "--data.pack-max-text-tokens 8192 --data.pack-max-vision-tokens 23328 --data.num-workers 8"
 TINY = (
-    "--data.pack-max-text-tokens 2048 --data.pack-max-images 8 --data.max-text-tokens 1024 --data.num-workers 1 "
+    "--data.pack-max-text-tokens 2048 --data.pack-max-vision-tokens 288 --data.max-text-tokens 1024 --data.num-workers 1 "
     "--model.num-layers 2 --model.hidden-size 64 --model.ffn-hidden-size 96 --model.num-attention-heads 4 "
     "--model.vocab-size 260 --vision.tower tiny --vision.image-size 48 --vision.patch-size 8 --vision.hidden-size 32 "
     "--vision.num-layers 2 --vision.num-attention-heads 2 --vision.ffn-hidden-size 64 --log.peak-tflops 1"
@@ -86,15 +86,16 @@ def lines_of(config: Config, run: dict[str, float], context: Context) -> Iterato
 
 
 def predicted_gib(config: Config) -> float:
-    """The prediction for the plan's first steps: the widest pack, the most images of a pack and of a step."""
+    """The prediction for the plan's first steps: the widest pack, the most vision tokens of a pack and of a step."""
     plan = make_plan(config, config.data)
-    steps = [[len(pack) for pack in step.packs] for step in islice(plan.steps(training_length(config, plan)), 20)]
+    steps = islice(plan.steps(training_length(config, plan)), 20)
+    tokens = [[int(plan.vision_tokens(pack).sum()) for pack in step.packs] for step in steps]
     largest = MicroBatch(
         text_tokens=float(config.data.pack_max_text_tokens or 0),
-        vision_tokens=max(max(step) for step in steps) * config.vision.tokens_per_image,
+        vision_tokens=max(max(step) for step in tokens),
     )
-    images = max(sum(step) for step in steps)
-    return rank_memory(config, 0, data_size=1, micro_batch=largest, images_per_step=images, on_gpu=False).total / GIB
+    of_step = max(sum(step) for step in tokens)
+    return rank_memory(config, 0, data_size=1, micro_batch=largest, vision_tokens_per_step=of_step, on_gpu=False).total / GIB
 
 
 def save_stall(context: Context) -> Iterator[Line]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from himix_megatron.config import Config, check_ranks
-from himix_megatron.costs.flops import StepFlops, Work, chunk_layers, step_flops, tower_flops
+from himix_megatron.costs.flops import StepFlops, Work, chunk_layers, forward_flops, patches_of, step_flops
 from himix_megatron.costs.memory import GIB, MicroBatch, RankMemory, padded_vocab, rank_memory, rank_parameters
 from tools.planner.cost import Job, Layout, StepTime, step_time
 from tools.planner.machine import Machine
@@ -32,6 +32,8 @@ class Sample:
     longest_text: int
     """Text tokens of the longest sample; memory must hold a micro-batch of these."""
     images: float
+    vision_tokens: float
+    """Mean vision tokens of an image; memory must hold a micro-batch of the largest ones."""
     label_share: float
     """Share of its text tokens that have a label."""
 
@@ -108,30 +110,30 @@ def plan_of(config: Config, machine: Machine, data_size: int, sample: Sample) ->
     layout = layout_of(config, data_size)
     count = config.global_batch // (data_size * config.micro_batch)
     computed, real, samples = micro_batch_work(config, sample)
-    images = 0.0 if config.data.features else samples * sample.images * count
+    images = 0.0 if config.data.features else samples * sample.images
+    encoding = Work.encoding([patches_of(vision, sample.vision_tokens)]) * images
     trains = "tower" in config.train.trainable_parts
     # A frozen tower's images are shared by the replica's ranks; one that trains runs on each of them, both ways.
-    tower = images * tower_flops(vision) * (3 * parallel.tensor * parallel.pipeline if trains else 1)
+    tower = count * forward_flops(config, encoding).tower * (3 * parallel.tensor * parallel.pipeline if trains else 1)
     job = job_of(config, computed, count, tower)
+    largest_images = math.ceil(config.micro_batch * sample.images) * vision.max_tokens_per_image
     largest = MicroBatch(
         text_tokens=config.data.pack_max_text_tokens or config.micro_batch * sample.longest_text,
-        vision_tokens=(config.data.pack_max_images or math.ceil(config.micro_batch * sample.images)) * vision.tokens_per_image,
+        vision_tokens=config.data.pack_max_vision_tokens or largest_images,
         rows=config.micro_batch,
     )
+    vision_tokens = count * real.vision_tokens
     memory = tuple(
-        rank_memory(config, stage, data_size=data_size, micro_batch=largest, images_per_step=samples * sample.images * count)
+        rank_memory(config, stage, data_size=data_size, micro_batch=largest, vision_tokens_per_step=vision_tokens)
         for stage in range(parallel.pipeline)
     )
     times = data_size * count
-    step = Work(*(getattr(real, name) * times for name in Work.__dataclass_fields__))
-    if config.data.features:
-        step = replace(step, images=0.0)
     return Plan(
         config=config,
         layout=layout,
         time=step_time(machine, layout, job),
         memory=memory,
-        flops=step_flops(config, step),
+        flops=step_flops(config, (real + encoding) * times),
         samples=samples * times,
     )
 
@@ -168,24 +170,20 @@ def job_of(config: Config, work: Work, count: int, tower: float) -> Job:
 
 
 def micro_batch_work(config: Config, sample: Sample) -> tuple[Work, Work, float]:
-    """A micro-batch as computed and without its padding, and the samples in it."""
-    text, vision = sample.text_tokens, sample.images * config.vision.tokens_per_image
-    if config.data.pack_max_text_tokens is not None and config.data.pack_max_images is not None:
+    """A micro-batch as computed and without its padding, the tower left out; and the samples in it."""
+    text, vision = sample.text_tokens, sample.images * sample.vision_tokens
+    if config.data.pack_max_text_tokens is not None and config.data.pack_max_vision_tokens is not None:
         samples = PACK_FILL * config.data.pack_max_text_tokens / text
-        if sample.images:
-            samples = min(samples, config.data.pack_max_images / sample.images)
-        real = _times(_one(text, vision, sample), samples)
+        if vision:
+            samples = min(samples, config.data.pack_max_vision_tokens / vision)
+        real = _one(text, vision, sample) * samples
         return replace(real, text_tokens=float(config.data.pack_max_text_tokens)), real, samples
     samples = float(config.micro_batch)
-    real = _times(_one(text, vision, sample), samples)
+    real = _one(text, vision, sample) * samples
     padded = min(text * (1 + LONGER * math.log2(samples)), max(text, sample.longest_text))
-    computed = replace(_times(_one(padded, vision, sample), samples), head_tokens=real.head_tokens)
+    computed = replace(_one(padded, vision, sample) * samples, head_tokens=real.head_tokens)
     return computed, real, samples
 
 
 def _one(text: float, vision: float, sample: Sample) -> Work:
-    return Work.of([text], [vision], head_tokens=sample.label_share * text, images=sample.images)
-
-
-def _times(work: Work, number: float) -> Work:
-    return Work(*(getattr(work, name) * number for name in Work.__dataclass_fields__))
+    return Work.of([text], [vision], head_tokens=sample.label_share * text)
