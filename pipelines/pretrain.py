@@ -17,9 +17,11 @@ REQUEST = StopRequest() if __name__ == "__main__" else None
 
 import dataclasses  # noqa: E402
 import sys  # noqa: E402
+from typing import NoReturn  # noqa: E402
 
 from himix_megatron.config import Config  # noqa: E402
 from himix_megatron.runtime.process import bulk_import  # noqa: E402
+from himix_megatron.runtime.stop_signals import exit_now  # noqa: E402
 from pipelines.cli import parse, run_main  # noqa: E402
 
 
@@ -34,13 +36,14 @@ def with_data(config: Config) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, datasets=(str(path),)))
 
 
-def main() -> int:
-    """The command line. Returns: the exit code."""
+def main() -> NoReturn:
+    """The command line. Ends the process."""
     config = parse(sys.argv[1:])
     with bulk_import():  # torch and megatron-core: after the settings are checked
         from himix_megatron.training.loop import pretrain
 
-    return pretrain(with_data(config), REQUEST)
+    # All is written. What torch's threads do while an interpreter is taken down must not turn a run that is done into a crash.
+    exit_now(pretrain(with_data(config), REQUEST))
 
 
 if __name__ == "__main__":

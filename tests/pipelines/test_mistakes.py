@@ -14,6 +14,7 @@ import pytest
 from himix_megatron.config import to_json
 from pipelines import evaluate, pretrain
 from pipelines.cli import run_main
+from tests.support import ROOT
 from tests.support.ranks import run_ranks
 from tests.support.small_runs import small_config, train
 from tools import compare_reference
@@ -119,3 +120,17 @@ def test_a_mistake_is_told_once_before_ranks_are_started(mixed_dataset: Path, tm
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1, done.stderr
     assert "is no run folder" in done.stderr
+
+
+def test_what_comes_after_a_run_does_not_change_its_exit_code() -> None:
+    program = """
+import atexit, os, sys, types
+atexit.register(os.abort)
+sys.modules["himix_megatron.training.loop"] = types.SimpleNamespace(pretrain=lambda config, request: print("done") or 85)
+sys.argv = ["pretrain", "qwen2_0_5b_align"]
+from pipelines.cli import run_main
+from pipelines.pretrain import main
+run_main(main)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (85, "done\n"), done.stderr
