@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from himix_megatron.config import Config, Count, ParallelConfig
+from himix_megatron.costs.memory import IMAGES_PER_FORWARD
 from himix_megatron.data.shards import shard_format
 from himix_megatron.data.shards.reader import ShardDataset
 from himix_megatron.data.shards.storage import LocalFolder
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
 
 PROGRAM = "python -m pipelines.encode"
 PARTS = ("features", "receipts", "towers")
-BATCH_IMAGES = 64
-"""Per forward pass of the tower, of the largest size; of smaller ones more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,7 +123,7 @@ class Encoder:
         """See that one feature file exists."""
         from himix_megatron.data.ingest.feature_writer import make_features
 
-        max_tokens = BATCH_IMAGES * self.reader.vision.max_tokens_per_image
+        max_tokens = IMAGES_PER_FORWARD * self.reader.vision.max_tokens_per_image
         return make_features(job, self.dataset, self._features, self.reader, max_tokens=max_tokens, pool=self.pool)
 
     def _features(self, pixels: Tensor, blank: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -102,12 +101,10 @@ class ShardedVisionEncoder:
         received = self._gather(share, each)
         if [image for part in shares for image in part] == list(range(len(rows))) and _fills(own_rows, each):
             return received[: sum(rows)]
-        firsts = np.zeros(len(rows), np.int64)  # of each image in what was received
-        for rank, part in enumerate(shares):
-            firsts[part] = rank * each + np.cumsum([0, *(rows[image] for image in part)])[:-1]
-        counts = np.array(rows)
-        places = np.repeat(firsts - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
-        return received[to_device(torch.from_numpy(places), self.device)]
+        found: dict[int, Tensor] = {}
+        for block, part, filled in zip(torch.split(received, each), shares, own_rows, strict=True):
+            found |= zip(part, torch.split(block[:filled], [rows[image] for image in part]), strict=True)
+        return torch.cat([found[image] for image in range(len(rows))])
 
     def _gather(self, share: Tensor, each: int) -> Tensor:
         """All shares in rank order, [num_encoders * each, ...], each padded to `each` rows."""

@@ -111,10 +111,13 @@ class Datasets:
         if vision.has_fixed_size:
             return self.images.astype(np.int64) * vision.max_tokens_per_image
 
+        # The rule is plain Python, for one image: of photographs many have the same size.
+        @functools.cache
+        def of_size(width: int, height: int) -> int:
+            return vision.num_tokens(vision.input_size(width, height))
+
         def tokens(widths: npt.NDArray[Any], heights: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-            # The rule is plain Python, for one image: of photographs many have the same size.
-            sizes, image_size = np.unique(np.stack((widths, heights), axis=1), axis=0, return_inverse=True)
-            return np.array([vision.num_tokens(vision.input_size(*size)) for size in sizes.tolist()], np.int64)[image_size]
+            return np.array([of_size(*size) for size in zip(widths.tolist(), heights.tolist(), strict=True)], np.int64)
 
         return np.concatenate([part.sum_over_images(tokens) for part in self.parts])
 
