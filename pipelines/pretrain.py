@@ -17,7 +17,6 @@ REQUEST = StopRequest() if __name__ == "__main__" else None
 
 import dataclasses  # noqa: E402
 import sys  # noqa: E402
-from typing import NoReturn  # noqa: E402
 
 from himix_megatron.config import Config  # noqa: E402
 from himix_megatron.runtime.process import bulk_import  # noqa: E402
@@ -36,15 +35,16 @@ def with_data(config: Config) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, datasets=(str(path),)))
 
 
-def main() -> NoReturn:
-    """The command line. Ends the process."""
+def main() -> int:
+    """The command line. Returns: the exit code."""
     config = parse(sys.argv[1:])
     with bulk_import():  # torch and megatron-core: after the settings are checked
         from himix_megatron.training.loop import pretrain
 
-    # All is written. What torch's threads do while an interpreter is taken down must not turn a run that is done into a crash.
-    exit_now(pretrain(with_data(config), REQUEST))
+    return pretrain(with_data(config), REQUEST)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    # All is written then. What torch's threads do while an interpreter is taken down must not turn a run that is done into a
+    # crash.
+    run_main(lambda: exit_now(main()))

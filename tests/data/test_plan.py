@@ -201,7 +201,7 @@ def test_a_real_dataset_gives_its_own_counts(tmp_path):
 
 def test_places_of_images_are_found_by_the_sample_in_every_dataset_and_in_a_worker(tmp_path):
     dataset, other = make(tmp_path / "texts", *_texts_only(tmp_path)), mixed(tmp_path / "a", 24)
-    both = Datasets([dataset, other], data_config())
+    both = Datasets([dataset, other], data_config(), VISION)
     wanted = [()] * 6 + [(2,) * other.num_images(i) for i in range(24)]
     for datasets in (both, pickle.loads(pickle.dumps(both))):
         assert [datasets.image_places(i) for i in range(30)] == wanted

@@ -124,13 +124,11 @@ def test_a_mistake_is_told_once_before_ranks_are_started(mixed_dataset: Path, tm
 
 def test_what_comes_after_a_run_does_not_change_its_exit_code() -> None:
     program = """
-import atexit, os, sys, types
+import atexit, os, runpy, sys, types
 atexit.register(os.abort)
 sys.modules["himix_megatron.training.loop"] = types.SimpleNamespace(pretrain=lambda config, request: print("done") or 85)
 sys.argv = ["pretrain", "qwen2_0_5b_align"]
-from pipelines.cli import run_main
-from pipelines.pretrain import main
-run_main(main)
+runpy.run_module("pipelines.pretrain", run_name="__main__")
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (85, "done\n"), done.stderr
