@@ -263,9 +263,9 @@ def _nearest(typed: str, known: list[str]) -> str:
     name = typed.replace("-", "_")
     if (now := RENAMED_FIELDS.get(name)) in known:
         return f"it is now {flag(str(now))}"
-    if name in COUNTED_IMAGES:
-        return "packs are now limited in vision tokens: --data.pack-max-vision-tokens, the number of images times those of one"
     leaf = name.rsplit(".", 1)[-1].lower()
+    if leaf in (field.rsplit(".", 1)[-1] for field in COUNTED_IMAGES):
+        return "packs are now limited in vision tokens: --data.pack-max-vision-tokens, the number of images times those of one"
     near = [item for item in known if item.rsplit(".", 1)[-1] == leaf]
     near = near or difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.6)
     if not near:

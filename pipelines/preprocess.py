@@ -273,7 +273,7 @@ def attempt_in(out: str, parts: Sequence[str]) -> Iterator[tuple[storage.LocalFo
             raise ValueError(f"--out {folder}: another run is writing it") from None
         for left in folder.path.glob(".partial-*"):
             shutil.rmtree(left)
-        for left in folder.path.glob("lengths/*/.*.len.*"):
+        for left in folder.path.glob("lengths/*/.*.text.*"):
             left.unlink(missing_ok=True)
         attempt = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.path))
         try:

@@ -582,7 +582,7 @@ def _packs_and_steps(p: Picture) -> None:
     for i, pack in enumerate(PACKS):
         _pack(p, FIRST + i * PITCH + 3, 252, pack, "both" if i % 2 else "text")
     p.line((FIRST + 7 * PITCH, 244), (FIRST + 7 * PITCH, 374), dash=True)
-    said = "A pack is full at either budget: text tokens (height, here 8) or images (orange, here 3)."
+    said = "A pack is full at either budget: text tokens (height, here 8) or vision tokens (orange, here 3 images of one size)."
     p.text(FIRST, 392, f"{said} Packs never cross a window.", 14, "muted")
     for first, end, words in ((0, 4, "step 0"), (4, 8, "*step 1"), (8, 12, "step 2"), (12, 14, "step 3, and on")):
         p.brace(FIRST + first * PITCH + 4, FIRST + end * PITCH - 4, 412)
@@ -621,7 +621,7 @@ def _shares(p: Picture) -> None:
         for rank in range(3):
             p.brace(x + rank * 74 + 2, x + rank * 74 + 70, 810)
             p.text(x + rank * 74 + 37, 832, f"replica\nrank {rank}", at="middle")
-    said = "Shares are contiguous, one n-th of the images each (here a\nreplica of 3 ranks). A rank decodes only "
+    said = "Each rank has about an n-th of the tower's work (here a\nreplica of 3 ranks). A rank decodes only "
     p.text(FIRST + 8, 896, f"{said}what it encodes:\nimage k of sample s is s.k.", 14, "muted")
 
 

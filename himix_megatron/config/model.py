@@ -108,7 +108,8 @@ class VisionConfig:
     """Hidden state that the features are taken from: -1 is the last layer's output, -2 the second to last. Patch tokens
     only."""
     resize: Literal["square", "crop"] = "square"
-    """Way of resizing. square: both sides to image_size; crop: the shorter side to image_size, then the centre (as in CLIP)."""
+    """Way of resizing to a fixed size. square: both sides to image_size; crop: the shorter side to image_size, then the centre
+    (as in CLIP)."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """Filter of the resize; both are antialiased."""
     pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -135,6 +136,10 @@ class VisionConfig:
         if TOWERS[self.tower].whole_patches and self.image_size % self.patch_size:
             raise ValueError(
                 f"vision.image_size ({self.image_size}) is not a multiple of vision.patch_size ({self.patch_size})"
+            )
+        if self.resize == "crop" and not self.has_fixed_size:
+            raise ValueError(
+                f"vision.resize is crop, but the {self.tower} tower takes whole images in their own aspect: use square"
             )
         if not -self.num_layers <= self.feature_layer <= -1:
             raise ValueError(f"vision.feature_layer is {self.feature_layer}: wanted -{self.num_layers} to -1")

@@ -54,6 +54,12 @@ class Config:
                 if self.train.global_batch_packs is None
                 else "train.global_batch_packs needs --data.pack-max-text-tokens and --data.pack-max-vision-tokens"
             )
+        budget, image = self.data.pack_max_vision_tokens, self.vision.max_tokens_per_image
+        if budget is not None and budget < image:
+            raise ValueError(
+                f"data.pack_max_vision_tokens ({budget}) is below the vision tokens of the largest image ({image}): use a "
+                f"multiple, e.g. --data.pack-max-vision-tokens {32 * image}"
+            )
         chunks = parallel.pipeline * parallel.virtual_pipeline
         if "tower" in self.train.trainable_parts and (self.data.features or self.data.validation_features):
             raise ValueError(

@@ -20,9 +20,12 @@ def own_aspect(width: int, height: int, image_size: int, patch_size: int) -> tup
     """An image in its own aspect, never enlarged: whole patches, at least one, and at most as many as a square of `image_size`
     has."""
     budget = (image_size // patch_size) ** 2
-    scale = min(1.0, math.sqrt(budget * patch_size**2 / (width * height)))
+    if width * height <= budget * patch_size**2:
+        columns, rows = width // patch_size, height // patch_size
+    else:
+        columns, rows = math.isqrt(budget * width // height), math.isqrt(budget * height // width)
     # A narrow image's shorter side is rounded up to one patch, and its longer one then limited.
-    columns, rows = (min(max(1, int(side * scale / patch_size)), budget) for side in (width, height))
+    columns, rows = (min(max(1, number), budget) for number in (columns, rows))
     return columns * patch_size, rows * patch_size
 
 

@@ -187,7 +187,7 @@ class Answerer:
             if (image := images[k]) is not None:
                 place.copy_(torch.from_numpy(image))
         device = topology.device
-        return tables, self.encoder.encode(pixels.to(device), blank.to(device), table), blank.to(device)
+        return tables, self.encoder.encode(pixels, blank, table), blank.to(device)
 
     def _next_tokens(
         self, parts: list[_Part], texts: list[list[int]], sampling: Sampling, draws: list[np.random.Generator]

@@ -96,7 +96,8 @@ class MicroBatchGraphs:
             # The last token of a row has nothing to predict, so no label.
             labelled=F.pad(labelled, (0, extra_labels), value=num_text - 1),
             token_sources=None if given.token_sources is None else F.pad(given.token_sources, (0, missing)),
-            layout=make_layout(text_ids, given.packed_lengths, given.image_table, rotary, sizes),
+            # A graph knows nothing of another micro-batch that is not in tensors.
+            layout=replace(make_layout(text_ids, given.packed_lengths, given.image_table, rotary, sizes), images=()),
         )
 
     def _step(self, given: StageInput, loss_of: Callable[[StageInput, Tensor], Report]) -> Report:

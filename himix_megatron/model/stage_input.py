@@ -77,5 +77,6 @@ def stage_inputs(batch: StepBatch, images: Tensor, device: torch.device) -> list
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor there; to a GPU by a copy that the host does not wait for."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type != "cpu" else tensor.to(device)
+    """The tensor there; from the host to a GPU by a copy that the host does not wait for."""
+    pins = device.type != "cpu" and tensor.device.type == "cpu"
+    return (tensor.pin_memory() if pins else tensor).to(device, non_blocking=pins)

@@ -144,9 +144,14 @@ def _side_by_side(images: tuple[image_file.Pixels, ...]) -> Image.Image | None:
     """All images in one row of the full width."""
     if not images:
         return None
-    row = Image.fromarray(np.concatenate([pixels.transpose(1, 2, 0) for pixels in images], axis=1))
-    scale = (WIDTH - 2 * PAD) / row.width
-    return row.resize((WIDTH - 2 * PAD, max(1, round(scale * row.height))), Image.Resampling.LANCZOS)
+    row = Image.new("RGB", (sum(pixels.shape[2] for pixels in images), max(pixels.shape[1] for pixels in images)), PAPER)
+    left = 0
+    for pixels in images:
+        row.paste(Image.fromarray(pixels.transpose(1, 2, 0)), (left, 0))
+        left += pixels.shape[2]
+    # No higher than wide: an image in its own aspect may be very narrow.
+    scale = min((WIDTH - 2 * PAD) / row.width, WIDTH / row.height)
+    return row.resize((max(1, round(scale * row.width)), max(1, round(scale * row.height))), Image.Resampling.LANCZOS)
 
 
 def _wrapped(text: str, font: Any) -> list[str]:

@@ -137,6 +137,12 @@ def open_features(
     caches = tuple(FeatureCache(folder, part) for folder, part in zip(folders, plan.datasets.parts, strict=True))
     for cache in caches:
         cache.check(feature_key(config, cache.dataset))
+        found, wanted = len(cache.blank()), config.vision.num_tokens(config.vision.blank_size)
+        if found != wanted:
+            raise ValueError(
+                f"data.features: {cache.folder} has {found} tokens of the blank image, but here vision.tower "
+                f"{config.vision.tower} gives it {wanted}: encode again with python -m pipelines.encode"
+            )
     return caches
 
 

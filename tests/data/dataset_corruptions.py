@@ -26,7 +26,7 @@ def receipt_of(shard):
 
 
 def lengths_of(whole, shard):
-    return next(path for path in whole if path.endswith(f"{shard}.len"))
+    return next(path for path in whole if path.endswith(f"{shard}.text"))
 
 
 def flipped(data, place, bit):

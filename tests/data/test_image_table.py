@@ -59,7 +59,7 @@ def test_a_tensor_is_split_into_images_by_their_sizes() -> None:
     features = torch.arange(19.0)[:, None]
     assert [part[0].item() for part in images.split(features)] == [0, 4, 16]
     own = images.images_of([0, 2])
-    assert (own.sizes, own.tokens, own.places) == (((16, 16), (8, 24)), (4, 3), (0, 2))
+    assert (own.sizes, own.tokens, own.places) == (((16, 16), (8, 24)), (4, 3), ())
 
 
 def test_pixels_of_one_size_keep_their_four_dimensions() -> None:

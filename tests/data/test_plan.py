@@ -189,6 +189,13 @@ def test_resuming_costs_the_same_at_any_step():
     assert costs[9] < 2 * costs[0] + 0.5, costs
 
 
+def test_workers_are_not_sent_what_packs_are_planned_from(tmp_path):
+    datasets = Datasets([mixed(tmp_path, 12)], data_config(), VISION)
+    before = len(pickle.dumps(datasets))
+    assert datasets.vision_tokens.tolist() == [4 * number for number in datasets.images.tolist()]
+    assert len(pickle.dumps(datasets)) == before
+
+
 def test_a_real_dataset_gives_its_own_counts(tmp_path):
     dataset = mixed(tmp_path / "a", 24)
     other = make(tmp_path / "b", *_texts_only(tmp_path))

@@ -148,17 +148,17 @@ def test_columns_of_version_1_on_s3_are_refused_until_preprocessing_has_made_the
     column = {"tokenizer": "bytes", "template": "tiny"}
     here = make(tmp_path / "here", *source, **column)
     whole = local(here.path)
-    for path in (here.path / "lengths").rglob("*.len"):
+    for path in (here.path / "lengths").rglob("*.text"):
         as_version_1(path)
     upload(s3, here.path, "bucket/old")
     remote = ShardDataset("s3://bucket/old", cache_dir=tmp_path / "cache")
     command = "preprocess with --tokenizer bytes --template tiny"
-    with pytest.raises(ValueError, match=rf"^s3://bucket/old has no .*rows-000000: it is of version 1[^\n]*: {command}$"):
+    with pytest.raises(ValueError, match=rf"^s3://bucket/old has no .*rows-000000: there is no file[^\n]*: {command}$"):
         text_lengths(remote, "bytes", "tiny")
     monkeypatch.setattr(image_file, "verify", None)  # no image is decoded again
     make_remote = {"engine": "local", "num_workers": 1, "samples_per_shard": 10, **column}
     preprocess(Settings(annotations=source[0], images=source[1], out="s3://bucket/old", **make_remote))
-    stored_now = {name: data for name, data in stored(s3, "bucket/old").items() if Path(name).name != ".lock"}
+    stored_now = {name: data for name, data in stored(s3, "bucket/old").items() if Path(name).suffix not in ("", ".len")}
     assert stored_now == whole
     text_lengths(remote, "bytes", "tiny")
     places = ImagePlaces(remote, "bytes", "tiny")

@@ -336,7 +336,7 @@ def test_text_lengths_are_counted_in_the_same_pass_and_survive_a_rerun(tmp_path,
     assert len(columns) == 3
     assert {name: data for name, data in wanted.items() if name not in columns} == plain
     (counted.path / columns[0]).unlink()
-    (counted.path / columns[1]).with_name(".rows.len.77").write_bytes(b"left by a killed worker")
+    (counted.path / columns[1]).with_name(".rows.text.77").write_bytes(b"left by a killed worker")
     make(counted.path, *source, tokenizer="bytes", template="tiny")
     assert contents(counted.path) == wanted
     make(plain_path := tmp_path / "plain", *source, tokenizer="bytes", template="tiny")  # added later

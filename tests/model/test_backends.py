@@ -101,22 +101,22 @@ def test_generation_in_bf16_on_a_gpu_is_the_formula(vision_counts: list[int]) ->
 
 
 def test_features_are_laid_out_by_sample() -> None:
-    features = torch.arange(4 * 2 * 3, dtype=torch.float32).view(4, 2, 3).requires_grad_()
-    vision, padding = arrange_features(features, (1, 0, 2, 1))
+    features = torch.arange(7 * 3, dtype=torch.float32).view(7, 3).requires_grad_()
+    vision, padding = arrange_features(features, (2, 0, 4, 1))
     assert vision.shape == (4, 4, 3)
     assert padding is not None
-    assert padding.tolist() == [[False] * 2 + [True] * 2, [True] * 4, [False] * 4, [False] * 2 + [True] * 2]
-    assert torch.equal(vision[:2, 0], features[0])
-    assert torch.equal(vision[:, 2], features[1:3].flatten(0, 1))
-    assert torch.equal(vision[:2, 3], features[3])
+    assert padding.tolist() == [[False] * 2 + [True] * 2, [True] * 4, [False] * 4, [False] + [True] * 3]
+    assert torch.equal(vision[:2, 0], features[:2])
+    assert torch.equal(vision[:, 2], features[2:6])
+    assert torch.equal(vision[:1, 3], features[6:])
     vision.sum().backward()
     assert torch.equal(features.grad, torch.ones_like(features))
 
 
 def test_equal_counts_need_no_padding() -> None:
-    features = torch.randn(4, 2, 3)
-    vision, padding = arrange_features(features, (2, 2))
+    features = torch.randn(8, 3)
+    vision, padding = arrange_features(features, (4, 4))
     assert padding is None
-    assert torch.equal(vision[:, 1], features[2:].flatten(0, 1))
-    empty, padding = arrange_features(torch.empty(0, 2, 3), (0, 0))
+    assert torch.equal(vision[:, 1], features[4:])
+    empty, padding = arrange_features(torch.empty(0, 3), (0, 0))
     assert (empty.shape, padding) == ((0, 2, 3), None)

@@ -28,7 +28,7 @@ import torch
 from himix_megatron.config import Config
 from tests.support import ROOT
 from tests.support.ranks import run_ranks
-from tests.support.small_runs import small_config
+from tests.support.small_runs import native, small_config
 
 from .rehearsal import KERNELS, Kernel, Rehearsal, Wait, rehearse, rehearsing
 
@@ -46,6 +46,8 @@ ALIGN: dict[str, Any] = {"parts": ("vision_kv",)}
 INSTRUCT: dict[str, Any] = {"parts": ("language", "vision_kv")}
 TOWER: dict[str, Any] = {"parts": ("language", "vision_kv", "tower")}
 PACKED = {"packed": True}
+SHAPES = {"shapes": True}
+"""Images of different sizes."""
 GRAPHS = {"packed": True, "cuda_graphs": "on"}
 WIDE = {"head_dim": 64}
 """Attention is in Triton; else it is flash attention, or Transformer Engine's."""
@@ -54,10 +56,17 @@ NUM_LAYERS = NUM_MICRO_BATCHES = 2
 
 
 def config_for(
-    *, packed: bool = False, cuda_graphs: Any = "off", head_dim: int | None = None, layer_spec: Any = "torch", **options: Any
+    *,
+    packed: bool = False,
+    shapes: bool = False,
+    cuda_graphs: Any = "off",
+    head_dim: int | None = None,
+    layer_spec: Any = "torch",
+    **options: Any,
 ) -> Config:
     """Two layers; steps of two micro-batches of two samples on each data rank."""
     config = small_config(Path("none"), Path("none"), precision="bf16", **options)
+    config = native(config) if shapes else config
     model = dataclasses.replace(config.model, num_layers=NUM_LAYERS, head_dim=head_dim, layer_spec=layer_spec)
     data = dataclasses.replace(config.data, max_text_tokens=24)
     train = dataclasses.replace(config.train, cuda_graphs=cuda_graphs)
@@ -82,7 +91,7 @@ def waits_of_all() -> list[tuple[str, list[Wait]]]:
     rank = int(os.environ["RANK"])
     alone = (ALIGN, INSTRUCT | GRAPHS) if rank == 0 else (ALIGN | PACKED, INSTRUCT, TOWER)
     cases = [(case, 0, 1) for case in alone]
-    divided = (ALIGN | TENSOR, ALIGN | PIPELINE, INSTRUCT | PACKED | PIPELINE)
+    divided = (ALIGN | TENSOR, ALIGN | PIPELINE, INSTRUCT | PACKED | PIPELINE, ALIGN | SHAPES | PIPELINE)
     in_triton = (ALIGN | DATA | WIDE, INSTRUCT | GRAPHS | DATA | WIDE, INSTRUCT | PACKED | TENSOR | WIDE)
     cases += [(case, rank, 2) for case in (*divided, *in_triton)]
     with rehearsing() as mode:
@@ -104,6 +113,13 @@ def accepted() -> Counter[tuple[str, Any]]:
 def test_a_step_keeps_to_the_device_and_waits_once() -> None:
     for name, waits in itertools.chain(*run_ranks(waits_of_all, 2, start_gloo=False)):
         assert places(waits) == accepted(), f"{name}: {'; '.join(map(str, waits))}"
+
+
+def test_what_is_on_the_device_already_is_not_pinned_again() -> None:
+    from himix_megatron.model.stage_input import to_device
+
+    there = torch.zeros(3, device="meta")  # pinning anything but memory of the host is an error
+    assert to_device(there, torch.device("meta")) is there
 
 
 # ---- that it would be found ----------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from himix_megatron.data.loading.image_table import ImageTable
 from tests.support.ranks import run_ranks
 from tests.support.small_runs import small_config
 
@@ -33,18 +34,19 @@ def build(parts: tuple[Any, ...], num_layers: int = 4, **options: Any) -> tuple[
     return unwrap_model(model_chunks[0]), (config, model_chunks)
 
 
-def run(model: Any, config: Any, features_KnV: Tensor) -> Tensor:
+def run(model: Any, config: Any, features_TV: Tensor) -> Tensor:
     """Forward with the loss on all but the first tokens."""
     ids = torch.randint(config.model.vocab_size, (SAMPLES, TEXT), generator=torch.Generator().manual_seed(0))
     labels = ids.roll(-1, 1)
     labels[:, :3] = -100
-    losses: Tensor = model(ids, features_KnV, torch.zeros(SAMPLES, dtype=torch.bool), (1,) * SAMPLES, labels=labels)
+    images = ImageTable.of_features([[VISION]] * SAMPLES)
+    losses: Tensor = model(ids, features_TV, torch.zeros(SAMPLES, dtype=torch.bool), images, labels=labels)
     return losses.sum()
 
 
 def features(config: Any) -> Tensor:
     """One image a sample."""
-    return torch.randn(SAMPLES, VISION, config.vision.hidden_size, generator=torch.Generator().manual_seed(1))
+    return torch.randn(SAMPLES * VISION, config.vision.hidden_size, generator=torch.Generator().manual_seed(1))
 
 
 def stored_features(num_layers: int) -> int:
@@ -82,7 +84,7 @@ def folded_and_plain() -> list[tuple[Tensor, Tensor]]:
     norm, linear = attention.vision_norm.weight, attention.linear_vision_kv
     with torch.no_grad():
         norm.copy_(torch.linspace(0.5, 2.0, len(norm)))
-    given, eps = features(config).flatten(0, 1).requires_grad_(), config.model.norm_eps
+    given, eps = features(config).requires_grad_(), config.model.norm_eps
     found_kv = attention.project_vision(normalise(given, eps))
     weights = torch.linspace(-1, 1, found_kv.numel()).view_as(found_kv)
     found = torch.autograd.grad((found_kv * weights).sum(), (norm, linear.weight, linear.bias, given))

@@ -254,3 +254,25 @@ def test_a_frozen_tower_on_a_gpu_equals_its_modules(tower: str, dtype: torch.dty
         frozen = built.requires_grad_(False)(pixels, blank).float()
         modules = built.requires_grad_(True)(pixels, blank).detach().float()
         assert (frozen - modules).norm() <= most * modules.norm()
+
+
+def test_every_parameter_has_a_gradient_also_without_an_image() -> None:
+    tower = build_tower(dataclasses.replace(_tiny(), tower="tiny_native"), seed=0, dtype=torch.float32)
+    features = tower.features(torch.zeros(0, dtype=torch.uint8), torch.zeros(0, dtype=torch.bool), ())
+    features.sum().backward()
+    assert features.shape == (0, tower.config.hidden_size)
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in tower.parameters())
+
+
+def test_an_image_in_its_own_aspect_is_encoded_alone_as_among_others() -> None:
+    config = dataclasses.replace(_tiny(), tower="tiny_native")
+    tower, draw = build_tower(config, seed=0, dtype=torch.float32), torch.Generator().manual_seed(0)
+    sizes = [config.input_size(*size) for size in ((30, 10), (7, 40), (12, 12))]
+    images = [torch.randint(0, 256, (3 * width * height,), dtype=torch.uint8, generator=draw) for width, height in sizes]
+    blank = torch.tensor([False, False, True])
+    together = tower.features(torch.cat(images), blank, sizes)
+    alone = [tower.features(image, own[None], [size]) for image, own, size in zip(images, blank, sizes, strict=True)]
+    assert torch.allclose(together, torch.cat(alone), atol=1e-6)
+    assert [len(features) for features in alone] == [config.num_tokens(size) for size in sizes]
+    turned = tower.features(images[0], blank[:1], [sizes[0][::-1]])
+    assert not torch.allclose(turned, alone[0], atol=1e-2)  # a patch's row and column are seen

@@ -88,3 +88,11 @@ def test_a_drawn_sample_holds_its_images_and_texts() -> None:
     assert {(255, 0, 0), (0, 0, 255)} <= {tuple(pixel) for pixel in short.reshape(-1, 3).tolist()}
     long = Answered("s/b", "word " * 500, "x" * 500, "", ()).drawn()
     assert WIDTH / 4 < long.shape[0] < WIDTH  # cut to a few lines each, also without a space to break at
+
+
+def test_images_of_different_sizes_are_drawn_side_by_side() -> None:
+    flat, tall, narrow = (np.full((3, height, width), 90, np.uint8) for width, height in ((448, 434), (434, 448), (14, 9996)))
+    assert Answered("s/a", "Which?", "red", "blue", (flat, tall)).drawn().shape[1] == WIDTH
+    high = Answered("s/b", "Which?", "red", "blue", (narrow,)).drawn()
+    assert high.shape[0] < 2 * WIDTH
+    assert (high == 90).any()

@@ -59,6 +59,9 @@ SETTINGS = {
     "--data.weights 1 2": "data.weights has 2 numbers for 1 datasets",
     "--data.weights nan": "data.weights is nan: wanted a finite number above 0",
     "--data.pack-max-vision-tokens 4": "packing has two budgets",
+    "--data.pack-max-text-tokens 512 --data.pack-max-vision-tokens 35 --train.global-batch-packs 1 "
+    "--train.global-batch-samples None": "data.pack_max_vision_tokens (35) is below the vision tokens of the largest image "
+    "(36): use a multiple, e.g. --data.pack-max-vision-tokens 1152",
     "--data.webdataset-urls x.tar": "data.datasets and data.webdataset_urls are both given",
     "--data.features a b": "data.features names 2 folders for 1 datasets",
     "--data.cache-gib nan": "data.cache_gib is nan",

@@ -53,7 +53,7 @@ def himix_logits(answerer: Answerer, given: FixedInput) -> Tensor:
     pixels[~blank] = given.pixels
     vision = answerer.config.vision
     images = ImageTable.of(vision, [[vision.blank_size] * count for count in counts])
-    features = answerer.encoder.encode(pixels.to(device), blank.to(device), images)
+    features = answerer.encoder.encode(pixels, blank, images)
     inputs = StageInput(given.text_ids.to(device), features, blank.to(device), images)
     (logits,) = run_logits(answerer.model_chunks, [inputs], lambda _, logits: logits)
     return logits[..., : model.vocab_size].cpu()

@@ -179,13 +179,11 @@ def _count_problems(receipt: Receipt, samples: Records, images: Records, quarant
 
 
 def _length_problems(folder: Path, receipt: Receipt) -> list[str]:
-    """Whether every text column that the shard has is its own, and whole; one of an earlier version is made again anyway."""
+    """Whether every text column that the shard has is its own, and whole."""
     problems = []
-    for path in sorted((folder / "lengths").glob(f"*/{receipt.name}.len")):
-        data = path.read_bytes()
+    for path in sorted((folder / "lengths").glob(f"*/{receipt.name}.text")):
         try:
-            if not shard_format.is_old_text_column(data):
-                shard_format.decode_text_column(data, receipt)
+            shard_format.decode_text_column(path.read_bytes(), receipt)
         except ValueError as error:
             problems.append(f"lengths/{path.parent.name}/{path.name}: {error} (it can be deleted: it is made again)")
     return problems

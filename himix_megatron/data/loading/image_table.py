@@ -32,25 +32,25 @@ class ImageTable:
     """K pairs: pixels of each image as the tower gets it."""
     tokens: tuple[int, ...]
     """K numbers: vision tokens of each image."""
-    places: tuple[int, ...]
-    """K numbers: text tokens of the image's sample that come before it."""
+    places: tuple[int, ...] = ()
+    """K numbers: text tokens of the image's sample that come before it. Empty: not known."""
 
     @staticmethod
     def of(vision: VisionConfig, sizes: Sequence[Sequence[Size]], places: Sequence[Sequence[int]] | None = None) -> ImageTable:
-        """The table of samples with images of these sizes, as the tower gets them. `places`: None: all before the text."""
+        """The table of samples with images of these sizes, as the tower gets them. `places`: None: not known."""
         flat = tuple(chain.from_iterable(sizes))
         return ImageTable(
             per_sample=tuple(map(len, sizes)),
             sizes=flat,
             tokens=tuple(map(vision.num_tokens, flat)),
-            places=(0,) * len(flat) if places is None else tuple(chain.from_iterable(places)),
+            places=tuple(chain.from_iterable(places or ())),
         )
 
     @staticmethod
     def of_features(tokens: Sequence[Sequence[int]]) -> ImageTable:
-        """The table of samples whose images' features have these numbers of tokens; their sizes are not told."""
+        """The table of samples whose images' features have these numbers of tokens; sizes and places are not known."""
         flat = tuple(chain.from_iterable(tokens))
-        return ImageTable(tuple(map(len, tokens)), ((0, 0),) * len(flat), flat, (0,) * len(flat))
+        return ImageTable(tuple(map(len, tokens)), ((0, 0),) * len(flat), flat)
 
     @staticmethod
     def joined(tables: Iterable[ImageTable]) -> ImageTable:
@@ -67,10 +67,8 @@ class ImageTable:
         return [sum(next(tokens) for _ in range(count)) for count in self.per_sample]
 
     def images_of(self, numbers: Sequence[int]) -> ImageTable:
-        """These images, as one sample's."""
-        sizes = tuple(self.sizes[k] for k in numbers)
-        tokens, places = (tuple(column[k] for k in numbers) for column in (self.tokens, self.places))
-        return ImageTable((len(numbers),), sizes, tokens, places)
+        """These images, as one sample's, of which no places are known."""
+        return ImageTable((len(numbers),), tuple(self.sizes[k] for k in numbers), tuple(self.tokens[k] for k in numbers))
 
     def rows(self, images: Tensor) -> list[int]:
         """How many rows of a tensor of all K images are each image's: of features its tokens, of pixels 1 where all have one

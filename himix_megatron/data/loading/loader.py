@@ -81,14 +81,13 @@ class StepReader(Dataset[StepBatch]):
         reads = self.reads
         parts = step.share(reads.data_rank, reads.data_size, self.micro_batch)
         samples = np.concatenate([pack for part in parts for pack in part]).tolist()
-        keys = [self.datasets.key(i) for i in samples]
+        lengths = self.text_tokens[samples]
+        known = [self._known(i, length) for i, length in zip(samples, lengths.tolist(), strict=True)]
+        keys, sizes, places = [key for key, _, _ in known], [own for _, own, _ in known], [own for _, _, own in known]
         sources = [self.datasets.source(i) for i in samples]
-        sizes = [self._sizes(i) for i in samples]
         texts = [self._text(i, key) if reads.texts else None for i, key in zip(samples, keys, strict=True)]
         bad_texts = {slot for slot, text in enumerate(texts) if text is None} if reads.texts else set()
 
-        lengths = self.text_tokens[samples]
-        places = [self._places(i, length) for i, length in zip(samples, lengths.tolist(), strict=True)]
         numbered = [(slot, k) for slot, own in enumerate(sizes) for k in range(len(own))]
         has_none = (self.datasets.images[samples] == 0).tolist()
         blank = torch.tensor([slot in bad_texts or has_none[slot] for slot, _ in numbered], dtype=torch.bool)
@@ -147,17 +146,17 @@ class StepReader(Dataset[StepBatch]):
                 )
             return text
 
-    def _sizes(self, i: int) -> list[Size]:
-        """(width, height) of a sample's images as the tower gets them, or of the blank one in their place."""
-        vision, (dataset, number) = self.vision_config, self.datasets.locate(i)
-        if vision.has_fixed_size or not self.datasets.images[i]:
-            return [vision.blank_size] * int(self.images[i])
-        return [vision.input_size(*dataset.image_size(number, k)) for k in range(int(self.images[i]))]
-
-    def _places(self, i: int, length: int) -> list[int]:
-        """How many of a sample's text tokens, as many as are read, come before each of its images."""
-        places = self.datasets.image_places(i) if self.datasets.images[i] else [0] * int(self.images[i])
-        return [min(place, length) for place in places]
+    def _known(self, i: int, length: int) -> tuple[str, list[Size], list[int]]:
+        """What is known of a sample unread, all at once, while its shard's index is at hand: its key; of each image, or of the
+        blank one in their place, (width, height) as the tower gets it, and how many of the `length` text tokens come before."""
+        vision, datasets, count = self.vision_config, self.datasets, int(self.images[i])
+        dataset, number = datasets.locate(i)
+        if not datasets.images[i]:
+            return dataset.key(number), [vision.blank_size] * count, [0] * count
+        sizes = [vision.blank_size] * count
+        if not vision.has_fixed_size:
+            sizes = [vision.input_size(*dataset.image_size(number, k)) for k in range(count)]
+        return dataset.key(number), sizes, [min(place, length) for place in datasets.image_places(i)]
 
     def _images(self, images: ImageTable, wanted: list[tuple[int, int] | None]) -> tuple[Tensor, list[int]]:
         """Read images (sample, image); None: a blank one. Returns: pixels or features, and which are damaged."""

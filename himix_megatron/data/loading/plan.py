@@ -105,11 +105,11 @@ class Datasets:
         self.vision = vision
 
     @functools.cached_property
-    def vision_tokens(self) -> npt.NDArray[np.int64]:
-        """int64[len]: vision tokens of each sample's images."""
+    def vision_tokens(self) -> npt.NDArray[np.uint32]:
+        """uint32[len]: vision tokens of each sample's images. Packs are planned from it: workers do without."""
         vision = self.vision
         if vision.has_fixed_size:
-            return self.images.astype(np.int64) * vision.max_tokens_per_image
+            return self.images * np.uint32(vision.max_tokens_per_image)
 
         # The rule is plain Python, for one image: of photographs many have the same size.
         @functools.cache
@@ -119,7 +119,10 @@ class Datasets:
         def tokens(widths: npt.NDArray[Any], heights: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
             return np.array([of_size(*size) for size in zip(widths.tolist(), heights.tolist(), strict=True)], np.int64)
 
-        return np.concatenate([part.sum_over_images(tokens) for part in self.parts])
+        return np.concatenate([part.sum_over_images(tokens).astype(np.uint32) for part in self.parts])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "vision_tokens"}
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -180,13 +183,17 @@ class SamplingPlan:
             reasons["too_many_vision_tokens"] = self.vision_tokens(slice(None)) > config.pack_max_vision_tokens
         usable = ~np.any(list(reasons.values()), axis=0)
         if not usable.any():
-            raise ValueError(f"of {len(datasets)} samples none can be read: {self.describe_left_out(reasons)}")
+            raise ValueError(
+                f"of {len(datasets)} samples none can be read: {self.describe_left_out(reasons)} (--data.max-text-tokens, "
+                "--data.overlong and --data.pack-max-vision-tokens decide)"
+            )
         return usable, {reason: int(mask.sum()) for reason, mask in reasons.items() if mask.any()}
 
     def vision_tokens(self, samples: Numbers | slice) -> Numbers:
         """int64[n]: vision tokens of some samples, the blank image's counted."""
         datasets = self.datasets
-        return np.where(datasets.images[samples] == 0, self._blank_tokens, datasets.vision_tokens[samples])
+        tokens = datasets.vision_tokens[samples].astype(np.int64)
+        return np.where(datasets.images[samples] == 0, self._blank_tokens, tokens)
 
     @staticmethod
     def describe_left_out(reasons: Mapping[str, Any]) -> str:

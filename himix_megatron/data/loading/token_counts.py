@@ -60,17 +60,24 @@ def make_column(folder: Path, receipt: Receipt, tokenizer: str, template: str) -
     """Count the tokens of one shard's texts, unless that is done.
 
     Args: `tokenizer`, `template`: as in DataConfig.
-    Returns: whether the column was written.
-    Raises: DamagedShardError for a text that is not what was written; ValueError for one whose marks are not its images.
+    Returns: whether the column was written. Raises: DamagedShardError for a text that is not what was written.
     """
     spelled = load_tokenizer(tokenizer)
     column = column_of(spelled, template)
     if read_column(folder, receipt, column) is not None:
         return False
-    counted = [_count(text, num_images, spelled, template) for text, num_images in _texts(folder, receipt)]
-    lengths = np.array([length for length, _ in counted], np.uint32)
-    places = np.array([place for _, places in counted for place in places], np.uint32)
-    _write(folder, receipt, column, TextColumn(lengths, places))
+    lengths, places, without = [], list[int](), 0
+    for text, num_images in _texts(folder, receipt):
+        length, own = _count(text, spelled, template)
+        without += length != UNUSABLE and len(own) != num_images
+        lengths.append(length)
+        places += own if len(own) == num_images else [0] * num_images
+    if without:
+        log.warning(
+            "%s: %d samples have another number of %s marks than of images: their images stand before the text",
+            receipt.name, without, chat_template.IMAGE_MARK,
+        )  # fmt: skip
+    _write(folder, receipt, column, TextColumn(np.array(lengths, np.uint32), np.array(places, np.uint32)))
     return True
 
 
@@ -220,15 +227,10 @@ def _texts(folder: Path, receipt: Receipt) -> Iterator[tuple[dict[str, Any], int
             yield json.loads(data), int(record["num_images"])
 
 
-def _count(text: dict[str, Any], num_images: int, tokenizer: Tokenizer, template: str) -> tuple[int, list[int]]:
-    """The tokens of a text, and of them those before each of its images."""
+def _count(text: dict[str, Any], tokenizer: Tokenizer, template: str) -> tuple[int, list[int]]:
+    """The tokens of a text, and of them those before each of its marks."""
     try:
         encoded = chat_template.encode(text, tokenizer, template, sys.maxsize)
     except ValueError:
-        return UNUSABLE, [0] * num_images
-    if len(encoded.image_places) != num_images:
-        raise ValueError(
-            f"sample {text['id']} has {num_images} images and {len(encoded.image_places)} {chat_template.IMAGE_MARK} marks: "
-            "the reader of its source must give as many (checked_conversation sees to it)"
-        )
+        return UNUSABLE, []
     return len(encoded.ids), encoded.image_places.tolist()

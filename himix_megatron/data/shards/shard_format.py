@@ -4,7 +4,7 @@
     OUT/shards/NAME-000000.idx          header, sample table, image table (little-endian; dtypes below)
     OUT/receipts/NAME-000000.json       a `Receipt`: the shard exists when this does
     OUT/quarantine/NAME-000000.jsonl    the rows left out, each with its reason; only where there are any
-    OUT/lengths/COLUMN/NAME-000000.len  a `TextColumn` for one tokenizer and template; can be added at any time
+    OUT/lengths/COLUMN/NAME-000000.text a `TextColumn` for one tokenizer and template; can be added at any time
     OUT/manifest.json                   a `Manifest`, written last: the dataset exists when this does
 
 KEY is the row's number in the source, so keys are unique whatever the ids are. KEY.json holds `id` and `conversations` in
@@ -41,7 +41,7 @@ IMAGE_RECORD = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4"), (
 
 LENGTHS_MAGIC = b"HIMIXLEN"
 LENGTHS_VERSION = 2
-"""Of this file alone. Version 1 had no places of images; such a file is made again."""
+"""Of this file alone. Version 1, without the places of images, is another file (NAME.len), which is not read."""
 LENGTHS_HEADER = np.dtype(
     [("magic", "S8"), ("version", "<u4"), ("num_samples", "<u4"), ("num_images", "<u4"), ("crc32", "<u4"), ("shard", "V16")]
 )
@@ -209,7 +209,7 @@ def decode_index(data: bytes | memoryview) -> tuple[Records, Records]:
 
 def lengths_path(folder: Path, column: str, name: str) -> Path:
     """Where the `TextColumn` of one shard is. `column`: see loading/token_counts.py."""
-    return folder / "lengths" / column / f"{name}.len"
+    return folder / "lengths" / column / f"{name}.text"
 
 
 def encode_text_column(column: TextColumn, receipt: Receipt) -> bytes:
@@ -220,18 +220,11 @@ def encode_text_column(column: TextColumn, receipt: Receipt) -> bytes:
     return np.array(fields, LENGTHS_HEADER).tobytes() + table
 
 
-def is_old_text_column(data: bytes) -> bool:
-    """Whether these are the bytes of an earlier version, to be made again, rather than damaged ones."""
-    return data.startswith(LENGTHS_MAGIC + (1).to_bytes(4, "little"))
-
-
 def decode_text_column(data: bytes, receipt: Receipt) -> TextColumn:
     """The column of this receipt's shard.
 
     Raises: ValueError when the bytes are of another version or damaged, or belong to another shard.
     """
-    if is_old_text_column(data):
-        raise ValueError("it is of version 1, without the places of images")
     header = np.frombuffer(data, LENGTHS_HEADER, count=1)[0] if len(data) >= LENGTHS_HEADER.itemsize else None
     if header is None or header["magic"] != LENGTHS_MAGIC or header["version"] != LENGTHS_VERSION:
         raise ValueError(f"not a text column of version {LENGTHS_VERSION}")

@@ -87,8 +87,8 @@ class PackedLayout(PackedSeqParams):  # type: ignore[misc]
     pads_vision: bool = False
     """Whether some vision tokens belong to no sample."""
     images: tuple[ImageInText, ...] = ()
-    """All images, in the order of their vision tokens. Mixture Attention needs none of it: every text token sees all images of
-    its sample."""
+    """All images, in the order of their vision tokens; empty where their places are not known. Mixture Attention needs none of
+    it: every text token sees all images of its sample."""
 
     def sample_groups(self) -> list[SampleGroup]:
         """All samples, neighbours of equal lengths taken together."""
@@ -221,6 +221,8 @@ def make_layout(
 
 
 def _in_text(images: ImageTable) -> tuple[ImageInText, ...]:
+    if not images.places:
+        return ()
     numbered = ((sample, order) for sample, count in enumerate(images.per_sample) for order in range(count))
     found = zip(numbered, images.places, images.tokens, strict=True)
     return tuple(ImageInText(*number, place, num_tokens) for number, place, num_tokens in found)

@@ -1,6 +1,6 @@
 """What every vision tower is: uint8 pixels to features, with the normalisation inside.
 
-Shape letters: K images, 3 channels, H = W = image_size, n tokens of one image, T of all, V width of the features.
+Shape letters: K images, 3 channels, H and W pixels of one, n tokens of one, T of all, V width of the features.
 """
 
 from __future__ import annotations

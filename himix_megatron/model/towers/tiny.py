@@ -24,7 +24,7 @@ class TinyTower(Tower):
         # Strong enough against the positions: at torch's default, 3.5 times weaker, shapes take twice as long to learn.
         nn.init.normal_(self.patch.weight, std=2 / math.sqrt(3 * config.patch_size**2))
         # At a deviation of 0.02 the tower had not learned where things are after 600 steps; at 0.5 it has after 400.
-        self.position = nn.Parameter(torch.randn(1, config.max_tokens_per_image, config.hidden_size) * 0.5)
+        self.position = nn.Parameter(torch.randn(1, config.max_patches_per_image, config.hidden_size) * 0.5)
         self.layers = nn.ModuleList(TinyLayer(config) for _ in range(num_layers_run(config)))
         self.final_norm = nn.LayerNorm(config.hidden_size) if config.feature_layer == -1 else nn.Identity()
 

@@ -29,20 +29,19 @@ class TinyNativeTower(Tower):
     def features(self, pixels: Tensor, blank_K: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
         """uint8 bytes of all images to float[T, V] (see `Tower.features`)."""
         side, weight = self.config.patch_size, self.patch.weight
-        if not sizes:
-            nothing: Tensor = self.patch(weight.new_empty(0, weight.shape[1]))
-            return nothing
         grids = [(height // side, width // side) for width, height in sizes]
         lengths = [rows * columns for rows, columns in grids]
         images = torch.split(pixels, [length * 3 * side**2 for length in lengths])
-        patches_T3PP = torch.cat(
-            [
-                image.view(rows, side, columns, side, 3).permute(0, 2, 4, 1, 3).flatten(0, 1)
-                for image, (rows, columns) in zip(images, grids, strict=True)
-            ]
-        )
-        blank_T = torch.cat([blank.expand(length) for blank, length in zip(blank_K.unbind(), lengths, strict=True)])
-        positions_TV = torch.cat([_positions(*grid, self.config.hidden_size, pixels.device) for grid in grids])
+        patches = [
+            image.view(rows, side, columns, side, 3).permute(0, 2, 4, 1, 3).flatten(0, 1)
+            for image, (rows, columns) in zip(images, grids, strict=True)
+        ]
+        blanks = [blank.expand(length) for blank, length in zip(blank_K.unbind(), lengths, strict=True)]
+        positions = [_positions(*grid, self.config.hidden_size, pixels.device) for grid in grids]
+        # Begun with nothing, for a micro-batch without images.
+        patches_T3PP = torch.cat([pixels.new_empty(0, 3, side, side), *patches])
+        blank_T = torch.cat([blank_K[:0], *blanks])
+        positions_TV = torch.cat([weight.new_empty(0, self.config.hidden_size), *positions])
         hidden_TV = self.patch(self.normalise(patches_T3PP, blank_T, weight.dtype).flatten(1)) + positions_TV.to(weight.dtype)
         for layer in self.layers:
             hidden_TV = layer(hidden_TV, lengths)
@@ -56,7 +55,8 @@ class _Layer(TinyLayer):
         return super().forward(hidden_TV)
 
     def mix(self, qkv_TX: Tensor) -> Tensor:
-        return torch.cat([super(_Layer, self).mix(own[None])[0] for own in torch.split(qkv_TX, self._lengths)])
+        parts = [super(_Layer, self).mix(own[None])[0] for own in torch.split(qkv_TX, self._lengths)]
+        return torch.cat(parts) if parts else qkv_TX[:, : qkv_TX.shape[1] // 3]
 
 
 def _positions(rows: int, columns: int, width: int, device: torch.device) -> Tensor:
