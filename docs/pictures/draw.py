@@ -582,7 +582,7 @@ def _packs_and_steps(p: Picture) -> None:
     for i, pack in enumerate(PACKS):
         _pack(p, FIRST + i * PITCH + 3, 252, pack, "both" if i % 2 else "text")
     p.line((FIRST + 7 * PITCH, 244), (FIRST + 7 * PITCH, 374), dash=True)
-    said = "A pack is full at either budget: text tokens (height, here 8) or vision tokens (orange, here 3 images of one size)."
+    said = "A pack is full at either budget: text tokens (height, here 8) or vision tokens (orange, 3 images)."
     p.text(FIRST, 392, f"{said} Packs never cross a window.", 14, "muted")
     for first, end, words in ((0, 4, "step 0"), (4, 8, "*step 1"), (8, 12, "step 2"), (12, 14, "step 3, and on")):
         p.brace(FIRST + first * PITCH + 4, FIRST + end * PITCH - 4, 412)
