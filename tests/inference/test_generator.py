@@ -21,7 +21,7 @@ from himix_megatron.inference.text_stream import TextStream
 from tests.support.ranks import run_ranks
 from tests.support.small_runs import small_config
 
-NUM_BATCHES, BATCH, MAX_NEW = 7, 15, 12
+NUM_BATCHES, BATCH, MAX_NEW = 5, 15, 12
 TIE = 1e-5
 STOPS = tuple(range(0, 260, 13))
 """One token in thirteen, so that the answers of a batch end at different steps."""
@@ -128,9 +128,9 @@ def test_cached_answers_are_the_recomputed_ones(size: int) -> None:
     for kind in KINDS:
         found, drawn_found = results[0][kind]
         answers = found["answers"]
-        assert len(answers) == NUM_BATCHES * BATCH > 100  # with the other kind over 200
+        assert len(answers) * len(KINDS) == NUM_BATCHES * BATCH * len(KINDS) > 200
         assert {0, MAX_NEW} < {len(answer) for answer in answers}  # some end at once, some never
-        assert len({tuple(answer) for answer in answers}) > 75  # the model does tell its prompts apart
+        assert len({tuple(answer) for answer in answers}) > 50  # the model does tell its prompts apart
         assert all(margin < TIE for margin, _, _ in found["differing"]), found["differing"]
         assert not drawn_found["differing"]
         print(f"tensor {size}, {kind}: {len(answers)} answers, {len(found['differing'])} differ;", end=" ")

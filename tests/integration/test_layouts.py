@@ -1,17 +1,17 @@
 """One training, however the model is cut: the same losses and gradient norms at every layout of ranks.
 
-From one checkpoint, 10 steps at a constant learning rate of 1e-3 in fp32, in both stages, on batches that hold samples
+From one checkpoint, some steps at a constant learning rate of 1e-3 in fp32, in both stages, on batches that hold samples
 with one image, two images and none, of one size or of many.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from himix_megatron.config import Config
 from tests.support.ranks import run_ranks
 from tests.support.small_runs import history, native, small_config, train
 
@@ -43,19 +43,23 @@ STAGES = {"align": ("vision_kv",), "instruct": ("language", "vision_kv")}
 TEXT_ONLY = {"align": "none", "instruct": "zero_image"}
 
 
-TOWERS = {"fixed": lambda config: config, "native": native}
-"""Images of one size each, and of different numbers of tokens."""
+TOWERS = {"fixed": 10, "native": 2}
+"""Steps with images of one size, and with images of different numbers of tokens."""
 Given = dict[str, tuple[Path, Path]]
 """For each tower the checkpoint that every layout starts from, and the dataset."""
 CASES = [f"{tower} {stage}" for tower in TOWERS for stage in STAGES]
 
 
+def config_of(tower: str, data: Path, run: Path, **options: Any) -> Config:
+    config = small_config(data, run, **{"steps": TOWERS[tower], **options})
+    return native(config) if tower == "native" else config
+
+
 def both_stages(given: Given, folder: Path, layout: dict[str, Any]) -> None:
     for tower, (start, data) in given.items():
         for stage, parts in STAGES.items():
-            run = folder / f"{tower} {stage}"
-            config = small_config(data, run, parts=parts, text_only_vision=TEXT_ONLY[stage], initial=start, **layout)
-            train(TOWERS[tower](config))
+            options = {"parts": parts, "text_only_vision": TEXT_ONLY[stage], "initial": start, **layout}
+            train(config_of(tower, data, folder / f"{tower} {stage}", **options))
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +67,7 @@ def given(mixed_dataset: Path, shapes_dataset: Path, tmp_path_factory: pytest.Te
     found = {}
     for tower, data in (("fixed", mixed_dataset), ("native", shapes_dataset)):
         folder = tmp_path_factory.mktemp(f"start-{tower}")
-        config = TOWERS[tower](small_config(data, folder, parts=("language", "vision_kv")))
-        run_ranks(train, 1, replace(config, train=replace(config.train, steps=1)), start_gloo=False)
+        run_ranks(train, 1, config_of(tower, data, folder, parts=("language", "vision_kv"), steps=1), start_gloo=False)
         found[tower] = folder, data
     return found
 
@@ -86,10 +89,10 @@ def test_layout_trains_as_one_rank(name: str, given: Given, one_rank: dict[str, 
 
 def test_one_rank_learns(one_rank: dict[str, Any]) -> None:
     # What the layouts are compared with is no standstill: instruct learns, and align (random features) has gradients to follow.
-    for tower in TOWERS:
+    for tower, steps in TOWERS.items():
         losses = one_rank[f"{tower} instruct"]["train/loss"]
-        assert len(losses) == 10
-        assert losses[-1] < losses[0] - 0.5, losses
+        assert len(losses) == steps
+        assert losses[-1] < losses[0] - 0.04 * steps, losses
         assert min(one_rank[f"{tower} align"]["train/grad_norm"]) > 0.05
 
 
@@ -115,7 +118,7 @@ ALL_PARTS = ("vision_kv", "language", "tower")
 
 def each_tower(given: Given, folder: Path, layout: dict[str, Any]) -> None:
     for tower, (start, data) in given.items():
-        train(TOWERS[tower](small_config(data, folder / tower, parts=ALL_PARTS, initial=start, **layout)))
+        train(config_of(tower, data, folder / tower, parts=ALL_PARTS, initial=start, **layout))
 
 
 @pytest.fixture(scope="module")
