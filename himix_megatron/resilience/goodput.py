@@ -40,7 +40,7 @@ class Goodput:
         self._before: Seconds = dict.fromkeys(CAUSES, 0.0)
         self._seconds: Seconds = dict.fromkeys(CAUSES, 0.0)
         self._at_save: dict[int, Seconds] = {}
-        self.began = psutil.Process().create_time()
+        self.began = process_began()
         self._cause: Cause = "start"
         # The wall clock once, to include what came before this line; from here on a monotonic one.
         self._since = time.perf_counter() - max(0.0, time.time() - self.began)
@@ -119,6 +119,13 @@ class Goodput:
 
     def _rounded(self) -> dict[str, float]:
         return {cause: round(seconds, 3) for cause, seconds in self._now().items()}
+
+
+def process_began() -> float:
+    """When this process began, by the wall clock. The kernel tells the time of boot in whole seconds, so psutil's answer is up
+    to one too early."""
+    since_boot: float = psutil.Process().create_time() - psutil.boot_time()
+    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot)
 
 
 def account(events: Sequence[Event]) -> Seconds:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 
 from himix_megatron.resilience.goodput import Goodput
 from himix_megatron.resilience.journal import Journal
+from tests.support import ROOT
 
 
 def slow(number: int) -> Iterator[int]:
@@ -39,3 +42,10 @@ def test_an_error_ends_a_cause(tmp_path: Path) -> None:
     saved = goodput.seconds()["save"]
     time.sleep(0.01)
     assert goodput.seconds()["save"] == saved
+
+
+def test_the_begin_of_a_process_is_known_to_a_tenth_of_a_second() -> None:
+    program = "from himix_megatron.resilience.goodput import process_began; print(process_began())"
+    before = time.time()
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(done.stdout) == pytest.approx(before, abs=0.1)
