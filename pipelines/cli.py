@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import importlib
 import inspect
 import logging
@@ -20,6 +21,7 @@ from typing import NoReturn
 
 from himix_megatron.config import Config
 from himix_megatron.runtime.errors import RankError
+from himix_megatron.runtime.untrusted_files import printable
 from pipelines.flags import parse_settings, prose, read_flags, split_flags, with_changes
 from pipelines.recipes import RECIPES
 
@@ -29,6 +31,20 @@ log = logging.getLogger(__name__)
 
 USER_MISTAKE = 2
 """Exit code when the user's choice cannot work."""
+
+
+PLACE_ERRORS = {
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY),
+    *(errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO),
+}
+"""What is wrong with the file or folder that an error names."""
+DISK_ERRORS = {
+    errno.ENOSPC: ": make room on the disk, and run the same command again",
+    errno.EDQUOT: ": make room in your quota, and run the same command again",
+    errno.EFBIG: ": this process may not write so large a file (see ulimit -f)",
+    errno.EROFS: ": choose a place that can be written to",
+}
+"""What is wrong with a disk, and the way out."""
 
 
 def parse(argv: Sequence[str], program: str = "python -m pipelines.pretrain") -> Config:
@@ -103,21 +119,22 @@ def split_recipe_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def run_main(main: Callable[[], int | None]) -> NoReturn:
     """Run an entry point and leave with its exit code (None is 0).
 
-    A user's mistake (ValueError, or a file or folder that is missing or barred) becomes one line on stderr and exit code 2;
-    rank 0 says it for all, and a `RankError` each rank that has it. Everything else keeps its traceback.
+    A user's mistake (ValueError; a file or folder that is missing or barred, or a disk that takes no more) becomes one line on
+    stderr and exit code 2; rank 0 says it for all, and a `RankError` each rank that has it. All else keeps its traceback.
     """
     try:
         code = main() or 0
     except ValueError as error:
         _leave(str(error), alone=isinstance(error, RankError))
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError) as error:
-        if error.filename is None:
-            raise
-        _leave(f"{error.filename}: {error.strerror}")
     except BrokenPipeError:
         # `... --help | head` closed our stdout: nothing is wrong, and the interpreter must not complain when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except OSError as error:
+        if error.errno not in DISK_ERRORS and (error.errno not in PLACE_ERRORS or error.filename is None):
+            raise
+        where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        _leave(f"{where}{error.strerror}{DISK_ERRORS.get(error.errno, '')}")
     raise SystemExit(code)
 
 
@@ -128,7 +145,7 @@ def _leave(message: str, *, alone: bool = False) -> NoReturn:
     if rank == "0" or alone:
         who = "" if rank == "0" else f"rank {rank}: "
         sys.stdout.flush()
-        print(f"error: {who}{' '.join(message.split())}", file=sys.stderr, flush=True)
+        print(f"error: {who}{printable(message)}", file=sys.stderr, flush=True)
     raise SystemExit(USER_MISTAKE)
 
 

@@ -23,7 +23,8 @@ TOP_LEVEL = {
 }
 # The library's folders, from the lowest level up: a folder imports from lower ones only.
 LEVELS = (
-    ("config", "runtime"),
+    ("runtime",),
+    ("config",),
     ("costs",),
     ("data",),
     ("distributed",),

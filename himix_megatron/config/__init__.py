@@ -1,7 +1,7 @@
 """Every setting of a run as one frozen tree of dataclasses. Imports no torch, so it can be built and checked anywhere."""
 
+from ..runtime.limits import Count, CountOrZero, Fraction, Limit, Positive, ZeroOrMore, check_known, check_limits
 from .data import DataConfig
-from .limits import Count, CountOrZero, Fraction, Limit, Positive, ZeroOrMore, check_known, check_limits
 from .model import ModelConfig, VisionConfig
 from .operations import CheckpointConfig, HealthConfig, LogConfig, RunConfig
 from .run import Config, check_batch, check_layout, check_ranks

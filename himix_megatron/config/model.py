@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ..runtime.limits import Count, Positive, check_known, check_limits
 from .families import FAMILIES
-from .limits import Count, Positive, check_known, check_limits
 from .towers import TOWERS
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from .limits import Count, CountOrZero, Limit, Positive, check_limits
+from ..runtime.limits import Count, CountOrZero, Limit, Positive, check_limits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from .limits import BelowOne, Count, Limit, Positive, ZeroOrMore, check_limits
+from ..runtime.limits import BelowOne, Count, Limit, Positive, ZeroOrMore, check_limits
 
 Part = Literal["vision_kv", "language", "tower"]
 """What can train: the vision norms and vision K/V projections; the language model; the vision tower."""

@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from .limits import Sha256, Size
+from .untrusted_files import open_regular
+
 
 @dataclass(frozen=True, slots=True)
 class FileDigest:
     """Size and SHA-256 of one file."""
 
-    bytes: int
-    sha256: str
+    bytes: Size
+    sha256: Sha256
 
 
 def bytes_digest(data: bytes) -> FileDigest:
@@ -26,8 +29,8 @@ def bytes_digest(data: bytes) -> FileDigest:
 
 
 def file_digest(path: Path) -> FileDigest:
-    """Raises: FileNotFoundError."""
-    with path.open("rb") as file:
+    """Raises: FileNotFoundError; ValueError for what is no regular file."""
+    with open_regular(path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return FileDigest(file.tell(), digest)
 
@@ -45,17 +48,26 @@ def publish(path: Path, data: bytes, *, partial: Path | None = None) -> None:
 
 
 def write_synced(path: Path, data: bytes) -> None:
-    """Write a file into an existing folder and flush it to the disk; a crash meanwhile leaves a part of it."""
-    with path.open("wb") as file:
+    """Write a new file into an existing folder and flush it to the disk; a crash meanwhile leaves a part of it.
+
+    What has the name makes way: a link there would have led to another file.
+    """
+    path.unlink(missing_ok=True)
+    with path.open("xb") as file:
         file.write(data)
         sync_file(file)
 
 
 def append_synced(path: Path, text: str) -> None:
     """Append to a file in an existing folder and flush it to the disk; a crash meanwhile leaves a part of the text."""
-    with path.open("a", encoding="utf-8") as file:
+    with open_append(path) as file:
         file.write(text)
         sync_file(file)
+
+
+def open_append(path: Path) -> IO[str]:
+    """A text file for appending, made where there is none. Raises: OSError, also for a symbolic link."""
+    return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666), "a", encoding="utf-8")
 
 
 def sync_file(file: IO[bytes] | IO[str]) -> None:

@@ -14,12 +14,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import StartError
+from .untrusted_files import escaped
 
 _FORMAT = "%(asctime)s [%(rank)d/%(world_size)d] %(levelname)s %(name)s: %(message)s"
 # Libraries speak from WARNING on; ours from INFO. A program started with -m is named __main__.
 _OURS = ("himix_megatron", "pipelines", "slurm", "tools", "__main__")
 _handlers: list[logging.Handler] = []
 _python_format = warnings.formatwarning
+
+
+class EscapingFormatter(logging.Formatter):
+    """Spells out control characters: names from a dataset are logged, and must not move a terminal's cursor."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escaped(super().format(record))
 
 
 class RankFilter(logging.Filter):
@@ -50,7 +58,7 @@ def start(run_dir: Path | None = None, rank: int = 0, world_size: int = 1) -> No
         file.addFilter(RankFilter(rank, world_size))
         _handlers.append(file)
     for handler in _handlers:
-        handler.setFormatter(logging.Formatter(_FORMAT))
+        handler.setFormatter(EscapingFormatter(_FORMAT))
         logging.getLogger().addHandler(handler)
     for name in _OURS:
         logging.getLogger(name).setLevel(logging.INFO)

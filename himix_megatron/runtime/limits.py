@@ -1,9 +1,10 @@
-"""Limits of single numbers, written in the types of settings: `steps: Count | None`. In: settings; out: one line."""
+"""Limits of single numbers and texts, written in the types of settings: `steps: Count | None`. In: settings; out: one line."""
 
 from __future__ import annotations
 
 import functools
 import math
+import re
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ class Limit:
     def allows(self, number: float) -> bool:
         """Whether a number is within the limits."""
         above = self.low < number if self.without_low else self.low <= number
-        return above and (number < self.high if self.without_high else number <= self.high) and math.isfinite(number)
+        return above and (number < self.high if self.without_high else number <= self.high) and abs(number) != math.inf
 
     def __str__(self) -> str:
         if self.high < math.inf:
@@ -30,11 +31,32 @@ class Limit:
         return f"a finite number above {self.low}" if self.without_low else f"{self.low} or more"
 
 
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """Text of ASCII characters that a regular expression describes as a whole."""
+
+    expression: str
+    wanted: str
+    """The same in words."""
+
+    def allows(self, text: str) -> bool:
+        """Whether the text is of that form."""
+        return re.fullmatch(self.expression, text, re.ASCII) is not None
+
+    def __str__(self) -> str:
+        return self.wanted
+
+
 Count = Annotated[int, Limit(1)]
 CountOrZero = Annotated[int, Limit(0)]
+Size = Annotated[int, Limit(0, 2**63 - 1)]
+"""A number of bytes, samples or images that a file tells: it fits into what the file system and arrays count with."""
 Positive = Annotated[float, Limit(0, without_low=True)]
 ZeroOrMore = Annotated[float, Limit(0)]
 Fraction = Annotated[float, Limit(0, 1)]
+Sha256 = Annotated[str, Pattern("[0-9a-f]{64}", "64 hexadecimal digits")]
+ShardName = Annotated[str, Pattern(r"[A-Za-z0-9_][A-Za-z0-9._-]{,99}-\d{6,}", "a shard's name, NAME-000000")]
+"""It becomes a part of paths, so nothing that a manifest says can lead out of its folder."""
 BelowOne = Annotated[float, Limit(0, 1, without_high=True)]
 
 
