@@ -247,6 +247,8 @@ def _converter(hint: Any) -> Callable[[str], Any]:
     def convert(word: str) -> Any:
         if word is argparse.SUPPRESS:  # argparse converts the default of a positional that is not given
             return word
+        if not word:
+            raise argparse.ArgumentTypeError("is empty: wanted a value (is a variable of your script unset?)")
         if can_be_none and word == "None":
             return None
         try:

@@ -5,12 +5,12 @@ from .data import DataConfig
 from .model import ModelConfig, VisionConfig
 from .operations import CheckpointConfig, HealthConfig, LogConfig, RunConfig
 from .run import Config, check_batch, check_layout, check_ranks
-from .serialization import current_fields, differences, from_json, in_vision_tokens, to_json
+from .serialization import current_fields, differences, from_json, in_vision_tokens, read_config, to_json
 from .training import OptimizerConfig, ParallelConfig, Part, TrainConfig
 
 __all__ = [
     "CheckpointConfig", "Config", "DataConfig", "HealthConfig", "LogConfig", "ModelConfig", "OptimizerConfig", "ParallelConfig",
     "Part", "RunConfig", "TrainConfig", "VisionConfig", "check_batch", "check_layout", "check_ranks",
     "Count", "CountOrZero", "Fraction", "Limit", "Positive", "ZeroOrMore", "check_known", "check_limits",
-    "current_fields", "differences", "from_json", "in_vision_tokens", "to_json",
+    "current_fields", "differences", "from_json", "in_vision_tokens", "read_config", "to_json",
 ]  # fmt: skip

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from ..runtime import typed_json
+from ..runtime.untrusted_files import read_regular
 from .model import VisionConfig
 from .run import Config
 
@@ -56,15 +58,25 @@ def in_vision_tokens(fields: Mapping[str, Any], tokens_per_image: int) -> dict[s
     for name in COUNTED_IMAGES:
         if name in found:
             images = found.pop(name)
-            found["data.pack_max_vision_tokens"] = images and images * tokens_per_image
+            found["data.pack_max_vision_tokens"] = images * tokens_per_image if isinstance(images, int) else images
     return found
 
 
-def _renew(tree: dict[str, Any]) -> dict[str, Any]:
+def _current(tree: dict[str, Any]) -> dict[str, Any]:
+    """A tree of any version by the names and values of this version, but for a budget in images."""
+    found = tree.copy()
+    for section, values in tree.items():
+        if isinstance(values, dict):
+            fields = current_fields({f"{section}.{name}": value for name, value in values.items()})
+            found[section] = {dotted.removeprefix(f"{section}."): value for dotted, value in fields.items()}
+    return found
+
+
+def _renew(tree: dict[str, Any], where: str) -> dict[str, Any]:
     """A tree of version 0 or 1 as one of version 2."""
     if not isinstance(tree.get("data"), dict):
         return tree
-    vision = _build(VisionConfig, tree.get("vision"), "vision.")
+    vision = typed_json.build(VisionConfig, tree.get("vision"), where, field="vision")
     named = {f"data.{name}": value for name, value in tree["data"].items()}
     renewed = in_vision_tokens(named, vision.max_tokens_per_image)
     return tree | {"data": {name.removeprefix("data."): value for name, value in renewed.items()}}
@@ -75,37 +87,22 @@ def to_json(config: Any) -> str:
     return json.dumps({"version": VERSION, **dataclasses.asdict(config)}, indent=2) + "\n"
 
 
-def _build(cls: type, values: Any, prefix: str = "") -> Any:
-    if not isinstance(values, dict):
-        raise ValueError(f"config.json: {prefix.rstrip('.') or 'it'} is {values!r}, wanted an object with fields")
-    hints = typing.get_type_hints(cls)
-    built: dict[str, Any] = {}
-    for dotted, value in current_fields({prefix + name: value for name, value in values.items()}).items():
-        name = dotted.removeprefix(prefix)
-        if name not in hints:
-            raise ValueError(f"config.json has a field {dotted}, which this program does not know: use the one that wrote it")
-        if dataclasses.is_dataclass(hints[name]):
-            built[name] = _build(hints[name], value, f"{dotted}.")
-        else:
-            built[name] = tuple(value) if isinstance(value, list) else value
-    try:
-        return cls(**built)
-    except TypeError as error:  # a field without a default is missing, or a number is no number
-        raise ValueError(f"config.json: {prefix.rstrip('.') or 'it'} cannot be read: {error}") from error
+def from_json(text: str | bytes, where: str = "config.json") -> Config:
+    """A Config from `to_json`'s text. `where`: the file, for errors.
 
-
-def from_json(text: str) -> Config:
-    """A Config from `to_json`'s text. Raises: ValueError (one line) for a version or a field that is not known."""
-    try:
-        tree = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"config.json is no JSON: {error}") from error
-    version = tree.pop("version", 0) if isinstance(tree, dict) else 0
+    Raises: ValueError (one line) for a version or a field that is not known, or a value of another type.
+    """
+    tree = typed_json.parse_object(text, where)
+    version = tree.pop("version", 0)
     if version not in range(VERSION + 1):
-        raise ValueError(f"config.json has version {version}: this program reads versions 0 to {VERSION}; use a newer program")
-    config = _build(Config, tree if version == VERSION or not isinstance(tree, dict) else _renew(tree))
-    assert isinstance(config, Config)
-    return config
+        raise ValueError(f"{where} has version {version}: this program reads versions 0 to {VERSION}; use a newer program")
+    tree = _current(tree)
+    return typed_json.build(Config, tree if version == VERSION else _renew(tree, where), where)
+
+
+def read_config(path: Path) -> Config:
+    """The Config in a file. Raises: FileNotFoundError; ValueError as `from_json`."""
+    return from_json(read_regular(path, typed_json.MAX_FILE_BYTES), str(path))
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -6,6 +6,7 @@ Flows in: paths and bytes; out: files that are on the disk when the call returns
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,13 @@ def bytes_digest(data: bytes) -> FileDigest:
 def file_digest(path: Path) -> FileDigest:
     """Raises: FileNotFoundError; ValueError for what is no regular file."""
     with open_regular(path) as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileDigest(file.tell(), digest)
+        return digest_of(file)
+
+
+def digest_of(file: io.BufferedReader) -> FileDigest:
+    """The digest of an open file, read from where it stands to its end, which is its start for a file just opened."""
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileDigest(file.tell(), digest)
 
 
 def publish(path: Path, data: bytes, *, partial: Path | None = None) -> None:

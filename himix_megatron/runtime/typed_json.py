@@ -64,13 +64,18 @@ def build(cls: type[T], values: Any, where: str, *, field: str = "") -> T:
     values = _object(values, where, field)
     hints, prefix = _hints(typing.cast(Any, cls)), f"{field}." if field else ""
     if unknown := sorted(values.keys() - hints.keys()):
-        raise ValueError(f"{where}: it has a field {prefix}{unknown[0]}, which this program does not know")
+        raise ValueError(
+            f"{where}: it has a field {prefix}{unknown[0]}, which this program does not know: use the one that wrote it"
+        )
     built = {name: as_type(hints[name], value, where, prefix + name) for name, value in values.items()}
     for item in dataclasses.fields(cls):  # type: ignore[arg-type]
         has_default = item.default is not dataclasses.MISSING or item.default_factory is not dataclasses.MISSING
         if item.name not in built and not has_default:
             raise ValueError(f"{where}: the field {prefix}{item.name} is missing")
-    return cls(**built)
+    try:
+        return cls(**built)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def as_type(hint: Any, value: Any, where: str, field: str = "") -> Any:

@@ -43,13 +43,24 @@ def open_below(folder: Path, name: str, limit: int | None = None) -> io.Buffered
 
     Raises: LinkError; otherwise as `open_regular`.
     """
-    return open(_checked(_open_below(folder, name, os.O_RDONLY), str(folder / name), limit), "rb")
+    return open(descriptor_below(folder, name, limit), "rb")
+
+
+def descriptor_below(folder: Path, name: str, limit: int | None = None) -> int:
+    """The descriptor of such a file, for the caller to close. Raises: as `open_below`."""
+    return _checked(_open_below(folder, name, os.O_RDONLY), str(folder / name), limit)
 
 
 def read_below(folder: Path, name: str, limit: int | None = None) -> bytes:
     """The content of such a file. Raises: as `open_below`."""
     with open_below(folder, name, limit) as file:
         return file.read()
+
+
+def size_below(folder: Path, name: str) -> int:
+    """Bytes of such a file. Raises: as `open_below`."""
+    with open_below(folder, name) as file:
+        return os.fstat(file.fileno()).st_size
 
 
 def open_lock(folder: Path, name: str) -> io.FileIO:

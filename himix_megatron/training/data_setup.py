@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..checkpoint.description import Position
-from ..config import Config, DataConfig, from_json
+from ..config import Config, DataConfig, read_config
 from ..data.loading.batch import StepBatch
 from ..data.loading.feature_cache import FeatureCache, feature_key
 from ..data.loading.loader import ReadSpec, StepReader, step_loader
@@ -79,7 +79,7 @@ def prepare_inputs(config: Config, data_size: int) -> RunInputs:
         held_out_features=open_features(config, held_out, config.data.validation_features),
         length=training_length(config, plan),
         kernels=kernels,
-        previous=from_json(settings.read_text()) if settings.is_file() else None,
+        previous=read_config(settings) if settings.is_file() else None,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from himix_megatron.config import Config, current_fields, from_json, to_json
+from himix_megatron.config import Config, current_fields, from_json, read_config, to_json
 from himix_megatron.config.serialization import COUNTED_IMAGES, RENAMED_FIELDS, VERSION
 from himix_megatron.training.resume import _check_continues
 from pipelines.recipes import RECIPES
@@ -62,7 +62,7 @@ def test_a_packs_budget_in_images_is_read_as_one_in_vision_tokens(images: int | 
     tree["data"]["pack_max_images"] = images
     assert from_json(json.dumps(tree | {"version": 1})) == config
     assert from_json(json.dumps(version_0(config))) == config
-    with pytest.raises(ValueError, match=r"has a field data\.pack_max_images, which this program does not know"):
+    with pytest.raises(ValueError, match=r"it has a field data\.pack_max_images, which this program does not know"):
         from_json(json.dumps(tree))
 
 
@@ -97,12 +97,16 @@ def test_an_old_name_is_no_name_of_today() -> None:
     [
         ({"version": VERSION + 1}, f"config.json has version {VERSION + 1}: this program reads versions 0 to {VERSION}"),
         ({"version": "new"}, "config.json has version new"),
-        ({"video": {}}, "config.json has a field video, which this program does not know"),
-        ({"run": {"dir": None, "stepz": 3}}, "config.json has a field run.stepz, which this program does not know"),
-        ({"run": 3}, "config.json: run is 3, wanted an object with fields"),
-        ({"optimizer": {}}, "config.json: optimizer cannot be read: .*missing 1 required .*learning_rate"),
-        ({"parallel": {"tensor": "two"}}, "config.json: parallel cannot be read"),
-        ({"parallel": {"tensor": 0}}, "parallel.tensor is 0: wanted 1 or more"),
+        ({"video": {}}, "config.json: it has a field video, which this program does not know"),
+        ({"run": {"dir": None, "stepz": 3}}, "config.json: it has a field run.stepz, which this program does not know"),
+        ({"run": 3}, "config.json: run is 3, wanted an object"),
+        ({"optimizer": {}}, "config.json: the field optimizer.learning_rate is missing"),
+        ({"parallel": {"tensor": "two"}}, 'config.json: parallel.tensor is "two", wanted a whole number'),
+        ({"parallel": {"tensor": 0}}, "config.json: parallel.tensor is 0, wanted 1 or more"),
+        ({"data": []}, "config.json: data is a list, wanted an object"),
+        ({"model": None}, "config.json: model is null, wanted an object"),
+        ({"recipe": 5}, "config.json: recipe is 5, wanted text"),
+        ({"version": []}, r"config.json has version \[\]"),
     ],
 )
 def test_what_cannot_be_read_is_named_in_one_line(changes: dict[str, Any], said: str) -> None:
@@ -112,7 +116,40 @@ def test_what_cannot_be_read_is_named_in_one_line(changes: dict[str, Any], said:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null"])
+@pytest.mark.parametrize(
+    ("field", "value", "wanted"),
+    [
+        ("train.precision", "fp4", "one of"),
+        ("model.layer_spec", "nosuch", "one of"),
+        ("vision.interpolation", "lanczos", "one of"),
+        ("model.text_only_vision", "foo", "one of"),
+        ("data.template", "nosuch", "one of"),
+        ("data.tokenizer", 5, "text"),
+        ("data.tokenizer", None, "text"),
+        ("train.seed", "abc", "a whole number"),
+        ("model.num_layers", "4", "a whole number"),
+        ("model.num_layers", None, "a whole number"),
+        ("data.datasets", "shards", "a list"),
+        ("vision.pixel_mean", [0.5], "a list of 3"),
+        ("optimizer.learning_rate", [], "a number"),
+    ],
+)
+@pytest.mark.parametrize("version", [0, VERSION])
+def test_a_value_of_another_type_is_named_with_its_file(
+    tmp_path: Path, version: int, field: str, value: Any, wanted: str
+) -> None:
+    tree: dict[str, Any] = json.loads(to_json(RECIPES["tiny_align"]()))
+    section, name = field.split(".")
+    assert name in tree[section]
+    tree[section][name] = value
+    if not version:
+        del tree["version"]
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/config\.json: {field} is .*, wanted {wanted}"):
+        read_config(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"x"', "{}", "[" * 100_000])
 def test_another_file_is_no_config(text: str) -> None:
     with pytest.raises(ValueError, match=r"^config\.json"):
         from_json(text)

@@ -276,7 +276,7 @@ def test_an_unfinished_or_changed_cache_is_refused(dataset: ShardDataset, tmp_pa
     with pytest.raises(ValueError, match="fingerprint does not match"):
         FeatureCache(tmp_path / "cache", dataset)
     manifest.write_text(whole.replace('"features_version": 1', '"features_version": 3'))
-    with pytest.raises(ValueError, match=r"manifest\.json: .* its features_version is 3, wanted one of \(1, 2\)"):
+    with pytest.raises(ValueError, match=r"manifest\.json: its features_version is 3, wanted one of \(1, 2\)"):
         FeatureCache(tmp_path / "cache", dataset)
     manifest.write_text(whole)
     file = tmp_path / "cache" / feature_cache.feature_file(dataset.manifest.shards[1].name)

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from himix_megatron.config import Config, Count, ParallelConfig, RunConfig, from_json, to_json
+from himix_megatron.config import Config, Count, ParallelConfig, RunConfig, read_config, to_json
 from himix_megatron.distributed.topology import Topology, init_distributed, shutdown_distributed
 from pipelines.cli import parse_settings, run_main
 from pipelines.recipes import RECIPES
@@ -148,7 +148,7 @@ def measure(config: Config, topology: Topology) -> dict[str, Any]:
 def work(folder: Path) -> None:
     """A rank of a run: reads its settings from a file, and writes what it measured to another."""
     torch.set_num_threads(1)
-    config = from_json((folder / "config.json").read_text())
+    config = read_config(folder / "config.json")
     if config.parallel.pipeline == 1:
         report = calibrate(config)
     else:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from himix_megatron.config import from_json, to_json
+from himix_megatron.config import read_config, to_json
 from himix_megatron.monitoring.run_status import RunStatus, read_status, status_path
 
 STEP_SECONDS = "time/step_seconds"
@@ -82,7 +82,7 @@ def read_run(folder: Path, warmup_steps: int, known: dict[str, Any] | None = Non
     except ValueError as error:
         run.notes.append(str(error))
     if (folder / "config.json").is_file():
-        config = from_json((folder / "config.json").read_text())
+        config = read_config(folder / "config.json")
         run.settings = json.loads(to_json(config))
         run.global_batch, run.planned_steps = config.global_batch, config.train.steps
     if status is not None:

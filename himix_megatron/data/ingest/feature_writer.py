@@ -93,9 +93,10 @@ def make_features(
 def load_receipt(folder: LocalFolder, name: str) -> FeatureReceipt | None:
     """None where there is none that can be read (the file is then made again)."""
     try:
-        return feature_cache.receipt_from_json((folder.read(feature_cache.receipt_file(name)) or b"").decode())
+        receipt = feature_cache.receipt_from_json(folder.read(feature_cache.receipt_file(name)) or b"")
     except ValueError:
         return None
+    return receipt if receipt.name == name else None
 
 
 def is_whole(job: FeatureJob, receipt: FeatureReceipt) -> bool:

@@ -32,7 +32,10 @@ import torch
 from torch import Tensor
 
 from ...config import Config
+from ...runtime import typed_json
 from ...runtime.durable_files import FileDigest
+from ...runtime.limits import Count, Size
+from ...runtime.untrusted_files import descriptor_below, read_below, size_below
 from ..errors import BadSampleError
 from ..shards import shard_format
 from ..shards.reader import DamagedShardError, ShardDataset
@@ -71,7 +74,7 @@ class FeatureReceipt:
     key_hash: str
     source: str
     """SHA-256 of the shard's tar; of nothing for the blank image."""
-    num_images: int
+    num_images: Size
     damaged: tuple[int, ...]
     """Images, counted in the shard, that could not be decoded."""
     squared_error: float
@@ -87,10 +90,10 @@ class FeatureManifest:
 
     features_version: int
     key: dict[str, Any]
-    tokens_per_image: int | None
+    tokens_per_image: Count | None
     """None: images differ."""
-    width: int
-    num_images: int
+    width: Count
+    num_images: Size
     relative_error: float
     """What storing lost: root of squared error over squares, over all images."""
     blank: FeatureReceipt
@@ -189,20 +192,20 @@ def receipt_file(name: str) -> str:
     return f"receipts/{name}.json"
 
 
-def receipt_from_json(text: str) -> FeatureReceipt:
+def receipt_from_json(text: str | bytes, where: str = "receipt") -> FeatureReceipt:
     """Raises: ValueError for text that is no receipt of a known version."""
-    return _receipt(_checked(text, "receipt"))
+    return typed_json.build(FeatureReceipt, _of_known_version(text, where), where)
 
 
-def manifest_from_json(text: str) -> FeatureManifest:
+def manifest_from_json(text: str | bytes, where: str = MANIFEST) -> FeatureManifest:
     """Raises: ValueError for text that is no manifest of a known version, or was changed."""
-    values = _checked(text, "manifest")
+    values = _of_known_version(text, where)
     fingerprint = values.pop("fingerprint", None)
+    manifest = typed_json.build(FeatureManifest, values, where)
     if shard_format.hash_of(values) != fingerprint:
-        raise ValueError("its fingerprint does not match its content: it was changed by hand or damaged")
-    return FeatureManifest(
-        **{**values, "blank": _receipt(values["blank"]), "shards": tuple(_receipt(shard) for shard in values["shards"])}
-    )
+        raise ValueError(f"{where}: its fingerprint does not match its content: it was changed by hand or damaged")
+    typed_json.as_type(Dtype, manifest.key.get("data.features_dtype"), where, "key.data.features_dtype")
+    return manifest
 
 
 def to_json(record: FeatureReceipt | FeatureManifest) -> str:
@@ -213,23 +216,11 @@ def to_json(record: FeatureReceipt | FeatureManifest) -> str:
     return json.dumps(values, indent=1) + "\n"
 
 
-def _checked(text: str, what: str) -> dict[str, Any]:
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"not a {what}: {error}") from None
-    version = values.get("features_version") if isinstance(values, dict) else None
-    if version not in VERSIONS:
-        raise ValueError(f"not a {what} of features: its features_version is {version}, wanted one of {VERSIONS}")
-    assert isinstance(values, dict)
+def _of_known_version(text: str | bytes, where: str) -> dict[str, Any]:
+    values = typed_json.parse_object(text, where)
+    if (version := values.get("features_version")) not in VERSIONS:
+        raise ValueError(f"{where}: its features_version is {version}, wanted one of {VERSIONS}")
     return values
-
-
-def _receipt(values: Mapping[str, Any]) -> FeatureReceipt:
-    try:
-        return FeatureReceipt(**{**values, "damaged": tuple(values["damaged"]), "file": FileDigest(**values["file"])})
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"not a receipt: {error}") from None
 
 
 class FeatureCache:
@@ -241,20 +232,28 @@ class FeatureCache:
     def __init__(self, folder: str | Path, dataset: ShardDataset) -> None:
         self.folder, self.dataset = Path(folder), dataset
         file = self.folder / MANIFEST
-        if not file.is_file():
+        try:
+            self.manifest = manifest_from_json(read_below(self.folder, MANIFEST, typed_json.MAX_FILE_BYTES), str(file))
+        except (FileNotFoundError, NotADirectoryError):
             raise ValueError(
                 f"data.features: {folder} holds no finished features (no {file.name}): make them with python -m "
                 f"pipelines.encode RECIPE --data {dataset.location} --out {folder}"
-            )
-        try:
-            self.manifest = manifest_from_json(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
+            ) from None
         self.check({"dataset": dataset.fingerprint})
-        for receipt in (self.manifest.blank, *self.manifest.shards):
-            path = self.folder / feature_file(receipt.name)
-            if not path.is_file() or path.stat().st_size != receipt.file.bytes:
-                raise ValueError(f"{path} is missing or incomplete: run pipelines.encode again, it makes only what is missing")
+        wanted = [(BLANK, 1), *((shard.name, shard.num_images) for shard in dataset.manifest.shards)]
+        receipts = (self.manifest.blank, *self.manifest.shards)
+        if [(receipt.name, receipt.num_images) for receipt in receipts] != wanted:
+            raise ValueError(f"{file}: its files are not those of the shards of {dataset.location}: run pipelines.encode again")
+        for receipt in receipts:
+            name = feature_file(receipt.name)
+            try:
+                is_whole = size_below(self.folder, name) == receipt.file.bytes
+            except FileNotFoundError:
+                is_whole = False
+            if not is_whole:
+                raise ValueError(
+                    f"{self.folder / name} is missing or incomplete: run pipelines.encode again, it makes only what is missing"
+                )
         self._files: OrderedDict[str, tuple[int, Layout]] = OrderedDict()
 
     def check(self, key: Mapping[str, Any]) -> None:
@@ -305,26 +304,25 @@ class FeatureCache:
         if receipt.name not in self._files:
             if len(self._files) >= MAX_OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1][0])
-            path = self.folder / feature_file(receipt.name)
-            layout = self._layout(path, receipt)
-            self._files[receipt.name] = os.open(path, os.O_RDONLY), layout
+            descriptor = descriptor_below(self.folder, feature_file(receipt.name))
+            try:
+                self._files[receipt.name] = descriptor, self._layout(descriptor, receipt)
+            except BaseException:
+                os.close(descriptor)
+                raise
         return self._files[receipt.name]
 
-    def _layout(self, path: Path, receipt: FeatureReceipt) -> Layout:
-        tokens, images, lengths = self.manifest.tokens_per_image, receipt.num_images, b""
-        with path.open("rb") as file:
-            if tokens is None:
-                file.seek(receipt.file.bytes - 8 * images)
-                lengths = file.read()
-            starts = token_starts(images, tokens, np.frombuffer(lengths, "<i8"))
-            layout = Layout(starts, self.manifest.width, self.manifest.dtype)
-            file.seek(0)
-            # The header has the lengths' sum: one wrong length would move every image behind it.
-            if file.read(len(layout.header)) != layout.header:
-                raise DamagedShardError(
-                    f"{path} is damaged: its header is not that of {images} images with {layout.num_tokens} tokens together: "
-                    "run pipelines.encode again, it makes only what is missing or damaged"
-                )
+    def _layout(self, descriptor: int, receipt: FeatureReceipt) -> Layout:
+        tokens, images, lengths = self.manifest.tokens_per_image, receipt.num_images, np.zeros(0, np.int64)
+        if tokens is None:
+            lengths = np.frombuffer(os.pread(descriptor, 8 * images, max(0, receipt.file.bytes - 8 * images)), "<i8")
+        layout = Layout(token_starts(images, tokens, lengths), self.manifest.width, self.manifest.dtype)
+        # The header has the lengths' sum: one wrong length would move every image behind it.
+        if (lengths < 0).any() or os.pread(descriptor, len(layout.header), 0) != layout.header:
+            raise DamagedShardError(
+                f"{self.folder / feature_file(receipt.name)} is damaged: its header is not that of {images} images with "
+                f"{layout.num_tokens} tokens together: run pipelines.encode again, it makes only what is missing or damaged"
+            )
         return layout
 
     def __getstate__(self) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import dataclasses
 import errno
 import fcntl
 import functools
-import json
 import logging
 import multiprocessing
 import os
@@ -29,8 +28,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ...runtime.durable_files import publish
+from ...runtime.untrusted_files import folder_below, open_below, open_lock, read_below
+from ..errors import BadSampleError
 from ..shards import shard_format
-from ..shards.reader import MAX_OPEN_SHARDS, DamagedShardError, ShardDataset
+from ..shards.reader import MAX_OPEN_SHARDS, DamagedShardError, ShardDataset, as_text
 from ..shards.shard_format import Receipt, TextColumn
 from ..text import chat_template
 from ..text.tokenizer import Tokenizer, load_tokenizer
@@ -67,8 +68,8 @@ def make_column(folder: Path, receipt: Receipt, tokenizer: str, template: str) -
     if read_column(folder, receipt, column) is not None:
         return False
     lengths, places, without = [], list[int](), 0
-    for text, num_images in _texts(folder, receipt):
-        length, own = _count(text, spelled, template)
+    for text, key, num_images in _texts(folder, receipt):
+        length, own = _count(text, key, spelled, template)
         without += length != UNUSABLE and len(own) != num_images
         lengths.append(length)
         places += own if len(own) == num_images else [0] * num_images
@@ -82,7 +83,8 @@ def make_column(folder: Path, receipt: Receipt, tokenizer: str, template: str) -
 
 
 def _write(folder: Path, receipt: Receipt, column: str, content: TextColumn) -> None:
-    path = shard_format.lengths_path(folder, column, receipt.name)
+    name = shard_format.lengths_path(Path(), column, receipt.name)
+    path = folder_below(folder, name.parent.as_posix()) / name.name
     # The process's own partial file: without file locks several processes may count the same shard.
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     publish(path, shard_format.encode_text_column(content, receipt), partial=partial)
@@ -91,9 +93,14 @@ def _write(folder: Path, receipt: Receipt, column: str, content: TextColumn) -> 
 def read_column(folder: Path, receipt: Receipt, column: str) -> TextColumn | None:
     """The column of one shard; None where there is none, or one that cannot be trusted (it is then made again)."""
     try:
-        return shard_format.decode_text_column(shard_format.lengths_path(folder, column, receipt.name).read_bytes(), receipt)
+        return _stored_column(folder, receipt, column)
     except (FileNotFoundError, ValueError):
         return None
+
+
+def _stored_column(folder: Path, receipt: Receipt, column: str) -> TextColumn:
+    name = shard_format.lengths_path(Path(), column, receipt.name).as_posix()
+    return shard_format.decode_text_column(read_below(folder, name), receipt)
 
 
 def text_lengths(dataset: ShardDataset, tokenizer: str, template: str) -> Lengths:
@@ -154,11 +161,11 @@ class ImagePlaces:
     def _of_shard(self, shard: int) -> npt.NDArray[np.uint32]:
         if shard not in self._shards:
             receipt = self._dataset.manifest.shards[shard]
-            path = shard_format.lengths_path(self._dataset.path, self._column, receipt.name)
             try:
-                places = shard_format.decode_text_column(path.read_bytes(), receipt).image_places
+                places = _stored_column(self._dataset.path, receipt, self._column).image_places
             except (FileNotFoundError, ValueError) as error:
                 what = error if isinstance(error, ValueError) else "the file is gone"
+                path = shard_format.lengths_path(self._dataset.path, self._column, receipt.name)
                 raise DamagedShardError(f"{path}: {what}: start the run again, it makes or fetches the column anew") from None
             if len(self._shards) >= MAX_OPEN_SHARDS:
                 self._shards.popitem(last=False)
@@ -190,9 +197,7 @@ def _fetch_columns(dataset: ShardDataset, column: str, tokenizer: str, template:
 @contextlib.contextmanager
 def _one_at_a_time(folder: Path, column: str) -> Iterator[None]:
     """Hold the column's lock. Where a file system has no locks two may count: the files come out the same."""
-    place = folder / "lengths" / column
-    place.mkdir(parents=True, exist_ok=True)
-    with (place / ".lock").open("w") as lock:
+    with open_lock(folder_below(folder, f"lengths/{column}"), ".lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -211,26 +216,27 @@ def _make_all(folder: Path, receipts: Sequence[Receipt], tokenizer: str, templat
                 log.info("text tokens: %d of %d shards counted", number, len(receipts))
 
 
-def _texts(folder: Path, receipt: Receipt) -> Iterator[tuple[dict[str, Any], int]]:
-    """The texts of one shard, in order, each with the number of its images; it needs no manifest."""
-    paths = shard_format.shard_paths(folder, receipt.name)
+def _texts(folder: Path, receipt: Receipt) -> Iterator[tuple[bytes, str, int]]:
+    """The texts of one shard, in order, each with its key and the number of its images; it needs no manifest."""
+    paths = shard_format.shard_paths(Path(), receipt.name)
     try:
-        samples, _ = shard_format.decode_index(paths.index.read_bytes())
+        samples, images = shard_format.decode_index(read_below(folder, paths.index.as_posix(), receipt.index.bytes))
+        shard_format.check_tables(samples, images, receipt)
     except ValueError as error:
-        raise DamagedShardError(f"{paths.index}: {error} ({receipt.num_samples} samples at stake)") from None
-    with paths.tar.open("rb") as file:
+        raise DamagedShardError(f"{folder / paths.index}: {error} ({receipt.num_samples} samples at stake)") from None
+    with open_below(folder, paths.tar.as_posix()) as file:
         for record in samples:
             data = os.pread(file.fileno(), int(record["size"]), int(record["offset"]))
+            key = f"{receipt.name}/{shard_format.sample_key(int(record['row']))}"
             if len(data) != record["size"] or zlib.crc32(data) != record["crc32"]:
-                key = shard_format.sample_key(int(record["row"]))
-                raise DamagedShardError(f"the text of {receipt.name}/{key} does not match its checksum")
-            yield json.loads(data), int(record["num_images"])
+                raise DamagedShardError(f"the text of {key} does not match its checksum")
+            yield data, key, int(record["num_images"])
 
 
-def _count(text: dict[str, Any], tokenizer: Tokenizer, template: str) -> tuple[int, list[int]]:
+def _count(text: bytes, key: str, tokenizer: Tokenizer, template: str) -> tuple[int, list[int]]:
     """The tokens of a text, and of them those before each of its marks."""
     try:
-        encoded = chat_template.encode(text, tokenizer, template, sys.maxsize)
-    except ValueError:
+        encoded = chat_template.encode(as_text(text, key), tokenizer, template, sys.maxsize)
+    except (ValueError, BadSampleError):
         return UNUSABLE, []
     return len(encoded.ids), encoded.image_places.tolist()

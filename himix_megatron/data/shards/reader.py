@@ -7,7 +7,6 @@ shards that remote_cache.py keeps on this machine.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import struct
 import zlib
@@ -21,7 +20,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ...runtime import typed_json
+from ...runtime.untrusted_files import descriptor_below, read_below, size_below
 from ..errors import BadSampleError
+from ..text.chat_template import check_turns
 from . import remote_cache, shard_format, storage
 from .remote_cache import DamagedFileError, ShardCache
 from .shard_format import Manifest, Receipt
@@ -31,6 +33,8 @@ Array = npt.NDArray[Any]
 MAX_OPEN_SHARDS = 64
 """Per dataset and process; the one opened first is closed. A run may mix several datasets, and the usual limit of open files
 is 1,024. As many indexes are held, some 64 KB each: neither grows with the dataset."""
+
+AGAIN = "run the preprocessing again, it makes only what is missing or damaged"
 
 
 class SampleRecord(NamedTuple):
@@ -156,7 +160,7 @@ class ShardDataset:
         Raises: BadSampleError when its bytes are not those that were written; OSError when the machine fails.
         """
         shard, record = self._sample(i)
-        return _as_text(self._read(self._tar(shard), record, i, None))
+        return as_text(self._read(self._tar(shard), record, i, None), self.key(i))
 
     def image_bytes(self, i: int, k: int) -> bytes:
         """The file of image k of sample i. Raises: as `text`."""
@@ -175,7 +179,7 @@ class ShardDataset:
     def sample(self, i: int) -> tuple[dict[str, Any], list[bytes]]:
         """`text` and every `image_bytes` of sample i, looked up once. Raises: as `text`."""
         text, *images = self.members(i)
-        return _as_text(text), images
+        return as_text(text, self.key(i)), images
 
     def fetch(self, name: str) -> bytes | None:
         """A small file of a remote dataset as it is there now; None where there is none."""
@@ -192,29 +196,30 @@ class ShardDataset:
         try:
             if self._remote is None:
                 assert folder is not None
-                text = shard_format.manifest_path(folder).read_text(encoding="utf-8")
+                text = read_below(folder, name, typed_json.MAX_FILE_BYTES)
             else:
-                text = remote_cache.fetch(f"{self._remote}/{name}").decode()
+                text = remote_cache.fetch(f"{self._remote}/{name}")
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(
                 f"{self.location} is not a shard dataset (no {name}): make one with python -m pipelines.preprocess "
                 f"--source llava --annotations FILE.json --images DIR --out {self.location}"
             ) from None
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{self.location}/{name}: {error}") from None
-        try:
-            return shard_format.manifest_from_json(text)
-        except ValueError as error:
-            raise ValueError(f"{self.location}/{name}: {error}") from None
+        return shard_format.manifest_from_json(text, f"{self.location}/{name}")
 
     def _check_files(self) -> None:
         """See that a local dataset's files are there, and as long as they should be."""
         for shard in self.manifest.shards:
-            paths = shard_format.shard_paths(self.path, shard.name)
+            paths = shard_format.shard_paths(Path(), shard.name)
             for part, wanted in ((paths.tar, shard.tar), (paths.index, shard.index)):
-                if not part.is_file() or part.stat().st_size != wanted.bytes:
-                    state = f"has {part.stat().st_size} bytes, not {wanted.bytes}" if part.is_file() else "is missing"
-                    raise ValueError(f"{part} {state}: run the preprocessing again, it makes only what is missing or damaged")
+                try:
+                    found = size_below(self.path, part.as_posix())
+                except FileNotFoundError:
+                    found = None
+                if found != wanted.bytes:
+                    state = "is missing" if found is None else f"has {found} bytes, not {wanted.bytes}"
+                    raise ValueError(
+                        f"{self.path / part} {state}: run the preprocessing again, it makes only what is missing or damaged"
+                    )
 
     def _keep_indexes(self, kept: ShardCache, remote: str) -> None:
         """See that a remote dataset's indexes are here, and that its shards can be."""
@@ -225,7 +230,7 @@ class ShardDataset:
         try:
             kept.keep_small(remote, self.path, wanted)
         except (DamagedFileError, FileNotFoundError) as error:
-            raise ValueError(f"{error}: run the preprocessing again, it makes only what is missing or damaged") from None
+            raise ValueError(f"{error}: {AGAIN}") from None
 
     # ---- reading ---------------------------------------------------------------------------------------------------
 
@@ -264,11 +269,11 @@ class ShardDataset:
         index = self._indexes.get(shard)
         if index is None:
             receipt = self.manifest.shards[shard]
-            path = shard_format.shard_paths(self.path, receipt.name).index
+            name = shard_format.shard_paths(Path(), receipt.name).index.as_posix()
             try:
-                index = _Index(path.read_bytes(), receipt.index.sha256)
+                index = _Index(read_below(self.path, name, receipt.index.bytes), receipt)
             except ValueError as error:
-                raise DamagedShardError(f"{path}: {error} ({receipt.num_samples} samples at stake)") from None
+                raise DamagedShardError(f"{self.path / name}: {error} ({receipt.num_samples} samples at stake)") from None
             if len(self._indexes) >= MAX_OPEN_SHARDS:
                 self._indexes.popitem(last=False)
             self._indexes[shard] = index
@@ -291,12 +296,12 @@ class ShardDataset:
         return tar
 
     def _open_tar(self, receipt: Receipt) -> int:
-        if self._cache is None or self._remote is None:
-            return os.open(shard_format.shard_paths(self.path, receipt.name).tar, os.O_RDONLY)
-        name = str(shard_format.shard_paths(Path(), receipt.name).tar)
+        name = shard_format.shard_paths(Path(), receipt.name).tar.as_posix()
         try:
+            if self._cache is None or self._remote is None:
+                return descriptor_below(self.path, name)
             return self._cache.open(self._remote, self.path, name, receipt.tar)
-        except DamagedFileError as error:
+        except (DamagedFileError, ValueError) as error:
             raise DamagedShardError(f"{error} ({receipt.num_samples} samples at stake)") from None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -310,11 +315,12 @@ class ShardDataset:
 class _Index:
     """The tables of one shard. Raises: ValueError saying what is wrong with the bytes."""
 
-    def __init__(self, data: bytes, sha256: str) -> None:
+    def __init__(self, data: bytes, receipt: Receipt) -> None:
         self._data = data
         self.samples, self.images = shard_format.decode_index(data)
-        if hashlib.sha256(data).hexdigest() != sha256:
+        if hashlib.sha256(data).hexdigest() != receipt.index.sha256:
             raise ValueError("it is another index than the manifest's")  # another shard's, maybe, of the same size
+        shard_format.check_tables(self.samples, self.images, receipt)
         self._first_image = shard_format.INDEX_HEADER.itemsize + self.samples.nbytes
 
     def sample(self, place: int) -> SampleRecord:
@@ -332,7 +338,11 @@ def _member(k: int | None) -> str:
     return "its text" if k is None else f"image {k}"
 
 
-def _as_text(data: bytes) -> dict[str, Any]:
-    sample = json.loads(data)
-    assert isinstance(sample, dict)
+def as_text(data: bytes, key: str) -> dict[str, Any]:
+    """A sample's KEY.json. Raises: BadSampleError when it is no object with turns, which we never write."""
+    try:
+        sample = typed_json.parse_object(data, key)
+    except ValueError as error:
+        raise BadSampleError("malformed", str(error)) from None
+    check_turns(sample.get("conversations"))
     return sample

@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ...runtime.durable_files import FileDigest, bytes_digest, publish, sync_file
+from ...runtime.untrusted_files import open_lock
 from . import storage
 
 DEFAULT_FOLDER = Path("~/.cache/himix-megatron/shards")
@@ -185,7 +186,7 @@ def mark_used(descriptor: int) -> int:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Alone among the processes of this machine. The file stays: deleting it would let two processes hold two locks."""
-    with path.open("w") as file:
+    with open_lock(path.parent, path.name) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

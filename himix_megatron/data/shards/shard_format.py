@@ -17,7 +17,6 @@ import dataclasses
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +24,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ...runtime import typed_json
 from ...runtime.durable_files import FileDigest
+from ...runtime.limits import ShardName, Size
 
 SCHEMA_VERSION = 1
 
@@ -59,16 +60,16 @@ class Receipt:
     """What one shard holds, and the hashes of its files."""
 
     schema_version: int
-    name: str
+    name: ShardName
     """NAME-000000, without a suffix."""
     config_hash: str
     source_hash: str
-    first_row: int
-    end_row: int
+    first_row: Size
+    end_row: Size
     """Source rows first_row <= row < end_row went into this shard or its quarantine."""
-    num_samples: int
-    num_images: int
-    quarantined: dict[str, int]
+    num_samples: Size
+    num_images: Size
+    quarantined: dict[str, Size]
     """Rows left out, by reason."""
     tar: FileDigest
     index: FileDigest
@@ -96,10 +97,10 @@ class Manifest:
     config_hash: str
     source_hash: str
     """SHA-256 of the annotation file."""
-    num_rows: int
-    num_samples: int
-    num_images: int
-    quarantined: dict[str, int]
+    num_rows: Size
+    num_samples: Size
+    num_images: Size
+    quarantined: dict[str, Size]
     shards: tuple[Receipt, ...]
 
     @property
@@ -207,6 +208,23 @@ def decode_index(data: bytes | memoryview) -> tuple[Records, Records]:
     )
 
 
+def check_tables(samples: Records, images: Records, receipt: Receipt) -> None:
+    """See that an index tells of its own shard only, so that its numbers need no check when they are used.
+
+    Raises: ValueError for other counts than the receipt's, or a record that points outside the tar or the image table.
+    """
+    if (len(samples), len(images)) != (receipt.num_samples, receipt.num_images):
+        raise ValueError(f"it has {len(samples)} samples and {len(images)} images, not those of its receipt")
+    for table in (samples, images):
+        # A sum of unsigned numbers may wrap, so sizes are compared with what is left behind the offset.
+        offsets, size = table["offset"], np.uint64(receipt.tar.bytes)
+        if (offsets > size).any() or (table["size"] > size - np.minimum(offsets, size)).any():
+            raise ValueError("a record points behind the end of the tar")
+    ends = samples["first_image"].astype(np.uint64) + samples["num_images"]
+    if (ends > len(images)).any() or not (images["width"].all() and images["height"].all()):
+        raise ValueError("a record points behind the end of the image table, or an image has no pixels")
+
+
 def lengths_path(folder: Path, column: str, name: str) -> Path:
     """Where the `TextColumn` of one shard is. `column`: see loading/token_counts.py."""
     return folder / "lengths" / column / f"{name}.text"
@@ -246,39 +264,27 @@ def to_json(record: Receipt | Manifest) -> str:
     return json.dumps(values, indent=1) + "\n"
 
 
-def receipt_from_json(text: str) -> Receipt:
-    """Raises: ValueError for text that is no receipt of this schema version."""
-    return _receipt(_object(text, "receipt"))
+def receipt_from_json(text: str | bytes, where: str = "receipt") -> Receipt:
+    """Raises: ValueError (`where` is the file's name in it) for text that is no receipt of this schema version."""
+    return typed_json.build(Receipt, _of_this_version(text, where), where)
 
 
-def manifest_from_json(text: str) -> Manifest:
-    """Raises: ValueError for text that is no manifest of this schema version, or one whose fingerprint is not its own."""
-    values = _object(text, "manifest")
+def manifest_from_json(text: str | bytes, where: str = "manifest.json") -> Manifest:
+    """Raises: ValueError (`where` is the file's name in it) for text that is no manifest of this schema version, or one whose
+    fingerprint is not its own, or whose numbers are not the sums of its shards'."""
+    values = _of_this_version(text, where)
     fingerprint = values.pop("fingerprint", None)
-    try:
-        values["shards"] = tuple(_receipt(shard) for shard in values["shards"])
-        manifest = Manifest(**values)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"not a manifest: {error}") from None
+    manifest = typed_json.build(Manifest, values, where)
     if manifest.fingerprint != fingerprint:
-        raise ValueError("its fingerprint does not match its content: it was changed by hand or damaged")
+        raise ValueError(f"{where}: its fingerprint does not match its content: it was changed by hand or damaged")
+    for field in ("num_samples", "num_images"):
+        if getattr(manifest, field) != (total := sum(getattr(shard, field) for shard in manifest.shards)):
+            raise ValueError(f"{where}: {field} is {getattr(manifest, field)}, but its shards have {total}")
     return manifest
 
 
-def _object(text: str, what: str) -> dict[str, Any]:
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not a {what}: {error}") from None
-    if not isinstance(values, dict) or values.get("schema_version") != SCHEMA_VERSION:
-        raise ValueError(f"not a {what} of schema version {SCHEMA_VERSION}")
+def _of_this_version(text: str | bytes, where: str) -> dict[str, Any]:
+    values = typed_json.parse_object(text, where)
+    if (version := values.get("schema_version")) != SCHEMA_VERSION:
+        raise ValueError(f"{where}: its schema_version is {version}, wanted {SCHEMA_VERSION}")
     return values
-
-
-def _receipt(values: Mapping[str, Any]) -> Receipt:
-    try:
-        quarantine = values["quarantine"]
-        files = {name: FileDigest(**values[name]) for name in ("tar", "index")}
-        return Receipt(**{**values, **files, "quarantine": FileDigest(**quarantine) if quarantine else None})
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"not a receipt: {error}") from None

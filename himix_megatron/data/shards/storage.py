@@ -7,6 +7,7 @@ renamed. S3 settings come from where boto has them (AWS_ACCESS_KEY_ID, AWS_ENDPO
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import posixpath
 import re
@@ -15,7 +16,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 from urllib.parse import unquote
 
-from ...runtime.durable_files import FileDigest, file_digest, sync_folder
+from ...runtime.durable_files import FileDigest, digest_of, sync_folder
+from ...runtime.untrusted_files import folder_below, open_below, open_regular, read_below
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 CHUNK = 8 << 20
@@ -89,15 +91,15 @@ def list_folder(place: str) -> list[tuple[str, bool]]:
 
 
 def open_file(place: str) -> BinaryIO:
-    """A file for reading. Raises: FileNotFoundError; OSError."""
+    """A file for reading. Raises: FileNotFoundError; OSError; ValueError for a FIFO or a device."""
     if is_remote(place):
         file: BinaryIO = _s3().open(place, "rb", block_size=CHUNK, cache_type="readahead")
         return file
-    return local_path(place).open("rb", buffering=1 << 18)
+    return io.BufferedReader(open_regular(local_path(place)).detach(), 1 << 18)
 
 
 def read_bytes(place: str, limit: int | None = None) -> bytes:
-    """A whole file, or its first `limit` bytes. Raises: FileNotFoundError; OSError."""
+    """A whole file, or its first `limit` bytes. Raises: FileNotFoundError; OSError; ValueError for a FIFO or a device."""
     if is_remote(place) and limit is None:
         data: bytes = _s3().cat_file(place)
         return data
@@ -110,7 +112,7 @@ def read_part(place: str, start: int, end: int) -> bytes:
     if is_remote(place):
         data: bytes = _s3().cat_file(place, start=start, end=end)
         return data
-    with local_path(place).open("rb") as file:
+    with open_regular(local_path(place)) as file:
         file.seek(start)
         return file.read(end - start)
 
@@ -171,22 +173,24 @@ class LocalFolder:
     def read(self, name: str) -> bytes | None:
         """As Folder says."""
         try:
-            return (self.path / name).read_bytes()
-        except FileNotFoundError:
+            return read_below(self.path, name)
+        except (FileNotFoundError, ValueError):  # a link or a FIFO is no file of a dataset: what is made anew replaces it
             return None
 
     def digest(self, name: str) -> FileDigest | None:
         """As Folder says."""
         try:
-            return file_digest(self.path / name)
-        except FileNotFoundError:
+            with open_below(self.path, name) as file:
+                return digest_of(file)
+        except (FileNotFoundError, ValueError):
             return None
 
     def put(self, files: dict[str, Path]) -> None:
         """By rename: a reader sees the whole file or none."""
+        folders = {folder_below(self.path, posixpath.dirname(name)) if "/" in name else self.path for name in files}
         for name, file in files.items():
             os.replace(file, self.path / name)
-        for folder in {(self.path / name).parent for name in files}:
+        for folder in folders:
             sync_folder(folder)
 
     def remove(self, name: str) -> None:

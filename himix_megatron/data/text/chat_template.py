@@ -117,16 +117,21 @@ TEMPLATES = {
 }
 
 
-def check_conversation(turns: Any, num_images: int) -> None:
-    """Check a conversation as it comes from outside.
-
-    Raises: BadSampleError with reason `malformed`, `roles` or `image_marks`.
-    """
+def check_turns(turns: Any) -> None:
+    """Check that what comes from outside has the form of turns. Raises: BadSampleError with reason `malformed`."""
     if not isinstance(turns, list) or not turns:
         raise BadSampleError("malformed", "`conversations` is not a list of turns")
     for turn in turns:
         if not isinstance(turn, dict) or not isinstance(turn.get("from"), str) or not isinstance(turn.get("value"), str):
             raise BadSampleError("malformed", 'a turn is not {"from": text, "value": text}')
+
+
+def check_conversation(turns: Any, num_images: int) -> None:
+    """Check a conversation as it comes from outside.
+
+    Raises: BadSampleError with reason `malformed`, `roles` or `image_marks`.
+    """
+    check_turns(turns)
     roles = [turn["from"] for turn in turns]
     if roles != ["human", "gpt"] * (len(roles) // 2):
         raise BadSampleError("roles", "human and gpt must take turns, human first and gpt last")
