@@ -29,6 +29,7 @@ from typing import Any, Literal
 
 from himix_megatron.config import Config, Count, check_ranks
 from himix_megatron.monitoring.run_status import followed_status
+from himix_megatron.runtime import typed_json
 from himix_megatron.runtime.process import bulk_import
 from himix_megatron.runtime.stop_signals import COMMAND_STOP_SIGNALS, EXIT_REQUEUE, StopRequest
 from pipelines.cli import parse, parse_settings, run_main, split_recipe_flags
@@ -89,6 +90,22 @@ class Member:
         return f"{ranks}, {self.config.global_batch} {'packs' if self.config.data.packs else 'samples'} a step"
 
 
+@dataclass(frozen=True, slots=True)
+class _SeriesFile:
+    """What series.json holds."""
+
+    recipe: str
+    mode: str
+    flags: list[str]
+    runs: dict[str, dict[str, Any]]
+    """By number of ranks."""
+
+
+def read_series_file(file: Path) -> dict[str, Any]:
+    """A series.json. Raises: ValueError, one line, for a file that is none."""
+    return dataclasses.asdict(typed_json.build(_SeriesFile, typed_json.read(file), str(file)))
+
+
 class Series:
     """series.json: the runs of a series and how each ended. Written after every change."""
 
@@ -98,7 +115,7 @@ class Series:
         self.file = self.folder / "series.json"
         self.content: dict[str, Any] = {"recipe": recipe, "mode": settings.mode, "flags": list(flags), "runs": {}}
         if self.file.is_file():
-            found = json.loads(self.file.read_text())
+            found = read_series_file(self.file)
             found["flags"] = current_flags(found["flags"])
             for field in ("recipe", "mode", "flags"):
                 old, new = found[field], self.content[field]

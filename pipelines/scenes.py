@@ -28,6 +28,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from himix_megatron.config import Count, check_limits
+from himix_megatron.runtime import typed_json
+from himix_megatron.runtime.untrusted_files import open_lock
 from pipelines import preprocess
 from pipelines.cli import parse_settings, run_main
 
@@ -221,7 +223,7 @@ def _is_complete(folder: Path, settings: SceneSettings) -> bool:
     marker = folder / "scenes.json"
     if not marker.is_file():
         raise ValueError(f"{folder} is no folder of rendered scenes (no scenes.json): give another, or delete it")
-    found, wanted = json.loads(marker.read_text()), _description(settings)
+    found, wanted = typed_json.read(marker), _description(settings)
     if found != wanted:
         raise ValueError(f"{folder} holds scenes made with {found}, wanted {wanted}: give another folder, or delete it")
     return True
@@ -253,7 +255,7 @@ def _make_datasets(folder: Path, settings: SceneSettings) -> None:
 @contextmanager
 def _locked(file: Path) -> Iterator[None]:
     """Hold a lock that ends with this process, however it ends."""
-    with file.open("w") as lock:
+    with open_lock(file.parent, file.name) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

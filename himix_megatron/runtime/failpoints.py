@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import json
 import logging
 import multiprocessing
 import os
@@ -29,7 +28,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
+
+from . import typed_json
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +51,6 @@ class Fault:
     """Delay after the point, wherever the process is then."""
     once: bool = True
     """False: only in that step, but each time the step is executed (as with a bad batch); lines below do not wait for it."""
-
-    def __post_init__(self) -> None:
-        for name, wanted in get_type_hints(Fault).items():
-            value = getattr(self, name)
-            if not isinstance(value, (int, float) if wanted is float else wanted):
-                raise TypeError(f"{name} is {value!r}")
 
 
 listeners: list[Callable[[str, bool], None]] = []
@@ -91,10 +86,7 @@ def read_faults(file: Path) -> list[Fault]:
     faults = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         where = f"run.fault_injection {file}, line {number}"
-        try:
-            fault = Fault(**json.loads(line))
-        except (TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{where} is not a fault: {error}") from error
+        fault = typed_json.build(Fault, typed_json.parse(line, where), where)
         if fault.kind not in KINDS:
             raise ValueError(f"{where}: kind is {fault.kind}: wanted one of {', '.join(KINDS)}")
         faults.append(fault)

@@ -156,8 +156,8 @@ def test_columns_of_version_1_in_a_folder_that_cannot_be_written_are_refused_wit
 
 def test_images_without_marks_stand_before_the_text_and_a_warning_says_so(marked, monkeypatch, caplog):
     texts = token_counts._texts
-    without = ("conversations", [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}])
-    monkeypatch.setattr(token_counts, "_texts", lambda *of: ((dict([without]), count) for _, count in texts(*of)))
+    without = b'{"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]}'
+    monkeypatch.setattr(token_counts, "_texts", lambda *of: ((without, key, count) for _, key, count in texts(*of)))
     token_counts.text_lengths(marked, "bytes", "tiny")
     places = token_counts.ImagePlaces(marked, "bytes", "tiny")
     assert [places.of(i) for i in range(len(marked))] == [(0,) * marked.num_images(i) for i in range(len(marked))]

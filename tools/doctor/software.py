@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-import json
 import re
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from himix_megatron.distributed import fused_kernels as kernels
+from himix_megatron.runtime import typed_json
 from tools.doctor.finding import Finding
 
 INSTALL = "make setup, or pip install with constraints.txt (docs/installation.md)"
@@ -268,7 +268,11 @@ def tower(folder: Path) -> Finding:
     if not config.is_file() or not list(folder.glob("*.safetensors")):
         lacks = "config.json" if not config.is_file() else "*.safetensors"
         return Finding("tower", "broken", f"{folder} has no {lacks}", "docs/data.md says where towers are from", needed=True)
-    return Finding("tower", "ok", f"{folder}: {json.loads(config.read_text()).get('model_type', 'of unknown type')}")
+    try:
+        kind = typed_json.read_object(config).get("model_type", "of unknown type")
+    except ValueError as error:
+        return Finding("tower", "broken", str(error), "docs/data.md says where towers are from", needed=True)
+    return Finding("tower", "ok", f"{folder}: {kind}")
 
 
 def tokenizer(folder: str, vocab_size: int | None) -> Finding:

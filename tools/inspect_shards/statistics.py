@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +17,9 @@ import numpy.typing as npt
 from himix_megatron.data.errors import BadSampleError
 from himix_megatron.data.loading.token_counts import read_column
 from himix_megatron.data.shards import shard_format
-from himix_megatron.data.shards.reader import ShardDataset
+from himix_megatron.data.shards.reader import DamagedShardError, ShardDataset, read_index
 from himix_megatron.data.shards.shard_format import Receipt, Records
+from himix_megatron.runtime.untrusted_files import open_below
 
 Numbers = npt.NDArray[np.int64]
 
@@ -57,12 +59,15 @@ def statistics(
     samples, images = [np.zeros(0, shard_format.SAMPLE_RECORD)], [np.zeros(0, shard_format.IMAGE_RECORD)]
     texts, formats, start = [], Counter[str](), 0
     for receipt in dataset.manifest.shards:
-        tables = _index(dataset, receipt)
-        samples.append(tables[0])
-        images.append(tables[1])
+        try:
+            index = read_index(dataset.path, receipt)
+        except DamagedShardError as error:
+            raise ValueError(f"{error} (--verify names all that is damaged)") from None
+        samples.append(index.samples)
+        images.append(index.images)
         chosen = drawn[bisect_left(drawn, start) : bisect_left(drawn, start + receipt.num_samples)]
         texts += [_text(dataset, i) for i in chosen]
-        formats.update(_formats(dataset, receipt, tables[0][[i - start for i in chosen]], tables[1]))
+        formats.update(_formats(dataset, receipt, index.samples[[i - start for i in chosen]], index.images))
         start += receipt.num_samples
         progress(len(texts), len(drawn))
     all_samples, all_images = np.concatenate(samples), np.concatenate(images)
@@ -86,14 +91,6 @@ def draw(dataset: ShardDataset, num_samples: int, seed: int) -> list[int]:
     return sorted(random.Random(seed).sample(range(len(dataset)), min(num_samples, len(dataset))))
 
 
-def _index(dataset: ShardDataset, receipt: Receipt) -> tuple[Records, Records]:
-    path = shard_format.shard_paths(dataset.path, receipt.name).index
-    try:
-        return shard_format.decode_index(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: {error} (--verify names all that is damaged)") from None
-
-
 def _text(dataset: ShardDataset, i: int) -> list[str] | None:
     """What is said in each turn of sample i; None where it cannot be read."""
     try:
@@ -104,7 +101,7 @@ def _text(dataset: ShardDataset, i: int) -> list[str] | None:
 
 def _formats(dataset: ShardDataset, receipt: Receipt, samples: Records, images: Records) -> Iterator[str]:
     """The suffixes of these samples' images: names are in the tar's headers only."""
-    with shard_format.shard_paths(dataset.path, receipt.name).tar.open("rb") as tar:
+    with open_below(dataset.path, shard_format.shard_paths(Path(), receipt.name).tar.as_posix()) as tar:
         for sample in samples:
             first = int(sample["first_image"])
             for record in images[first : first + int(sample["num_images"])]:

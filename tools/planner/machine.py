@@ -7,13 +7,14 @@ round numbers from the literature, the same for all GPUs, and never fitted. docs
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from himix_megatron.costs.hardware import DEVICES, device_named, network_named
+from himix_megatron.runtime import typed_json
+from himix_megatron.runtime.limits import Positive
+from himix_megatron.runtime.untrusted_files import read_regular
 
 EFFICIENCY = {"a100": 0.713, "h100": 0.636}
 """Share of the dense peak that large matrix products reach."""
@@ -28,31 +29,31 @@ class Machine:
     """Rates as reached, not as printed."""
 
     name: str
-    peak_flops: float
+    peak_flops: Positive
     """Dense peak, by which MFU divides."""
-    product_flops: float
+    product_flops: Positive
     """Rate of large matrix products, FLOP/s."""
-    attention_forward: float = 0.65
+    attention_forward: Positive = 0.65
     """Rate of fused attention as a share of `product_flops`."""
-    attention_backward: float = 0.5
+    attention_backward: Positive = 0.5
     """The same, backward."""
-    memory_bytes_per_second: float
-    link_bytes_per_second: float
+    memory_bytes_per_second: Positive
+    link_bytes_per_second: Positive
     """Within a node, one way."""
-    network_bytes_per_second: float
+    network_bytes_per_second: Positive
     """Between nodes, one way, of one GPU."""
-    latency_seconds: float
+    latency_seconds: Positive
     """Latency of one collective."""
-    layer_seconds: float
+    layer_seconds: Positive
     """Least time of a layer's pass in one direction: the host that starts its kernels takes that long."""
     node_size: int = 8
-    memory_gib: float
-    products: tuple[tuple[float, float, float, float], ...] = ()
+    memory_gib: Positive
+    products: tuple[tuple[Positive, Positive, Positive, Positive], ...] = ()
     """Measured matrix products: rows, inner size, columns, FLOP/s. Others are read off between them; none: `product_flops`."""
-    attention: tuple[tuple[float, float, float, float, float], ...] = ()
+    attention: tuple[tuple[Positive, Positive, Positive, Positive, Positive], ...] = ()
     """Measured attention: query heads, their width, text tokens of a sample, FLOP/s forward and backward (backward counted as
     2.5 times forward). None: `attention_forward` and `attention_backward`."""
-    passing_bytes_per_second: float | None = None
+    passing_bytes_per_second: Positive | None = None
     """Rate of norms, residuals, rotations and activations, as the cost model counts bytes. None: that of all memory."""
 
     @property
@@ -111,44 +112,16 @@ def machine_of_file(file: Path, interconnect: str | None = None, node_size: int 
 
     Raises: ValueError, one line, for a file that is none, or does not hold a machine.
     """
+    where = f"--machine-file {file}"
     try:
-        stored = json.loads(file.read_text())
+        values = typed_json.parse_object(read_regular(file), where).get("machine")
     except OSError as error:
-        raise ValueError(f"--machine-file {file}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise ValueError(f"--machine-file {file}: is not JSON ({error})") from None
-    values = stored.get("machine") if isinstance(stored, dict) else None
+        raise ValueError(f"{where}: cannot be read ({error.strerror})") from None
     if not isinstance(values, dict):
-        raise ValueError(f"--machine-file {file}: has no object `machine`; tools.gpu_check writes such a file")
-    values = {name: value for name, value in values.items() if name not in RETIRED}
-    missing = [item.name for item in fields(Machine) if item.default is MISSING and item.name not in values]
-    if missing:
-        raise ValueError(f"--machine-file {file}: lacks machine.{missing[0]}")
-    machine = Machine(**{name: _checked(file, name, value) for name, value in values.items()} | {"node_size": node_size})
+        raise ValueError(f"{where}: has no object `machine`; tools.gpu_check writes such a file")
+    values = {name: value for name, value in values.items() if name not in RETIRED} | {"node_size": node_size}
+    machine = typed_json.build(Machine, values, where, field="machine")
     if interconnect is None:
         return machine
     network = network_named(interconnect)
     return replace(machine, network_bytes_per_second=0.8 * network.bytes_per_second, latency_seconds=network.latency_seconds)
-
-
-def _checked(file: Path, name: str, value: Any) -> Any:
-    """The value of a field as a Machine holds it. Raises: ValueError where it is none."""
-    columns = {"products": 4, "attention": 5}
-    if name not in {item.name for item in fields(Machine)}:
-        raise ValueError(f"--machine-file {file}: machine.{name} is not known")
-    if name in columns:
-        rows = value if isinstance(value, list) else [None]
-        if not all(isinstance(row, list) and len(row) == columns[name] and all(map(_is_rate, row)) for row in rows):
-            raise ValueError(f"--machine-file {file}: machine.{name} wants rows of {columns[name]} numbers above 0")
-        return tuple(tuple(float(number) for number in row) for row in rows)
-    if name == "name":
-        return str(value)
-    if value is None and name == "passing_bytes_per_second":
-        return None
-    if not _is_rate(value):
-        raise ValueError(f"--machine-file {file}: machine.{name} is {value!r}: wanted a number above 0")
-    return value
-
-
-def _is_rate(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf

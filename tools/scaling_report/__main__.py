@@ -24,6 +24,7 @@ from typing import Annotated, Any
 from himix_megatron.config import Count
 from pipelines.cli import parse_settings, run_main
 from pipelines.flags import Word
+from pipelines.scaling import read_series_file
 from tools.scaling_report.run_rates import SUMS, Run, read_run
 
 MISSING = "-"
@@ -101,7 +102,7 @@ def is_run(folder: Path) -> bool:
 
 def read_series(file: Path, arguments: Arguments) -> Group:
     """The runs of a series.json, those that have not begun included."""
-    content: dict[str, Any] = json.loads(file.read_text())
+    content = read_series_file(file)
     runs, notes = [], [f"{content['mode']} scaling of {content['recipe']} {' '.join(content['flags'])}".rstrip()]
     for size, known in content["runs"].items():
         folder = (file.parent / known["run_dir"]).resolve()

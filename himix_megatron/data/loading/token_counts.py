@@ -31,7 +31,7 @@ from ...runtime.durable_files import publish
 from ...runtime.untrusted_files import folder_below, open_below, open_lock, read_below
 from ..errors import BadSampleError
 from ..shards import shard_format
-from ..shards.reader import MAX_OPEN_SHARDS, DamagedShardError, ShardDataset, as_text
+from ..shards.reader import MAX_OPEN_SHARDS, DamagedShardError, ShardDataset, as_text, read_index
 from ..shards.shard_format import Receipt, TextColumn
 from ..text import chat_template
 from ..text.tokenizer import Tokenizer, load_tokenizer
@@ -218,14 +218,8 @@ def _make_all(folder: Path, receipts: Sequence[Receipt], tokenizer: str, templat
 
 def _texts(folder: Path, receipt: Receipt) -> Iterator[tuple[bytes, str, int]]:
     """The texts of one shard, in order, each with its key and the number of its images; it needs no manifest."""
-    paths = shard_format.shard_paths(Path(), receipt.name)
-    try:
-        samples, images = shard_format.decode_index(read_below(folder, paths.index.as_posix(), receipt.index.bytes))
-        shard_format.check_tables(samples, images, receipt)
-    except ValueError as error:
-        raise DamagedShardError(f"{folder / paths.index}: {error} ({receipt.num_samples} samples at stake)") from None
-    with open_below(folder, paths.tar.as_posix()) as file:
-        for record in samples:
+    with open_below(folder, shard_format.shard_paths(Path(), receipt.name).tar.as_posix()) as file:
+        for record in read_index(folder, receipt).samples:
             data = os.pread(file.fileno(), int(record["size"]), int(record["offset"]))
             key = f"{receipt.name}/{shard_format.sample_key(int(record['row']))}"
             if len(data) != record["size"] or zlib.crc32(data) != record["crc32"]:

@@ -103,7 +103,7 @@ class ShardDataset:
             self.path = self._cache.folder / self.fingerprint[:32]
             self._keep_indexes(self._cache, self._remote)
         self._ends = list(accumulate(self.shard_sizes()))
-        self._indexes: OrderedDict[int, _Index] = OrderedDict()
+        self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
         self._tars: OrderedDict[int, int] = OrderedDict()
         self._last_shard = -1
 
@@ -264,16 +264,12 @@ class ShardDataset:
             raise BadSampleError("damaged_shard", f"{_member(k)} of {self.key(i)} does not match its checksum")
         return data
 
-    def _index(self, shard: int) -> _Index:
+    def _index(self, shard: int) -> ShardIndex:
         """The tables of one shard."""
         index = self._indexes.get(shard)
         if index is None:
             receipt = self.manifest.shards[shard]
-            name = shard_format.shard_paths(Path(), receipt.name).index.as_posix()
-            try:
-                index = _Index(read_below(self.path, name, receipt.index.bytes), receipt)
-            except ValueError as error:
-                raise DamagedShardError(f"{self.path / name}: {error} ({receipt.num_samples} samples at stake)") from None
+            index = read_index(self.path, receipt)
             if len(self._indexes) >= MAX_OPEN_SHARDS:
                 self._indexes.popitem(last=False)
             self._indexes[shard] = index
@@ -312,15 +308,36 @@ class ShardDataset:
             os.close(descriptor)
 
 
-class _Index:
-    """The tables of one shard. Raises: ValueError saying what is wrong with the bytes."""
+def read_index(folder: Path, receipt: Receipt) -> ShardIndex:
+    """The tables of one shard of a dataset folder. Raises: DamagedShardError; FileNotFoundError."""
+    name = shard_format.shard_paths(Path(), receipt.name).index.as_posix()
+    try:
+        return ShardIndex(read_below(folder, name, receipt.index.bytes), receipt)
+    except ValueError as error:
+        raise DamagedShardError(f"{folder / name}: {error} ({receipt.num_samples} samples at stake)") from None
+
+
+class ShardIndex:
+    """The tables of one shard. They tell of this shard only, so that their numbers need no check where they are used.
+
+    Raises: ValueError saying what is wrong with the bytes.
+    """
 
     def __init__(self, data: bytes, receipt: Receipt) -> None:
         self._data = data
         self.samples, self.images = shard_format.decode_index(data)
         if hashlib.sha256(data).hexdigest() != receipt.index.sha256:
             raise ValueError("it is another index than the manifest's")  # another shard's, maybe, of the same size
-        shard_format.check_tables(self.samples, self.images, receipt)
+        if (len(self.samples), len(self.images)) != (receipt.num_samples, receipt.num_images):
+            raise ValueError(f"it has {len(self.samples)} samples and {len(self.images)} images, not those of its receipt")
+        for table in (self.samples, self.images):
+            # A sum of unsigned numbers may wrap, so sizes are compared with what is left behind the offset.
+            offsets, end = table["offset"], np.uint64(receipt.tar.bytes)
+            if (offsets < shard_format.BLOCK).any() or (offsets > end).any() or (table["size"] > end - offsets).any():
+                raise ValueError("a record points out of the tar")
+        ends = self.samples["first_image"].astype(np.uint64) + self.samples["num_images"]
+        if (ends > len(self.images)).any() or not (self.images["width"].all() and self.images["height"].all()):
+            raise ValueError("a record points out of the table of images, or an image has no pixels")
         self._first_image = shard_format.INDEX_HEADER.itemsize + self.samples.nbytes
 
     def sample(self, place: int) -> SampleRecord:

@@ -208,23 +208,6 @@ def decode_index(data: bytes | memoryview) -> tuple[Records, Records]:
     )
 
 
-def check_tables(samples: Records, images: Records, receipt: Receipt) -> None:
-    """See that an index tells of its own shard only, so that its numbers need no check when they are used.
-
-    Raises: ValueError for other counts than the receipt's, or a record that points outside the tar or the image table.
-    """
-    if (len(samples), len(images)) != (receipt.num_samples, receipt.num_images):
-        raise ValueError(f"it has {len(samples)} samples and {len(images)} images, not those of its receipt")
-    for table in (samples, images):
-        # A sum of unsigned numbers may wrap, so sizes are compared with what is left behind the offset.
-        offsets, size = table["offset"], np.uint64(receipt.tar.bytes)
-        if (offsets > size).any() or (table["size"] > size - np.minimum(offsets, size)).any():
-            raise ValueError("a record points behind the end of the tar")
-    ends = samples["first_image"].astype(np.uint64) + samples["num_images"]
-    if (ends > len(images)).any() or not (images["width"].all() and images["height"].all()):
-        raise ValueError("a record points behind the end of the image table, or an image has no pixels")
-
-
 def lengths_path(folder: Path, column: str, name: str) -> Path:
     """Where the `TextColumn` of one shard is. `column`: see loading/token_counts.py."""
     return folder / "lengths" / column / f"{name}.text"
