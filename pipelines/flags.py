@@ -249,6 +249,8 @@ def _converter(hint: Any) -> Callable[[str], Any]:
             return word
         if not word:
             raise argparse.ArgumentTypeError("is empty: wanted a value (is a variable of your script unset?)")
+        if word.encode(errors="replace").decode() != word:  # no name in a JSON file or a log could be this
+            raise argparse.ArgumentTypeError(f"is {word!r}: wanted text in UTF-8")
         if can_be_none and word == "None":
             return None
         try:

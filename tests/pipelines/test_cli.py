@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import subprocess
 import sys
@@ -97,6 +98,10 @@ def test_dashes_and_underscores_are_one() -> None:
         ),
         ("tiny_align --train.steps 0", "train.steps is 0: wanted 1 or more"),
         ("tiny_align --parallel.tensor 3", r"model.num_attention_heads \(4\) does not divide .*: use --parallel.tensor 1 or 2"),
+        ("tiny_align --run.dir=", "--run.dir is empty: wanted a value"),
+        ("tiny_align --data.datasets=", "--data.datasets is empty: wanted a value"),
+        ("tiny_align --run.dir runs/\udcff", r"--run.dir is 'runs/\\udcff': wanted text in UTF-8"),
+        ("tiny_align --data.max-bad-fraction nan", "data.max_bad_fraction is nan: wanted 0 to 1"),
         ("tiny_align --parallel.sequence", "parallel.sequence needs parallel.tensor above 1"),
     ],
 )
@@ -186,6 +191,33 @@ def test_run_main_turns_mistakes_into_one_line_and_exit_code_2(body: str, code: 
     path = str(ROOT)
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env={"PYTHONPATH": path, "RANK": "0"})
     assert (done.returncode, done.stderr) == (code, stderr)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device: make room on the disk, and run the"),
+        (OSError(errno.EROFS, "Read-only file system", "/mnt/x"), "/mnt/x: Read-only file system: choose a place"),
+        (OSError(errno.EFBIG, "File too large"), "File too large: this process may not write so large a file"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "/mnt/x"), "/mnt/x: Disk quota exceeded: make room in your quota"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "n" * 400), f"{'n' * 300}... (401 characters) File name too long"),
+        (OSError(errno.ENOTEMPTY, "Directory not empty", b"/a\xff"), "/a\\udcff: Directory not empty"),
+        (ValueError("a column called \x1b[2J\x1b]0;title\x07"), "a column called \\x1b[2J\\x1b]0;title\\x07"),
+        (ValueError(f"--x is {'9' * 5000} : no"), f"--x is {'9' * 300}... (5000 characters) : no"),
+    ],
+)
+def test_a_disk_that_takes_no_more_and_text_from_outside_are_one_plain_line(
+    capsys: pytest.CaptureFixture[str], error: Exception, said: str
+) -> None:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run_main(main)
+    assert caught.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {said}")
+    assert err.count("\n") == 1
 
 
 def test_run_main_leaves_a_bug_its_traceback_and_tells_a_mistake_once(
