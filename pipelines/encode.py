@@ -31,7 +31,7 @@ from himix_megatron.data.shards.storage import LocalFolder
 from himix_megatron.runtime.durable_files import file_digest
 from himix_megatron.runtime.process import bulk_import
 from pipelines.cli import parse, parse_settings, run_main, split_recipe_flags
-from pipelines.launchers.task_engine import ray_started
+from pipelines.launchers.task_engine import own_errors, ray_started
 from pipelines.preprocess import Progress, attempt_in
 
 if TYPE_CHECKING:
@@ -151,7 +151,8 @@ def _with_ray(
         options: dict[str, Any] = {"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": 1}
         make = ray.remote(Encoder).options(**options, max_restarts=3, max_task_retries=3)
         pool = ActorPool([make.remote(*worker.args) for _ in range(number)])
-        yield from pool.map_unordered(lambda actor, job: actor.make.remote(job), jobs)
+        with own_errors():
+            yield from pool.map_unordered(lambda actor, job: actor.make.remote(job), jobs)
 
 
 def _data(config: Config, settings: Settings) -> str:

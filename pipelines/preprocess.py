@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +41,7 @@ from himix_megatron.data.loading import token_counts
 from himix_megatron.data.shards import shard_format, storage
 from himix_megatron.data.shards.shard_format import Manifest, Receipt
 from himix_megatron.data.text import chat_template, tokenizer
+from himix_megatron.runtime.untrusted_files import escaped, folder_below, open_lock
 from pipelines.cli import parse_settings, run_main
 from pipelines.launchers.task_engine import Engine, engine_started
 
@@ -92,6 +93,8 @@ class Settings:
     """Engine that runs the tasks. ray: Ray; local: processes of this machine, with the same bytes as result."""
     num_workers: Count | None = None
     """Number of shards made at the same time; None: one per core (of the cluster, with RAY_ADDRESS)."""
+    follow_links: bool = False
+    """Read what is a symbolic link below --images or --input; a stranger's link can lead to any file of yours."""
     max_bad_fraction: Fraction = 0.1
     """Maximum share of bad rows; above it no dataset is made."""
 
@@ -152,7 +155,7 @@ def preprocess(settings: Settings) -> Manifest:
         token_counts.column_of(tokenizer.load_tokenizer(column[0]), column[1])
     settings.check_reachable()
     files = _files(settings)
-    ready = None if files else LlavaSource(str(settings.annotations), str(settings.images))
+    ready = None if files else LlavaSource(str(settings.annotations), str(settings.images), settings.follow_links)
     config = _config(settings, files[0] if files else None)
     with engine_started(settings.engine, settings.num_workers) as engine:
         source = ready or _scan(engine, *files)  # type: ignore[misc]
@@ -172,7 +175,7 @@ def preprocess(settings: Settings) -> Manifest:
                 num_rows=source.num_rows,
                 num_samples=sum(receipt.num_samples for receipt in receipts),
                 num_images=sum(receipt.num_images for receipt in receipts),
-                quarantined=dict(sorted(_quarantined(receipts).items())),
+                quarantined=dict(sorted(sum((Counter(r.quarantined) for r in receipts), Counter[str]()).items())),
                 shards=tuple(receipts),
             )
             shard_writer.write_manifest(folder, manifest, attempt)
@@ -204,11 +207,11 @@ def _files(settings: Settings) -> tuple[FileReader, list[str]] | None:
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"--source {settings.source}: {error}") from None
     if settings.source == "img2dataset":
-        opened: tuple[FileReader, list[str]] = found(inputs)
+        opened: tuple[FileReader, list[str]] = found(inputs, settings.follow_links)
         return opened
     is_parquet = settings.source == "parquet"
     reader: FileReader = found(settings.image_column, settings.text_column, settings.id_column) if is_parquet else found()
-    return reader, find_files(inputs, reader.suffixes)
+    return reader, find_files(inputs, reader.suffixes, settings.follow_links)
 
 
 def _scan_file(reader: FileReader, number: int, place: str) -> tuple[int, FileScan]:
@@ -248,6 +251,7 @@ def _make_all(settings: Settings, engine: Engine, job: ShardJob, source: Source)
                 raise ValueError(
                     f"{bad.total()} of {num_rows} rows are bad ({_counts(bad)}), more than --max-bad-fraction "
                     f"{settings.max_bad_fraction} allows; {storage.join(str(job.folder), 'quarantine')} lists them"
+                    f"{_retry_hint(settings, bad)}"
                 )
     return sorted(receipts, key=lambda receipt: receipt.first_row)
 
@@ -264,16 +268,18 @@ def attempt_in(out: str, parts: Sequence[str]) -> Iterator[tuple[storage.LocalFo
         with tempfile.TemporaryDirectory(prefix="himix-preprocess-") as temporary:
             yield folder, Path(temporary)
         return
+    folder.path.mkdir(parents=True, exist_ok=True)
     for part in parts:
-        (folder.path / part).mkdir(parents=True, exist_ok=True)
-    with (folder.path / ".lock").open("w") as lock:
+        folder_below(folder.path, part)
+    with open_lock(folder.path, ".lock") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"--out {folder}: another run is writing it") from None
         for left in folder.path.glob(".partial-*"):
-            shutil.rmtree(left)
+            left.unlink() if left.is_symlink() or not left.is_dir() else shutil.rmtree(left)
         for left in folder.path.glob("lengths/*/.*.text.*"):
+            folder_below(folder.path, f"lengths/{left.parent.name}")
             left.unlink(missing_ok=True)
         attempt = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.path))
         try:
@@ -312,15 +318,16 @@ def _absolute(tokenizer_name: str) -> str:
     return str(Path(tokenizer_name).absolute()) if Path(tokenizer_name).is_dir() else tokenizer_name
 
 
-def _quarantined(receipts: Sequence[Receipt]) -> Counter[str]:
-    total: Counter[str] = Counter()
-    for receipt in receipts:
-        total.update(receipt.quarantined)
-    return total
-
-
 def _counts(quarantined: dict[str, int]) -> str:
     return ", ".join(f"{reason}: {count}" for reason, count in sorted(quarantined.items()))
+
+
+def _retry_hint(settings: Settings, quarantined: Mapping[str, int]) -> str:
+    """How rows that were left out for their images come in; other sources hold their images themselves."""
+    count = sum(quarantined.get(reason, 0) for reason in shard_writer.IMAGE_REASONS)
+    if settings.source != "llava" or not count:
+        return ""
+    return f"; {count} for missing or damaged images: put these in place and run the same command again"
 
 
 class Progress:
@@ -370,14 +377,10 @@ def main() -> None:
     """The command line."""
     settings = parse_settings(Settings, sys.argv[1:], "python -m pipelines.preprocess", __doc__)
     manifest = preprocess(settings)
-    left_out = (
-        f"; left out: {_counts(manifest.quarantined)} (see {storage.join(str(settings.out), 'quarantine')})"
-        if manifest.quarantined
-        else ""
-    )
-    print(
-        f"{settings.out}: {manifest.num_samples} samples, {manifest.num_images} images, {len(manifest.shards)} shards{left_out}"
-    )
+    said = f"{settings.out}: {manifest.num_samples} samples, {manifest.num_images} images, {len(manifest.shards)} shards"
+    if manifest.quarantined:
+        said += f"; left out: {_counts(manifest.quarantined)} (see {storage.join(str(settings.out), 'quarantine')})"
+    print(escaped(said + _retry_hint(settings, manifest.quarantined)))
 
 
 if __name__ == "__main__":

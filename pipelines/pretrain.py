@@ -25,8 +25,8 @@ from pipelines.cli import parse, run_main  # noqa: E402
 
 
 def with_data(config: Config) -> Config:
-    """A tiny recipe without --data.datasets trains on scenes that it renders and preprocesses itself."""
-    if config.data.datasets or not config.recipe.startswith("tiny_"):
+    """A tiny recipe without --data.datasets or --data.webdataset-urls trains on scenes that it renders and preprocesses."""
+    if config.data.datasets or config.data.webdataset_urls or not config.recipe.startswith("tiny_"):
         return config
     from pipelines.scenes import ensure_scene_data
 

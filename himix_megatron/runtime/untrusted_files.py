@@ -48,7 +48,7 @@ def open_below(folder: Path, name: str, limit: int | None = None) -> io.Buffered
 
 def descriptor_below(folder: Path, name: str, limit: int | None = None) -> int:
     """The descriptor of such a file, for the caller to close. Raises: as `open_below`."""
-    return _checked(_open_below(folder, name, os.O_RDONLY), str(folder / name), limit)
+    return _checked(_open_below(folder, name, os.O_RDONLY), f"{folder}/{name}", limit)
 
 
 def read_below(folder: Path, name: str, limit: int | None = None) -> bytes:

@@ -73,6 +73,18 @@ def ray_started(num_workers: int | None = None) -> Iterator[int]:
             ray.shutdown()
 
 
+@contextlib.contextmanager
+def own_errors() -> Iterator[None]:
+    """Raise what a task of Ray's raised; Ray's copy of it has the worker's traceback for a message, and no errno."""
+    import ray
+
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        error.cause.add_note(str(error))
+        raise error.cause from None
+
+
 class _Ray:
     """One Ray task each, at most two per worker under way."""
 
@@ -87,12 +99,8 @@ class _Ray:
 
         def finish(running: list[Any]) -> tuple[list[Any], list[Any]]:
             done, rest = ray.wait(running)
-            try:
+            with own_errors():
                 return ray.get(done), rest
-            except ray.exceptions.RayTaskError as error:
-                # The function's own error; Ray's copy of it has the worker's traceback for a message.
-                error.cause.add_note(str(error))
-                raise error.cause from None
 
         yield from _bounded(tasks, lambda task: remote.remote(*task), finish, self._limit)
 

@@ -127,6 +127,20 @@ def llava(folder: Path, rows: list[Any], files: dict[str, bytes]) -> dict[str, A
     return {"annotations": folder / "rows.json", "images": folder / "images"}
 
 
+def linked_image(name: str) -> Callable[[Path], dict[str, Any]]:
+    """A row whose picture is, or lies behind, a link to a private one."""
+
+    def write(folder: Path) -> dict[str, Any]:
+        settings = llava(folder, [row(0, None), row(1, name)], {})
+        (folder / "private").mkdir()
+        (folder / "private" / "x.jpg").write_bytes(JPEG)
+        place = folder / "images" / name.split("/")[0]
+        place.symlink_to(folder / "private" if "/" in name else folder / "private" / "x.jpg")
+        return settings
+
+    return write
+
+
 def huge_file(folder: Path) -> dict[str, Any]:
     settings = llava(folder, [row(0, None), row(1, "x.jpg")], {})
     with (folder / "images" / "x.jpg").open("wb") as file:
@@ -136,7 +150,7 @@ def huge_file(folder: Path) -> dict[str, Any]:
 
 def same_image_often(folder: Path) -> dict[str, Any]:
     data = JPEG + bytes(3 << 20)
-    return llava(folder, [row(0, None), row(1, ["x.jpg"] * 1000)], {"x.jpg": data})
+    return llava(folder, [row(0, None), row(1, ["x.jpg"] * 100)], {"x.jpg": data})
 
 
 # Tars ------------------------------------------------------------------------------------------------------------------
@@ -260,6 +274,50 @@ def repeated_value(folder: Path) -> dict[str, Any]:
     return {**settings, "check": "header"}
 
 
+def repeated_text(folder: Path) -> dict[str, Any]:
+    """300 MB of text in 150 KB."""
+    text = pa.DictionaryArray.from_arrays(pa.array([0] * 100, pa.int32()), pa.array(["ab " * (1 << 20)]))
+    columns = {"image": [JPEG] * 100, "text": text}
+    return table(folder, columns, compression="zstd", dictionary_pagesize_limit=64 << 20, store_schema=False)
+
+
+def linked_tar(folder: Path) -> dict[str, Any]:
+    tar(GOOD, END)(folder)
+    (folder / "in").mkdir()
+    (folder / "in" / "0.tar").symlink_to(folder / "x.tar")
+    return {"source": "webdataset", "input": (folder / "in",)}
+
+
+def piped_tar(folder: Path) -> dict[str, Any]:
+    os.mkfifo(folder / "0.tar")
+    return {"source": "webdataset", "input": (folder,)}
+
+
+def lines(*texts: bytes) -> Callable[[Path], dict[str, Any]]:
+    """A good row, and these lines, as .jsonl."""
+
+    def write(folder: Path) -> dict[str, Any]:
+        settings = {**llava(folder, [], {}), "annotations": folder / "rows.jsonl"}
+        settings["annotations"].write_bytes(b"\n".join([json.dumps(row(0, None)).encode(), b"", *texts]))
+        return settings
+
+    return write
+
+
+def crawl(**files: bytes | None) -> Callable[[Path], dict[str, Any]]:
+    """A good row, and these files of another, as img2dataset leaves folders; None: a link to a private file."""
+
+    def write(folder: Path) -> dict[str, Any]:
+        (folder / "in" / "00000").mkdir(parents=True)
+        (folder / "private").write_bytes(b"a private text")
+        for name, data in {"0.jpg": JPEG, "0.txt": b"A picture.", **files}.items():
+            path = folder / "in" / "00000" / name
+            path.symlink_to(folder / "private") if data is None else path.write_bytes(data)
+        return {"source": "img2dataset", "input": (folder / "in",)}
+
+    return write
+
+
 # name -> (source, what must come of it: the reason in the quarantine, or words of the line)
 ROWS: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     "path traversal": (named("../../secret.jpg"), "unsafe_name"),
@@ -286,8 +344,21 @@ ROWS: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     "image is an object": (named({"bytes": "x"}), "malformed"),
     "image is a list of lists": (named([["x.jpg"]]), "malformed"),
     "image is true": (named(True), "malformed"),
+    "link to a private picture": (linked_image("x.jpg"), "missing_image"),
+    "link to a folder of private pictures": (linked_image("private/x.jpg"), "missing_image"),
+    "img2dataset: link to a private text": (crawl(**{"1.jpg": JPEG, "1.txt": None}), "missing_image"),
+    "img2dataset: link to a private JSON": (crawl(**{"1.jpg": JPEG, "1.json": None}), "missing_image"),
+    "a line that is no JSON": (lines(b'{"id": '), "malformed"),
+    "a line that is not UTF-8": (lines(b'{"id": "\xff"}'), "malformed"),
+    "a line nested too deeply": (lines(deep()), "malformed"),
+    "a line with a number of 5,000 digits": (lines(b'{"id": ' + b"9" * 5000 + b"}"), "malformed"),
+    "answer of 5 MB": (turns({"from": "human", "value": "x"}, {"from": "gpt", "value": "y" * (5 << 20)}), "oversized_text"),
+    "200,000 empty turns": (turns(*[{"from": who, "value": ""} for who in ("human", "gpt")] * 100_000), "oversized_text"),
+    "id of 5 MB": (field(id="x" * (5 << 20)), "oversized_id"),
+    "257 images": (lambda folder: llava(folder, [row(0, None), row(1, ["x.jpg"] * 257)], {"x.jpg": JPEG}), "too_many_images"),
+    "256 images": (lambda folder: llava(folder, [row(0, None), row(1, ["x.jpg"] * 256)], {"x.jpg": JPEG}), KEPT),
     "sparse terabyte as an image": (huge_file, "oversized_image"),
-    "one image a thousand times": (same_image_often, "oversized_image"),
+    "one image a hundred times": (same_image_often, "oversized_image"),
     "empty file": (image_file(b""), "not_an_image"),
     "pickle as an image": (image_file(pickle.dumps(Bomb(Path("executed")))), "not_an_image"),
     "script as an image": (image_file(b"#!/bin/sh\ntouch executed\n"), "not_an_image"),
@@ -375,6 +446,14 @@ ROWS: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     "tar: caption that is a number": (members(("x.jpg", JPEG), ("x.json", b'{"caption": -1e999}')), "no_text"),
     "tar: caption with marks": (members(("x.jpg", JPEG), ("x.txt", b"<image><image>")), "image_marks"),
     "tar: id that is an object": (members(("x.jpg", JPEG), ("x.json", b'{"caption": "a", "id": {}}')), "malformed"),
+    "tar: 257 images": (
+        members(*((f"x.{n}.jpg", JPEG) for n in range(257)), ("x.txt", b"A picture.")),
+        "too_many_images",
+    ),
+    "tar: id of 1,001 characters": (
+        members(("x.jpg", JPEG), ("x.json", b'{"caption": "a", "id": "%b"}' % (b"x" * 1001))),
+        "oversized_id",
+    ),
     "tar: text of 5 MB": (members(("x.jpg", JPEG), ("x.txt", b"x" * (5 << 20))), "oversized_text"),
     "tar: image of 200 MB, all zeros": (sparse_tar, "oversized_image"),
     "tar: PNG of 2 G pixels": (members(("x.png", png(50_000, 50_000)), ("x.txt", b"x")), "oversized_image"),
@@ -382,6 +461,11 @@ ROWS: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     "parquet: image is a pickle": (one_good(pickle.dumps(Bomb(Path("executed")))), "not_an_image"),
     "parquet: caption is null": (one_good(JPEG, None), "no_text"),
     "parquet: caption is not UTF-8": (bad_utf8, "bad_text"),
+    "parquet: id of 1,001 characters": (one_good(JPEG, id=["a", "x" * 1001]), "oversized_id"),
+    "parquet: 257 images": (
+        parquet({"images": [[JPEG], [JPEG] * 257], "text": ["A picture."] * 2}),
+        "too_many_images",
+    ),
     "parquet: caption of 5 MB": (one_good(JPEG, "x" * (5 << 20)), "oversized_text"),
     "parquet: only a path": (
         parquet({"image": [{"bytes": JPEG, "path": None}, {"bytes": None, "path": "/etc/passwd"}], "text": ["a", "b"]}),
@@ -399,14 +483,14 @@ ROWS: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
 }
 
 REFUSED: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
-    "annotations that are no JSON": (annotations(b"PK\x03\x04"), "not JSON"),
-    "annotations that are not UTF-8": (annotations(b'["\xff"]'), "not JSON"),
+    "annotations that are no JSON": (annotations(b"PK\x03\x04"), "no JSON: Expecting value"),
+    "annotations that are not UTF-8": (annotations(b'["\xff"]'), "can't decode byte 0xff in position 2"),
     "annotations that are an object": (annotations(b'{"rows": []}'), "not a list of rows"),
     "annotations that are a text": (annotations(b'"rows"'), "not a list of rows"),
-    "annotations that are empty": (annotations(b""), "not JSON"),
+    "annotations that are empty": (annotations(b""), "no JSON: Expecting value"),
     "annotations without rows": (annotations(b"[]"), "not a list of rows"),
-    "annotations nested too deeply": (annotations(deep()), "nested too deeply"),
-    "a number of 10,000 digits": (annotations(b"[" + b"9" * 10_000 + b"]"), "not JSON"),
+    "annotations nested too deeply": (annotations(deep()), "too many lists or objects in each other"),
+    "a number of 10,000 digits": (annotations(b"[" + b"9" * 10_000 + b"]"), "10000 digits (char 1)"),
     "annotations that are a folder": (
         lambda folder: {**llava(folder, [], {}), "annotations": folder / "images"},
         "no such file",
@@ -415,6 +499,8 @@ REFUSED: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
         lambda folder: {**llava(folder, [], {}), "annotations": folder / "images" / "pipe.jpg"},
         "no such file",
     ),
+    "tar: a link in the folder": (linked_tar, "--follow-links reads it"),
+    "tar: a named pipe in the folder": (piped_tar, "0.tar: it is no regular file"),
     "tar: cut in a header": (tar(GOOD, GOOD[:700][:200]), "x.tar: it is cut at byte"),
     "tar: cut in a member": (tar(GOOD, sample("y"), sample("x")[:900]), "are left, after 1 whole samples"),
     "tar: without its end mark": (tar(GOOD), "it is cut at byte"),
@@ -438,6 +524,7 @@ REFUSED: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
         tar(GOOD, signed(header("x")[:124] + b"zzzzzzzzzzz\0" + header("x")[136:]), END),
         "no tar header",
     ),
+    "tar: PAX header of 13,000 records": (tar(GOOD, pax(b"5 a=\n" * 13_000), END), "more than 1000 records"),
     "tar: PAX size that is no number": (tar(GOOD, pax(b"11 size=-1\n"), END), "a size that is no number"),
     "tar: PAX size above the file's": (
         tar(GOOD, pax(b"20 size=99999999999\n"), END),
@@ -472,6 +559,11 @@ REFUSED: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     "parquet: footer of 2 GB": (damaged(long_footer), "not a whole parquet file"),
     "parquet: nonsense footer": (damaged(nonsense_footer), "not a whole parquet file"),
     "parquet: damaged page": (damaged(flipped), "not a whole parquet file"),
+    "parquet: times as ids, by flag": (
+        lambda folder: {**one_good(JPEG, at=pa.array([2**62] * 2, pa.timestamp("us")))(folder), "id_column": "at"},
+        "--id-column at: in ",
+    ),
+    "parquet: one text of 3 MB in 100 rows": (repeated_text, "unfold to far more text than"),
     "parquet: other columns": (parquet({"a": [1], "b": [2]}), "it has the columns a, b"),
     "parquet: image column of numbers": (parquet({"image": [1], "text": ["x"]}), "which holds no image bytes"),
     "parquet: image column of paths": (parquet({"image": ["/etc/passwd"], "text": ["x"]}), "which holds no image bytes"),
@@ -482,7 +574,9 @@ REFUSED: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
 # every row is bad
 MANY = {
     "parquet: one large value in 10 rows": (repeated_value, "not_an_image"),
-    "parquet: ids that are NaN": (one_good(JPEG, id=[float("nan"), float("nan")]), "malformed"),
+    "parquet: ids that are NaN": (one_good(JPEG, id=[float("nan"), float("nan")]), KEPT),
+    "parquet: ids that are times beyond the year 9999": (one_good(JPEG, id=pa.array([2**62] * 2, pa.timestamp("us"))), KEPT),
+    "parquet: ids that are dates beyond the year 9999": (one_good(JPEG, id=pa.array([2**31 - 1] * 2, pa.date32())), KEPT),
 }
 
 

@@ -2,12 +2,14 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +20,7 @@ from himix_megatron.data.ingest.sources.base import Part, number_rows
 from himix_megatron.data.shards import storage
 from himix_megatron.data.shards.reader import ShardDataset
 from pipelines import preprocess
+from pipelines.cli import run_main
 from pipelines.launchers import task_engine
 from pipelines.preprocess import Settings
 from tests.support import ROOT, skip_if_fast
@@ -75,6 +78,9 @@ class DyingPart:
     @property
     def num_rows(self):
         return self.part.num_rows
+
+    def retry(self, rows):
+        return self.part.retry(rows)
 
     def rows(self):
         for number, outcome in self.part.rows():
@@ -190,10 +196,10 @@ def test_a_rerun_makes_only_what_is_missing_or_damaged(source, tmp_path):
 def test_an_interrupted_run_is_finished_by_the_next(source, tmp_path, monkeypatch, row_number):
     wanted = contents(make(tmp_path / "wanted", *source).path)
 
-    def interrupted(row, images):
+    def interrupted(row, images, follow_links):
         if row["id"] == f"row-{row_number}":
             raise KeyboardInterrupt
-        return read_llava(row, images)
+        return read_llava(row, images, follow_links)
 
     monkeypatch.setattr(llava, "read_llava", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -238,6 +244,130 @@ def test_a_straggler_of_a_killed_run_cannot_publish(source, tmp_path):
     assert contents(folder) == wanted
 
 
+@pytest.mark.parametrize(
+    ("link", "refused"),
+    [(".lock", True), ("shards", True), ("lengths/0123", True), (".partial-x", False), ("shards/rows-000000.tar", False)],
+)
+def test_links_in_out_lead_to_no_file_of_ours(source, tmp_path, link, refused):
+    """A folder that somebody else made, or a shared disk."""
+    victim, out = tmp_path / "victim", tmp_path / "out"
+    victim.mkdir()
+    (victim / ".x.text.1").write_text("precious")
+    (out / link).parent.mkdir(parents=True)
+    (out / link).symlink_to(victim / ".x.text.1" if link.endswith((".lock", ".tar")) else victim)
+    if refused:
+        with pytest.raises(ValueError, match=r"is a symbolic link: links below .* are not followed"):
+            make(out, *source)
+    else:
+        assert len(make(out, *source)) == 24
+    assert contents(victim) == {".x.text.1": b"precious"}
+
+
+def test_a_named_pipe_among_the_receipts_is_replaced(source, tmp_path):
+    folder = make(tmp_path / "out", *source).path
+    wanted = contents(folder)
+    for name in ("receipts/rows-000000.json", "shards/rows-000001.tar"):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+    make(folder, *source)
+    assert contents(folder) == wanted
+
+
+@pytest.mark.parametrize("num_missing", [1, 20])
+def test_images_that_come_later_are_in_the_next_run(source, tmp_path, num_missing):
+    """Missing ones below --max-bad-fraction and above it, and a damaged one that was replaced; only theirs is written again."""
+    images = source[1]
+    wanted = contents(make(tmp_path / "wanted", *source).path)
+    names = sorted(path.name for path in images.iterdir())
+    away = ["13.png", *(name for name in names if name not in ("0.jpg", "13.png", "14.jpg"))][:num_missing]
+    for name in away:
+        (images / name).rename(tmp_path / name)
+    whole = (images / "14.jpg").read_bytes()
+    (images / "14.jpg").write_bytes(whole[:-20])
+    if num_missing > 1:
+        with pytest.raises(ValueError, match=r"--max-bad-fraction 0\.1 .* for missing or damaged images: put these in place"):
+            make(tmp_path / "out", *source)
+    else:
+        make(tmp_path / "out", *source)
+        before = {path: path.stat().st_ino for path in (tmp_path / "out").rglob("*.tar")}
+        assert make(tmp_path / "out", *source).manifest.quarantined == {"damaged_image": 1, "missing_image": 1}
+        assert {path: path.stat().st_ino for path in before} == before
+    for name in away:
+        (tmp_path / name).rename(images / name)
+    (images / "14.jpg").write_bytes(whole)
+    make(tmp_path / "out", *source)
+    assert contents(tmp_path / "out") == wanted
+    if num_missing == 1:
+        after = {path: path.stat().st_ino for path in before}
+        assert [path.stem for path in before if before[path] != after[path]] == ["rows-000001"]
+
+
+def test_the_last_line_counts_what_was_left_out_and_moves_no_cursor(source, tmp_path, monkeypatch, capsys):
+    (source[1] / "13.png").unlink()
+    out = tmp_path / "out\x1b[2J"
+    words = ["--annotations", source[0], "--images", source[1], "--out", out, "--engine", "local", "--num-workers", "1"]
+    monkeypatch.setattr(sys, "argv", ["preprocess", *map(str, words)])
+    preprocess.main()
+    said = capsys.readouterr().out
+    assert "23 samples, 23 images, 1 shards; left out: missing_image: 1 (see " in said
+    assert said.endswith("; 1 for missing or damaged images: put these in place and run the same command again\n")
+    assert "\x1b" not in said
+
+
+def test_links_are_followed_by_flag_only_and_a_linked_image_folder_always(source, tmp_path):
+    annotations, images = source
+    wanted = contents(make(tmp_path / "wanted", *source).path)
+    (tmp_path / "link").symlink_to(images)
+    for name in ("13.png", "16.jpg"):
+        (images / name).rename(tmp_path / name)
+        (images / name).symlink_to(tmp_path / name)
+    dataset = make(tmp_path / "out", annotations, tmp_path / "link", max_bad_fraction=0.5)
+    assert dataset.manifest.quarantined == {"missing_image": 2}
+    assert (
+        "13.png' is a symbolic link, or behind one: --follow-links"
+        in (dataset.path / "quarantine/rows-000001.jsonl").read_text()
+    )
+    make(tmp_path / "out", annotations, tmp_path / "link", follow_links=True)
+    assert contents(tmp_path / "out") == wanted
+
+
+def write_to_a_full_disk(number):
+    with open("/dev/full", "wb", buffering=0) as file:
+        file.write(b"x")
+
+
+@pytest.mark.parametrize("engine", ["ray", "local", "actor"])
+def test_a_full_disk_under_a_worker_is_one_line(engine, capsys, ray):
+    def main():
+        if engine == "actor":  # as pipelines.encode has them
+            import ray
+
+            with task_engine.own_errors():
+                ray.get(ray.remote(write_to_a_full_disk).remote(0))
+        with task_engine.engine_started(engine, 2) as workers:
+            list(workers.run(write_to_a_full_disk, [(0,)]))
+
+    with pytest.raises(SystemExit):
+        run_main(main)
+    assert capsys.readouterr().err == "error: No space left on device: make room on the disk, and run the same command again\n"
+
+
+@pytest.mark.parametrize(
+    ("out", "words"), [("o" * 300, "File name too long"), ("file/x", "Not a directory"), ("out", "File too large")]
+)
+def test_a_place_that_cannot_be_written_is_one_line(source, tmp_path, out, words):
+    (tmp_path / "file").touch()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1] if out != "out" else 10_000
+    done = command(
+        *("--annotations", source[0], "--images", source[1], "--out", tmp_path / out, "--engine", "local"),
+        *("--num-workers", "2", "--samples-per-shard", "10"),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert done.stderr.startswith("error: ")
+    assert words in done.stderr
+
+
 def test_two_runs_do_not_write_one_folder(source, tmp_path):
     with (
         preprocess.attempt_in(str(tmp_path / "out"), preprocess.PARTS),
@@ -270,6 +400,7 @@ def test_lines_of_json_are_read_as_a_list_is(source, tmp_path):
         ({"samples_per_shard": 0}, "--samples-per-shard is 0"),
         ({"num_workers": 0}, "--num-workers is 0"),
         ({"max_bad_fraction": 1.5}, "--max-bad-fraction is 1.5"),
+        ({"max_bad_fraction": float("nan")}, "--max-bad-fraction is nan"),
         ({"name": "a/b"}, "give --name"),
         ({"annotations": Path("two words.json")}, "give --name"),
     ],
@@ -279,9 +410,9 @@ def test_impossible_settings_are_refused(change, message):
         Settings(**{"annotations": Path("a.json"), "images": Path("i"), "out": Path("o"), **change})
 
 
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+def command(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     words = [sys.executable, "-m", "pipelines.preprocess", *map(str, arguments)]
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, **options)
 
 
 def test_the_users_mistakes_are_one_line_and_exit_code_2(source, tmp_path):
@@ -291,9 +422,9 @@ def test_the_users_mistakes_are_one_line_and_exit_code_2(source, tmp_path):
     for annotations, images, words in (
         (tmp_path / "gone.json", source[1], "gone.json: no such file"),
         (source[0], tmp_path / "nowhere", "nowhere: no such folder"),
-        (tmp_path / "broken.json", source[1], "not JSON"),
+        (tmp_path / "broken.json", source[1], "no JSON: Expecting property name"),
         (tmp_path / "object.json", source[1], "not a list of rows"),
-        (tmp_path / "deep.json", source[1], "not JSON"),
+        (tmp_path / "deep.json", source[1], "too many lists or objects"),
     ):
         done = command("--annotations", annotations, "--images", images, "--out", tmp_path / "out", "--engine", "local")
         assert done.returncode == 2

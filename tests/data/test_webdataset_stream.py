@@ -7,17 +7,26 @@ import json
 import os
 import pickle
 import re
+import shlex
+import time
 from collections import Counter
 
 import pytest
 import torch
 import webdataset
+from braceexpand import braceexpand
 
 from himix_megatron.data.images.decode import decode
+from himix_megatron.data.loading import webdataset_stream
 from himix_megatron.data.loading.loader import ReadSpec
 from himix_megatron.data.loading.plan import START, DataPosition, TrainingLength
 from himix_megatron.data.loading.webdataset_stream import Stream, stream_steps
 from himix_megatron.data.shards.reader import ShardDataset
+from himix_megatron.training.data_setup import make_stream
+from pipelines.cli import parse
+from pipelines.preprocess import Settings, preprocess
+from pipelines.pretrain import with_data
+from tests.support import ROOT
 from tests.support.data_fixtures import VISION, data_config, encoded, mixed, picture
 
 
@@ -289,6 +298,96 @@ def test_samples_without_use_are_left_out_up_to_the_tolerance(tmp_path, caplog):
         RuntimeError, match=r"11 of \d+ samples of data\.webdataset_urls are bad, more than data\.max_bad_fraction"
     ):
         batches(opened(tmp_path / "x.tar", global_batch=2), 6)
+
+
+def test_a_sample_beyond_the_limits_is_left_out_and_its_neighbours_are_not(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(webdataset_stream, "MAX_SAMPLE_BYTES", 20_000)
+    image = encoded(picture(), "JPEG")
+    beyond = [
+        {"txt": b"x" * ((4 << 20) + 1)},
+        {"txt": b"Large.", "0.bmp": bytes(15_000), "1.bmp": bytes(15_000)},
+        {"txt": b"Many.", **{f"{n}.bmp": b"" for n in range(257)}},
+    ]
+    with webdataset.TarWriter(str(tmp_path / "x.tar"), encoder=False) as tar:
+        for i, members in enumerate([{"txt": b"good", "jpg": image}, *beyond]):
+            tar.write({"__key__": f"{i}", **members})
+            tar.write({"__key__": f"{i}.9{'9' * 5000}", "jpg": image})  # KEY.99...9.jpg is an image of no sample
+            tar.write({"__key__": f"good{i}", "txt": b"good", "jpg": image})
+    steps = batches(opened(tmp_path / "x.tar", global_batch=5), 1, micro_batch=5)
+    assert set(keys(steps)) == {"x/0", *(f"x/good{i}" for i in range(4))}
+    for i, reason in enumerate(("oversized_text", "oversized_image", "too_many_images"), 1):
+        assert f"x/{i} is left out: {reason}" in caplog.text
+    assert "is damaged after" not in caplog.text
+
+
+def test_a_stream_reads_the_conversations_that_preprocessing_does(tmp_path):
+    """Where a row says two things, one rule says which counts."""
+    image, turns = encoded(picture(), "JPEG"), [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "It."}]
+    rows = [
+        {"txt": b"Of the text.", "json": {"caption": "Of the JSON."}},
+        {"json": {"caption": "", "text": "Text."}},
+        {"txt": b"Of the text.", "json": {"conversations": turns}},
+    ]
+    with webdataset.TarWriter(str(tmp_path / "x.tar")) as tar:
+        for i, members in enumerate(rows):
+            tar.write({"__key__": f"{i}", "jpg": image, **members})
+    preprocess(Settings(source="webdataset", input=(tmp_path / "x.tar",), out=tmp_path / "out", engine="local", num_workers=1))
+    dataset = ShardDataset(tmp_path / "out")
+    wanted = [dataset.text(i)["conversations"][-1]["value"] for i in range(len(dataset))]
+    (batch,) = batches(opened(tmp_path / "x.tar", global_batch=3), 1, micro_batch=3)
+    assert answers(batch) == wanted == ["Of the text.", "Text.", "It."]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *(
+            "{0..999999999}.tar",
+            "{a,b}" * 40,
+            "{0..9999}/{0..9999}.tar",
+            "{" * 3000 + "}" * 3000,
+            "{a,b,{0..99999}{0..99999}}",
+            "{a..z}" * 8,
+        ),
+        *("{0.." + "9" * 5000 + "}", "{" * 21 + "a,b" + "}" * 21, "\\{{0..1000001}.tar", "{a,b,\\{c}" * 40),
+    ],
+)
+def test_braces_that_stand_for_too_many_names_are_refused_at_once(pattern):
+    began = time.monotonic()
+    with pytest.raises(
+        ValueError, match=r"^data\.webdataset_urls .*: more than 1000000 names, or braces too deep in each other"
+    ):
+        opened(pattern)
+    assert time.monotonic() - began < 1
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["x.tar", "{0..9}", "{9..-3}.tar", "{a..e}{x,y}", "{a,b{0..2},{c,d}e}", "{one}", "{,x}{000..099}", "s{1,2}/{{a,b},c}"],
+)
+def test_names_are_counted_as_they_are_made(pattern, monkeypatch):
+    names = list(braceexpand(pattern))
+    monkeypatch.setattr(webdataset_stream, "MAX_TARS", len(names))
+    assert list(webdataset_stream._names(pattern)) == names
+    monkeypatch.setattr(webdataset_stream, "MAX_TARS", len(names) - 1)
+    with pytest.raises(ValueError, match="names"):
+        webdataset_stream._names(pattern)
+
+
+def test_the_documented_command_streams(foreign, tmp_path, monkeypatch):
+    """As it stands in docs/data.md: nothing is rendered, and its tars are what is read."""
+    text = (ROOT / "docs" / "data.md").read_text().replace("\\\n", "")
+    (line,) = (line for line in text.splitlines() if "--data.webdataset-urls" in line)
+    words = shlex.split(line)
+    assert words[:3] == ["python", "-m", "pipelines.pretrain"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tars").mkdir()
+    for number in range(100):
+        (tmp_path / "tars" / f"part-{number:03d}.tar").symlink_to(foreign / f"set-{number % 4}.tar")
+    config = with_data(parse(words[3:]))
+    assert [path.name for path in tmp_path.iterdir()] == ["tars"]
+    steps = batches(make_stream(config, 1), 1, micro_batch=config.micro_batch)
+    assert len(keys(steps)) == config.global_batch
 
 
 def test_long_texts_are_cut_or_dropped(foreign):

@@ -7,6 +7,7 @@ store it is written on this machine and uploaded in the same order.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -21,17 +22,20 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ...runtime import typed_json
 from ...runtime.durable_files import FileDigest, bytes_digest, sync_file, write_synced
 from ..errors import BadSampleError
 from ..images import image_file
 from ..loading import token_counts
 from ..shards import shard_format
-from ..shards.shard_format import Manifest, Receipt
+from ..shards.shard_format import Manifest, Receipt, ShardPaths
 from ..shards.storage import Folder, LocalFolder
 from ..text.tokenizer import load_tokenizer
 from .sources.base import BadRow, Part, Sample
 
 Check = Literal["decode", "header"]
+IMAGE_REASONS = ("damaged_image", "missing_image", "not_an_image", "oversized_image")
+"""Rows left out for one of these are looked at again by the next run: the image may have come, or been replaced."""
 SYNC_BYTES = 8 << 20
 """Written bytes after which the disk is set to work; otherwise all waiting comes at a shard's end."""
 
@@ -55,13 +59,23 @@ class ShardJob:
     """Tokenizer and template whose text lengths are counted on the way."""
 
 
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A line of the quarantine: a row that was left out."""
+
+    row: int
+    id: str
+    reason: str
+    detail: str
+
+
 def make_shard(job: ShardJob, part: Part) -> tuple[Receipt, bool]:
     """See that the shard of these source rows exists: verify it by its receipt, or write it.
 
     Returns: the receipt, and whether the shard was written. The bytes depend on rows, images and config only.
     """
     receipt = load_receipt(job.folder, job.name)
-    is_kept = receipt is not None and _is_of(receipt, job, part) and _is_whole(job.folder, receipt)
+    is_kept = receipt is not None and _is_of(receipt, job, part) and _is_whole(job.folder, receipt, part, job.check)
     if receipt is None or not is_kept:
         receipt = write_shard(job, part)
     if job.column:
@@ -112,20 +126,18 @@ def verify_shard(folder: Folder, receipt: Receipt) -> list[str]:
 def write_shard(job: ShardJob, part: Part) -> Receipt:
     """Write and publish one shard: tar, index, quarantine, then the receipt. Bad rows are left out and listed."""
     with contextlib.nullcontext(job.attempt) if job.attempt else _temporary_folder() as folder:
-        partial = ShardFiles(*(folder / f"{job.name}.{kind}" for kind in ("tar", "idx", "receipt", "quarantine")))
+        partial = ShardPaths(*(folder / f"{job.name}.{kind}" for kind in ("tar", "idx", "receipt", "quarantine")))
         samples: list[tuple[int, ...]] = []
         images: list[tuple[int, ...]] = []
-        rejected: list[dict[str, Any]] = []
+        rejected: list[Rejected] = []
         with partial.tar.open("wb") as file:
             tar = _TarWriter(file)
             for number, outcome in part.rows():
-                try:
-                    members, facts = _members(outcome, number, job.check)
-                except BadSampleError as error:
-                    rejected.append(
-                        {"row": number, "id": str(outcome.id)[:200], "reason": error.reason, "detail": error.detail}
-                    )
+                found = _members(outcome, number, job.check)
+                if isinstance(found, Rejected):
+                    rejected.append(found)
                     continue
+                members, facts = found
                 text, *pictures = [(tar.append(name, data), len(data), zlib.crc32(data)) for name, data in members]
                 samples.append((text[0], number, *text[1:], len(images), len(pictures)))
                 images += [(*picture, fact.width, fact.height) for picture, fact in zip(pictures, facts, strict=True)]
@@ -133,7 +145,7 @@ def write_shard(job: ShardJob, part: Part) -> Receipt:
         index = shard_format.encode_index(
             np.array(samples, shard_format.SAMPLE_RECORD), np.array(images, shard_format.IMAGE_RECORD)
         )
-        lines = "".join(json.dumps(line) + "\n" for line in rejected).encode()
+        lines = "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rejected).encode()
         receipt = Receipt(
             schema_version=shard_format.SCHEMA_VERSION,
             name=job.name,
@@ -143,7 +155,7 @@ def write_shard(job: ShardJob, part: Part) -> Receipt:
             end_row=part.first_row + part.num_rows,
             num_samples=len(samples),
             num_images=len(images),
-            quarantined=dict(sorted(Counter(line["reason"] for line in rejected).items())),
+            quarantined=dict(sorted(Counter(row.reason for row in rejected).items())),
             tar=FileDigest(tar.offset, tar.digest.hexdigest()),
             index=_write(partial.index, index),
             quarantine=_write(partial.quarantine, lines) if lines else None,
@@ -163,16 +175,6 @@ def write_manifest(folder: Folder, manifest: Manifest, attempt: Path) -> None:
     partial = attempt / "manifest.json"
     write_synced(partial, shard_format.to_json(manifest).encode())
     folder.put({"manifest.json": partial})
-
-
-@dataclass(frozen=True, slots=True)
-class ShardFiles:
-    """The files of one shard before they are published."""
-
-    tar: Path
-    index: Path
-    receipt: Path
-    quarantine: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,21 +198,31 @@ def _is_of(receipt: Receipt, job: ShardJob, part: Part) -> bool:
     return job_says == (receipt.name, receipt.config_hash, receipt.source_hash, receipt.first_row, receipt.end_row)
 
 
-def _is_whole(folder: Folder, receipt: Receipt) -> bool:
-    """Compare a shard's files with its receipt, byte for byte, and then the receipt, which has no hash, with them."""
+def _is_whole(folder: Folder, receipt: Receipt, part: Part, check: Check) -> bool:
+    """Compare a shard's files with its receipt, byte for byte, and then the receipt, which has no hash, with them.
+
+    Rows that were left out for their images must still be so: only these are read again.
+    """
     if verify_shard(folder, receipt):
         return False
     names = _names(receipt.name)
-    samples, images = shard_format.decode_index(folder.read(names.index) or b"")
-    rejected = (folder.read(names.quarantine) or b"").decode().splitlines()
-    reasons = Counter(json.loads(line)["reason"] for line in rejected)
-    counts = (len(samples), len(images), dict(sorted(reasons.items())))
-    return counts == (receipt.num_samples, receipt.num_images, receipt.quarantined) and (
-        folder.read(names.receipt) == shard_format.to_json(receipt).encode()
+    try:
+        samples, images = shard_format.decode_index(folder.read(names.index) or b"")
+        lines = (folder.read(names.quarantine) or b"").decode().splitlines()
+        rejected = [typed_json.build(Rejected, typed_json.parse(line, names.quarantine), names.quarantine) for line in lines]
+    except ValueError:
+        return False
+    counts = (len(samples), len(images), dict(sorted(Counter(row.reason for row in rejected).items())))
+    by_image = {row.row: row for row in rejected if row.reason in IMAGE_REASONS}
+    return (
+        counts == (receipt.num_samples, receipt.num_images, receipt.quarantined)
+        and folder.read(names.receipt) == shard_format.to_json(receipt).encode()
+        and all(receipt.first_row <= row < receipt.end_row for row in by_image)
+        and all(_members(outcome, number, check) == by_image[number] for number, outcome in part.retry(by_image))
     )
 
 
-def _publish(partial: ShardFiles, folder: Folder, receipt: Receipt) -> None:
+def _publish(partial: ShardPaths, folder: Folder, receipt: Receipt) -> None:
     """Bring the synced files to their places, the receipt after the rest is there for good."""
     names = _names(receipt.name)
     files = {names.tar: partial.tar, names.index: partial.index}
@@ -262,16 +274,18 @@ class _TarWriter:
 
 def _members(
     outcome: Sample | BadRow, number: int, check: Check
-) -> tuple[list[tuple[str, bytes]], list[image_file.ImageFacts]]:
-    """A sample's members (name, content) in order, and the facts of its images. Raises: BadSampleError."""
-    if isinstance(outcome, BadRow):
-        raise outcome.error
+) -> tuple[list[tuple[str, bytes]], list[image_file.ImageFacts]] | Rejected:
+    """A sample's members (name, content) in order, and the facts of its images; or why it is left out."""
     key = shard_format.sample_key(number)
     try:
+        if isinstance(outcome, BadRow):
+            raise outcome.error
         text = json.dumps({"id": outcome.id, "conversations": outcome.conversations}, ensure_ascii=False).encode()
+        look = image_file.verify if check == "decode" else image_file.header
+        facts = [look(data) for data in outcome.images]
     except UnicodeEncodeError:
-        raise BadSampleError("bad_text", "half of a surrogate pair: no Unicode text") from None
-    look = image_file.verify if check == "decode" else image_file.header
-    facts = [look(data) for data in outcome.images]
+        return Rejected(number, str(outcome.id)[:200], "bad_text", "half of a surrogate pair: no Unicode text")
+    except BadSampleError as error:
+        return Rejected(number, str(outcome.id)[:200], error.reason, error.detail)
     pictures = [(f"{key}.{k}.{fact.suffix}", data) for k, (fact, data) in enumerate(zip(facts, outcome.images, strict=True))]
     return [(f"{key}.json", text), *pictures], facts

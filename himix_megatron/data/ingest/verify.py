@@ -18,6 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...runtime.untrusted_files import read_regular
 from ..images import image_file
 from ..shards import shard_format
 from ..shards.shard_format import Manifest, Receipt, Records
@@ -183,7 +184,7 @@ def _length_problems(folder: Path, receipt: Receipt) -> list[str]:
     problems = []
     for path in sorted((folder / "lengths").glob(f"*/{receipt.name}.text")):
         try:
-            shard_format.decode_text_column(path.read_bytes(), receipt)
+            shard_format.decode_text_column(_content(path) or b"", receipt)
         except ValueError as error:
             problems.append(f"lengths/{path.parent.name}/{path.name}: {error} (it can be deleted: it is made again)")
     return problems
@@ -271,10 +272,10 @@ def _strays(folder: Path, receipts: Sequence[Receipt]) -> tuple[list[str], list[
 
 
 def _content(path: Path) -> bytes | None:
-    """A small file; None where there is none."""
+    """A small file; None where there is none, or something else than a file."""
     try:
-        return path.read_bytes()
-    except FileNotFoundError:
+        return read_regular(path)
+    except (FileNotFoundError, ValueError):
         return None
 
 

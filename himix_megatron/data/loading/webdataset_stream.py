@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import gzip
 import itertools
-import json
 import logging
 import lzma
+import math
 import random
 import re
 import tarfile
@@ -35,6 +35,8 @@ from ...config import DataConfig, VisionConfig, check_batch
 from ..errors import BadSampleError
 from ..images import image_file
 from ..images.decode import decode
+from ..ingest.sources.base import MAX_SAMPLE_BYTES, MAX_TEXT_BYTES, parse_object
+from ..ingest.sources.webdataset import IMAGE_SUFFIX, image_order, row_turns
 from ..shards import storage
 from ..shards.shard_format import BLOCK
 from ..text import chat_template
@@ -47,12 +49,11 @@ from .plan import DataPosition, TrainingLength
 
 log = logging.getLogger(__name__)
 
-IMAGE_SUFFIX = re.compile(r"(?:(\d+)\.)?(?:jpg|jpeg|png|webp|gif|bmp)")
 TEXT_SUFFIXES = ("json", "txt")
-CAPTION_FIELDS = ("caption", "text")
-MAX_MEMBER_BYTES = 256 << 20
 MAX_KINDS = 20
 """Of members that are not read, counted one by one."""
+MAX_TARS = 1_000_000
+MAX_BRACE_DEPTH = 20
 # What tarfile and the compressions under it raise on damaged content. Other OSErrors are the machine's, and go up: a rank that
 # skipped a file for a reason of its own would leave the ranks that read the same stream.
 DAMAGE = (tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, OverflowError)
@@ -76,7 +77,7 @@ class Stream:
 
     def __init__(self, config: DataConfig, *, seed: int, global_batch: int, images_without: int) -> None:
         self.config, self.seed, self.global_batch, self.images_without = config, seed, global_batch, images_without
-        self.tars = [_checked(url) for pattern in config.webdataset_urls for url in braceexpand(pattern)]
+        self.tars = [_checked(url) for pattern in config.webdataset_urls for url in _names(pattern)]
         self.tokenizer = load_tokenizer(config.tokenizer)
         chat_template.check_tokenizer(self.tokenizer, config.template)
 
@@ -137,6 +138,24 @@ def stream_steps(
     reader = _StreamReader(stream, vision_config, micro_batch, reads, end, place, step, pad_multiple)
     num_workers = min(stream.config.num_workers, len(stream.tars) // reads.data_size)
     return iter(DataLoader(reader, batch_size=None, **worker_options(num_workers)))
+
+
+def _names(pattern: str) -> Iterator[str]:
+    """The names that a pattern's braces stand for, counted before any is made. Raises: ValueError for too many."""
+
+    def count(braces: re.Match[str]) -> str:
+        if span := re.fullmatch(r"(-?\d+|[A-Za-z])\.\.(-?\d+|[A-Za-z])(\.\..*)?", braces[1]):
+            first, last = (ord(end) if end.isalpha() else int(end) for end in span.groups()[:2])
+            return f"\0{min(abs(first - last), MAX_TARS) + 1}\0"
+        parts = (math.prod(map(int, re.findall("\0(.*?)\0", part))) for part in braces[1].split(","))
+        return f"\0{min(sum(parts), MAX_TARS + 1)}\0"
+
+    left, found = re.sub(r"\\.|\0", "", pattern[:4096]), 1
+    for _ in range(MAX_BRACE_DEPTH):
+        left, found = re.subn(r"\{([^{}]*)\}", count, left) if found else (left, 0)
+    if found or len(pattern) > 4096 or math.prod(map(int, re.findall("\0(.*?)\0", left))) > MAX_TARS:
+        raise ValueError(f"data.webdataset_urls {pattern}: more than {MAX_TARS} names, or braces too deep in each other")
+    return braceexpand(pattern)
 
 
 def _checked(place: str) -> str:
@@ -290,9 +309,11 @@ class _TarReader:
 
     def _text(self, members: dict[str, Any]) -> EncodedText:
         """Raises: BadSampleError for a sample without a text, or one that contradicts its images or the template."""
-        config, num_images = self.stream.config, len(_images(members))
-        sample = _conversation(members, num_images)
-        chat_template.check_conversation(sample["conversations"], num_images)
+        config = self.stream.config
+        if refused := next((data for data in members.values() if isinstance(data, BadSampleError)), None):
+            raise refused
+        facts = parse_object(members["json"], "KEY.json") if "json" in members else {}
+        sample = {"conversations": row_turns(members, facts, len(_images(members)))}
         try:
             return chat_template.encode(sample, self.stream.tokenizer, config.template, config.max_text_tokens)
         except ValueError as error:
@@ -300,21 +321,24 @@ class _TarReader:
 
     def _members(self, tar: str) -> Iterator[dict[str, Any]]:
         """The members to read, in webdataset's form; where the tar is damaged they end, and a warning says so."""
-        number = 0
+        number, key, held = 0, None, 0
         try:
             with storage.open_file(tar) as file, tarfile.open(fileobj=file, mode="r:*") as opened:
                 while (member := opened.next()) is not None:
                     opened.members = []  # type: ignore[attr-defined]  # it would keep them all
-                    suffix = (base_plus_ext(member.name)[1] or "").lower()
+                    before, (key, suffix) = key, base_plus_ext(member.name)
+                    suffix = (suffix or "").lower()
                     if not member.isreg() or not (suffix in TEXT_SUFFIXES or IMAGE_SUFFIX.fullmatch(suffix)):
                         kind = suffix if member.isreg() else "not a file"
                         self.ignored[kind if len(self.ignored) < MAX_KINDS else "others"] += 1
                         continue
-                    if member.size > MAX_MEMBER_BYTES:
-                        raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
+                    held = member.size + (held if key == before else 0)
+                    reason = "oversized_text" if suffix in TEXT_SUFFIXES else "oversized_image"
+                    is_large = held > MAX_SAMPLE_BYTES or (suffix in TEXT_SUFFIXES and member.size > MAX_TEXT_BYTES)
+                    refused = BadSampleError(reason, f"{member.name!r:.150} takes the sample above its limit")
                     content = opened.extractfile(member)
                     assert content is not None
-                    yield {"fname": member.name, "data": content.read(), "__url__": tar}
+                    yield {"fname": member.name, "data": refused if is_large else content.read(), "__url__": tar}
                     number += 1
                 _check_end(opened)
         except DAMAGE as error:
@@ -334,23 +358,4 @@ def _check_end(tar: tarfile.TarFile) -> None:
 
 def _images(members: dict[str, Any]) -> list[bytes]:
     """In the order of their numbers: KEY.jpg before KEY.0.png before KEY.1.png."""
-    found = [(match, data) for name, data in members.items() if (match := IMAGE_SUFFIX.fullmatch(name))]
-    return [data for _, data in sorted(found, key=lambda item: int(item[0][1] or -1))]
-
-
-def _conversation(members: dict[str, Any], num_images: int) -> dict[str, Any]:
-    """KEY.json in LLaVA's layout, a caption in it, or KEY.txt. Raises: BadSampleError."""
-    try:
-        found = json.loads(members["json"]) if "json" in members else {}
-        caption = members["txt"].decode() if "txt" in members else None
-    except (ValueError, RecursionError) as error:
-        raise BadSampleError("malformed", str(error)) from None
-    if not isinstance(found, dict):
-        raise BadSampleError("malformed", "its JSON is no object")
-    if "conversations" in found:
-        return found
-    caption = next((found[name] for name in CAPTION_FIELDS if isinstance(found.get(name), str)), caption)
-    if caption is None:
-        raise BadSampleError("no_text", f"no conversations, {' or '.join(CAPTION_FIELDS)} in a .json, and no .txt")
-    question = {"from": "human", "value": f"{chat_template.IMAGE_MARK}\n" * num_images}
-    return {"conversations": [question, {"from": "gpt", "value": caption.strip()}]}
+    return [members[suffix] for suffix in sorted(filter(IMAGE_SUFFIX.fullmatch, members), key=image_order)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,13 +16,18 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ....runtime import typed_json
 from ...errors import BadSampleError
 from ...text.chat_template import IMAGE_MARK, check_conversation
 
 MAX_SAMPLE_BYTES = 128 << 20
 """A sample whose images together are larger is refused; one larger image is not even read."""
 MAX_TEXT_BYTES = 4 << 20
-"""A larger text is refused unread: parsed JSON takes some twenty times its size in memory."""
+"""Of a sample, its JSON included. A larger file is refused unread: parsed JSON takes some twenty times its size in memory."""
+MAX_IMAGES = 256
+"""Of a sample: all of them go into one step of the training, where 256 of SigLIP's are 187,000 vision tokens."""
+MAX_ID_CHARACTERS = 1000
+_TURN_BYTES = len('{"from": "human", "value": ""}')
 
 
 class SourceError(ValueError):
@@ -63,6 +67,9 @@ class Part(Protocol):
     def rows(self) -> Iterator[tuple[int, Sample | BadRow]]:
         """Each row with its number, in order. Raises: SourceError; OSError when the machine fails."""
 
+    def retry(self, rows: Iterable[int]) -> Iterator[tuple[int, Sample | BadRow]]:
+        """Those of some rows that may be others now, since the source's hash does not cover their images."""
+
 
 class Source(Protocol):
     """A snapshot of raw data: its rows never change while its hash does not."""
@@ -80,15 +87,21 @@ class Source(Protocol):
 
 
 def checked_id(value: Any) -> str | int | None:
-    """An id as a source has it. Raises: BadSampleError for what is neither text nor a whole number."""
-    if value is None or (isinstance(value, str | int) and not isinstance(value, bool)):
-        return value
-    raise BadSampleError("malformed", "`id` is neither text nor a whole number")
+    """An id as a source has it. Raises: BadSampleError for what is neither text nor a whole number, or very long."""
+    if value is not None and (not isinstance(value, str | int) or isinstance(value, bool)):
+        raise BadSampleError("malformed", "`id` is neither text nor a whole number")
+    if len(str(value)) > MAX_ID_CHARACTERS:
+        raise BadSampleError("oversized_id", f"`id` has more than {MAX_ID_CHARACTERS} characters")
+    return value
 
 
 def checked_conversation(turns: Any, num_images: int) -> list[dict[str, Any]]:
     """Turns in LLaVA's layout, without anything else that a source keeps in them. Raises: BadSampleError."""
     check_conversation(turns, num_images)
+    if num_images > MAX_IMAGES:
+        raise BadSampleError("too_many_images", f"{num_images} images, more than {MAX_IMAGES}")
+    if sum(_TURN_BYTES + len(turn["value"].encode("utf-8", "surrogatepass")) for turn in turns) > MAX_TEXT_BYTES:
+        raise BadSampleError("oversized_text", f"the conversation has more than {MAX_TEXT_BYTES} bytes")
     return [{"from": turn["from"], "value": turn["value"]} for turn in turns]
 
 
@@ -100,26 +113,27 @@ def caption_turns(caption: Any, num_images: int) -> list[dict[str, Any]]:
     return checked_conversation(turns, num_images)
 
 
-class Ambiguous:
-    """Stands where JSON has an object with the same key twice: readers would differ about its value."""
+def parse_json(text: str, what: str) -> Any:
+    """JSON, with a BadSampleError for an object that has a key twice: readers would differ about its value.
+
+    Raises: ValueError, as `typed_json.parse`.
+    """
+    return typed_json.parse(text, what, pairs=_unambiguous)
 
 
-def parse_json(text: str) -> Any:
-    """JSON with `Ambiguous` for an object that has a key twice. Raises: ValueError (also for too deep a nesting)."""
+def parse_row(data: str | bytes, what: str) -> Any:
+    """The JSON of one row; a BadSampleError for what is none."""
     try:
-        return json.loads(text, object_pairs_hook=_unambiguous)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+        return parse_json(data if isinstance(data, str) else data.decode("utf-8"), what)
+    except ValueError as error:
+        return BadSampleError("malformed", f"{what}: {str(error).removeprefix(f'{what}: ')}"[:200])
 
 
 def parse_object(data: bytes, what: str) -> Mapping[str, Any]:
     """The JSON object of one row. Raises: BadSampleError."""
-    try:
-        value = parse_json(data.decode("utf-8"))
-    except ValueError as error:
-        raise BadSampleError("malformed", f"{what} is not JSON: {error}"[:200]) from None
-    if isinstance(value, Ambiguous):
-        raise BadSampleError("malformed", f"{what} has a key twice")
+    value = parse_row(data, what)
+    if isinstance(value, BadSampleError):
+        raise value
     if not isinstance(value, Mapping):
         raise BadSampleError("malformed", f"{what} is not an object")
     return value
@@ -127,7 +141,7 @@ def parse_object(data: bytes, what: str) -> Mapping[str, Any]:
 
 def _unambiguous(pairs: list[tuple[str, Any]]) -> Any:
     values = dict(pairs)
-    return values if len(values) == len(pairs) else Ambiguous()
+    return values if len(values) == len(pairs) else BadSampleError("malformed", "an object has a key twice")
 
 
 # ID@ROW is what a repeated id becomes; an id that already looks so may stand in the way of one.

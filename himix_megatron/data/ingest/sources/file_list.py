@@ -5,7 +5,7 @@ A first pass over each file (a task of its own) hashes it and counts its rows; a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -127,6 +127,10 @@ class FilesPart:
         """Read the pieces."""
         return number_rows((row for piece in self.pieces for row in self._read(piece)), self.first_row, self.repeated)
 
+    def retry(self, rows: Iterable[int]) -> Iterator[tuple[int, Sample | BadRow]]:
+        """None: the source's hash covers the images."""
+        return iter(())
+
     def _read(self, piece: Piece) -> Iterator[Sample | BadRow]:
         count = 0
         for outcome in self.reader.read(piece.place, piece.first, piece.end, piece.offset):
@@ -136,7 +140,7 @@ class FilesPart:
             raise SourceError(f"{piece.place}: it changed while it was read (rows {piece.first} to {piece.end} are not there)")
 
 
-def find_files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> list[str]:
+def find_files(inputs: Sequence[str], suffixes: tuple[str, ...], follow_links: bool = False) -> list[str]:
     """The files that --input names, and in its folders those with one of the suffixes, sorted. Raises: ValueError."""
     places: list[str] = []
     for place in inputs:
@@ -150,5 +154,16 @@ def find_files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> list[str]:
         if not names:
             storage.check_folder(place, "--input")
             raise ValueError(f"--input {place}: no {' or '.join(suffixes)} files in it")
-        places += [storage.join(place, name) for name in names]
+        found = [storage.join(place, name) for name in names]
+        check_links(found, follow_links)
+        places += found
     return places
+
+
+def check_links(found: Iterable[str], follow_links: bool) -> None:
+    """Raises: SourceError for a link among the files and folders in a folder of --input, and for what is neither."""
+    for path in (storage.local_path(place) for place in found if not storage.is_remote(place)):
+        if path.is_symlink() and not follow_links:
+            raise SourceError(f"--input {path}: it is a symbolic link, which can lead to any file: --follow-links reads it")
+        if not path.is_file() and not path.is_dir():
+            raise SourceError(f"--input {path}: it is no regular file")

@@ -29,19 +29,20 @@ from .base import (
     checked_conversation,
     checked_id,
     digest_id,
-    parse_json,
+    parse_row,
 )
 from .file_list import NO_ID, FileScan, scanned
 
 IMAGE_COLUMNS = ("images", "image", "jpg", "png", "webp")
 TEXT_COLUMNS = ("conversations", "text", "caption")
 ID_COLUMNS = ("id", "key")
-"""Names looked for, in this order, where a flag names none."""
+"""Names looked for, in this order, where a flag names none. Ids of another type than text or whole numbers are passed over."""
 
 BATCH_ROWS = 1
 """Rows held at a time. One large value of a dictionary can stand in each of many rows; more at once would save 30 us a row."""
 _BOMB_RATIO, _BOMB_BYTES = 20, 128 << 20
-"""Images are compressed already: a larger column that shrinks more than this is a bomb, not data."""
+"""Images are compressed already: a larger column that shrinks more than this is a bomb, not data. So are the texts of a task's
+rows that take this many times the file's bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +103,19 @@ class ParquetReader:
                     groups.append(group)
                     before = start if before is None else before
                 start += count
-            row = before or 0
+            row, left = before or 0, max(_BOMB_BYTES, _BOMB_RATIO * storage.size_of(place))
             for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=groups, columns=columns.read):
                 low, high = max(first - row, 0), min(end - row, batch.num_rows)
                 row += batch.num_rows
                 if low < high:
-                    yield from (self._outcome(values, columns) for values in _values(batch.slice(low, high - low)))
+                    for values in _values(batch.slice(low, high - low)):
+                        yield (outcome := self._outcome(values, columns))
+                        if isinstance(outcome, Sample):
+                            left -= sum(len(turn["value"]) for turn in outcome.conversations)
+                        if left < 0:  # a value of a dictionary that stands in many rows
+                            raise SourceError(
+                                f"--input {place}: rows {first} to {row} unfold to far more text than a file of its size holds"
+                            )
                 if row >= end:
                     return
 
@@ -139,7 +147,11 @@ class ParquetReader:
             raise SourceError(f"--text-column {text}: in {place} it is {arrow.field(text).type}, neither text nor turns"[:500])
         has_status = self.needs_success and "status" in names
         error = "error_message" if has_status and "error_message" in names else None
-        return Columns(image, text, choose(self.id_column, ID_COLUMNS, "--id-column"), "status" if has_status else None, error)
+        ids = tuple(name for name in ID_COLUMNS if name in names and _is_id(arrow.field(name).type))
+        if (name := choose(self.id_column, ids, "--id-column")) is not None and not _is_id(arrow.field(name).type):
+            kind = arrow.field(name).type
+            raise SourceError(f"--id-column {name}: in {place} it is {kind}, neither text nor whole numbers"[:500])
+        return Columns(image, text, name, "status" if has_status else None, error)
 
     def _outcome(self, values: dict[str, Any] | None, columns: Columns) -> Sample | BadRow:
         if values is None:
@@ -179,10 +191,7 @@ def _sample(values: dict[str, Any], columns: Columns) -> Sample:
     if isinstance(text, list):
         return Sample(name, checked_conversation(text, len(images)), images)
     if columns.text == "conversations" and isinstance(text, str):
-        try:
-            return Sample(name, checked_conversation(parse_json(text), len(images)), images)
-        except ValueError as error:
-            raise BadSampleError("malformed", f"`conversations` is not JSON: {error}"[:200]) from None
+        return Sample(name, checked_conversation(parse_row(text, "`conversations`"), len(images)), images)
     if not images:
         raise BadSampleError("missing_image", "there is no image beside the caption")
     return Sample(name, caption_turns(text, len(images)), images)
@@ -204,6 +213,11 @@ def _usable_id(value: Any) -> str | int | None:
 
 def _is_string(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _is_id(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return _is_string(kind) or bool(pa.types.is_integer(kind))
 
 
 def _is_list(kind: pa.DataType) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 BLOCK = tarfile.BLOCKSIZE
 MAX_NAME_BYTES = 64 << 10
 """A longer name, or longer PAX records, are refused unread."""
+MAX_PAX_RECORDS = 1000
 _CHUNK = 1 << 20
 _ZEROS = bytes(BLOCK)
 
@@ -145,17 +146,21 @@ class TarStream:
 
 def _pax_fields(data: bytes) -> dict[str, str]:
     """`LENGTH KEY=VALUE\\n` records (POSIX.1-2001, pax). Raises: TarError."""
-    fields = {}
-    while data.strip(b"\0"):
-        length, space, _ = data[:20].partition(b" ")
-        if not space or not length.isdigit() or not len(length) + 1 < int(length) <= len(data):
+    fields: dict[str, str] = {}
+    at, end = 0, len(data.rstrip(b"\0"))
+    for _ in range(MAX_PAX_RECORDS):
+        if at >= end:
+            return fields
+        length, space, _ = data[at : at + 20].partition(b" ")
+        if not space or not length.isdigit() or not len(length) + 1 < int(length) <= len(data) - at:
             raise TarError("a PAX header has a record of nonsense length")
-        record, data = data[len(length) + 1 : int(length)], data[int(length) :]
+        record = data[at + len(length) + 1 : at + int(length)]
+        at += int(length)
         key, equals, value = record.removesuffix(b"\n").partition(b"=")
         if not equals:
             raise TarError("a PAX header has a record without a value")
         fields[_text(key)] = _text(value)
-    return fields
+    raise TarError(f"a PAX header has more than {MAX_PAX_RECORDS} records")
 
 
 def _text(data: bytes) -> str:

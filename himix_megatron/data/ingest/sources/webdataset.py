@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from ...errors import BadSampleError
 from ...shards import storage
@@ -178,29 +179,28 @@ def _sample(row: Row, needs_success: bool) -> Sample:
     if needs_success and facts.get("status", "success") != "success":
         raise BadSampleError("download_failed", str(facts.get("error_message") or facts["status"])[:200])
     name = checked_id(facts.get("id"))
-    suffixes = sorted(filter(IMAGE_SUFFIX.fullmatch, row.contents), key=_image_order)
+    suffixes = sorted(filter(IMAGE_SUFFIX.fullmatch, row.contents), key=image_order)
     images = tuple(row.contents[suffix] for suffix in suffixes)
+    if "conversations" not in facts and not images:
+        raise BadSampleError("missing_image", "there is no image beside the caption")
+    return Sample(checked_id(row.key) if name is None else name, row_turns(row.contents, facts, len(images)), images)
+
+
+def row_turns(contents: Mapping[str, bytes], facts: Mapping[str, Any], num_images: int) -> list[dict[str, Any]]:
+    """The conversation of KEY.json (`facts`), or else a caption: KEY.txt, or `caption` or `text` of KEY.json.
+
+    Raises: BadSampleError.
+    """
     if "conversations" in facts:
-        turns = checked_conversation(facts["conversations"], len(images))
-    else:
-        if not images:
-            raise BadSampleError("missing_image", "there is no image beside the caption")
-        turns = caption_turns(_caption(row, facts), len(images))
-    return Sample(row.key if name is None else name, turns, images)
+        return checked_conversation(facts["conversations"], num_images)
+    try:
+        caption = contents["txt"].decode("utf-8") if "txt" in contents else facts.get("caption") or facts.get("text")
+    except UnicodeDecodeError as error:
+        raise BadSampleError("bad_text", f"KEY.txt is not UTF-8: {error}"[:200]) from None
+    return caption_turns(caption, num_images)
 
 
-def _caption(row: Row, facts: object) -> object:
-    """KEY.txt, or `caption` or `text` of KEY.json. Raises: BadSampleError."""
-    if "txt" in row.contents:
-        try:
-            return row.contents["txt"].decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise BadSampleError("bad_text", f"KEY.txt is not UTF-8: {error}"[:200]) from None
-    assert isinstance(facts, dict)
-    return facts.get("caption") or facts.get("text")
-
-
-def _image_order(suffix: str) -> tuple[int, str]:
+def image_order(suffix: str) -> tuple[int, str]:
     """KEY.2.jpg before KEY.10.jpg."""
     found = IMAGE_SUFFIX.fullmatch(suffix)
     return (int(found[1]) if found and found[1] else -1, suffix)
