@@ -73,11 +73,6 @@ class Config:
             )
         if self.train.cuda_graphs == "on":
             self._check_graphs()
-        if self.log.predictions_interval_steps and self.data.webdataset_urls and self.data.validation_path is None:
-            raise ValueError(
-                "log.predictions_interval_steps is given, but a stream has no samples to choose from: give "
-                "--data.validation-path, or leave it at 0"
-            )
         if model.num_layers < chunks or (parallel.split == "even" and model.num_layers % chunks):
             raise ValueError(
                 f"model.num_layers ({model.num_layers}) does not divide over parallel.pipeline ({parallel.pipeline}) x "

@@ -12,7 +12,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from himix_megatron.config import Config
-from himix_megatron.monitoring.sample_predictions import WIDTH, Answered
+from himix_megatron.monitoring.sample_predictions import WIDTH, Answered, SamplePredictions
+from himix_megatron.training.data_setup import make_stream
+from pipelines.cli import parse
 from tests.support.ranks import run_ranks
 from tests.support.small_runs import history, small_config, train
 
@@ -96,3 +98,14 @@ def test_images_of_different_sizes_are_drawn_side_by_side() -> None:
     high = Answered("s/b", "Which?", "red", "blue", (narrow,)).drawn()
     assert high.shape[0] < 2 * WIDTH
     assert (high == 90).any()
+
+
+def test_a_stream_shows_no_predictions_and_says_why(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(bytes(1024))
+    config = parse(["tiny_align", "--data.webdataset-urls", str(tmp_path / "a.tar"), "--train.steps", "9"])
+    nothing: Any = None
+    with caplog.at_level("INFO"):
+        shown = SamplePredictions(config, make_stream(config, 1), nothing, nothing, [], nothing)
+    assert config.log.predictions_interval_steps
+    assert shown.maybe_predict(2, last=True) == []
+    assert "a stream has no samples to choose from (--data.validation-path has)" in caplog.text
