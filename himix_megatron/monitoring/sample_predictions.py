@@ -93,15 +93,17 @@ class SamplePredictions:
         """`plan`: the samples are chosen from it. `tower`: the frozen one; unused where the tower trains."""
         self.config, self.model_chunks = config, model_chunks
         self.questions: list[Question] = []
-        if config.log.predictions_interval_steps and not isinstance(plan, SamplingPlan):
+        if not config.log.predictions_interval_steps:
+            return
+        if not isinstance(plan, SamplingPlan):
             logger.info("no predictions are shown: a stream has no samples to choose from (--data.validation-path has)")
-        elif config.log.predictions_interval_steps:
-            self.questions = list(choose(config, plan))
-            trained: Any = unwrap_model(model_chunks[0]).tower if "tower" in config.train.trainable_parts else tower
-            frozen = replace(config, train=replace(config.train, trainable_parts=("vision_kv",)))
-            with torch.random.fork_rng(devices=[]):  # the random numbers of training stay the same
-                self.answerer = Answerer(frozen, kernels, topology, trained)
-            self.answerer.share(model_chunks)
+            return
+        self.questions = list(choose(config, plan))
+        trained: Any = unwrap_model(model_chunks[0]).tower if "tower" in config.train.trainable_parts else tower
+        frozen = replace(config, train=replace(config.train, trainable_parts=("vision_kv",)))
+        with torch.random.fork_rng(devices=[]):  # the random numbers of training stay the same
+            self.answerer = Answerer(frozen, kernels, topology, trained)
+        self.answerer.share(model_chunks)
 
     @torch.no_grad()
     def maybe_predict(self, step: int, *, last: bool) -> list[Answered]:
