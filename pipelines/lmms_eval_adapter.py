@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from himix_megatron.data.text.chat_template import without_marks
 from pipelines.cli import run_main
 
 MODEL = "himix"
@@ -79,8 +80,9 @@ def user(text: str, visuals: Sequence[Any]) -> Message:
     for visual in visuals:
         if not isinstance(visual, Image.Image):
             raise ValueError(f"{MODEL} sees pictures only, and a task shows {type(visual).__name__}")
-    # lmms-eval's "<image>" marks are taken out by the chat template.
-    return {"role": "user", "content": [*({"type": "image", "image": v} for v in visuals), {"type": "text", "text": text}]}
+    # A task may name one picture twice, and lmms-eval then has another number of "<image>" marks than of pictures.
+    said = {"type": "text", "text": without_marks(text)}
+    return {"role": "user", "content": [*({"type": "image", "image": visual} for visual in visuals), said]}
 
 
 def generation(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

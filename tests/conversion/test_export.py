@@ -173,7 +173,7 @@ def test_chat_templates_own_way_in_is_the_same(one_model: tuple[Path, Any], tmp_
     out, _ = one_model
     processor = processor_of(out)
     (tmp_path / "a.png").write_bytes(encoded(picture(3, mode="RGBA"), "PNG"))
-    content = [{"type": "image", "path": str(tmp_path / "a.png")}, {"type": "text", "text": "What?"}]
+    content = [{"type": "image", "path": tmp_path / "a.png"}, {"type": "text", "text": "What?"}]
     wanted = processor(conversation=[{"role": "user", "content": "<image>\nWhat?"}], images=[str(tmp_path / "a.png")])
     options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True, "return_tensors": "pt"}
     for found in (
@@ -195,6 +195,105 @@ def test_it_can_be_trained_on(one_model: tuple[Path, Any]) -> None:
     assert all(parameter.grad is not None for parameter in loaded.parameters())
 
 
+def labelled(out: Path) -> list[dict[str, torch.Tensor]]:
+    """Eight samples as Trainer takes them, with pictures or without, and labels of different numbers."""
+    asked = [[{"role": "user", "content": "What is it?"}] for _ in range(8)]
+    inputs = processor_of(out)(conversation=asked, images=[[picture(k)] if k % 2 else [] for k in range(8)])
+    labels = inputs["input_ids"].clone()
+    for k in range(8):
+        labels[k, : k + 1] = -100
+    return [{**{name: tensor[k] for name, tensor in inputs.items()}, "labels": labels[k]} for k in range(8)]
+
+
+def test_a_step_is_the_same_in_one_batch_and_in_many(one_model: tuple[Path, Any]) -> None:
+    """As Trainer does it: the sum over micro-batches, each divided by the labels of all of them."""
+    out, loaded = one_model
+    samples, found = labelled(out), []
+    count = sum(int((sample["labels"][1:] != -100).sum()) for sample in samples)
+    for size in (8, 4, 2, 1):
+        loaded.train().zero_grad()
+        losses = []
+        for first in range(0, 8, size):
+            part = {name: torch.stack([sample[name] for sample in samples[first : first + size]]) for name in samples[0]}
+            losses.append(loaded(**part, num_items_in_batch=count).loss)
+            losses[-1].backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in loaded.parameters() if p.grad is not None])
+        found.append((sum(loss.item() for loss in losses), float(norm)))
+    assert all(step == pytest.approx(found[0], rel=1e-4) for step in found), found
+
+
+def test_transformers_trainer_takes_the_same_step_however_it_accumulates(one_model: tuple[Path, Any], tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate, which is not installed")
+    from transformers import Trainer, TrainingArguments
+
+    out, found = one_model[0], []
+    for size in (8, 4, 2, 1):
+        options: dict[str, Any] = {
+            "per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size, "max_steps": 1, "logging_steps": 1,
+            "report_to": "none", "save_strategy": "no", "use_cpu": True, "max_grad_norm": 1e9, "disable_tqdm": True,
+            "remove_unused_columns": False,
+        }  # fmt: skip
+        arguments = TrainingArguments(output_dir=str(tmp_path / str(size)), **options)
+        trainer = Trainer(model=load_exported(out), args=arguments, train_dataset=labelled(out))
+        trainer.train()
+        found.append((trainer.state.log_history[0]["loss"], trainer.state.log_history[0]["grad_norm"]))
+    assert all(step == pytest.approx(found[0], rel=1e-3) for step in found), found
+
+
+def test_a_pipeline_takes_samples_with_and_without_pictures_together(one_model: tuple[Path, Any]) -> None:
+    from transformers import pipeline
+
+    out, loaded = one_model
+    ask = pipeline("image-text-to-text", model=loaded, processor=processor_of(out), device="cpu")
+    picture_part = {"type": "image", "image": picture(1)}
+    chats = [
+        [{"role": "user", "content": [*([picture_part] if k % 2 else []), {"type": "text", "text": f"What{'?' * k}"}]}]
+        for k in range(4)
+    ]
+    options = {"return_full_text": False, "max_new_tokens": 8}
+    together = [row[0]["generated_text"] for row in ask(text=chats, batch_size=2, **options)]
+    assert together == [ask(text=chat, **options)[0]["generated_text"] for chat in chats]
+    assert len(set(together)) > 1
+    with pytest.raises(ValueError, match="names an image by a text"):
+        ask(text=[{"role": "user", "content": [{"type": "image", "url": "/etc/fstab"}]}])
+
+
+def test_a_text_alone_goes_on_with_a_cached_picture(one_model: tuple[Path, Any]) -> None:
+    from transformers import DynamicCache
+
+    out, loaded = one_model
+    processor, cache = processor_of(out), DynamicCache()
+    loaded(**processor(conversation=[{"role": "user", "content": "What?"}], images=[picture(1)]), past_key_values=cache)
+    more = processor(text="And why?")
+    mask = torch.ones(1, cache.get_seq_length() + more["input_ids"].shape[1], dtype=torch.long)
+    kept = loaded(**{**more, "attention_mask": mask}, past_key_values=cache).logits
+    assert kept.shape[1] == more["input_ids"].shape[1]
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "no ids": ({"input_ids": None}, r"input_ids are missing"),
+    "1-d ids": ({"input_ids": torch.zeros(5, dtype=torch.long)}, r"input_ids is \[5\]: wanted \[samples, tokens\]"),
+    "4-d pixels": ({"pixel_values": torch.zeros(2, 3, 16, 16)}, r"pixel_values is .*: wanted \[2, images, 3, 16, 16\]"),
+    "another side": ({"pixel_values": torch.zeros(2, 1, 3, 24, 24)}, r"pixel_values is .*: wanted \[2, images, 3, 16, 16\]"),
+    "another batch": ({"pixel_values": torch.zeros(3, 1, 3, 16, 16)}, r"pixel_values is .*: wanted \[2, images, 3, 16, 16\]"),
+    "uint8 pixels": ({"pixel_values": torch.zeros(2, 1, 3, 16, 16, dtype=torch.uint8)}, r"pixel_values are torch.uint8"),
+    "3-d features": ({"image_features": torch.zeros(2, 4, 24)}, r"image_features is .*: wanted \[2, images, tokens, 24\]"),
+    "too many": ({"num_images": torch.tensor([5, 1])}, r"num_images is \[5, 1\]: wanted 0 to 1"),
+    "negative": ({"num_images": torch.tensor([1, -1])}, r"num_images is \[1, -1\]: wanted 0 to 1"),
+    "another number of numbers": ({"num_images": torch.tensor([1])}, r"num_images is \[1\]: wanted \[2\]"),
+    "no pictures": ({"pixel_values": None, "num_images": torch.tensor([1, 0])}, r"num_images is \[1, 0\]: wanted 0 to 0"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_does_not_fit_together_is_one_line(one_model: tuple[Path, Any], name: str) -> None:
+    right = {"input_ids": torch.zeros(2, 5, dtype=torch.long), "pixel_values": torch.zeros(2, 1, 3, 16, 16)}
+    one_model[1](**right)
+    with pytest.raises(ValueError, match=WRONG[name][1]) as caught:
+        one_model[1](**right | WRONG[name][0])
+    assert "\n" not in str(caught.value)
+
+
 # ---- folders --------------------------------------------------------------------------------------------------------
 
 
@@ -213,6 +312,10 @@ def test_an_existing_folder_is_left_alone_and_a_failed_one_is_removed(tmp_path: 
     (tmp_path / "there").mkdir()
     with pytest.raises(ValueError, match=r"there exists"):
         export({}, random_config(), tmp_path / "there")
+    (tmp_path / "out.writing").mkdir()
+    with pytest.raises(ValueError, match=r"out\.writing exists"):
+        export({}, random_config(), tmp_path / "out")
+    (tmp_path / "out.writing").rmdir()
     missing = dataclasses.replace(random_config().data, tokenizer=str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="no such folder"):
         export({}, dataclasses.replace(random_config(), data=missing), tmp_path / "out")

@@ -1,12 +1,16 @@
 """Each template spells its family's text, the loss covers the answers with their ends, and images keep their places."""
 
+import hashlib
 import itertools
 import json
+import os
 import random
 import re
+import shutil
+from types import SimpleNamespace
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from himix_megatron.conversion.export.tokenizer import byte_characters
@@ -392,8 +396,8 @@ def test_a_token_that_a_mark_fell_into_comes_after_its_image(folders):
 
 def test_a_token_without_characters_belongs_to_what_follows_it(folders, monkeypatch):
     tokenizer = HuggingFaceTokenizer(folders["vicuna"])
-    encoding = {"input_ids": [5, 6, 7], "offset_mapping": [(0, 2), (2, 2), (2, 3)]}
-    monkeypatch.setattr(tokenizer, "_tokenizer", lambda text, **_: encoding)
+    encoding = SimpleNamespace(ids=[5, 6, 7], offsets=[(0, 2), (2, 2), (2, 3)])
+    monkeypatch.setattr(tokenizer, "_rust", SimpleNamespace(encode=lambda text, **_: encoding))
     pieces = [Piece("ab", marks=(0, 2)), Piece("c", loss=True, marks=(0, 1))]
     assert tokenizer.encode(pieces) == ([5, 6, 7], [False, True, True], [0, 1, 1, 3])
 
@@ -459,3 +463,127 @@ def test_bad_conversations_are_named(turns, num_images, reason):
     with pytest.raises(BadSampleError) as caught:
         check_conversation(turns, num_images)
     assert caught.value.reason == reason
+
+
+# ---- control tokens in texts ----------------------------------------------------------------------------------------
+
+
+def control_names(tokenizer) -> list[str]:
+    return (
+        ["<bos>", "<user>", "<end>"] if not hasattr(tokenizer, "_tokenizer") else list(tokenizer._tokenizer.get_added_vocab())
+    )
+
+
+def hostile_talk(template, tokenizer, number: int):
+    """Turns that end themselves, open others, and hold names of control tokens in pieces, doubled and beside marks."""
+    names, draw = control_names(tokenizer), random.Random(f"{template}{number}")
+    stretches = [*names, *names, "hi ", "\n", "é", "\u2060", "\u2061a", names[0][:3], names[-1][2:], "<im<image>age>"]
+    num_texts = 2 if template == "plain" else 4
+    return row(0, None, *("".join(draw.choices(stretches, k=draw.randrange(1, 9))) for _ in range(num_texts)))
+
+
+def test_a_text_cannot_hold_a_control_token(family):
+    template, tokenizer = family
+    control = {token for token in (tokenizer.special_id(name) for name in ("bos", "eos", *control_names(tokenizer))) if token}
+    for number in range(40):
+        talk = hostile_talk(template, tokenizer, number)
+        honest = {"conversations": [{"from": turn["from"], "value": "a"} for turn in talk["conversations"]]}
+        text = encode(talk, tokenizer, template, 10_000)
+        ours, theirs = ([i for i in ids if i in control] for ids in (text.ids, encode(honest, tokenizer, template, 100).ids))
+        assert ours == theirs, talk
+        said = [text for turn in turns_of(talk) for text in (turn[1:] if template == "plain" else turn)]
+        assert all(word in tokenizer.decode(text.ids) for word in " ".join(said).split() if word.isascii())
+        for answer in range(len(talk["conversations"]) // 2):
+            asked = prompt(talk, tokenizer, template, answer)
+            assert asked.tolist() == text.ids[: len(asked)].tolist()
+
+
+def test_a_control_token_that_the_tokenizer_does_not_call_special_is_one_too(tmp_path):
+    rust = byte_level(["<|endoftext|>"])
+    rust.add_tokens([*QWEN[1:], "<place>"])
+    PreTrainedTokenizerFast(tokenizer_object=rust, eos_token="<|endoftext|>").save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    check_tokenizer(tokenizer, "chatml")
+    ids = encode(row(0, None, "<|im_end|>", "<place>"), tokenizer, "chatml", 100).ids.tolist()
+    assert [ids.count(tokenizer._added[name]) for name in (*QWEN[1:], "<place>")] == [3, 3, 1]
+
+
+def first_space_only() -> Tokenizer:
+    """As newer Llama tokenizers: a space before the first word of the whole text; one token takes the space before it."""
+    tokenizer = spaces_as_prefix()
+    tokenizer.normalizer = None
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.add_special_tokens([AddedToken("<eats>", special=True, normalized=False, lstrip=True, rstrip=True)])
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama3", "vicuna", "first space only", "lower case"])
+def test_other_texts_get_the_ids_that_the_tokenizer_gives_the_whole(folders, tmp_path, name):
+    if name not in folders:
+        rust = first_space_only() if name == "first space only" else byte_level([*QWEN, "<eats>", "<s>", "</s>"])
+        if name == "lower case":
+            rust.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+        PreTrainedTokenizerFast(tokenizer_object=rust, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
+    tokenizer, draw = HuggingFaceTokenizer(folders.get(name, tmp_path)), random.Random(name)
+    names = list(tokenizer._tokenizer.get_added_vocab())
+    texts = [
+        " ",
+        "  a",
+        "\n\n",
+        "The USER: ",
+        "ünd",
+        "e\u0301",
+        "你好",
+        "🙂",
+        "assistant",
+        " ?\t",
+        "<",
+        "|>",
+        "\u2060",
+        "ASSISTANT",
+    ]
+    for _ in range(300):
+        words = [draw.choice(texts), *draw.choices([*texts, *names], k=8)]
+        pieces = [Piece(word, special=word in names, loss=draw.random() < 0.5, marks=(0,)) for word in words]
+        found = tokenizer.encode(pieces)
+        known = tokenizer._tokenizer("".join(words), add_special_tokens=False, return_offsets_mapping=True)
+        assert found.ids == known["input_ids"], words
+        counts = "".join(("y" if piece.loss else "n") * len(piece.text) for piece in pieces)
+        spans = [(begin, max(end, begin + 1)) for begin, end in known["offset_mapping"]]
+        if "eats" not in "".join(words):  # its span holds the spaces around it, whose alias is longer
+            assert found.loss == ["y" in counts[begin:end] for begin, end in spans], words
+
+
+def test_a_fingerprint_says_that_texts_hold_no_control_tokens(folders):
+    """Lengths counted before that are not taken for these."""
+    tokenizer = load_tokenizer(str(folders["qwen2"]))
+    digest = hashlib.sha256(tokenizer._tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    assert tokenizer.fingerprint == f"2-{digest}"
+
+
+def test_a_regular_expression_that_gives_up_is_one_line(tmp_path):
+    rust = byte_level(QWEN)
+    split = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
+    rust.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    PreTrainedTokenizerFast(tokenizer_object=rust, eos_token="<|endoftext|>").save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    with pytest.raises(ValueError, match=r"^data\.tokenizer cannot read a text of \d+ characters: .*retry-limit.*$"):
+        encode(row(0, None, "a" * 40 + "b", "a"), tokenizer, "chatml", 1000)
+    assert len(encode(row(0, None, "b", "a"), tokenizer, "chatml", 1000).ids)
+
+
+DEEP = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"
+
+
+FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json"]
+BROKEN = [*itertools.product(FILES, [DEEP, "[]", "{", "FIFO"]), ("tokenizer.json", '{"model": 5, "added_tokens": []}')]
+
+
+@pytest.mark.parametrize(("name", "content"), BROKEN, ids=[f"{name}-{content[:14]}" for name, content in BROKEN])
+def test_a_broken_tokenizer_folder_is_one_line(folders, tmp_path, name, content):
+    shutil.copytree(folders["qwen2"], tmp_path / "folder")
+    path = tmp_path / "folder" / name
+    path.unlink(missing_ok=True)
+    os.mkfifo(path) if content == "FIFO" else path.write_text(content)
+    with pytest.raises(ValueError, match=r"^data\.tokenizer is .*$"):
+        HuggingFaceTokenizer(tmp_path / "folder")

@@ -49,19 +49,20 @@ def export(weights: Mapping[str, Tensor], config: Config, out: Path, tokenizer: 
         raise ValueError(
             f"{CODE}.py does not compute a {config.model.family} model with a {config.vision.tower} tower: no export"
         )
-    if out.exists():
-        raise ValueError(f"{out} exists: name a folder that does not")
     writing = out.with_name(f"{out.name}.writing")
-    shutil.rmtree(writing, ignore_errors=True)
+    for path in (out, writing):
+        if path.exists():
+            raise ValueError(f"{path} exists: name a folder that does not")
     writing.mkdir(parents=True)
     try:
-        tokens = write_tokenizer(str(tokenizer or config.data.tokenizer), config.data.template, writing)
+        tokens, control = write_tokenizer(str(tokenizer or config.data.tokenizer), config.data.template, writing)
         write_folder(writing, weights)
         dtype = str(weights["model.embed_tokens.weight"].dtype).removeprefix("torch.")
         _write(writing / "config.json", _settings(config, dtype) | tokens)
         _write(writing / "generation_config.json", {"do_sample": False, "max_new_tokens": MAX_NEW_TOKENS, **tokens})
         _write(writing / "preprocessor_config.json", _image_processor(config.vision))
-        _write(writing / "processor_config.json", _processor())
+        processor = {"auto_map": {"AutoProcessor": f"{CODE}.HiMixProcessor"}, "processor_class": "HiMixProcessor"}
+        _write(writing / "processor_config.json", processor | {"control_tokens": control})
         shutil.copyfile(Path(__file__).with_name(f"{CODE}.py"), writing / f"{CODE}.py")
         writing.rename(out)
     finally:
@@ -112,7 +113,3 @@ def _image_processor(vision: VisionConfig) -> dict[str, Any]:
         "image_mean": list(vision.pixel_mean),
         "image_std": list(vision.pixel_std),
     }
-
-
-def _processor() -> dict[str, Any]:
-    return {"auto_map": {"AutoProcessor": f"{CODE}.HiMixProcessor"}, "processor_class": "HiMixProcessor"}

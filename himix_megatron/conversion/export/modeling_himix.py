@@ -16,10 +16,13 @@ N = I * n, V width of the features, Q query heads, G key/value heads, D width of
 
 from __future__ import annotations
 
+import functools
 import io
+import os
 import re
+import secrets
 import struct
-import urllib.request
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from tokenizers import AddedToken, Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -380,12 +384,6 @@ class HiMixForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: 
             numbers: Tensor = module.position_ids  # type: ignore[assignment]
             init.copy_(numbers, torch.arange(numbers.shape[-1]).expand(1, -1))
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.model.embed_tokens = value
-
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         """float[K, 3, H, W], normalised, to float[K, n, V]; at most 64 images at once bound the memory."""
         return torch.cat([self.vision_tower(part) for part in torch.split(pixel_values, 64)])
@@ -417,21 +415,29 @@ class HiMixForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: 
             num_images: int64[B], how many of the I are a sample's own; None: all.
             image_features: float[B, I, n, V], the tower's output, in the place of pixel_values.
             labels: int64[B, S] as input_ids, -100 for no loss.
-        Raises: ValueError where a cache holds another number of images than are given.
+        Raises: ValueError for shapes or numbers that do not fit each other, or the images that a cache holds.
         """
+        if input_ids is None and inputs_embeds is None:
+            raise ValueError("input_ids are missing: wanted int64[samples, tokens]")
+        _check_shape("input_ids", input_ids, "samples", "tokens")
         hidden = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        (num_samples, num_new), vision_sizes = hidden.shape[:2], self.config.vision_config
+        _check_shape("pixel_values", pixel_values, num_samples, "images", 3, *[vision_sizes["image_size"]] * 2)
+        _check_shape("image_features", image_features, num_samples, "images", "tokens", vision_sizes["hidden_size"])
+        _check_shape("num_images", num_images, num_samples)
+        if pixel_values is not None and not pixel_values.is_floating_point():
+            raise ValueError(f"pixel_values are {pixel_values.dtype}: wanted floats, as the processor normalises them")
         cached = None if past_key_values is None else vision_layers(past_key_values, self.config.num_hidden_layers)
         if cached is not None and cached[0].present is not None:
             self._check_same_images(cached[0].present, pixel_values, num_images, image_features)
             vision, present = None, cached[0].present
         else:
-            vision = self._see(hidden.shape[0], pixel_values, num_images, image_features)
+            vision = self._see(num_samples, pixel_values, num_images, image_features)
             present = vision.present
-        num_new = hidden.shape[1]
         num_text = num_new + (0 if past_key_values is None else past_key_values.get_seq_length())
         if position_ids is None:
             everything = torch.ones(1, num_text, device=hidden.device) if attention_mask is None else attention_mask
@@ -443,7 +449,8 @@ class HiMixForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: 
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, kept, :])
         return CausalLMOutputWithPast(
-            loss=None if labels is None else self.loss_function(logits, labels, vocab_size=self.config.vocab_size),
+            # Trainer's num_items_in_batch is among kwargs: what the loss is divided by under gradient accumulation.
+            loss=None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs),
             logits=logits,
             past_key_values=past_key_values,
             hidden_states=tuple(states) if output_hidden_states else None,
@@ -451,14 +458,15 @@ class HiMixForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: 
         )
 
     def _counts(self, num_samples: int, images: Tensor | None, num_images: Tensor | None) -> list[int]:
-        """Images of each sample, the blank one of `zero_image` counted."""
+        """Images of each sample, the blank one of `zero_image` counted. Raises: ValueError for more than are given."""
         given = 0 if images is None else images.shape[1]
-        counts = [given] * num_samples if num_images is None or images is None else [int(count) for count in num_images]
+        counts = [given] * num_samples if num_images is None else [int(count) for count in num_images]
+        if not all(0 <= count <= given for count in counts):
+            raise ValueError(f"num_images is {counts}: wanted 0 to {given}, the images given for each sample")
         return [max(count, int(self.config.text_only_vision == "zero_image")) for count in counts]
 
     def _tokens_per_image(self, image_features: Tensor | None) -> int:
-        sizes = self.config.vision_config
-        grid = sizes["image_size"] // sizes["patch_size"]
+        grid = self.config.vision_config["image_size"] // self.config.vision_config["patch_size"]
         return int(grid * grid) if image_features is None else image_features.shape[2]
 
     def _see(
@@ -468,8 +476,7 @@ class HiMixForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: 
         images = pixel_values if image_features is None else image_features
         counts, num_tokens = self._counts(num_samples, images, num_images), self._tokens_per_image(image_features)
         weight, most = next(self.vision_tower.parameters()), max(counts)
-        real = torch.arange(most)[None, :] < torch.tensor(counts)[:, None]
-        real = real.to(weight.device)
+        real = (torch.arange(most)[None, :] < torch.tensor(counts)[:, None]).to(weight.device)
         if image_features is not None:
             features = image_features.to(weight.device, weight.dtype)
             features = F.pad(features, (0, 0, 0, 0, 0, most - features.shape[1]))
@@ -487,7 +494,7 @@ class HiMixForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: 
         self, present_BN: Tensor, pixel_values: Tensor | None, num_images: Tensor | None, image_features: Tensor | None
     ) -> None:
         images = pixel_values if image_features is None else image_features
-        if images is None:
+        if images is None or (num_images is not None and not num_images.any()):  # a text alone adds to what is cached
             return
         held = (present_BN.sum(1) // self._tokens_per_image(image_features)).tolist()
         counts = self._counts(present_BN.shape[0], images, num_images)
@@ -495,11 +502,22 @@ class HiMixForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: 
             raise ValueError(f"past_key_values hold {held} images, and {counts} are given: new images need a new cache")
 
 
+def _check_shape(name: str, tensor: Tensor | None, *wanted: int | str) -> None:
+    """Raises: ValueError for another shape than these sizes; a name is any size."""
+    sizes = wanted if tensor is None else tuple(tensor.shape)
+    if len(sizes) != len(wanted) or any(w not in (s, str(w)) for s, w in zip(sizes, wanted, strict=True)):
+        raise ValueError(f"{name} is {list(sizes)}: wanted [{', '.join(map(str, wanted))}]")
+
+
 # ---- processing -----------------------------------------------------------------------------------------------------
 
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")  # what training reads; for some others Pillow starts programs
+MAX_PIXELS = 50_000_000
+MAX_FILE_BYTES = 128 << 20
 _MARK = re.compile(r"<image>\n|\n<image>|<image>")
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _BAD_EXIF = (OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError, struct.error)
+_PILLOW_ERRORS = (*_BAD_EXIF, zlib.error, Image.DecompressionBombError)
 
 
 class HiMixImageProcessor(BaseImageProcessor):  # type: ignore[misc]
@@ -521,19 +539,18 @@ class HiMixImageProcessor(BaseImageProcessor):  # type: ignore[misc]
         self.image_size, self.resize, self.interpolation = image_size, resize, interpolation
         self.image_mean, self.image_std = list(image_mean), list(image_std)
 
-    def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:
-        return self.preprocess(images, **kwargs)
-
     def preprocess(self, images: Any, return_tensors: str = "pt", **_: Any) -> BatchFeature:
         """pixel_values float32[B, I, 3, H, W], zeros where a sample has fewer than I images, and num_images int64[B].
 
-        Args: images: per sample a list; or one list, an image for each sample. Each a PIL image, a path, a URL, encoded bytes,
-        or an array uint8[height, width, 3].
+        I is at least 1, so that samples with and without images make one batch.
+        Args: images: per sample a list; or one list, an image for each sample. Each a PIL image, a path, encoded bytes, or an
+        array uint8[height, width, 3].
+        Raises: ValueError for what is no image that training would take.
         """
         if not isinstance(images, list | tuple):
             images = [images]
         rows = [list(row) if isinstance(row, list | tuple) else [row] for row in images]
-        side, most = self.image_size, max(map(len, rows), default=0)
+        side, most = self.image_size, max([1, *map(len, rows)])
         pixels = torch.zeros(len(rows), most, 3, side, side)
         for sample, row in enumerate(rows):
             for slot, image in enumerate(row):
@@ -542,14 +559,16 @@ class HiMixImageProcessor(BaseImageProcessor):  # type: ignore[misc]
         return BatchFeature({"pixel_values": pixels, "num_images": counts}, tensor_type=return_tensors)
 
     def pixels(self, image: Any) -> np.ndarray:
-        """One picture as uint8[3, H, W]."""
-        rgb = _to_rgb(_open(image))
+        """One picture as uint8[3, H, W]. Raises: ValueError."""
+        rgb = _decoded(image)
         size, resample = self.image_size, _FILTERS[self.interpolation]
         if self.resize == "square":
             scaled = rgb.resize((size, size), resample)
         else:
             short, long = sorted(rgb.size)
             scaled_long = int(size * long / short)
+            if size * scaled_long > MAX_PIXELS:
+                raise ValueError(f"an image of {rgb.width}x{rgb.height} has more than {MAX_PIXELS} pixels once it is scaled")
             width, height = (size, scaled_long) if rgb.width <= rgb.height else (scaled_long, size)
             left, top = (width - size) // 2, (height - size) // 2
             scaled = rgb.resize((width, height), resample).crop((left, top, left + size, top + size))
@@ -561,23 +580,29 @@ class HiMixImageProcessor(BaseImageProcessor):  # type: ignore[misc]
         return normed
 
 
-def _open(image: Any) -> Image.Image:
-    """Raises: ValueError for what is no picture."""
-    if isinstance(image, Image.Image):
-        return image
-    if isinstance(image, str) and image.startswith(("http://", "https://")):
-        with urllib.request.urlopen(image) as answer:
-            image = answer.read()
-    if isinstance(image, bytes):
-        return Image.open(io.BytesIO(image))
+def _decoded(image: Any) -> Image.Image:
+    """Upright RGB; nothing is fetched. Raises: ValueError for whatever is no picture that training would take."""
+    if isinstance(image, str) and ("://" in image or image.startswith("data:")):
+        raise ValueError(f"{image[:80]!r} is a URL, and none is opened: fetch it, and give a PIL image or bytes")
     if isinstance(image, str | Path):
-        return Image.open(image)
-    array = np.asarray(image)
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
-        raise ValueError(
-            f"an image is {array.dtype}{list(array.shape)}: wanted a PIL image, a path, bytes, or uint8[height, width, 3]"
-        )
-    return Image.fromarray(array)
+        if not os.path.isfile(image) or os.path.getsize(image) > MAX_FILE_BYTES:
+            raise ValueError(f"{str(image)[:200]!r} is no regular file of at most {MAX_FILE_BYTES} bytes")
+        image = Path(image).read_bytes()
+    try:
+        if isinstance(image, bytes):
+            image = Image.open(io.BytesIO(image), formats=FORMATS)
+        elif not isinstance(image, Image.Image):
+            image = np.asarray(image)
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+                raise ValueError(f"{image.dtype}{list(image.shape)} is neither a PIL image nor uint8[height, width, 3]")
+            image = Image.fromarray(image)
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels")
+        return _to_rgb(image)
+    except _PILLOW_ERRORS as error:
+        what = " ".join(str(error).split()).split(" <")[0][:200] or type(error).__name__  # behind it stands a memory address
+        wanted = f"wanted {', '.join(FORMATS)} of at most {MAX_PIXELS} pixels"
+        raise ValueError(f"an image cannot be read: {what} ({wanted})") from None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -597,45 +622,63 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 class HiMixProcessor(ProcessorMixin):  # type: ignore[misc]
     """Conversations and pictures to the model's input, and generated ids to answers."""
 
-    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **_: Any):
+    def __init__(
+        self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None, control_tokens: Any = (), **_: Any
+    ):
+        """Args: control_tokens: those that the chat template writes; without any, all that the tokenizer has."""
+        self.control_tokens = list(control_tokens)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def __call__(
-        self, images: Any = None, text: Any = None, conversation: Any = None, return_tensors: str = "pt", **_: Any
+        self, images: Any = None, text: Any = None, conversation: Any = None, return_tensors: str = "pt", **options: Any
     ) -> BatchFeature:
-        """input_ids and attention_mask int64[B, T], padded on the left, pixel_values and num_images where there are images.
+        """input_ids and attention_mask int64[B, T], padded on the left, pixel_values and num_images.
 
         Args:
             images: an image, a list with all images of the one sample or with one image for each sample, or a list per sample.
             text: a prompt or a list of them, spelled by the chat template; `<image>` marks are removed.
             conversation: in the place of `text`: messages {"role": ..., "content": ...}, or a list of such conversations.
-                Images may be in the messages.
-        Raises: ValueError where images cannot be told apart between samples.
+                Images may be in the messages, but not their paths or URLs.
+            options: a tokenizer's `padding`, `padding_side`, `max_length` and `pad_to_multiple_of`. Prompts are not truncated.
+        Raises: ValueError where images cannot be told apart between samples, or are fewer or more than `<image>` marks.
         """
         if (text is None) == (conversation is None):
             raise ValueError("give either text (a prompt that the chat template spelled) or conversation (messages)")
+        padding = {name: options.pop(name, usual) for name, usual in _PADDING.items()}
+        if unknown := [name for name, value in options.items() if value is not None and value is not False]:
+            raise ValueError(f"{', '.join(unknown)}: HiMix's processor has no such arguments")
         if conversation is not None:
             text = self.apply_chat_template(conversation, add_generation_prompt=True)
-            conversations = [conversation] if isinstance(text, str) else conversation
-            inside = [_images_of(messages) for messages in conversations]
-            images = images if images is not None else inside if any(inside) else None
-        prompts = [text] if isinstance(text, str) else list(text)
-        rows = {"input_ids": [self.encode(prompt) for prompt in prompts]}
-        padded = self.tokenizer.pad(rows, padding=True, padding_side="left", return_tensors=return_tensors)
-        found = {"input_ids": padded["input_ids"], "attention_mask": padded["attention_mask"]}
-        if images is not None:
-            found |= self.image_processor(_by_sample(images, prompts), return_tensors=return_tensors)
-        return BatchFeature(found)
+        prompts, talks = ([text], [conversation]) if isinstance(text, str) else (text, conversation)
+        said = talks if conversation is not None else [[{"content": prompt}] for prompt in prompts]
+        pixels = self.image_processor(_images_of(said, images), return_tensors=return_tensors)
+        ids = {"input_ids": [self.encode(prompt) for prompt in prompts]}
+        padded = self.tokenizer.pad(ids, return_tensors=return_tensors, **padding)
+        return BatchFeature({name: padded[name] for name in ("input_ids", "attention_mask")} | pixels)
+
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+        """As of all processors. Raises: ValueError for other messages than of texts and images, or images as in `__call__`."""
+        conversations = conversation if isinstance(next(iter(conversation), None), list | tuple) else [conversation]
+        for messages in conversations:
+            _parts_of(messages)
+        if kwargs.get("tokenize"):
+            _images_of(conversations, (kwargs.get("processor_kwargs") or kwargs).get("images"))
+        return super().apply_chat_template(conversation, *args, **kwargs)
 
     def encode(self, prompt: str) -> list[int]:
-        """The ids of a prompt, exactly as in training: special tokens at its start by their names, then the rest as one string
-        (a tokenizer may join a space to the first word of a string)."""
-        rest, ids = _MARK.sub("", prompt), []
-        special = sorted(self.tokenizer.get_added_vocab().items(), key=lambda item: -len(item[0]))
-        while found := next(((name, token) for name, token in special if rest.startswith(name)), None):
-            ids.append(found[1])
-            rest = rest[len(found[0]) :]
-        return ids + list(self.tokenizer(rest, add_special_tokens=False, verbose=False)["input_ids"])
+        """The ids of a prompt, exactly as in training: control tokens at its start by their names, then the rest as one string
+        (a tokenizer may join a space to the first word of a string). Names of control tokens in messages are text."""
+        rust, aliases, originals = _with_aliases(self.tokenizer, len(self.tokenizer))
+        added = self.tokenizer.get_added_vocab()
+        names = sorted(self.control_tokens or added, key=len, reverse=True)
+        parts = re.split(f"({'|'.join(map(re.escape, names))})", _MARK.sub("", prompt))
+        ids = []
+        while not parts[0] and len(parts) > 1:
+            ids.append(added[parts[1]])
+            parts = parts[2:]
+        parts[::2] = [_ESCAPE.sub(lambda found: _ESCAPED[found[0]], part) for part in parts[::2]]
+        parts[1::2] = [aliases[added[name]] for name in parts[1::2]]
+        return ids + [originals.get(token, token) for token in rust.encode("".join(parts), add_special_tokens=False).ids]
 
     def answers(self, generated: Tensor, inputs: Mapping[str, Any]) -> list[str]:
         """What `generate` added to each prompt, as text."""
@@ -643,14 +686,58 @@ class HiMixProcessor(ProcessorMixin):  # type: ignore[misc]
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
-def _images_of(messages: Any) -> list[Any]:
-    """The pictures in a conversation's messages, in order."""
-    parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
-    pictures = [part for part in parts if part["type"] == "image"]
-    return [picture[key] for picture in pictures for key in ("image", "url", "path") if key in picture]
+_PADDING = {"padding": True, "padding_side": "left", "max_length": None, "pad_to_multiple_of": None}
+_ESCAPED = {"\u2061a": "\u2060", "\u2061b": "\u2061", "\u2060": ""}  # see the ESCAPES of the chat template
+_ESCAPE = re.compile("|".join(_ESCAPED))
 
 
-def _by_sample(images: Any, prompts: Sequence[str]) -> list[list[Any]]:
+@functools.lru_cache(maxsize=4)
+def _with_aliases(tokenizer: Any, _size: int) -> tuple[Any, dict[int, str], dict[int, int]]:
+    """As in training: a tokenizer that takes names of control tokens for text, the aliases that write them, and back."""
+    rust: Any = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    rust.no_truncation()
+    rust.no_padding()
+    control = {i: t for i, t in rust.get_added_tokens_decoder().items() if t.special or t.content.startswith("<|")}
+    aliases = {i: f"\U000f0000{secrets.token_hex(16)}" for i in control}
+    rust.add_special_tokens(list(control.values()))
+    rust.encode_special_tokens = True
+    rust.add_tokens([AddedToken(aliases[i], normalized=False, lstrip=t.lstrip, rstrip=t.rstrip) for i, t in control.items()])
+    return rust, aliases, {rust.token_to_id(alias): i for i, alias in aliases.items()}
+
+
+def _parts_of(messages: Any) -> list[Any]:
+    """A conversation's texts and images, in order. Raises: ValueError for anything else."""
+    parts: list[Any] = []
+    for message in messages if isinstance(messages, list | tuple) and messages else [None]:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        content = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        parts += content if isinstance(content, list | tuple) and content else [None]
+    for part in parts:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind != "image" and not (kind == "text" and isinstance(part.get("text"), str)):
+            raise ValueError(f"a message has content of type {kind!r:.40}: wanted a text, or parts of type 'text' and 'image'")
+    return parts
+
+
+def _images_of(conversations: Sequence[Any], given: Any) -> list[list[Any]]:
+    """Each conversation's images, which are in it or given. Raises: ValueError for both, or fewer or more than their places."""
+    found = []
+    for number, parts in enumerate(map(_parts_of, conversations)):
+        places = [part for part in parts if part["type"] == "image"]
+        own = [part[key] for part in places for key in ("image", "url", "path", "base64") if part.get(key) is not None]
+        if any(isinstance(image, str) for image in own):  # a message may be a stranger's, and its words would open files here
+            raise ValueError("a message names an image by a text, which is not opened: give a PIL image or bytes, or images=")
+        if own and given is not None:
+            raise ValueError("images are both in the messages and in images=: give them in one place")
+        found.append(own if given is None else _by_sample(given, conversations)[number])
+        num_marks = sum(part["text"].count("<image>") for part in parts if part["type"] == "text")
+        for kind, count in (("image parts", len(places)), ("<image> marks", num_marks)):
+            if count not in (0, len(found[-1])):
+                raise ValueError(f"{count} {kind} for {len(found[-1])} images: wanted one for each, or none")
+    return found
+
+
+def _by_sample(images: Any, prompts: Sequence[Any]) -> list[list[Any]]:
     """Each sample's list of pictures."""
     images = list(images) if isinstance(images, list | tuple) else [images]
     if images and all(isinstance(row, list | tuple) for row in images):

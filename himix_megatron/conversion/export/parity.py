@@ -74,12 +74,8 @@ def parity(out: Path, config: Config, given: FixedInput, logits: Tensor) -> floa
         first += count
     real = torch.arange(given.text_ids.shape[1]) < given.text_lengths[:, None]
     with torch.no_grad():
-        theirs = model(
-            input_ids=given.text_ids,
-            attention_mask=real.long(),
-            pixel_values=pixels,
-            num_images=torch.tensor(given.images_per_sample),
-        ).logits
+        numbers = torch.tensor(given.images_per_sample)
+        theirs = model(given.text_ids, attention_mask=real.long(), pixel_values=pixels, num_images=numbers).logits
     return float((theirs.float() - logits.float().cpu())[real].abs().max())
 
 

@@ -6,12 +6,13 @@ Flows in: a template's name and a tokenizer; out: text and files that spell a co
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
-from ...data.text.chat_template import check_tokenizer, end_of_turn, template_of
-from ...data.text.tokenizer import BYTE_SPECIAL, Piece, Tokenizer, load_tokenizer
+from ...data.text.chat_template import IMAGE_MARK, check_tokenizer, end_of_turn, template_of
+from ...data.text.tokenizer import BYTE_SPECIAL, HuggingFaceTokenizer, Piece, Tokenizer, load_tokenizer
 
 _MACROS = r"""
 {%- macro text(content) -%}
@@ -21,22 +22,23 @@ _MACROS = r"""
         {%- for part in content -%}{%- if part.type == 'text' -%}{{- part.text -}}{%- endif -%}{%- endfor -%}
     {%- endif -%}
 {%- endmacro -%}
-{%- macro unmarked(content) -%}
+{%- macro said(content) -%}
     {%- set segments = text(content).split('<image>') -%}
-    {%- set last = namespace(segment=segments[0]) -%}
+    {%- set said = namespace(all='', last=segments[0]) -%}
     {%- for segment in segments[1:] -%}
-        {%- if last.segment.endswith('\n') -%}
-            {{- last.segment[:-1] -}}{%- set last.segment = segment -%}
-        {%- elif segment.startswith('\n') -%}
-            {{- last.segment -}}{%- set last.segment = segment[1:] -%}
-        {%- else -%}
-            {{- last.segment -}}{%- set last.segment = segment -%}
-        {%- endif -%}
+        {%- set ends = said.last.endswith('\n') -%}
+        {%- set said.all = said.all ~ (said.last[:-1] if ends else said.last) -%}
+        {%- set said.last = segment[1:] if segment.startswith('\n') and not ends else segment -%}
     {%- endfor -%}
-    {{- last.segment -}}
+    {%- set said.all = (said.all ~ said.last) | trim -%}
+    {%- for name, escaped in ESCAPES -%}{%- set said.all = said.all.replace(name, escaped) -%}{%- endfor -%}
+    {{- said.all -}}
 {%- endmacro -%}
 """
 """`<image>` marks are removed as in `chat_template.without_marks`: each with one adjacent newline."""
+_ESCAPES = [["\u2061", "\u2061b"], ["\u2060", "\u2061a"]]
+"""In a message an invisible U+2060 goes behind each character of a control token's name, so that no tokenizer takes it for one.
+`HiMixProcessor.encode` removes it again, and so the texts' own U+2060 and U+2061 get another form."""
 
 _TURNS = r"""
 {{- OPENING -}}
@@ -46,14 +48,14 @@ _TURNS = r"""
     {%- elif message.role == 'user' -%}
         ASK
     {%- else -%}
-        {{- BEFORE_ANSWER -}}{{- ANSWER_PREFIX -}}{{- unmarked(message.content) | trim -}}{{- END -}}
+        {{- BEFORE_ANSWER -}}{{- ANSWER_PREFIX -}}{{- said(message.content) -}}{{- END -}}
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt and messages[-1].role == 'user' -%}
     {{- BEFORE_ANSWER -}}
 {%- endif -%}
 """
-_ASK = "{%- if not loop.first -%}{{- BETWEEN -}}{%- endif -%}{{- BEFORE_QUESTION -}}{{- unmarked(message.content) | trim -}}"
+_ASK = "{%- if not loop.first -%}{{- BETWEEN -}}{%- endif -%}{{- BEFORE_QUESTION -}}{{- said(message.content) -}}"
 _ASK_CAPTION = "{%- if not loop.first -%}{{- raise_exception('this model captions: one turn only') -}}{%- endif -%}"
 
 _BYTE_NAMES = {256: "<bos>", 257: "<user>", 258: "<assistant>", 259: "<end>"}
@@ -79,34 +81,29 @@ def chat_template(template: str, tokenizer: Tokenizer, spelling: dict[str, str])
     text = _TURNS
     for name, value in values.items():
         text = text.replace(name, value)
-    return (_MACROS + text).strip()
+    names = [IMAGE_MARK, *(spelling.get(name, name) for name in form.needs)]
+    escapes = json.dumps([*_ESCAPES, *([name, "".join(f"{letter}\u2060" for letter in name)] for name in names)])
+    return (_MACROS.replace("ESCAPES", escapes) + text).strip()
 
 
-def write_tokenizer(name: str, template: str, out: Path) -> dict[str, Any]:
+def write_tokenizer(name: str, template: str, out: Path) -> tuple[dict[str, Any], list[str]]:
     """Write a tokenizer (`bytes`, or a folder) and its chat template into the folder.
 
-    Returns: generation's `bos_token_id`, `eos_token_id` (whatever ends an answer) and `pad_token_id`.
+    Returns: generation's `bos_token_id`, `eos_token_id` (whatever ends an answer) and `pad_token_id`; and the control tokens.
     Raises: ValueError for a tokenizer that is missing, or lacks what the template needs.
     """
     ours = load_tokenizer(name)
     check_tokenizer(ours, template)
-    theirs = _bytes_tokenizer() if name == "bytes" else _folder_tokenizer(Path(name))
+    theirs: Any = copy.deepcopy(ours._tokenizer) if isinstance(ours, HuggingFaceTokenizer) else _bytes_tokenizer()
     if theirs.pad_token is None:
         theirs.pad_token = theirs.eos_token or theirs.convert_ids_to_tokens(end_of_turn(ours, template)[0])
-    theirs.padding_side = "left"
-    theirs.chat_template = chat_template(template, ours, {"bos": str(theirs.bos_token), "eos": str(theirs.eos_token)})
+    theirs.padding_side = theirs.init_kwargs["padding_side"] = "left"  # the second is what is saved
+    spelling = {"bos": str(theirs.bos_token), "eos": str(theirs.eos_token)}
+    theirs.chat_template = chat_template(template, ours, spelling)
     theirs.save_pretrained(str(out))
-    return {
-        "bos_token_id": theirs.bos_token_id,
-        "eos_token_id": sorted({*end_of_turn(ours, template)}),
-        "pad_token_id": theirs.pad_token_id,
-    }
-
-
-def _folder_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    ids = {"bos_token_id": theirs.bos_token_id, "pad_token_id": theirs.pad_token_id}
+    control = [spelling.get(name, name) for name in template_of(template, ours).needs]
+    return ids | {"eos_token_id": sorted({*end_of_turn(ours, template)})}, control
 
 
 def _bytes_tokenizer() -> Any:
@@ -121,10 +118,8 @@ def _bytes_tokenizer() -> Any:
     rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     rust.decoder = decoders.ByteLevel()
     rust.add_special_tokens([AddedToken(name, special=True, normalized=False) for _, name in sorted(_BYTE_NAMES.items())])
-    bos, end = _BYTE_NAMES[BYTE_SPECIAL["bos"]], _BYTE_NAMES[BYTE_SPECIAL["eos"]]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=rust, bos_token=bos, eos_token=end, pad_token=end, clean_up_tokenization_spaces=False
-    )
+    names = {"bos_token": "<bos>", "eos_token": "<end>", "pad_token": "<end>"}
+    return PreTrainedTokenizerFast(tokenizer_object=rust, clean_up_tokenization_spaces=False, **names)
 
 
 def byte_characters() -> list[str]:

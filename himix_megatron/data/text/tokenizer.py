@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import secrets
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -94,28 +95,28 @@ class HuggingFaceTokenizer:
             raise ValueError(f"data.tokenizer is {folder}: no such folder (a Hugging Face tokenizer folder, or `bytes`)")
         from transformers import AutoTokenizer  # seconds to import, and `bytes` does without
 
+        for path in folder.iterdir():
+            if path.exists() and not (path.is_file() or path.is_dir()):  # transformers would wait for a FIFO
+                raise ValueError(f"data.tokenizer is {folder}: {path.name} is no regular file")
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except Exception as error:  # at a broken model or regex in tokenizer.json, tokenizers raises no narrower one
             raise ValueError(
                 f"data.tokenizer is {folder}: transformers cannot read it ({' '.join(str(error).split())})"
             ) from None
         if not self._tokenizer.is_fast:
             raise ValueError(f"data.tokenizer is {folder}: it has no tokenizer.json, which the loss mask needs (token offsets)")
         self.vocab_size = len(self._tokenizer)
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 of the tokenizer's definition."""
-        return hashlib.sha256(self._tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+        self._added: dict[str, int] = self._tokenizer.get_added_vocab()
+        definition = self._tokenizer.backend_tokenizer.to_str()
+        # The 2 says that texts hold no control tokens: without it lengths were counted of the same texts with them.
+        self.fingerprint = f"2-{hashlib.sha256(definition.encode()).hexdigest()}"
+        self._rust, self._aliases, self._originals = _with_aliases(definition)
 
     def special_id(self, name: str) -> int | None:
-        """See `Tokenizer`. Only added tokens count: `<|im_end|>` as ordinary text would fall into several."""
-        if name in ("bos", "eos"):
-            token = getattr(self._tokenizer, f"{name}_token_id")
-            return None if token is None else int(token)
-        token = self._tokenizer.get_added_vocab().get(name)
-        return None if token is None else int(token)
+        """See `Tokenizer`. Only control tokens count: `<|im_end|>` as ordinary text would fall into several."""
+        token = self._added.get(getattr(self._tokenizer, f"{name}_token") if name in ("bos", "eos") else name)
+        return token if token in self._aliases else None
 
     def encode(self, pieces: Sequence[Piece]) -> Tokens:
         """See `Tokenizer`.
@@ -123,6 +124,7 @@ class HuggingFaceTokenizer:
         Special tokens at the start become ids directly; all that follows is tokenized as one string, exactly as the model
         saw text in its own pretraining (merges and space prefixes depend on the neighbours), and mask and places are taken
         from the tokens' character spans: a token counts when any of its characters does, and is before an image when all are.
+        The name of a control token in a text is text. Raises: ValueError where the tokenizer's regular expression gives up.
         """
         start = next((i for i, piece in enumerate(pieces) if not piece.special), len(pieces))
         ids = [self._known(piece.text) for piece in pieces[:start]]
@@ -130,13 +132,18 @@ class HuggingFaceTokenizer:
         text, counts, marks = "", bytearray(), list[int]()
         for piece in pieces[start:]:
             marks += [len(text) + mark for mark in piece.marks]
-            spelling = self._spelling(piece.text) if piece.special else piece.text
+            spelling = self._aliases[self._known(piece.text)] if piece.special else piece.text
             text += spelling
             counts += bytes([piece.loss]) * len(spelling)
-        encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids += encoding["input_ids"]
+        try:
+            encoding = self._rust.encode(text, add_special_tokens=False)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of Rust, which is no Exception
+                raise
+            raise ValueError(f"data.tokenizer cannot read a text of {len(text)} characters: {error}") from None
+        ids += [self._originals.get(token, token) for token in encoding.ids]
         # A token without characters (a space prefix some tokenizers add) belongs to what follows it.
-        spans = [(begin, max(end, begin + 1)) for begin, end in encoding["offset_mapping"]]
+        spans = [(begin, max(end, begin + 1)) for begin, end in encoding.offsets]
         loss += [any(counts[begin:end]) for begin, end in spans]
         ends = [end for _, end in spans]
         return Tokens(ids, loss, [start + bisect_right(ends, mark) for mark in marks])
@@ -150,8 +157,24 @@ class HuggingFaceTokenizer:
         assert token is not None, f"{name} is missing: chat_template.check_tokenizer was not called"
         return token
 
-    def _spelling(self, name: str) -> str:
-        return str(getattr(self._tokenizer, f"{name}_token")) if name in ("bos", "eos") else name
+
+def _with_aliases(definition: str) -> tuple[Any, dict[int, str], dict[int, int]]:
+    """A tokenizer that takes the names of control tokens for text; each token's alias, by which templates write it; and back.
+
+    Control tokens are those that the tokenizer calls special, and `<|...|>`. No text can hold an alias, since nobody can guess
+    it; what is around one becomes what it becomes around the token. `conversion/export/modeling_himix.py` has the same.
+    """
+    import tokenizers as hf
+
+    rust: Any = hf.Tokenizer.from_str(definition)
+    rust.no_truncation()
+    rust.no_padding()
+    control = {i: t for i, t in rust.get_added_tokens_decoder().items() if t.special or t.content.startswith("<|")}
+    aliases = {i: f"\U000f0000{secrets.token_hex(16)}" for i in control}
+    rust.add_special_tokens(list(control.values()))  # all of them, so that the next line holds for all
+    rust.encode_special_tokens = True
+    rust.add_tokens([hf.AddedToken(aliases[i], normalized=False, lstrip=t.lstrip, rstrip=t.rstrip) for i, t in control.items()])
+    return rust, aliases, {rust.token_to_id(alias): i for i, alias in aliases.items()}
 
 
 @functools.lru_cache(maxsize=4)  # a large vocabulary takes seconds
