@@ -105,7 +105,7 @@ def trained(arguments: Arguments) -> tuple[Config, Path, int]:
     """Settings, checkpoint and its step. Raises: ValueError if the run has none, or it is of another architecture."""
     config = load_config(arguments.run, arguments.parallel)
     checkpoint = find_checkpoint(str(arguments.checkpoint or arguments.run))
-    return config, checkpoint, check_architecture(checkpoint, config)["position"]["step"]
+    return config, checkpoint, check_architecture(checkpoint, config).position.step
 
 
 def start(config: Config, checkpoint: Path) -> Answerer:

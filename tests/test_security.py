@@ -72,6 +72,15 @@ def test_no_product_code_runs_or_unpickles_what_it_reads() -> None:
     assert not found
 
 
+def test_one_file_reads_pickles_and_only_looks_through_them() -> None:
+    opening = {
+        str(file.relative_to(ROOT))
+        for file in product_files()
+        if re.search(r"Unpickler\b|^\s*import pickle|\bpickle\.", file.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert opening == {"himix_megatron/checkpoint/torch_metadata.py"}
+
+
 def test_no_product_code_starts_a_shell() -> None:
     found = []
     for file in product_files():

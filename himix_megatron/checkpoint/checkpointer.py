@@ -19,7 +19,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 from torch import Tensor, nn
 
@@ -49,7 +48,7 @@ from .manifest import (
 )
 from .preflight import check_disk_space
 from .run_lock import RunLock, acquire_on_all_ranks
-from .snapshot import HostCopies, Snapshot, describe_state
+from .snapshot import HostCopies, Snapshot, describe_state, load_state
 
 logger = logging.getLogger(__name__)
 
@@ -229,12 +228,12 @@ class Checkpoints:
         failpoint("restore/read", progress=True)
         state = model_state(self.model_chunks)
         state["optimizer"] = optimizer_state(self.optimizer, state, loading=True)
-        loaded = dist_checkpointing.load(state, str(folder))
+        loaded = load_state(state, folder)
         failpoint("restore/put", progress=True)
         self._put(loaded)
         assert self.optimizer is not None
         load_optimizer(self.optimizer, loaded["optimizer"])
-        self._load_tower(folder, description["tower"])
+        self._load_tower(folder, description.tower)
         logger.info("restored %s", folder)
         return position_of(description)
 
@@ -257,11 +256,11 @@ class Checkpoints:
         """
         self._verify(folder, verified)
         description = check_architecture(folder, self.config)
-        state, tower_file = model_state(self.model_chunks), description["tower"]
+        state, tower_file = model_state(self.model_chunks), description.tower
         if tower_file is not None and self.frozen_tower is None:
             # The tower was frozen there and trains here: its weights are in a file of their own.
             state = {m: {n: t for n, t in chunk.items() if not n.startswith("tower.")} for m, chunk in state.items()}
-        self._put(dist_checkpointing.load(state, str(folder)), tower_file and read_tower(folder, tower_file))
+        self._put(load_state(state, folder), read_tower(folder, tower_file) if tower_file else None)
         if self.frozen_tower is not None:
             self._load_tower(folder, tower_file)
         if self.optimizer is not None:
@@ -282,7 +281,7 @@ class Checkpoints:
     def load_tower(self, folder: Path) -> None:
         """Load the frozen tower alone, whether it trained in that checkpoint or not. Raises: as `load_weights`."""
         self._verify(folder, False)
-        self._load_tower(folder, check_architecture(folder, self.config)["tower"])
+        self._load_tower(folder, check_architecture(folder, self.config).tower)
 
     def _load_tower(self, folder: Path, file: str | None) -> None:
         if self.frozen_tower is None:
@@ -290,7 +289,7 @@ class Checkpoints:
         if file is not None:
             self.frozen_tower.load_state_dict(read_tower(folder, file), strict=True)
             return
-        loaded = dist_checkpointing.load({"tower": tower_state(self.frozen_tower)}, str(folder))["tower"]
+        loaded = load_state({"tower": tower_state(self.frozen_tower)}, folder)["tower"]
         self.frozen_tower.load_state_dict({n.removeprefix("tower."): t for n, t in loaded.items()}, strict=True)
 
     def best_validation_loss(self) -> float | None:

@@ -7,7 +7,7 @@
     RUN/towers/HASH.safetensors                   a frozen tower, named by its hash
 
 A folder is renamed to `step-...` when all of it is on the disk, so a folder of that name was complete once. `verify_checkpoint`
-checks whether it still is. This module opens no pickle, and no code may open one before its hash is verified.
+checks whether it still is. No code may open the pickles in it before their hashes are verified, and `.metadata` looked through.
 Flows in: paths; out: one line for each problem.
 """
 
@@ -21,11 +21,16 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from ..data.loading.plan import DataPosition
+from ..runtime import typed_json
 from ..runtime.durable_files import FileDigest, file_digest, sync_folder, write_synced
+from ..runtime.limits import CountOrZero, Pattern
+from ..runtime.untrusted_files import read_regular
+from .torch_metadata import METADATA, check_metadata
 
 if TYPE_CHECKING:
     from ..distributed.control_group import ControlGroup
@@ -33,9 +38,37 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MANIFEST, DESCRIPTION, LATEST = "manifest.json", "himix.json", "latest"
-DESCRIPTION_VERSION = 1
+DESCRIPTION_VERSION: Literal[1] = 1
 """Of himix.json."""
-_NAME = re.compile(r"step-(\d{8})")
+_NAME = re.compile(r"step-([0-9]{8})")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Position:
+    """Where a run stands: it continues with the next step of the same plan."""
+
+    step: CountOrZero
+    """Optimizer steps done."""
+    place: DataPosition
+    """Where the data continues."""
+    data: dict[str, Any]
+    """The settings that determine which sample is in which step (`SamplingPlan.fingerprint_fields`)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Description:
+    """The content of himix.json."""
+
+    version: Literal[0, 1] = 0
+    position: Position
+    parts: tuple[str, ...]
+    """What trained; empty in a converted model."""
+    architecture: dict[str, Any]
+    """See `description.architecture`."""
+    distributed_optimizer: bool
+    tower: Annotated[str, Pattern(r"[0-9a-f]{64}\.safetensors", "HASH.safetensors")] | None
+    """File name of the frozen tower in RUN/towers."""
+    validation_loss: float | None
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
@@ -74,13 +107,13 @@ def read_manifest(folder: Path) -> dict[str, FileDigest]:
     path = folder / MANIFEST
     if not path.is_file():
         raise DamagedError(f"{path} is missing: the checkpoint cannot be verified (was it written by an older version?)")
-    data = path.read_bytes()
     try:
-        files = {str(name): FileDigest(**digest) for name, digest in json.loads(data)["files"].items()}
-        intact = _manifest(files) == data
-    except (ValueError, TypeError, KeyError, AttributeError):
-        intact = False
-    if not intact:
+        data = read_regular(path, typed_json.MAX_FILE_BYTES)
+        stored = typed_json.parse_object(data, str(path)).get("files")
+        files: dict[str, FileDigest] = typed_json.as_type(dict[str, FileDigest], stored, str(path), "files")
+    except ValueError as error:
+        raise DamagedError(f"{path} is damaged: {error}") from None
+    if _manifest(files) != data:
         raise DamagedError(f"{path} is damaged: it is not what was written")
     return files
 
@@ -90,21 +123,24 @@ def read_verified(folder: Path, name: str) -> bytes:
     wanted = read_manifest(folder).get(name)
     if wanted is None or not (folder / name).is_file():
         raise DamagedError(f"{folder / name} is missing")
-    data = (folder / name).read_bytes()
+    data = read_regular(folder / name, typed_json.MAX_FILE_BYTES)
     if hashlib.sha256(data).hexdigest() != wanted.sha256:
         raise DamagedError(f"{folder / name} is damaged: its SHA-256 is not the one in {MANIFEST}")
     return data
 
 
-def read_description(folder: Path) -> dict[str, Any]:
+def read_description(folder: Path) -> Description:
     """himix.json. Raises: DamagedError, as `read_verified`; ValueError for a version that this code does not know."""
-    description: dict[str, Any] = json.loads(read_verified(folder, DESCRIPTION))
-    if (version := description.get("version", 0)) not in (0, DESCRIPTION_VERSION):
-        raise ValueError(
-            f"{folder / DESCRIPTION} has version {version}, and this code reads versions up to {DESCRIPTION_VERSION}: use the "
-            "code that wrote it"
-        )
-    return description
+    path = folder / DESCRIPTION
+    try:
+        stored = typed_json.parse_object(read_verified(folder, DESCRIPTION), str(path))
+        if (version := stored.get("version", 0)) in (0, DESCRIPTION_VERSION):
+            return typed_json.build(Description, stored, str(path))
+    except ValueError as error:
+        raise DamagedError(str(error)) from None
+    raise ValueError(
+        f"{path} has version {version}, and this code reads versions up to {DESCRIPTION_VERSION}: use the code that wrote it"
+    )
 
 
 def tower_path(folder: Path, file: str) -> Path:
@@ -128,7 +164,7 @@ def files_to_verify(folder: Path) -> dict[Path, int]:
             found.append(f"{present[name]} has {size} bytes, it was written with {files[name].bytes}")
     tower = None
     try:
-        tower = read_description(folder)["tower"]
+        tower = read_description(folder).tower
     except DamagedError as error:
         found += [line for line in [str(error)] if line not in found]
     sizes = {folder / name: digest.bytes for name, digest in files.items()}
@@ -154,6 +190,10 @@ def hash_mismatches(folder: Path, paths: Iterable[Path]) -> list[str]:
         try:
             if file_digest(path).sha256 != wanted:
                 found.append(f"{path} is damaged: its SHA-256 is not the one in {who}")
+            elif path == folder / METADATA:
+                check_metadata(path, files)
+        except ValueError as error:
+            found.append(str(error))
         except OSError as error:  # e.g. a bad sector
             found.append(f"{path} cannot be read: {error}")
     return found
@@ -294,7 +334,7 @@ def to_remove(run_dir: Path, *, keep_last: int, keep_every: int | None) -> list[
 def validation_loss(folder: Path) -> float | None:
     """The validation loss of a checkpoint; None if none was measured then, or its description is damaged."""
     try:
-        loss: float | None = read_description(folder)["validation_loss"]
+        loss = read_description(folder).validation_loss
     except (DamagedError, OSError):
         return None
     return loss if loss is not None and math.isfinite(loss) else None  # nan cannot be compared

@@ -17,12 +17,14 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingConfig
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
@@ -34,6 +36,7 @@ from torch.distributed.checkpoint.planner import SavePlan
 
 from ..distributed.control_group import ControlGroup, SaveError
 from ..runtime.durable_files import write_synced
+from ..runtime.errors import StartError
 from ..runtime.failpoints import failpoint
 
 COMMON, CONFIG = "common.pt", "metadata.json"
@@ -175,6 +178,22 @@ def _write_common(snapshot: Snapshot, folder: Path) -> None:
     torch.save(snapshot.common, common)
     write_synced(folder / COMMON, common.getvalue())
     write_synced(folder / CONFIG, json.dumps(asdict(CheckpointingConfig("torch_dist", 1))).encode())
+
+
+def load_state(state: dict[str, Any], folder: Path, **options: Any) -> dict[str, Any]:
+    """megatron-core's `load` from a verified folder. Raises: StartError for files that hold something else."""
+    try:
+        loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder), **options)
+        return loaded
+    except UnpicklingError:  # torch's own text tells how to open it all the same
+        reason = f"{COMMON} holds more than numbers, texts and tensors"
+    except (CheckpointingException, RecursionError, json.JSONDecodeError) as error:
+        reason = str(error)
+    except CheckpointException as error:
+        if any(isinstance(found, OSError | RuntimeError | MemoryError) for found, _ in error.failures.values()):
+            raise  # of this machine, perhaps: another start may succeed
+        reason = _one_line(error.failures)
+    raise StartError(f"checkpoint {folder} cannot be loaded: {reason}")
 
 
 def _one_line(failures: Mapping[int, Any]) -> str:

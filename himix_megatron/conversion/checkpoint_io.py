@@ -20,7 +20,7 @@ from torch import Tensor
 from ..checkpoint.description import Position, check_architecture, write_description
 from ..checkpoint.frozen_tower import read_tower, store_tower
 from ..checkpoint.manifest import LATEST, sync_and_digest, write_manifest
-from ..checkpoint.snapshot import describe_state, own_files, write
+from ..checkpoint.snapshot import describe_state, load_state, own_files, write
 from ..config import Config, ModelConfig, from_json, to_json
 from ..data.loading.plan import START
 from ..distributed.control_group import ControlGroup
@@ -160,8 +160,7 @@ class StoredWeights(Mapping[str, Tensor]):
 
     def _load(self, state: dict[str, Any]) -> dict[str, Tensor]:
         # Megatron-core's check that every part of a tensor is asked for would refuse a single layer.
-        loaded: dict[str, Tensor] = dist_checkpointing.load(state, str(self.checkpoint), validate_access_integrity=False)
-        return loaded
+        return load_state(state, self.checkpoint, validate_access_integrity=False)
 
 
 def _read_unit(name: str) -> str:
@@ -183,5 +182,5 @@ def stored_tower(checkpoint: Path, config: Config, weights: StoredWeights) -> di
 
     Raises: ValueError for another architecture than the configuration's, or a tower that is gone or damaged.
     """
-    file = check_architecture(checkpoint, config)["tower"]
+    file = check_architecture(checkpoint, config).tower
     return weights.tower() if file is None else read_tower(checkpoint, file)

@@ -7,15 +7,13 @@ to be able to start.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..checkpoint.checkpointer import Checkpoints
-from ..checkpoint.description import Position, check_architecture, position_of
+from ..checkpoint.description import Description, Position, check_architecture, position_of
 from ..checkpoint.frozen_tower import tower_hash
 from ..checkpoint.manifest import LATEST, complete_checkpoints, first_intact, latest_intact, quarantine, resolve_checkpoints
 from ..checkpoint.run_lock import RunLock, acquire_on_all_ranks
@@ -43,8 +41,7 @@ class StartCheckpoint:
     """The checkpoint that a launch starts from."""
 
     folder: Path
-    description: Mapping[str, Any]
-    """Its himix.json."""
+    description: Description
     is_own: bool
     """It is the run's own: the run continues at its position with its optimizer. Otherwise only the weights are taken."""
 
@@ -126,17 +123,17 @@ def _checked(config: Config, plan: SamplingPlan | Stream, folder: Path, *, is_ow
     return StartCheckpoint(folder, description, is_own)
 
 
-def _check_continues(config: Config, plan: SamplingPlan | Stream, folder: Path, description: dict[str, Any]) -> None:
-    if set(description["parts"]) != set(config.train.trainable_parts):
+def _check_continues(config: Config, plan: SamplingPlan | Stream, folder: Path, description: Description) -> None:
+    if set(description.parts) != set(config.train.trainable_parts):
         raise ValueError(
-            f"checkpoint {folder} trained {' '.join(description['parts'])}, but train.trainable_parts is "
+            f"checkpoint {folder} trained {' '.join(description.parts)}, but train.trainable_parts is "
             f"{' '.join(config.train.trainable_parts)}: continue with the same parts, or start a new --run.dir from it "
             "with --checkpoint.init-from"
         )
-    if description["distributed_optimizer"] != config.parallel.distributed_optimizer:
+    if description.distributed_optimizer != config.parallel.distributed_optimizer:
         raise ValueError(
             f"checkpoint {folder} holds the state of "
-            f"{'a distributed' if description['distributed_optimizer'] else 'an undivided'} optimizer, which is stored in "
+            f"{'a distributed' if description.distributed_optimizer else 'an undivided'} optimizer, which is stored in "
             "another form: continue with --parallel.distributed-optimizer as it was"
         )
     position, fixed = position_of(description), plan.fingerprint_fields()

@@ -37,7 +37,7 @@ def test_known_versions_are_read(tmp_path: Path, version: int | None) -> None:
     assert find_checkpoint(str(tmp_path)) == folder
     found = check_architecture(folder, CONFIG)
     assert position_of(found) == POSITION
-    assert (found["parts"], found["validation_loss"]) == (["vision_kv"], 2.5)
+    assert (found.parts, found.validation_loss) == (("vision_kv",), 2.5)
 
 
 def test_a_newer_version_is_refused_and_not_taken_for_damage(tmp_path: Path) -> None:

@@ -1,0 +1,81 @@
+"""`.metadata`, which torch opens as a pickle: looked through before, without running anything that is in it.
+
+Flows in: the file, and the names of the checkpoint's files; out: nothing, or the reason not to open it. A pickle calls what it
+names. And where `.metadata` has bytes instead of a tensor, torch opens these as a pickle too. So nothing passes but what saves
+write: the classes below, for tensors that lie in files of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from ..runtime.untrusted_files import read_regular
+
+METADATA = ".metadata"
+_EXTRA_STATE = "._extra_state/shard_"
+"""In the key of what earlier versions saved of modules; it is bytes, and never loaded."""
+_DTYPE = re.compile(r"torch\.((float|bfloat|int|uint)[0-9]+|bool)")
+
+
+class _StandIn:
+    """Takes the place of a class that a pickle names: keeps the state that it is given, and does nothing."""
+
+    def __init__(self, *arguments: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+        elif type(self).__name__ != "metadata.TensorProperties":  # its own form; of others a pair would set attributes
+            raise pickle.UnpicklingError(f"the state of {type(self).__name__} is no dict")
+
+
+_NAMED: dict[str, Any] = {
+    f"torch.distributed.checkpoint.{name}": type(name, (_StandIn,), {})
+    for name in (
+        "metadata.Metadata", "metadata.TensorStorageMetadata", "metadata.BytesStorageMetadata", "metadata.StorageMeta",
+        "metadata.ChunkStorageMetadata", "metadata.TensorProperties", "metadata._MEM_FORMAT_ENCODING",
+        "metadata.MetadataIndex", "filesystem._StorageInfo",
+    )
+}  # fmt: skip
+_METADATA, _TENSOR, _BYTES, *_ = _NAMED.values()
+_NAMED |= {"pathlib.PosixPath": _StandIn, "pathlib._local.PosixPath": _StandIn}  # the second: Python 3.13
+_NAMED |= {"torch.Size": tuple, "torch.serialization._get_layout": str}  # the second looks a layout up by its name
+
+
+class _Reader(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        named = f"{module}.{name}"
+        if named not in _NAMED and not _DTYPE.fullmatch(named):
+            raise pickle.UnpicklingError(f"it names {named}")
+        return _NAMED.get(named, named)
+
+
+def check_metadata(path: Path, files: Collection[str]) -> None:
+    """`files`: the names in the checkpoint's manifest. Raises: ValueError for what no save writes; OSError."""
+    try:
+        found = _Reader(io.BytesIO(read_regular(path))).load()
+        tensors, places = found.state_dict_metadata, found.storage_data
+        wrong = [] if type(found) is _METADATA and type(tensors) is type(places) is dict else ["it is no Metadata of torch"]
+        others = {key: entry for key, entry in tensors.items() if type(entry) is not _TENSOR}
+        wrong += [f"{key} is no tensor" for key, of in others.items() if type(of) is not _BYTES or _EXTRA_STATE not in key]
+        outside = {place.relative_path for place in places.values()} - set(files)
+        wrong += [f"it looks for a tensor in {name}" for name in outside]
+    except (
+        pickle.UnpicklingError,
+        AttributeError,
+        EOFError,
+        LookupError,
+        MemoryError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
+        wrong = [str(error)]
+    if wrong:
+        raise ValueError(f"{path} is not what a save writes, and is not opened: {wrong[0]}")
