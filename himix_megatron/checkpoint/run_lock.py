@@ -29,11 +29,12 @@ from pathlib import Path
 from typing import Literal
 
 from ..distributed.control_group import ControlGroup
+from ..runtime import typed_json
 from ..runtime.durable_files import write_synced
 
 logger = logging.getLogger(__name__)
 
-_NAME = re.compile(r"attempt-(\d{6})")
+_NAME = re.compile(r"attempt-([0-9]{6})")
 _TOUCH_SECONDS = 4.0
 _LEASE_SECONDS = 12.0
 """An owner elsewhere that has not touched its file for so long counts as dead."""
@@ -211,8 +212,8 @@ def _refuse_if_alive(folder: Path, here: LockOwner) -> None:
 def _owner(folder: Path) -> LockOwner | None:
     """None: the file is missing or incomplete."""
     try:
-        return LockOwner(**json.loads((folder / "owner.json").read_bytes()))
-    except (OSError, ValueError, TypeError):
+        return typed_json.build(LockOwner, typed_json.read(folder / "owner.json"), "owner.json")
+    except (OSError, ValueError):
         return None
 
 
@@ -231,7 +232,7 @@ def _stamp(folder: Path) -> float | None:
     """When the owner last touched its file; None: the folder is gone. Opening makes shared file systems ask the server."""
     for path in (folder / "owner.json", folder):
         try:
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         except FileNotFoundError:
             continue
         try:

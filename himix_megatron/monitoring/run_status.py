@@ -17,14 +17,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
+from ..runtime import typed_json
 from ..runtime.errors import StartError
 from ..runtime.stop_signals import EXIT_REQUEUE, EXIT_STOPPED, FAILED
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION, MAX_BYTES = 1, 1 << 20
 State = Literal["starting", "training", "stopped", "requeue", "finished", "failed"]
 _END_STATES: dict[int, State] = {0: "finished", EXIT_STOPPED: "stopped", EXIT_REQUEUE: "requeue"}
 _RATES = {
@@ -73,19 +74,13 @@ def read_status(run_dir: Path) -> RunStatus | None:
     """The status of a run; None if it has not written any. Raises: ValueError for a damaged file or one of a newer version."""
     path = status_path(run_dir)
     try:
-        content = path.read_bytes()
+        found = typed_json.read_object(path, MAX_BYTES)
+        if (version := found.pop("version", None)) in (VERSION, None):
+            return typed_json.build(RunStatus, found, str(path))
     except FileNotFoundError:
         return None
-    try:
-        found = json.loads(content)
-        version = found.pop("version")
-        if version == VERSION:
-            status = RunStatus(**found)
-            if status.state not in get_args(State) or not isinstance(status.step, int):
-                raise TypeError
-            return status
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise ValueError(f"{path} is damaged: delete it, the next launch of the run writes it again") from None
+    except ValueError as error:
+        raise ValueError(f"{error}: it is damaged; delete it, the next launch of the run writes it again") from None
     raise ValueError(f"{path} has version {version}, and this code reads version {VERSION}: use the code that wrote it")
 
 

@@ -11,10 +11,12 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import IO
 
 from ..data.loading.batch import StepBatch
 from ..distributed.topology import Topology
+from ..runtime.durable_files import open_append
+from ..runtime.untrusted_files import folder_below, open_lock
 
 
 class Ledger:
@@ -23,12 +25,12 @@ class Ledger:
     def __init__(self, run_dir: Path, topology: Topology, *, enabled: bool, sources: Sequence[str]):
         """`sources`: the names that `MicroBatch.sources` numbers."""
         self._sources = sources
-        self._file: TextIO | None = None
-        self._steps: TextIO | None = None
+        self._file: IO[str] | None = None
+        self._steps: IO[str] | None = None
         if not enabled:
             return
-        folder = run_dir / "ledger"
-        folder.mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        folder = folder_below(run_dir, "ledger")
         if topology.replica_rank == 0:
             self._file = open_for_append(folder / f"rank-{topology.rank:03d}.jsonl")
         if topology.rank == 0:
@@ -70,9 +72,9 @@ class Ledger:
                 file.close()
 
 
-def open_for_append(path: Path) -> TextIO:
+def open_for_append(path: Path) -> IO[str]:
     """Open for appending, after removing the partial last line that a killed run may have left."""
-    with path.open("ab+") as file:
+    with open_lock(path.parent, path.name) as file:  # through no link: it may lead to a file that is not the run's
         end = size = file.seek(0, os.SEEK_END)
         while end:
             block = min(end, 1 << 16)
@@ -83,4 +85,4 @@ def open_for_append(path: Path) -> TextIO:
             end -= block
         if end < size:
             file.truncate(end)
-    return path.open("a", encoding="utf-8")
+    return open_append(path)

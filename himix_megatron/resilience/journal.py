@@ -2,7 +2,7 @@
 
 Flows in: launches, saves, rollbacks, ends, each with the step and the time; out: what a later launch needs: whether launches
 make progress, the loss guard's state at a checkpoint, which batches a rollback skipped, where the time went. Every rank reads
-it, rank 0 writes it, line by line and synced; a line that a kill cut short is ignored.
+it, rank 0 writes it, line by line and synced; a line that is damaged, by a kill for one, is passed over with a warning.
 """
 
 from __future__ import annotations
@@ -17,11 +17,20 @@ from typing import Any
 from ..config import Config, RunConfig, to_json
 from ..data.loading.plan import DataPosition
 from ..data.shards.shard_format import hash_of
+from ..runtime import typed_json
 from ..runtime.durable_files import append_synced
+from ..runtime.untrusted_files import read_regular
 
 logger = logging.getLogger(__name__)
 
 Event = dict[str, Any]
+_FACTS: dict[str, dict[str, Any]] = {
+    "start": {"began": float, "settings": str, "after_stop": bool},
+    "save": {"health": dict[str, list[float]]},
+    "rollback": {"place": DataPosition},
+    "end": {"code": int},
+}
+"""What a later launch reads of an event, and of all `step`."""
 
 
 class Journal:
@@ -99,12 +108,27 @@ def settings_of(config: Config) -> str:
 
 
 def _read(path: Path) -> list[Event]:
-    if not path.is_file():
+    events, wrong = [], []
+    try:
+        lines = read_regular(path, typed_json.MAX_FILE_BYTES).splitlines()
+    except FileNotFoundError:
         return []
-    events = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    except (OSError, ValueError) as error:
+        lines, wrong = [], [str(error)]
+    for number, line in enumerate(lines, 1):
         try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+            events.append(_event(line, f"line {number}"))
+        except ValueError as error:
+            wrong.append(str(error))
+    if wrong:  # of a kill, or a disk: what it tells is not worth the run
+        logger.warning("%s: passed over %d lines: %s", path, len(wrong), wrong[0])
     return events
+
+
+def _event(line: bytes, where: str) -> Event:
+    """The event in a line. Raises: ValueError for one without its facts."""
+    event = typed_json.parse_object(line, where)
+    wanted = {"event": str, "step": int} | _FACTS.get(str(event.get("event")), {})
+    for name, hint in (wanted | ({"seconds": dict[str, float]} if "seconds" in event else {})).items():
+        typed_json.as_type(hint, event.get(name), where, name)
+    return event

@@ -21,6 +21,7 @@ import torch
 
 from ..distributed.launch import address_of
 from ..distributed.topology import Topology
+from ..runtime import typed_json
 from ..runtime.errors import RankError
 from ..runtime.process import allow_files
 
@@ -56,7 +57,7 @@ class PeerLink:
         *whole, rest = self.received.split(b"\n")
         self.received = bytearray(rest)
         for line in whole:
-            yield json.loads(line)
+            yield typed_json.parse_object(bytes(line), f"a message of rank {self.rank}")
         if not data:
             yield None
 

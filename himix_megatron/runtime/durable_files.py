@@ -72,8 +72,10 @@ def append_synced(path: Path, text: str) -> None:
 
 
 def open_append(path: Path) -> IO[str]:
-    """A text file for appending, made where there is none. Raises: OSError, also for a symbolic link."""
-    return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666), "a", encoding="utf-8")
+    """A text file for appending, made where there is none. Raises: OSError, also for a symbolic link, or a FIFO
+    that nobody reads."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
+    return open(os.open(path, flags, 0o666), "a", encoding="utf-8")
 
 
 def sync_file(file: IO[bytes] | IO[str]) -> None:

@@ -66,6 +66,20 @@ def test_a_dead_owner_blocks_nobody(
     assert time.monotonic() - begun < 1
 
 
+@pytest.mark.parametrize("content", [None, "[" * 100_000, "[]", '{"host": 5}', '{"pid": 1, "more": 1}'])
+def test_an_owner_that_cannot_be_read_counts_by_its_time_stamp(tmp_path: Path, content: str | None) -> None:
+    path = owned_by(tmp_path)
+    if content is None:
+        path.unlink()
+        os.mkfifo(path)
+    else:
+        path.write_text(content)
+    os.utime(path, (1, 1))
+    taken = acquire(tmp_path)
+    taken.end()
+    assert taken.number == 5
+
+
 def test_an_owner_elsewhere_is_watched(tmp_path: Path) -> None:
     """It is alive while it touches its file, and dead when it has not for a while."""
     file = owned_by(tmp_path, host="elsewhere", pid=17, job="88")

@@ -83,6 +83,8 @@ def test_an_error_is_recorded_and_goes_on(tmp_path: Path) -> None:
         ("[]", "is damaged"),
         ('{"version": 1, "recipe": "small"}', "is damaged"),
         (json.dumps({"version": 1} | asdict(STATUS) | {"state": "resting"}), "is damaged"),
+        (json.dumps({"version": 1} | asdict(STATUS) | {"loss": "low"}), 'loss is "low", wanted a number'),
+        ("[" * 100_000, "too many lists"),
         (json.dumps({"version": 2}), "has version 2, and this code reads version 1"),
     ],
 )

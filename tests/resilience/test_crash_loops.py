@@ -128,3 +128,43 @@ def die_in_step_5_noting(rank: int, point: str, count: int) -> None:
 
     goodput._NOTE_SECONDS = 0.0
     die_in_step_5(rank, point, count)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"event": "start"}',
+        '{"event": "start", "step": 1, "began": "now", "settings": "a", "after_stop": false}',
+        '{"event": "rollback", "step": 1, "place": {"day": 1}}',
+        '{"event": "save", "step": 1, "health": {"losses": 3}}',
+        '{"event": "end", "step": 1}',
+        '{"event": ["start"], "step": 1}',
+        '{"event": "alive", "step": 1, "seconds": 3}',
+        "[" * 100_000,
+        "[]",
+        "\udcff",
+    ],
+)
+def test_a_line_without_its_facts_is_passed_over_with_a_warning(
+    line: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = Journal(tmp_path)
+    journal.open(writes=True)
+    journal.record("start", 1, began=1.0, settings="a", after_stop=False)
+    with journal.path.open("ab") as file:
+        file.write(line.encode(errors="surrogateescape") + b"\n")
+    journal.record("start", 1, began=2.0, settings="a", after_stop=False)
+    found = Journal(tmp_path)
+    assert found.starts_without_progress(1, "a") == 2
+    assert (found.rollback_data_offsets(), found.loss_guard_state_at(1)) == ({}, {})
+    account(found.events)
+    assert "passed over 1 lines: line 2" in caplog.text
+
+
+def test_a_journal_that_is_no_file_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    os.mkfifo(tmp_path / "journal.jsonl")
+    journal = Journal(tmp_path)
+    journal.open(writes=True)
+    journal.record("save", 1, health={})
+    assert "journal.jsonl is a FIFO: wanted a regular file" in caplog.text
+    assert "a line could not be written" in caplog.text
