@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import logging
+import os
 import shutil
+import tempfile
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -225,7 +228,8 @@ def one_rank() -> Iterator[Topology]:
 
 @contextlib.contextmanager
 def _output(out: Path) -> Iterator[Path]:
-    """A folder to be made beside `out`, which gets its name when all went well and is removed otherwise.
+    """A folder to be made, which is renamed to `out` when all went well and removed otherwise. It lies beside it, in a folder
+    that this process alone knows.
 
     Raises: ValueError if `out` exists.
     """
@@ -233,13 +237,20 @@ def _output(out: Path) -> Iterator[Path]:
         raise ValueError(f"--out {out} exists: name a folder that does not")
     made = [parent for parent in out.absolute().parents if not parent.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(f"{out.name}.converting")
-    shutil.rmtree(beside, ignore_errors=True)  # of a conversion that was killed
+    for left in out.parent.glob(f"{glob.escape(out.name)}.converting-*"):
+        _say(f"{left} is of another conversion: remove it if none is running")
+    room = Path(tempfile.mkdtemp(prefix=f"{out.name}.converting-", dir=out.parent))
     try:
-        yield beside
-        beside.rename(out)
+        yield room / out.name
+        try:
+            (room / out.name).rename(out)
+        except OSError:
+            if not os.path.lexists(out):
+                raise
+            raise ValueError(f"--out {out} was made by another process meanwhile: it is left as it is") from None
+        room.rmdir()
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(room, ignore_errors=True)
         for parent in made:
             with contextlib.suppress(OSError):
                 parent.rmdir()

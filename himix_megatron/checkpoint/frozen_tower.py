@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
@@ -45,7 +46,10 @@ def read_tower(folder: Path, file: str) -> dict[str, Tensor]:
         raise ValueError(f"checkpoint {folder} refers to the tower {path}, which is missing: keep a run folder together")
     if file_digest(path).sha256 != path.stem:
         raise ValueError(f"tower {path} is damaged: its content does not have the hash that is its name")
-    return load_file(path)  # memory-mapped: a tower of 1.7 GB is not in memory twice
+    try:
+        return load_file(path)  # memory-mapped: a tower of 1.7 GB is not in memory twice
+    except SafetensorError as error:
+        raise ValueError(f"tower {path} cannot be read: {error}") from None
 
 
 def tower_state(tower: nn.Module) -> dict[str, Any]:

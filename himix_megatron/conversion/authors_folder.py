@@ -22,8 +22,9 @@ from ..config import ModelConfig, VisionConfig
 from ..config.families import FAMILIES
 from ..config.towers import TOWERS
 from ..model.towers import build_tower
+from ..runtime import typed_json
 from .authors_layout import shapes
-from .huggingface import check_shapes, check_weights, language_config, language_settings, rope_scaling
+from .huggingface import check_layers, check_shapes, check_weights, language_config, language_settings, rope_scaling
 from .safetensors_io import MappedTensors, open_file, open_folder, read_json, write_folder
 
 _TOWER = "model.vision_tower."
@@ -58,8 +59,9 @@ def read_authors(path: Path) -> AuthorsModel:
         settings = read_json(where)
     if "auto_map" in settings:
         raise ValueError(f"{where} names code of its own (auto_map), which is not run")
-    if settings.get("model_type") not in FAMILIES:
+    if str(settings.get("model_type")) not in FAMILIES:
         raise ValueError(f"{where}: model_type is {settings.get('model_type')}, wanted {' or '.join(FAMILIES)}")
+    check_layers(settings, opened, where)
     model = language_config(settings, where)
     if _NORM not in opened:
         raise ValueError(f"{path} lacks {_NORM}: it is no HiMix model")
@@ -94,9 +96,9 @@ def check_tower_weights(tower: Mapping[str, Tensor], vision: VisionConfig, where
 
 def _settings_of_file(opened: MappedTensors, path: Path) -> dict[str, Any]:
     try:
-        sizes: dict[str, Any] = json.loads(opened.metadata["config"])
+        sizes = typed_json.parse_object(opened.metadata["config"], "config")
         return sizes | {"model_type": sizes.get("model_type", sizes.get("family"))}
-    except (KeyError, ValueError, AttributeError, TypeError):
+    except (KeyError, ValueError):
         raise ValueError(
             f"{path} has no model's sizes in its metadata (entry config): give a folder with a config.json"
         ) from None
@@ -114,10 +116,9 @@ def _settings(model: ModelConfig, vision: VisionConfig) -> dict[str, Any]:
 
 def _vision(settings: Mapping[str, Any], where: Path) -> VisionConfig:
     try:
-        stored: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in settings["vision"].items()}
-        return VisionConfig(**stored)
-    except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"{where} does not describe the tower that the weights hold (entry vision)") from None
+        return typed_json.build(VisionConfig, settings.get("vision"), str(where), field="vision")
+    except ValueError as error:
+        raise ValueError(f"{where} does not describe the tower that the weights hold (entry vision): {error}") from None
 
 
 def _their_tower_name(name: str, vision: VisionConfig) -> str:

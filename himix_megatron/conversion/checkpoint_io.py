@@ -21,7 +21,8 @@ from ..checkpoint.description import Position, check_architecture, write_descrip
 from ..checkpoint.frozen_tower import read_tower, store_tower
 from ..checkpoint.manifest import LATEST, sync_and_digest, write_manifest
 from ..checkpoint.snapshot import describe_state, load_state, own_files, write
-from ..config import Config, ModelConfig, from_json, to_json
+from ..config import Config, ModelConfig, to_json
+from ..config import read_config as config_in
 from ..data.loading.plan import START
 from ..distributed.control_group import ControlGroup
 from ..runtime.durable_files import publish, sync_folder
@@ -174,7 +175,7 @@ def read_config(checkpoint: Path) -> Config:
     path = checkpoint.parent.parent / "config.json"
     if not path.is_file():
         raise ValueError(f"checkpoint {checkpoint} lies in no run folder: {path} is missing")
-    return from_json(path.read_text())
+    return config_in(path)
 
 
 def stored_tower(checkpoint: Path, config: Config, weights: StoredWeights) -> dict[str, Tensor]:

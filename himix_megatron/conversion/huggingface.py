@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from ..config import ModelConfig, VisionConfig
 from ..config.families import FAMILIES
 from ..config.towers import TOWERS
+from ..runtime import typed_json
 from .authors_layout import is_new, shapes
 from .safetensors_io import DTYPES, MappedTensors, open_folder, read_json
 
@@ -134,7 +135,16 @@ def _plain_settings(folder: Path, kinds: tuple[str, ...]) -> dict[str, Any]:
         raise ValueError(f"{file} names code of its own (auto_map): only transformers' own {' and '.join(kinds)} are converted")
     if stored.get("model_type") not in kinds:
         raise ValueError(f"{file}: model_type is {stored.get('model_type')}, wanted {' or '.join(kinds)}")
+    check_layers(stored, open_folder(folder), file)
     return stored
+
+
+def check_layers(settings: Mapping[str, Any], tensors: Collection[str], where: Path) -> None:
+    """Raises: ValueError for more layers than tensors, before anything is made for each of them."""
+    for part in (settings, *(value for value in settings.values() if isinstance(value, dict))):
+        for name in ("num_hidden_layers", "num_layers"):
+            if isinstance(layers := part.get(name), int) and layers > len(tensors):
+                raise ValueError(f"{where}: {name} is {layers}, but the weights are {len(tensors)} tensors")
 
 
 def language_weights(folder: Path, model: ModelConfig) -> MappedTensors:
@@ -267,7 +277,10 @@ def read_tower_config(folder: Path, feature_layer: int) -> VisionConfig:
     mean, std = TOWERS[kind].pixel_mean, TOWERS[kind].pixel_std
     if (folder / "preprocessor_config.json").is_file():
         processor = read_json(folder / "preprocessor_config.json")
-        mean, std = tuple(processor.get("image_mean", mean)), tuple(processor.get("image_std", std))
+        mean, std = (
+            typed_json.as_type(tuple[float, float, float], processor.get(name, list(usual)), "preprocessor_config.json", name)
+            for name, usual in (("image_mean", mean), ("image_std", std))
+        )
     return VisionConfig(
         tower=kind,
         path=str(folder),

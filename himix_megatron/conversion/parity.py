@@ -169,9 +169,11 @@ def transformers_logits(folder: Path, weights: Mapping[str, Tensor], excerpt: Ex
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if excerpt.whole:
-        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        )
     else:
-        settings = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        settings = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         settings.num_hidden_layers, settings.vocab_size = excerpt.model.num_layers, excerpt.model.vocab_size
         settings.pad_token_id = None
         if getattr(settings, "layer_types", None):
@@ -277,8 +279,10 @@ def check_tower(checkpoint: Path, folder: Path) -> str:
         256, (1, 3, vision.image_size, vision.image_size), generator=torch.Generator().manual_seed(3), dtype=torch.uint8
     )
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (vision.pixel_mean, vision.pixel_std))
-    settings = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    peer: Any = AutoModel.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True).eval()
+    settings = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    peer: Any = AutoModel.from_pretrained(
+        str(folder), dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    ).eval()
     peer = peer.vision_model if hasattr(settings, "vision_config") else peer
     hidden = peer((pixels / 255 - mean) / std, output_hidden_states=True).hidden_states[vision.feature_layer]
     del peer

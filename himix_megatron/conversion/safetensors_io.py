@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..runtime import typed_json
+from ..runtime.limits import Size
+from ..runtime.untrusted_files import open_regular
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -29,6 +34,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes that are read and written, by their name in a header."""
 _MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
+_MAX_DIMENSIONS = 64  # torch's
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,15 @@ class Entry:
     shape: tuple[int, ...]
     start: int
     """Byte of the file at which it begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Stated:
+    """What a header says of a tensor."""
+
+    dtype: str
+    shape: tuple[Size, ...]
+    data_offsets: tuple[Size, Size]
 
 
 class MappedTensors(Mapping[str, Tensor]):
@@ -122,28 +137,23 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON object. Raises: ValueError naming the file."""
     if not file.is_file():
         raise ValueError(f"{file.parent} has no {file.name}")
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error})") from None
-    if not isinstance(stored, dict):
-        raise ValueError(f"{file} holds a {type(stored).__name__}, wanted an object")
+    stored: dict[str, Any] = typed_json.as_type(dict[str, Any], typed_json.read(file), str(file))
     return stored
 
 
 def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """Entries and metadata of one file, checked against its size. Source: the safetensors format's description."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little") if size >= 8 else 0
         if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
             raise ValueError(f"{path} is no safetensors file, or cut short: its header does not fit into its {size} bytes")
         raw = file.read(length)
     try:
-        header = json.loads(raw)
-        metadata = header.pop("__metadata__", None) or {}
-        entries = {name: _entry(path, 8 + length, stated) for name, stated in header.items()}
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        header = typed_json.parse_object(raw, "header")
+        metadata = typed_json.as_type(dict[str, str], header.pop("__metadata__", None) or {}, "header", "__metadata__")
+        entries = {name: _entry(path, 8 + length, name, stated) for name, stated in header.items()}
+    except ValueError as error:
         raise ValueError(f"{path} is damaged: its header is not one of safetensors ({error})") from None
     end = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
@@ -156,11 +166,11 @@ def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     return entries, metadata
 
 
-def _entry(path: Path, first: int, stated: dict[str, Any]) -> Entry:
-    shape = tuple(stated["shape"])
-    if stated["dtype"] not in _SIZES or not all(isinstance(n, int) and n >= 0 for n in shape):
-        raise ValueError(f"dtype {stated['dtype']}, shape {list(shape)}")
-    return Entry(path, stated["dtype"], shape, first + int(stated["data_offsets"][0]))
+def _entry(path: Path, first: int, name: str, values: Any) -> Entry:
+    stated = typed_json.build(_Stated, values, "header", field=name)
+    if stated.dtype not in _SIZES or len(stated.shape) > _MAX_DIMENSIONS:
+        raise ValueError(f"{name}: dtype {stated.dtype}, {len(stated.shape)} dimensions")
+    return Entry(path, stated.dtype, stated.shape, first + stated.data_offsets[0])
 
 
 class Scratch:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +51,15 @@ def pickled(folder: Path) -> None:
     (folder / SINGLE).unlink()
 
 
+def fifo(folder: Path) -> None:
+    (folder / SINGLE).unlink()
+    os.mkfifo(folder / "x.safetensors")
+
+
+def header(folder: Path, text: bytes) -> None:
+    (folder / SINGLE).write_bytes(len(text).to_bytes(8, "little") + text)
+
+
 def doubled(folder: Path) -> None:
     first, second = sorted(folder.glob("model-*"))[:2]
     name, tensor = next(iter(load_file(first).items()))
@@ -75,7 +86,8 @@ SHARDED: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated shard": (lambda d: cut(first_shard(d), -100), "is cut short"),
     "truncated header": (lambda d: cut(first_shard(d), 100), "is no safetensors file, or cut short"),
     "two models": (lambda d: save_file({"a": torch.ones(1)}, d / SINGLE), f"holds both {SINGLE} and {INDEX}"),
-    "index that is no JSON": (lambda d: (d / INDEX).write_text("{"), "is not JSON"),
+    "index that is no JSON": (lambda d: (d / INDEX).write_text("{"), "no JSON"),
+    "index that is too deep": (lambda d: (d / INDEX).write_text('{"a":' * 90_000), "no JSON that can be read: too many lists"),
     "sliding window": (lambda d: settings(d, use_sliding_window=True, sliding_window=4), "use_sliding_window is True"),
 }
 SINGLE_FILE: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -103,7 +115,19 @@ SINGLE_FILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a size that is no number": (lambda d: settings(d, hidden_size="wide"), "Field 'hidden_size' expected int, got str"),
     "no heads": (lambda d: settings(d, num_attention_heads=0, head_dim=None), "transformers cannot read it"),
     "no settings": (lambda d: (d / "config.json").unlink(), "has no config.json"),
-    "settings that are no JSON": (lambda d: (d / "config.json").write_text("["), "is not JSON"),
+    "settings that are too deep": (
+        lambda d: (d / "config.json").write_text("[" * 90_000),
+        "no JSON that can be read: too many",
+    ),
+    "settings that are deep": (lambda d: settings(d, x=json.loads("[" * 200 + "]" * 200)), "more than 100 lists or objects in"),
+    "a header that is too deep": (lambda d: header(d, b"[" * 90_000), "damaged: its header is not one of safetensors"),
+    "a header of numbers": (lambda d: header(d, b'{"a": 5, "b": 6}'), "a is 5, wanted an object"),
+    "weights that are a FIFO": (fifo, "is a FIFO: wanted a regular file"),
+    "ten million layers": (
+        lambda d: settings(d, num_hidden_layers=10_000_000),
+        "num_hidden_layers is 10000000, but the weights",
+    ),
+    "settings that are no JSON": (lambda d: (d / "config.json").write_text("["), "no JSON"),
     "no weights": (lambda d: (d / SINGLE).unlink(), f"holds no {SINGLE} and no {INDEX}"),
 }
 TOWER: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -119,6 +143,16 @@ TOWER: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: settings(d, num_attention_heads=0),
         "num_attention_heads is 0, wanted a number above 0",
     ),
+    "a tower that is a FIFO": (fifo, "is a FIFO: wanted a regular file"),
+    "a tower of ten million layers": (
+        lambda d: settings(d, num_hidden_layers=10_000_000),
+        "num_hidden_layers is 10000000, but the weights",
+    ),
+    "pixels without a mean": (
+        lambda d: (d / "preprocessor_config.json").write_text('{"image_mean": 0.5}'),
+        "image_mean is 0.5, wanted a list",
+    ),
+    "a processor that is too deep": (lambda d: (d / "preprocessor_config.json").write_text("[" * 90_000), "too many lists"),
     "oblong pixels": (lambda d: settings(d, image_size=[28, 14]), "image_size is [28, 14], wanted a number"),
     "missing tower tensor": (
         lambda d: weights(d, lambda t: t.pop(next(n for n in t if "patch_embedding.bias" in n))),
@@ -184,6 +218,36 @@ def test_an_interrupted_conversion_leaves_nothing(good: Path, tmp_path: Path, mo
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_lies_beside_the_output_is_left_alone(good: Path, tmp_path: Path) -> None:
+    names = ["run.converting", "run.converting.writing", "run.converting-mine"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").touch()
+    conversions.hf_to_himix(convert.HfToHimix(language=good / "single", vision=good / "tower", out=tmp_path / "run"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["run", *names])
+    assert all((tmp_path / name / "mine").is_file() for name in names)
+
+
+def test_of_two_conversions_at_once_one_is_kept(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other ends in one line, and takes away what it wrote alone."""
+    arguments = convert.HfToHimix(language=good / "single", vision=good / "tower", out=tmp_path / "run")
+    check, won = conversions.check_tower, []
+
+    def while_the_other_ends(*given: Any) -> str:
+        monkeypatch.setattr(conversions, "check_tower", check)
+        with conversions._output(arguments.out) as beside:
+            beside.mkdir()
+            (beside / "other").touch()
+        won.append(True)
+        return check(*given)
+
+    monkeypatch.setattr(conversions, "check_tower", while_the_other_ends)
+    with pytest.raises(ValueError, match="was made by another process meanwhile"):
+        conversions.hf_to_himix(arguments)
+    assert won
+    assert [path.name for path in tmp_path.rglob("*")] == ["run", "other"]
+
+
 def test_a_folder_in_the_hubs_cache_is_read_through_its_links(good: Path, tmp_path: Path) -> None:
     """The cache's snapshots hold links to files that lie outside of them."""
     for file in (good / "shards").iterdir():
@@ -200,7 +264,7 @@ def test_rotary_buffers_and_a_tied_head_stored_twice_are_passed_over(good: Path,
     assert set(found) == set(open_folder(good / "single"))
 
 
-@pytest.mark.parametrize("change", ["gap", "overlap", "outside", "dtype", "shape"])
+@pytest.mark.parametrize("change", ["gap", "overlap", "outside", "dtype", "shape", "dimensions", "text"])
 def test_headers_that_lie_are_refused(tmp_path: Path, change: str) -> None:
     first = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
     second = {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}
@@ -210,6 +274,8 @@ def test_headers_that_lie_are_refused(tmp_path: Path, change: str) -> None:
         "outside": {"data_offsets": [8, 1 << 40]},
         "dtype": {"dtype": "F31"},
         "shape": {"shape": [-2]},
+        "dimensions": {"shape": [1] * 64 + [2]},
+        "text": {"shape": "2"},
     }[change]
     header = json.dumps({"a": first, "b": second}).encode()
     path = tmp_path / "a.safetensors"

@@ -5,16 +5,17 @@ Shape letters: K images, 3 channels, H = W = image_size, n tokens of one image, 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ...config import VisionConfig
 from ...config.towers import TOWERS
+from ...runtime import typed_json
+from ...runtime.untrusted_files import open_regular
 from ..frozen_layers import run_layers
 from .base import SIZES, PixelNormalization, Tower, num_layers_run
 
@@ -89,7 +90,7 @@ def _read_settings(config: VisionConfig, folder: Path) -> Any:
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"vision.path: no config.json in {folder}: give the folder of a Hugging Face {config.tower} model")
-    kind = str(_read_json(file).get("model_type", "")).removesuffix("_vision_model")
+    kind = str(typed_json.read_object(file).get("model_type", "")).removesuffix("_vision_model")
     if kind != str(TOWERS[config.tower].transformers).lower():
         raise ValueError(f"vision.tower is {config.tower}, but {file} describes {kind or 'no model_type'}")
     # Through transformers, which knows the defaults of what a config.json leaves out.
@@ -98,20 +99,11 @@ def _read_settings(config: VisionConfig, folder: Path) -> Any:
         _check_same(ours, getattr(config, ours), getattr(settings, theirs), file)
     processor = folder / "preprocessor_config.json"
     if processor.is_file():
-        stored = _read_json(processor)
+        stored = typed_json.read_object(processor)
         for ours, theirs in (("pixel_mean", "image_mean"), ("pixel_std", "image_std")):
-            _check_same(ours, getattr(config, ours), tuple(stored.get(theirs, getattr(config, ours))), processor)
+            found = stored.get(theirs, getattr(config, ours))
+            _check_same(ours, getattr(config, ours), tuple(found) if isinstance(found, list) else found, processor)
     return settings
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        stored = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"vision.path: {file} is not JSON ({error})") from None
-    if not isinstance(stored, dict):
-        raise ValueError(f"vision.path: {file} holds a {type(stored).__name__}, wanted an object")
-    return stored
 
 
 def _check_same(field: str, got: Any, found: Any, file: Path) -> None:
@@ -131,11 +123,15 @@ def _read_weights(folder: Path, wanted: dict[str, tuple[int, ...]], dtype: torch
         raise ValueError(f"vision.path: no *.safetensors in {folder}; other formats are not read, see docs/data.md")
     weights: dict[str, Tensor] = {}
     for file in files:
-        with safe_open(str(file), framework="pt") as tensors:
-            for stored in list(tensors.keys()):
-                name = stored.removeprefix("vision_model.").removeprefix("encoder.").replace("pre_layrnorm.", "pre_norm.")
-                if name in wanted:
-                    weights[name] = tensors.get_tensor(stored).to(dtype)
+        open_regular(file).close()  # a FIFO would be waited for
+        try:
+            with safe_open(str(file), framework="pt") as tensors:
+                for stored in list(tensors.keys()):
+                    name = stored.removeprefix("vision_model.").removeprefix("encoder.").replace("pre_layrnorm.", "pre_norm.")
+                    if name in wanted:
+                        weights[name] = tensors.get_tensor(stored).to(dtype)
+        except SafetensorError as error:
+            raise ValueError(f"vision.path: {file} is damaged: {error}") from None
     missing = [name for name in wanted if name not in weights]
     if missing:
         raise ValueError(f"vision.path: {folder} lacks {len(missing)} of the tower's {len(wanted)} tensors, e.g. {missing[0]}")
