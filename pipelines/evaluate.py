@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -24,12 +25,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from himix_megatron.checkpoint.description import check_architecture
 from himix_megatron.checkpoint.manifest import find_checkpoint
-from himix_megatron.config import Config, Count, Fraction, ParallelConfig, check_known, from_json
+from himix_megatron.config import Config, Count, Fraction, ParallelConfig, check_known, read_config
 from himix_megatron.data.shards.reader import ShardDataset
 from himix_megatron.data.text.tokenizer import Piece, load_tokenizer
 from himix_megatron.distributed.launch import ensure_ranks
 from himix_megatron.runtime import log
+from himix_megatron.runtime.durable_files import publish
+from himix_megatron.runtime.limits import Pattern
 from himix_megatron.runtime.process import bulk_import
+from himix_megatron.runtime.untrusted_files import folder_below
 from pipelines.cli import parse_settings, run_main
 from pipelines.flags import Word
 
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+RESULTS_NAME = Pattern(r"[^\x00-\x1f\x7f/\\.-][^\x00-\x1f\x7f/\\]{,59}", "up to 60 characters, no slash, no dot or dash first")
 MAX_NEW_TOKENS = 32
 """Default of --max-new-tokens for a shard dataset's questions."""
 
@@ -85,6 +90,14 @@ class Arguments:
             raise ValueError(f"--questions must be given: the question file of {self.benchmark} (docs/evaluation.md)")
         if self.data is not None and (self.questions or self.images or self.annotations or self.name):
             raise ValueError("--questions, --images, --annotations and --name belong to --benchmark, not to --data")
+        if not RESULTS_NAME.allows(self.results):
+            raise ValueError(f"{self.results!r} is no name of results (--name, or --data's folder): wanted {RESULTS_NAME}")
+
+    @property
+    def results(self) -> str:
+        """The name of the results, RUN/evaluation/NAME."""
+        given = self.benchmark if self.name is None else self.name
+        return os.path.basename(os.path.abspath(self.data)) if self.data is not None else given or ""
 
 
 def load_config(run: Path, layout: ParallelConfig) -> Config:
@@ -92,7 +105,7 @@ def load_config(run: Path, layout: ParallelConfig) -> Config:
     path = run / "config.json"
     if not path.is_file():
         raise ValueError(f"{run} is no run folder: it has no config.json")
-    config = from_json(path.read_text())
+    config = read_config(path)
     # What trains must be named; the Answerer freezes everything, and a frozen tower is encoded once per image. How training ran
     # its kernels changes no answer, and may not be possible here.
     train = dataclasses.replace(config.train, trainable_parts=("vision_kv",), cuda_graphs="off")
@@ -106,6 +119,13 @@ def trained(arguments: Arguments) -> tuple[Config, Path, int]:
     config = load_config(arguments.run, arguments.parallel)
     checkpoint = find_checkpoint(str(arguments.checkpoint or arguments.run))
     return config, checkpoint, check_architecture(checkpoint, config).position.step
+
+
+def check_writable(run: Path) -> None:
+    """Before hours of asking. Raises: ValueError if the results could not be written into the run folder."""
+    for name in ("evaluation", "tensorboard"):
+        if not os.access(folder_below(run, name), os.W_OK):
+            raise ValueError(f"{run / name} cannot be written, and results go there: evaluate a copy of the run folder")
 
 
 def start(config: Config, checkpoint: Path) -> Answerer:
@@ -162,15 +182,14 @@ def evaluate(arguments: Arguments) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started, 1),
     }
     if topology.rank == 0:
-        folder = arguments.run / "evaluation"
-        folder.mkdir(exist_ok=True)
-        (folder / f"{arguments.data.name}.json").write_text(json.dumps(result, indent=2) + "\n")
-        with (folder / f"{arguments.data.name}.answers.jsonl").open("w") as file:
-            for question, own, shuffled in zip(items, given["own"], given["shuffled"], strict=True):
-                line = {"key": dataset.key(question.sample), "question": question.asked, "expected": question.expected}
-                file.write(json.dumps(line | {"answer": own, "answer_shuffled_images": shuffled}) + "\n")
-        runner.to_tensorboard(arguments.run, arguments.data.name, step, accuracies)
-        print(json.dumps(result, indent=2))
+        print(json.dumps(result, indent=2), flush=True)  # first: a disk may be full
+        folder, lines = folder_below(arguments.run, "evaluation"), []
+        for question, own, shuffled in zip(items, given["own"], given["shuffled"], strict=True):
+            line = {"key": dataset.key(question.sample), "question": question.asked, "expected": question.expected}
+            lines.append(json.dumps(line | {"answer": own, "answer_shuffled_images": shuffled}) + "\n")
+        publish(folder / f"{arguments.results}.json", (json.dumps(result, indent=2) + "\n").encode())
+        publish(folder / f"{arguments.results}.answers.jsonl", "".join(lines).encode())
+        runner.to_tensorboard(arguments.run, arguments.results, step, accuracies)
     return result
 
 
@@ -185,7 +204,7 @@ def evaluate_benchmark(arguments: Arguments) -> dict[str, Any]:
     assert source is not None
     config, checkpoint, step = trained(arguments)
     job = runner.Job(
-        name=arguments.name or kind,
+        name=arguments.results,
         benchmark=runner.BENCHMARKS[kind],
         questions=runner.read_questions(kind, source, arguments.annotations, arguments.max_samples),
         images=runner.image_folder(kind, source, arguments.images),
@@ -199,9 +218,7 @@ def evaluate_benchmark(arguments: Arguments) -> dict[str, Any]:
     shutdown_distributed()
     if answerer.topology.rank:
         return {}
-    result = runner.conclude(job, arguments.run, step, known, bad)
-    print(json.dumps(result, indent=2))
-    return result
+    return runner.conclude(job, arguments.run, step, known, bad)
 
 
 def main() -> None:
@@ -213,6 +230,7 @@ def main() -> None:
         # A mistake is reported here, once, and not by each of the ranks that are started next.
         ShardDataset(arguments.data)
     trained(arguments)
+    check_writable(arguments.run)
     ensure_ranks(layout.tensor * layout.pipeline, "pipelines.evaluate", sys.argv[1:])
     if arguments.benchmark is None:
         evaluate(arguments)

@@ -57,17 +57,14 @@ class Position:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Description:
-    """The content of himix.json."""
+    """The content of himix.json. `parts`: what trained, empty in a converted model; `tower`: the frozen one's file."""
 
     version: Literal[0, 1] = 0
     position: Position
     parts: tuple[str, ...]
-    """What trained; empty in a converted model."""
     architecture: dict[str, Any]
-    """See `description.architecture`."""
     distributed_optimizer: bool
     tower: Annotated[str, Pattern(r"[0-9a-f]{64}\.safetensors", "HASH.safetensors")] | None
-    """File name of the frozen tower in RUN/towers."""
     validation_loss: float | None
 
 
@@ -118,22 +115,16 @@ def read_manifest(folder: Path) -> dict[str, FileDigest]:
     return files
 
 
-def read_verified(folder: Path, name: str) -> bytes:
-    """The content of a small file. Raises: DamagedError if its hash is not the one in the manifest."""
-    wanted = read_manifest(folder).get(name)
-    if wanted is None or not (folder / name).is_file():
-        raise DamagedError(f"{folder / name} is missing")
-    data = read_regular(folder / name, typed_json.MAX_FILE_BYTES)
-    if hashlib.sha256(data).hexdigest() != wanted.sha256:
-        raise DamagedError(f"{folder / name} is damaged: its SHA-256 is not the one in {MANIFEST}")
-    return data
-
-
 def read_description(folder: Path) -> Description:
-    """himix.json. Raises: DamagedError, as `read_verified`; ValueError for a version that this code does not know."""
-    path = folder / DESCRIPTION
+    """himix.json. Raises: DamagedError, as `read_manifest`; ValueError for a version that this code does not know."""
+    path, wanted = folder / DESCRIPTION, read_manifest(folder).get(DESCRIPTION)
+    if wanted is None or not path.is_file():
+        raise DamagedError(f"{path} is missing")
     try:
-        stored = typed_json.parse_object(read_verified(folder, DESCRIPTION), str(path))
+        data = read_regular(path, typed_json.MAX_FILE_BYTES)
+        if hashlib.sha256(data).hexdigest() != wanted.sha256:
+            raise ValueError(f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}")
+        stored = typed_json.parse_object(data, str(path))
         if (version := stored.get("version", 0)) in (0, DESCRIPTION_VERSION):
             return typed_json.build(Description, stored, str(path))
     except ValueError as error:
@@ -201,10 +192,8 @@ def hash_mismatches(folder: Path, paths: Iterable[Path]) -> list[str]:
 
 def verify_checkpoint(folder: Path) -> list[str]:
     """All problems of a checkpoint, found by one process; empty if every byte is as it was written."""
-    try:
-        return hash_mismatches(folder, files_to_verify(folder))
-    except (DamagedError, OSError) as error:
-        return [str(error)]
+    sizes, wrong = _sizes_or_problems(folder)
+    return wrong or hash_mismatches(folder, sizes)
 
 
 def verify_distributed(folder: Path, ranks: ControlGroup) -> list[str]:
@@ -297,13 +286,12 @@ def first_intact(folders: Iterable[Path]) -> Path:
 
     Raises: DamagedError listing the problems of each.
     """
-    wrong = []
+    wrong: list[str] = []
     for folder in folders:
-        try:
-            files_to_verify(folder)
+        _, found = _sizes_or_problems(folder)
+        if not found:
             return folder
-        except (DamagedError, OSError) as error:
-            wrong.append(str(error))
+        wrong += found
     raise _none_left(wrong)
 
 

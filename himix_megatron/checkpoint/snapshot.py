@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException
+from megatron.core.dist_checkpointing.core import CheckpointingConfig
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
@@ -180,20 +180,12 @@ def _write_common(snapshot: Snapshot, folder: Path) -> None:
     write_synced(folder / CONFIG, json.dumps(asdict(CheckpointingConfig("torch_dist", 1))).encode())
 
 
-def load_state(state: dict[str, Any], folder: Path, **options: Any) -> dict[str, Any]:
-    """megatron-core's `load` from a verified folder. Raises: StartError for files that hold something else."""
+def load_state(state: dict[str, Any], folder: Path, **options: Any) -> Any:
+    """megatron-core's `load`, from a verified folder. Raises: StartError where torch refuses to open common.pt."""
     try:
-        loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder), **options)
-        return loaded
-    except UnpicklingError:  # torch's own text tells how to open it all the same
-        reason = f"{COMMON} holds more than numbers, texts and tensors"
-    except (CheckpointingException, RecursionError, json.JSONDecodeError) as error:
-        reason = str(error)
-    except CheckpointException as error:
-        if any(isinstance(found, OSError | RuntimeError | MemoryError) for found, _ in error.failures.values()):
-            raise  # of this machine, perhaps: another start may succeed
-        reason = _one_line(error.failures)
-    raise StartError(f"checkpoint {folder} cannot be loaded: {reason}")
+        return dist_checkpointing.load(state, str(folder), **options)
+    except UnpicklingError:  # its own text tells how to open it all the same
+        raise StartError(f"checkpoint {folder}: {COMMON} holds more than numbers, texts and tensors: not opened") from None
 
 
 def _one_line(failures: Mapping[int, Any]) -> str:

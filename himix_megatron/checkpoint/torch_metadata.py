@@ -18,15 +18,15 @@ from ..runtime.untrusted_files import read_regular
 
 METADATA = ".metadata"
 _EXTRA_STATE = "._extra_state/shard_"
-"""In the key of what earlier versions saved of modules; it is bytes, and never loaded."""
+"""In the keys of modules' states that earlier versions saved: bytes, which are never loaded."""
+_DAMAGE = (pickle.UnpicklingError, AttributeError, EOFError, LookupError, MemoryError, OverflowError, TypeError, ValueError)
 _DTYPE = re.compile(r"torch\.((float|bfloat|int|uint)[0-9]+|bool)")
 
 
 class _StandIn:
-    """Takes the place of a class that a pickle names: keeps the state that it is given, and does nothing."""
+    """In place of a class that a pickle names: keeps the state that it is given, and does nothing."""
 
-    def __init__(self, *arguments: Any) -> None:
-        pass
+    def __init__(self, *arguments: Any) -> None: ...
 
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, dict):
@@ -44,7 +44,7 @@ _NAMED: dict[str, Any] = {
     )
 }  # fmt: skip
 _METADATA, _TENSOR, _BYTES, *_ = _NAMED.values()
-_NAMED |= {"pathlib.PosixPath": _StandIn, "pathlib._local.PosixPath": _StandIn}  # the second: Python 3.13
+_NAMED |= dict.fromkeys(("pathlib.PosixPath", "pathlib._local.PosixPath"), _StandIn)  # the second: Python 3.13
 _NAMED |= {"torch.Size": tuple, "torch.serialization._get_layout": str}  # the second looks a layout up by its name
 
 
@@ -64,18 +64,10 @@ def check_metadata(path: Path, files: Collection[str]) -> None:
         wrong = [] if type(found) is _METADATA and type(tensors) is type(places) is dict else ["it is no Metadata of torch"]
         others = {key: entry for key, entry in tensors.items() if type(entry) is not _TENSOR}
         wrong += [f"{key} is no tensor" for key, of in others.items() if type(of) is not _BYTES or _EXTRA_STATE not in key]
-        outside = {place.relative_path for place in places.values()} - set(files)
-        wrong += [f"it looks for a tensor in {name}" for name in outside]
-    except (
-        pickle.UnpicklingError,
-        AttributeError,
-        EOFError,
-        LookupError,
-        MemoryError,
-        RecursionError,
-        TypeError,
-        ValueError,
-    ) as error:
+        wrong += [
+            f"it looks for a tensor in {name}" for name in {place.relative_path for place in places.values()} - set(files)
+        ]
+    except _DAMAGE as error:
         wrong = [str(error)]
     if wrong:
         raise ValueError(f"{path} is not what a save writes, and is not opened: {wrong[0]}")

@@ -161,7 +161,8 @@ class StoredWeights(Mapping[str, Tensor]):
 
     def _load(self, state: dict[str, Any]) -> dict[str, Tensor]:
         # Megatron-core's check that every part of a tensor is asked for would refuse a single layer.
-        return load_state(state, self.checkpoint, validate_access_integrity=False)
+        loaded: dict[str, Tensor] = load_state(state, self.checkpoint, validate_access_integrity=False)
+        return loaded
 
 
 def _read_unit(name: str) -> str:

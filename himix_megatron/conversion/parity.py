@@ -37,6 +37,7 @@ from .sharding import scatter
 WHOLE_MODEL_PARAMETERS = 600_000_000
 """2.4 GB in float32, on one side after the other."""
 _CUT_VOCABULARY = 4096
+_LOCAL: Any = {"local_files_only": True, "trust_remote_code": False}
 LIMIT = 2e-5
 """Of logits and features, relative to the largest where that is above 1."""
 _NUM_SAMPLES, _LENGTH, _NUM_VISION = 2, 24, 9
@@ -169,11 +170,9 @@ def transformers_logits(folder: Path, weights: Mapping[str, Tensor], excerpt: Ex
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if excerpt.whole:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=torch.float32, local_files_only=True, trust_remote_code=False
-        )
+        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, **_LOCAL)
     else:
-        settings = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        settings = AutoConfig.from_pretrained(str(folder), **_LOCAL)
         settings.num_hidden_layers, settings.vocab_size = excerpt.model.num_layers, excerpt.model.vocab_size
         settings.pad_token_id = None
         if getattr(settings, "layer_types", None):
@@ -279,10 +278,8 @@ def check_tower(checkpoint: Path, folder: Path) -> str:
         256, (1, 3, vision.image_size, vision.image_size), generator=torch.Generator().manual_seed(3), dtype=torch.uint8
     )
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (vision.pixel_mean, vision.pixel_std))
-    settings = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    peer: Any = AutoModel.from_pretrained(
-        str(folder), dtype=torch.float32, local_files_only=True, trust_remote_code=False
-    ).eval()
+    settings = AutoConfig.from_pretrained(str(folder), **_LOCAL)
+    peer: Any = AutoModel.from_pretrained(str(folder), dtype=torch.float32, **_LOCAL).eval()
     peer = peer.vision_model if hasattr(settings, "vision_config") else peer
     hidden = peer((pixels / 255 - mean) / std, output_hidden_states=True).hidden_states[vision.feature_layer]
     del peer

@@ -35,6 +35,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 _MAX_DIMENSIONS = 64  # torch's
+_STATED: dict[str, Any] = {"dtype": str, "shape": tuple[Size, ...], "data_offsets": tuple[Size, Size]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +48,6 @@ class Entry:
     shape: tuple[int, ...]
     start: int
     """Byte of the file at which it begins."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Stated:
-    """What a header says of a tensor."""
-
-    dtype: str
-    shape: tuple[Size, ...]
-    data_offsets: tuple[Size, Size]
 
 
 class MappedTensors(Mapping[str, Tensor]):
@@ -167,10 +159,11 @@ def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
 
 def _entry(path: Path, first: int, name: str, values: Any) -> Entry:
-    stated = typed_json.build(_Stated, values, "header", field=name)
-    if stated.dtype not in _SIZES or len(stated.shape) > _MAX_DIMENSIONS:
-        raise ValueError(f"{name}: dtype {stated.dtype}, {len(stated.shape)} dimensions")
-    return Entry(path, stated.dtype, stated.shape, first + stated.data_offsets[0])
+    stated = typed_json.as_type(dict[str, Any], values, "header", name)
+    dtype, shape, place = (typed_json.as_type(hint, stated.get(n), "header", f"{name}.{n}") for n, hint in _STATED.items())
+    if dtype not in _SIZES or len(shape) > _MAX_DIMENSIONS:
+        raise ValueError(f"{name}: dtype {dtype}, {len(shape)} dimensions")
+    return Entry(path, dtype, shape, first + place[0])
 
 
 class Scratch:

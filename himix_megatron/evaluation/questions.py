@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..runtime import typed_json
+from ..runtime.untrusted_files import read_below, read_regular
 from .scoring import mmmu
 from .scoring.base import Question
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 YES_NO = "Please answer yes or no."
+MAX_BYTES = 4 << 30  # the largest files have about 1 GB
 
 
 # ---- what all files share ------------------------------------------------------------------------------------------
@@ -30,19 +32,13 @@ YES_NO = "Please answer yes or no."
 
 def read_json(path: Path) -> Any:
     """A JSON file, or the list of a JSONL file's lines. Raises: ValueError naming the line that is neither."""
-    text = path.read_text(encoding="utf-8")
+    text = read_regular(path, MAX_BYTES)
     if path.suffix != ".jsonl":
         # POPE calls its JSONL .json: what is no JSON as a whole is read by lines.
-        with contextlib.suppress(json.JSONDecodeError):
-            return json.loads(text)
-    rows = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number} is no JSON ({error.msg}): wanted JSON, or a JSON object a line") from None
-    return rows
+        with contextlib.suppress(ValueError):
+            return typed_json.parse(text, str(path))
+    lines = enumerate(text.splitlines(), 1)
+    return [typed_json.parse(line, f"{path}:{number}") for number, line in lines if line.strip()]
 
 
 def field(row: Any, name: str, path: Path) -> Any:
@@ -182,10 +178,10 @@ def pope(questions: Path, annotations: Path | None) -> list[Question]:
     return [
         Question(
             id=f"{split}/{field(row, 'question_id', questions)}",
-            text=field(row, "text", questions),
-            prompt=field(row, "text", questions) + SHORT,
-            images=(field(row, "image", questions),),
-            gold=(field(row, "label", questions),),
+            text=str(field(row, "text", questions)),
+            prompt=str(field(row, "text", questions)) + SHORT,
+            images=(str(field(row, "image", questions)),),
+            gold=(str(field(row, "label", questions)),),
             groups=(split,),
         )
         for row in rows
@@ -215,7 +211,7 @@ def _mme_release(folder: Path) -> Iterator[Question]:
         names = {path.stem: path for path in images.iterdir() if path.suffix != ".txt"}
         for path in sorted(texts.glob("*.txt")):
             image = _known(names, path.stem, images).relative_to(folder).as_posix()
-            for line in dict.fromkeys(path.read_text(encoding="utf-8").splitlines()):
+            for line in dict.fromkeys(read_below(folder, path.relative_to(folder).as_posix()).decode().splitlines()):
                 if not line.strip():
                     continue
                 text, _, answer = line.strip().rpartition("\t")
@@ -272,7 +268,7 @@ def _list(value: Any) -> list[Any]:
     if isinstance(value, str) and value.startswith("["):
         try:
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
             return [value]
     return list(value) if isinstance(value, list | tuple) else [value]
 
@@ -284,9 +280,9 @@ def mmvet(questions: Path, annotations: Path | None) -> list[Question]:
         return [
             Question(
                 id=identifier,
-                text=field(row, "question", questions),
-                prompt=field(row, "question", questions),
-                images=(field(row, "imagename", questions),),
+                text=str(field(row, "question", questions)),
+                prompt=str(field(row, "question", questions)),
+                images=(str(field(row, "imagename", questions)),),
             )
             for identifier, row in content.items()
         ]

@@ -27,8 +27,10 @@ from ..data.images.decode import decode
 from ..data.text import chat_template
 from ..data.text.tokenizer import load_tokenizer
 from ..inference.generator import Answerer, Prompt
+from ..runtime import typed_json
 from ..runtime.durable_files import append_synced, publish
 from ..runtime.log import clock
+from ..runtime.untrusted_files import folder_below, open_below, read_below
 from . import questions as read
 from .scoring import gqa, mme, mmmu, mmvet, pope, textvqa, vqav2
 from .scoring.base import Answered, Question, Tally
@@ -37,6 +39,7 @@ from .scoring.bootstrap import with_intervals
 logger = logging.getLogger(__name__)
 
 
+MAX_IMAGE_BYTES = 256 << 20
 BATCHES_APART = 20
 """Replicas wait for each other after this many batches: at the end, hours apart, the wait could outlast the ranks' timeout."""
 
@@ -89,20 +92,20 @@ class Job:
     batch_questions: int
     max_bad_fraction: float
 
-    def __post_init__(self) -> None:
-        if not self.name or "/" in self.name:
-            raise ValueError(f"--name is {self.name!r}: wanted a name for the results, without a slash")
-
 
 def read_questions(kind: str, questions: Path, annotations: Path | None, most: int | None) -> list[Question]:
     """A benchmark's questions, at most `most`. Raises: ValueError if the files are not this benchmark's."""
     for path in (questions, *([annotations] if annotations else [])):
         if not path.exists():
             raise ValueError(f"{path}: no such file or folder")
-    found = BENCHMARKS[kind].read(questions, annotations)[:most]
+    try:
+        found = BENCHMARKS[kind].read(questions, annotations)[:most]
+        times_by_id = Counter(question.id for question in found)
+    except (ArithmeticError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{questions} is not this benchmark's file: {type(error).__name__}: {error}") from None
     if not found:
         raise ValueError(f"{questions} holds no questions")
-    identifier, times = Counter(question.id for question in found).most_common(1)[0]
+    identifier, times = times_by_id.most_common(1)[0]
     if times > 1:
         raise ValueError(f"{questions} has {times} questions with the id {identifier}: ids must be unique")
     # What has no place in the answer file (half of an MME image's questions, say) is found before hours of asking.
@@ -120,9 +123,18 @@ def image_folder(kind: str, questions: Path, images: Path | None) -> Path:
 
 def check_images(job: Job) -> None:
     """Raises: ValueError where more images are missing than may be."""
-    missing = {file for file in {file for q in job.questions for file in q.images} if not (job.images / file).is_file()}
-    first_missing = ((q.id, next((file for file in q.images if file in missing), None)) for q in job.questions)
-    check_bad(job, [(identifier, f"{file} is missing") for identifier, file in first_missing if file is not None])
+    faults = {file: _fault(job.images, file) for q in job.questions for file in q.images}
+    first = ((q.id, next((fault for file in q.images if (fault := faults[file])), None)) for q in job.questions)
+    check_bad(job, [(identifier, fault) for identifier, fault in first if fault is not None])
+
+
+def _fault(images: Path, file: str) -> str | None:
+    """Why an image cannot be read, as far as shows without reading it."""
+    try:
+        open_below(images, file).close()
+        return None
+    except (OSError, ValueError) as error:
+        return f"{file} is missing" if isinstance(error, FileNotFoundError) else str(error)
 
 
 def check_bad(job: Job, bad: Sequence[Bad]) -> None:
@@ -141,14 +153,14 @@ def check_bad(job: Job, bad: Sequence[Bad]) -> None:
 class AnswerFolder:
     """RUN/evaluation/NAME: the settings, and the answers so far. Rank 0 reads; one rank of each replica writes its own file."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, run_dir: Path, name: str):
+        self.run_dir, self.folder = run_dir, run_dir / "evaluation" / name
 
     def begin(self, settings: Mapping[str, Any]) -> dict[str, str]:
         """Answers there are under the same settings, by `asked`; under other ones they are removed, and it is said which."""
         path = self.folder / "settings.json"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        before = json.loads(path.read_text()) if path.is_file() else None
+        folder_below(self.run_dir, f"evaluation/{self.folder.name}")
+        before = typed_json.read_object(path) if path.is_file() else None
         files = sorted(self.folder.glob("answers-*.jsonl"))
         if before != settings:
             if before is not None and files:
@@ -162,10 +174,11 @@ class AnswerFolder:
         found: dict[str, str] = {}
         for file in files:
             # What follows the last line break is half a line that a killed run left; the next answer must not join it.
-            whole, _, rest = file.read_bytes().rpartition(b"\n")
+            whole, _, rest = read_below(self.folder, file.name).rpartition(b"\n")
             if rest:
                 os.truncate(file, len(whole) + 1 if whole else 0)
-            found |= {row["asked"]: row["answer"] for row in map(json.loads, whole.splitlines())}
+            rows = [typed_json.parse_object(line, str(file)) for line in whole.splitlines()]
+            found |= {str(row.get("asked")): str(row.get("answer")) for row in rows}
         return found
 
     def append(self, data_rank: int, answers: Sequence[tuple[Question, str]]) -> None:
@@ -203,7 +216,7 @@ def settings_of(job: Job, config: Config, checkpoint: Path) -> dict[str, Any]:
 def collect(job: Job, run_dir: Path, config: Config, checkpoint: Path, answerer: Answerer) -> tuple[dict[str, str], list[Bad]]:
     """Ask what has no answer yet; every rank calls it. Returns, on rank 0: all answers by `asked`, and what cannot be asked."""
     topology = answerer.topology
-    store = AnswerFolder(run_dir / "evaluation" / job.name)
+    store = AnswerFolder(run_dir, job.name)
     known = store.begin(settings_of(job, config, checkpoint)) if topology.rank == 0 else {}
     # One rank decides, so that all ask for the same; and none writes before the folder is ready.
     box: list[Any] = [[number for number, question in enumerate(job.questions) if asked(question) not in known]]
@@ -232,8 +245,10 @@ def ask(
         batch, prompts = [], []
         for question in mine[first : first + job.batch_questions]:
             try:
-                pictures = tuple(decode((job.images / file).read_bytes(), config.vision) for file in question.images)
-            except (BadSampleError, OSError) as error:
+                pictures = tuple(
+                    decode(read_below(job.images, file, MAX_IMAGE_BYTES), config.vision) for file in question.images
+                )
+            except (BadSampleError, OSError, ValueError) as error:
                 bad.append((question.id, str(error)))
                 logger.warning("%s: question %s cannot be asked: %s", job.name, *bad[-1])
                 continue
@@ -257,16 +272,15 @@ def ask(
 
 
 def conclude(job: Job, run_dir: Path, step: int, known: Mapping[str, str], bad: Sequence[Bad]) -> dict[str, Any]:
-    """Write official answer files, NAME.json and TensorBoard points; the answer to what could not be asked is empty.
+    """Print what NAME.json holds, then write it, official answer files and TensorBoard points; the answer to what could not be
+    asked is empty.
 
     Returns: what NAME.json holds. Raises: ValueError where too much could not be asked.
     """
     check_bad(job, bad)
     answered = [(question, known.get(asked(question), "")) for question in job.questions]
     folder = run_dir / "evaluation" / job.name
-    files = job.benchmark.files(answered)
-    for name, content in files.items():
-        (folder / name).write_text(content, encoding="utf-8")
+    files, points = job.benchmark.files(answered), {}
     result: dict[str, Any] = {
         "benchmark": job.name,
         "step": step,
@@ -279,8 +293,13 @@ def conclude(job: Job, run_dir: Path, step: int, known: Mapping[str, str], bad: 
     else:
         figures = with_intervals(job.benchmark.tallies(answered), job.benchmark.figures)
         result["figures"] = {name: asdict(figure) for name, figure in figures.items()}
-        to_tensorboard(run_dir, job.name, step, {name: figure.value for name, figure in figures.items()})
-    (folder.parent / f"{job.name}.json").write_text(json.dumps(result, indent=2) + "\n")
+        points = {name: figure.value for name, figure in figures.items()}
+    print(json.dumps(result, indent=2), flush=True)  # first: a disk may be full
+    for name, content in files.items():
+        publish(folder / name, content.encode())
+    publish(folder.parent / f"{job.name}.json", (json.dumps(result, indent=2) + "\n").encode())
+    if points:
+        to_tensorboard(run_dir, job.name, step, points)
     return result
 
 
@@ -288,6 +307,6 @@ def to_tensorboard(run_dir: Path, name: str, step: int, values: Mapping[str, flo
     """A point for each figure, at the checkpoint's step."""
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(str(run_dir / "tensorboard")) as writer:
+    with SummaryWriter(str(folder_below(run_dir, "tensorboard"))) as writer:
         for figure, value in values.items():
             writer.add_scalar(f"evaluation/{name}/{figure}".replace(" ", "_"), value, step)

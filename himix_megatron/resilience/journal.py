@@ -110,16 +110,14 @@ def settings_of(config: Config) -> str:
 def _read(path: Path) -> list[Event]:
     events, wrong = [], []
     try:
-        lines = read_regular(path, typed_json.MAX_FILE_BYTES).splitlines()
-    except FileNotFoundError:
-        return []
+        lines = read_regular(path, typed_json.MAX_FILE_BYTES).splitlines() if path.exists() else []
     except (OSError, ValueError) as error:
-        lines, wrong = [], [str(error)]
+        lines, wrong = [], [error]
     for number, line in enumerate(lines, 1):
         try:
             events.append(_event(line, f"line {number}"))
         except ValueError as error:
-            wrong.append(str(error))
+            wrong.append(error)
     if wrong:  # of a kill, or a disk: what it tells is not worth the run
         logger.warning("%s: passed over %d lines: %s", path, len(wrong), wrong[0])
     return events
@@ -128,7 +126,7 @@ def _read(path: Path) -> list[Event]:
 def _event(line: bytes, where: str) -> Event:
     """The event in a line. Raises: ValueError for one without its facts."""
     event = typed_json.parse_object(line, where)
-    wanted = {"event": str, "step": int} | _FACTS.get(str(event.get("event")), {})
-    for name, hint in (wanted | ({"seconds": dict[str, float]} if "seconds" in event else {})).items():
+    seconds = {"seconds": dict[str, float]} if "seconds" in event else {}
+    for name, hint in ({"event": str, "step": int} | seconds | _FACTS.get(str(event.get("event")), {})).items():
         typed_json.as_type(hint, event.get(name), where, name)
     return event

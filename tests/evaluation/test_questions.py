@@ -152,7 +152,20 @@ def test_mmvet(tmp_path: Path) -> None:
 
 MISTAKES = {
     "no such file": ("gqa", None, r"absent\.json: no such file or folder"),
-    "no JSON": ("gqa", "{]", r"file\.json:1 is no JSON"),
+    "no JSON": ("gqa", "{]", r"file\.json:1: no JSON"),
+    "too deep": ("gqa", "[" * 90_000, r"file\.json:1: no JSON that can be read: too many lists"),
+    "no table": ("gqa", {"1": {"question": "?", "imageId": 1, "types": 5}}, r"file\.json is not this benchmark's file"),
+    "no numbers": ("vqav2", {"data_subtype": "v", "questions": [5]}, "a question has no question"),
+    "an image without a number": (
+        "vqav2",
+        {"data_subtype": "v", "questions": [{"question": "?", "image_id": [], "question_id": 1}]},
+        r"file\.json is not this benchmark's file: TypeError",
+    ),
+    "an endless number": (
+        "vqav2",
+        '{"data_subtype": "v", "questions": [{"question": "?", "image_id": 1e999, "question_id": 1}]}',
+        r"file\.json is not this benchmark's file: OverflowError",
+    ),
     "another benchmark's": ("gqa", {"data": [1]}, r"a question has no question .*is it this benchmark's file\?"),
     "nothing in it": ("vqav2", {"data_subtype": "val2014", "questions": []}, r"file\.json holds no questions"),
     "no rows": ("mmvet", [], r"file\.json holds no questions"),

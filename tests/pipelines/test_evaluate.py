@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -273,6 +277,105 @@ MISTAKES = {
 def test_mistake_is_one_line(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     words, wanted = MISTAKES[name]
     assert wanted in message(evaluate.main, ["RUN", *words], monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../../x", ".x", "-x", "a\nb", "x" * 61])
+def test_results_have_a_name_that_is_one(name: str) -> None:
+    with pytest.raises(ValueError, match="is no name of results"):
+        asking(Path("run"), Path("MME"), name=name)
+
+
+def test_results_of_a_dataset_have_the_name_of_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = {"data/shards": "shards", "data/shards/..": "data", ".": tmp_path.name, "../x": "x", "日本 語": "日本 語"}
+    assert {path: Arguments(run=tmp_path, data=Path(path)).results for path in names} == names
+    with pytest.raises(ValueError, match="'' is no name of results"):
+        Arguments(run=tmp_path, data=Path("/"))
+
+
+@pytest.fixture
+def barred(request: pytest.FixtureRequest, run: Path) -> Iterator[Path]:
+    """A run folder without a place for results."""
+    if request.param == "read-only":
+        done = subprocess.run(["mount", "--bind", "-o", "ro", str(run), str(run)], capture_output=True, check=False)
+        if done.returncode:
+            pytest.skip("a read-only mount needs root")
+        yield run
+        subprocess.run(["umount", str(run)], check=True)
+        return
+    elsewhere = run.with_name("elsewhere")
+    elsewhere.mkdir()
+    shutil.rmtree(run / request.param, ignore_errors=True)
+    (run / request.param).symlink_to(elsewhere)
+    yield run
+    assert list(elsewhere.iterdir()) == []
+
+
+@pytest.mark.parametrize("barred", ["read-only", "evaluation", "tensorboard"], indirect=True)
+def test_nothing_is_asked_if_the_results_could_not_be_kept(
+    barred: Path, release: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(evaluate, "ensure_ranks", lambda *_: pytest.fail("ranks were started"))
+    words = [str(barred), "--benchmark", "mme", "--questions", str(release)]
+    assert re.search(
+        "(evaluation|tensorboard).*(cannot be written|is a symbolic link|Read-only)",
+        message(evaluate.main, words, monkeypatch, capsys),
+    )
+
+
+def show_figures_of_a_full_disk(run: Path, release: Path) -> str:
+    """Evaluate where nothing can be written any more once the questions were asked. Returns: what was shown."""
+    from himix_megatron.evaluation import runner
+
+    shown, collect = io.StringIO(), runner.collect
+
+    def fill(*given: Any) -> Any:
+        answers = collect(*given)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        return answers
+
+    runner.collect = fill
+    with contextlib.redirect_stdout(shown), contextlib.suppress(OSError):
+        evaluate.evaluate_benchmark(asking(run, release))
+    return shown.getvalue()
+
+
+def test_figures_are_shown_before_they_are_written(run: Path, release: Path) -> None:
+    (shown,) = run_ranks(show_figures_of_a_full_disk, 1, run, release, start_gloo=False)
+    assert "perception" in json.loads(shown)["figures"]
+    assert not (run / "evaluation" / "mme.json").exists()
+
+
+def test_results_are_not_written_through_links(run: Path, done: Done, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("mine, without a line break")
+    (run / "evaluation" / "mme").mkdir(parents=True)
+    for name in ("mme.json", "mme/color.txt"):
+        (run / "evaluation" / name).symlink_to(victim)
+    on_ranks(asking(run, done.release))
+    (run / "evaluation" / "mme" / "answers-000.jsonl").unlink()
+    (run / "evaluation" / "mme" / "answers-000.jsonl").symlink_to(victim)
+    with pytest.raises(RuntimeError, match=r"answers-000\.jsonl is a symbolic link"):
+        on_ranks(asking(run, done.release))
+    assert victim.read_text() == "mine, without a line break"
+
+
+@pytest.mark.parametrize("name", ["../victim.png", "VICTIM", "inside/link.png", "linked/victim.png", "fifo.png", "inside"])
+def test_images_are_read_from_their_folder_alone(name: str, run: Path, tmp_path: Path) -> None:
+    images, victim = tmp_path / "images", tmp_path / "victim.png"
+    (images / "inside").mkdir(parents=True)
+    Image.new("RGB", (20, 20), "red").save(victim)
+    (images / "inside" / "link.png").symlink_to(victim)
+    (images / "linked").symlink_to(tmp_path)
+    os.mkfifo(images / "fifo.png")
+    name = name.replace("VICTIM", str(victim))
+    (tmp_path / "vet.json").write_text(json.dumps({"v1_0": {"imagename": name, "question": "What is it?"}}))
+    asked = Arguments(run=run, benchmark="mmvet", questions=tmp_path / "vet.json", images=images)
+    with pytest.raises(
+        ValueError, match=r"have an image in .* that cannot be read.*(is no name|symbolic link|wanted a regular)"
+    ):
+        evaluate.evaluate_benchmark(asked)
 
 
 def test_half_of_an_images_questions_are_refused_before_they_are_asked(run: Path, release: Path) -> None:
