@@ -12,7 +12,7 @@ import pickle
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..runtime.untrusted_files import read_regular
 
@@ -48,7 +48,14 @@ _NAMED |= dict.fromkeys(("pathlib.PosixPath", "pathlib._local.PosixPath"), _Stan
 _NAMED |= {"torch.Size": tuple, "torch.serialization._get_layout": str}  # the second looks a layout up by its name
 
 
-class _Reader(pickle.Unpickler):
+class _Reader(pickle._Unpickler):
+    # The one in Python, since the other allocates what a number in the file says. No save numbers its memory.
+    dispatch: ClassVar = {
+        code: load
+        for code, load in pickle._Unpickler.dispatch.items()
+        if code not in b"".join((pickle.PUT, pickle.LONG_BINPUT, pickle.BYTEARRAY8))
+    }
+
     def find_class(self, module: str, name: str) -> Any:
         named = f"{module}.{name}"
         if named not in _NAMED and not _DTYPE.fullmatch(named):

@@ -143,8 +143,8 @@ def test_no_pickle_of_a_checkpoint_is_run(
 ) -> None:
     attack(step)
     sign(step)
-    assert says in "; ".join(verify_checkpoint(step))
     if attack not in (bomb, bytes_for_a_tensor):
+        assert says in "; ".join(verify_checkpoint(step))
         return
     config = saving_config(mixed_dataset, tmp_path / "run", steps=2, layout={"distributed_optimizer": True})
     (found,) = run_ranks(loads, 1, config, start_gloo=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,28 @@ def test_a_folder_of_another_normalisation_or_kind_or_without_weights_is_refused
         build_tower(config, seed=0, dtype=torch.float32)
     with pytest.raises(ValueError, match=r"no config\.json in"):
         build_tower(dataclasses.replace(config, path=str(tmp_path / "none")), seed=0, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("config.json", b"[" * 90_000, "config.json: no JSON that can be read: too many lists"),
+        ("preprocessor_config.json", b"[" * 90_000, "preprocessor_config.json: no JSON that can be read"),
+        ("preprocessor_config.json", b'{"image_mean": 0.5}', "vision.pixel_mean is .*says 0.5"),
+        ("model.safetensors", b"[" * 90_000, "model.safetensors is damaged"),
+        ("model.safetensors", None, "model.safetensors is a FIFO: wanted a regular file"),
+        ("preprocessor_config.json", b"[]", "preprocessor_config.json: it is a list, wanted an object"),
+    ],
+)
+def test_a_folder_that_cannot_be_read_is_one_line(tmp_path: Path, name: str, content: bytes | None, says: str) -> None:
+    config = _folder(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    if content is None:
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=says):
+        build_tower(config, seed=0, dtype=torch.float32)
 
 
 def test_missing_weights_are_named_not_made_up(tmp_path: Path) -> None:
