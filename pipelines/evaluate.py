@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RESULTS_NAME = Pattern(r"[^\x00-\x1f\x7f/\\.-][^\x00-\x1f\x7f/\\]{,59}", "up to 60 characters, no slash, no dot or dash first")
+RESULTS_NAME = Pattern(r"[^\x00-\x1f\x7f/\\.-][^\x00-\x1f\x7f/\\]{,74}", "up to 75 characters, no slash, no dot or dash first")
 MAX_NEW_TOKENS = 32
 """Default of --max-new-tokens for a shard dataset's questions."""
 

@@ -279,7 +279,7 @@ def test_mistake_is_one_line(name: str, monkeypatch: pytest.MonkeyPatch, capsys:
     assert wanted in message(evaluate.main, ["RUN", *words], monkeypatch, capsys)
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../../x", ".x", "-x", "a\nb", "x" * 61])
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../../x", ".x", "-x", "a\nb", "x" * 76])
 def test_results_have_a_name_that_is_one(name: str) -> None:
     with pytest.raises(ValueError, match="is no name of results"):
         asking(Path("run"), Path("MME"), name=name)
