@@ -1,7 +1,8 @@
 """Serve a run over HTTP, in the form of OpenAI's chat completions, so that existing clients can ask it.
 
     python -m pipelines.serve runs/quickstart/instruct
-    curl --json '{"messages": [{"role": "user", "content": "What is it?"}]}' http://127.0.0.1:8000/v1/chat/completions
+    curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+        -d '{"messages": [{"role": "user", "content": "What is it?"}]}'
 
 Content is a text, or a list of {"type": "text", "text": ...} and {"type": "image_url", "image_url": {"url": "data:image/..."}}.
 Images come inside the request: no address is ever fetched. One process on one device, greedy unless `temperature` says
@@ -20,7 +21,6 @@ import errno
 import http.client
 import json
 import logging
-import os
 import re
 import resource
 import select
@@ -223,7 +223,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _check_head(self) -> int:
         """Length of the body. Raises: RefusalError if it is not clear, or the request not meant for this server; ValueError."""
-        head, lengths = self.headers, self.headers.get_all("Content-Length", [])
+        head, lengths, is_post = self.headers, self.headers.get_all("Content-Length", []), self.command == "POST"
         hosts, origin = head.get_all("Host", []), head.get("Origin")
         length = int(lengths[0]) if lengths and re.fullmatch("[0-9]{1,12}", lengths[0]) else -1
         has_two = len(lengths) > 1 or bool(lengths and "Transfer-Encoding" in head)
@@ -233,18 +233,14 @@ class Handler(BaseHTTPRequestHandler):
             (403, not all(map(self.server.is_called, hosts)), f"{hosts} is no name of this server (see --allowed-hosts)"),
             (403, is_foreign, f"pages of {origin} may not ask this server"),
             (400, has_two, "more than one Content-Length, or a Transfer-Encoding beside it"),
-            (411, self.command == "POST" and not lengths, "wanted a Content-Length"),
+            (411, is_post and not lengths, "wanted a Content-Length"),
             (400, bool(lengths) and length < 0, "Content-Length is no number"),
             (413, length > MAX_BYTES, f"a request has at most {MAX_BYTES} bytes"),
-            (
-                415,
-                self.command == "POST" and head.get_content_type() != "application/json",
-                "wanted Content-Type: application/json",
-            ),
+            (415, is_post and head.get_content_type() != "application/json", "wanted Content-Type: application/json"),
         ):
             if is_wrong:
                 raise RefusalError(code, message)
-        self.close_connection |= self.command != "POST" and (length > 0 or "Transfer-Encoding" in head)
+        self.close_connection |= not is_post and (length > 0 or "Transfer-Encoding" in head)
         return length
 
     def _chat(self, length: int) -> None:
@@ -293,8 +289,7 @@ class Handler(BaseHTTPRequestHandler):
             raise ConnectionAbortedError
 
     def _envelope(self, kind: str) -> dict[str, Any]:
-        name = self.server.name
-        return {"id": f"chatcmpl-{time.time_ns():x}", "object": kind, "created": int(time.time()), "model": name}
+        return {"id": f"chatcmpl-{time.time_ns():x}", "object": kind, "created": int(time.time()), "model": self.server.name}
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Reply with an error, and read no more: what follows could be the rest of this request."""
@@ -329,8 +324,8 @@ class Server(ThreadingHTTPServer):
         super().__init__((arguments.host, arguments.port), Handler)
         self.name, self.is_open = arguments.run.resolve().name, arguments.host in ("0.0.0.0", "::")
         self.names = {"localhost", "127.0.0.1", "::1", *map(str.lower, (arguments.host, *arguments.allowed_hosts))}
-        spare = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - len(os.listdir("/proc/self/fd")) - 32
-        self.free, self.large = threading.Semaphore(max(1, min(MAX_CONNECTIONS, spare))), threading.Semaphore(2)
+        spare = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 128  # the model and the rest of the process have about 100
+        self.free, self.large = threading.Semaphore(max(8, min(MAX_CONNECTIONS, spare))), threading.Semaphore(2)
         self.reading: dict[socket.socket, float] = {}
         """Connections whose request has not arrived, and since when."""
 
@@ -342,8 +337,9 @@ class Server(ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Give a connection its thread, or close it."""
         if not self.free.acquire(blocking=False):
-            self._drop(min(self.reading, key=self.reading.__getitem__, default=None))
-            if not self.free.acquire(timeout=0.5):
+            oldest = next(iter(sorted(self.reading.copy().items(), key=lambda item: item[1])), (None,))[0]
+            self._drop(oldest)
+            if not self.free.acquire(timeout=0.5 if oldest else 0.0):
                 return self.close_request(request)
         self.reading[request] = time.monotonic()
         super().process_request(request, client_address)
