@@ -18,15 +18,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from himix_megatron.checkpoint.description import check_architecture
 from himix_megatron.checkpoint.manifest import find_checkpoint
-from himix_megatron.config import Config, Count, ParallelConfig
+from himix_megatron.config import Config, ParallelConfig
 from himix_megatron.data.errors import BadSampleError
 from himix_megatron.data.images import image_file
 from himix_megatron.data.images.decode import decode
+from himix_megatron.data.ingest.sources.base import MAX_SAMPLE_BYTES
 from himix_megatron.data.text import chat_template
 from himix_megatron.data.text.tokenizer import Tokenizer, load_tokenizer
 from himix_megatron.distributed.launch import ensure_ranks
-from himix_megatron.inference.text_stream import TextStream
+from himix_megatron.inference.text_stream import TextStream, check_stops
+from himix_megatron.runtime.limits import Limit
 from himix_megatron.runtime.process import bulk_import
+from himix_megatron.runtime.untrusted_files import read_regular
 from pipelines.cli import parse_settings, run_main
 from pipelines.evaluate import load_config, start
 from pipelines.flags import Word
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
 
 A_DAY_SECONDS = 86400.0
 """How long the other ranks wait for the next question."""
+NewTokens = Annotated[int, Limit(1, 1 << 16)]
+"""Tokens of an answer: the cache has room for as many from the start."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class Arguments:
     """Image files of the first question, in order."""
     checkpoint: Path | None = None
     """Checkpoint to load, a checkpoints/step-... folder; None: the newest of the run."""
-    max_new_tokens: Count = 256
+    max_new_tokens: NewTokens = 256
     """Maximum length of an answer, in tokens."""
     temperature: float = 0.0
     """Temperature of sampling; 0: always the most likely token."""
@@ -81,7 +86,7 @@ def prepare(arguments: Arguments) -> Job:
     with bulk_import():
         from himix_megatron.inference.sampling import Sampling
 
-    TextStream(load_tokenizer("bytes"), arguments.stop)  # refuses an empty stop text
+    check_stops(arguments.stop)
     layout = arguments.parallel
     if arguments.question is None:
         layout = dataclasses.replace(layout, timeout_seconds=max(layout.timeout_seconds, A_DAY_SECONDS))
@@ -100,10 +105,9 @@ def prepare(arguments: Arguments) -> Job:
 
 
 def read_image(path: Path, config: Config) -> image_file.Pixels:
-    """The tower's pixels of an image file. Raises: ValueError naming the file, when it is no image or a damaged one."""
-
+    """The tower's pixels of an image file. Raises: ValueError naming the file, if it is no image, a damaged or a large one."""
     try:
-        return decode(path.read_bytes(), config.vision)
+        return decode(read_regular(path, MAX_SAMPLE_BYTES), config.vision)
     except BadSampleError as error:
         raise ValueError(f"--image {path}: {error}") from None
 
@@ -162,7 +166,8 @@ def generate(arguments: Arguments, job: Job) -> list[str]:
 def main() -> None:
     """The command line."""
     arguments = parse_settings(Arguments, sys.argv[1:], "python -m pipelines.generate")
-
+    if arguments.question is None and sys.stdin is None:
+        raise ValueError("standard input is closed: give --question, or questions on standard input")
     job = prepare(arguments)
     layout = arguments.parallel
     ensure_ranks(layout.tensor * layout.pipeline, "pipelines.generate", sys.argv[1:])

@@ -12,6 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
+"""Beyond them quotients are infinite, or all the same."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
@@ -25,12 +28,13 @@ class Sampling:
     """Of the draws; text number b of a call has its own, whatever else is asked with it."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}: wanted 0 (the most likely token) or more")
+        if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE:
+            wanted = f"0 (the most likely token), or {MIN_TEMPERATURE} to {MAX_TEMPERATURE}"
+            raise ValueError(f"temperature is {self.temperature}: wanted {wanted}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}: wanted above 0, at most 1 (all tokens)")
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}: wanted 0 or more")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed is {self.seed}: wanted 0 to 2^64 - 1")
 
     def stream(self, text: int) -> np.random.Generator:
         """The draws of one text, in order."""

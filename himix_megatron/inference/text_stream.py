@@ -8,6 +8,15 @@ from ..data.text.tokenizer import Tokenizer
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """What bytes decode to that are not yet a whole character."""
+MAX_STOPS, MAX_STOP_CHARACTERS = 16, 256
+"""Every new token is compared with each of them, from each of their characters on."""
+
+
+def check_stops(stops: Sequence[str]) -> None:
+    """Raises: ValueError for stop texts that are too many, too long, or empty (each answer would end before its first word)."""
+    if len(stops) > MAX_STOPS or not all(1 <= len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
+        wanted = f"at most {MAX_STOPS}, of 1 to {MAX_STOP_CHARACTERS} characters"
+        raise ValueError(f"a stop string is empty or too long, or there are too many: wanted {wanted}")
 
 
 class TextStream:
@@ -18,9 +27,8 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), write: Callable[[str], object] | None = None):
-        """`write` gets each new piece of text. Raises: ValueError for an empty stop string."""
-        if "" in stops:
-            raise ValueError("a stop string is empty: it would end every answer before its first word")
+        """`write` gets each new piece of text. Raises: as `check_stops`."""
+        check_stops(stops)
         self.text = ""
         """What was written so far."""
         self._tokenizer, self._stops, self._write = tokenizer, tuple(stops), write

@@ -242,7 +242,11 @@ def test_the_largest_draw_finds_a_token() -> None:
         assert ((tokens >= 0) & (tokens < 1000)).all()
 
 
-@pytest.mark.parametrize(("name", "value"), [("temperature", -0.1), ("top_p", 0.0), ("top_p", 1.1), ("seed", -1)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", v) for v in (-0.1, float("nan"), float("inf"), 1e-320)]
+    + [("top_p", 0.0), ("top_p", 1.1), ("top_p", float("nan")), ("seed", -1), ("seed", 2**64)],
+)
 def test_sampling_refuses_what_means_nothing(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} is {value}"):
         Sampling(**{name: value})  # type: ignore[arg-type]
@@ -283,6 +287,7 @@ def test_a_cut_character_is_shown_at_the_end() -> None:
     assert stream.finish().startswith("a\N{REPLACEMENT CHARACTER}")
 
 
-def test_an_empty_stop_text_is_refused() -> None:
-    with pytest.raises(ValueError, match="stop string is empty"):
-        TextStream(load_tokenizer("bytes"), [""])
+@pytest.mark.parametrize("stops", [[""], ["x" * 257], ["x"] * 17], ids=["empty", "long", "many"])
+def test_a_stop_text_that_is_empty_or_costs_too_much_is_refused(stops: list[str]) -> None:
+    with pytest.raises(ValueError, match="a stop string is empty or too long, or there are too many"):
+        TextStream(load_tokenizer("bytes"), stops)

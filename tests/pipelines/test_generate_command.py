@@ -98,8 +98,13 @@ MISTAKES = {
     "no image": (["RUN", "--image", "EMPTY/none.png"], r"EMPTY/none.png: No such file"),
     "not an image": (["RUN", "--image", "TEXT"], r"--image .*text.jpg: not_an_image"),
     "temperature": (["RUN", "--temperature", "-1"], r"temperature is -1.0: wanted 0"),
+    "no temperature": (["RUN", "--temperature", "nan"], r"temperature is nan: wanted 0"),
+    "cold": (["RUN", "--temperature", "1e-320"], r"temperature is 1e-320: wanted 0"),
+    "FIFO": (["RUN", "--image", "FIFO"], r"fifo is a FIFO: wanted a regular file"),
+    "device": (["RUN", "--image", "/dev/zero"], r"/dev/zero is a device: wanted a regular file"),
+    "many tokens": (["RUN", "--max-new-tokens", "9" * 22], r"--max-new-tokens is 9+: wanted 1 to 65536"),
     "top_p": (["RUN", "--top-p", "0"], r"top_p is 0.0: wanted above 0"),
-    "tokens": (["RUN", "--max-new-tokens", "0"], r"--max-new-tokens is 0: wanted 1 or more"),
+    "tokens": (["RUN", "--max-new-tokens", "0"], r"--max-new-tokens is 0: wanted 1 to 65536"),
     "stop": (["RUN", "--stop", ""], r"a stop string is empty"),
     "layout": (["RUN", "--parallel.tensor", "4"], r"model.num_query_groups \(2\) does not divide over parallel.tensor \(4\)"),
     "flag": (["RUN", "--questions", "x"], r"unknown setting --questions: did you mean --question"),
@@ -115,7 +120,15 @@ def test_mistake_is_one_line(
     (tmp_path / "EMPTY").mkdir()
     (tmp_path / "text.jpg").write_text("no picture")
     words, wanted = MISTAKES[name]
-    places = {"RUN": str(run), "TEXT": str(tmp_path / "text.jpg")}
+    os.mkfifo(tmp_path / "fifo")
+    places = {"FIFO": str(tmp_path / "fifo"), "RUN": str(run), "TEXT": str(tmp_path / "text.jpg")}
     words = [places.get(word, word.replace("EMPTY", str(tmp_path / "EMPTY"))) for word in words]
     shown = message(generate.main, [*words, *([] if name == "flag" else ["--question", "Why?"])], monkeypatch, capsys)
     assert re.search(wanted, shown), shown
+
+
+def test_questions_from_a_closed_standard_input_are_refused(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "standard input is closed: give --question" in message(generate.main, [str(run)], monkeypatch, capsys)

@@ -203,9 +203,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.has_transparency_data:
-            seen = image.convert("RGBA")
-            white = Image.new("RGBA", seen.size, "white")
-            image = Image.alpha_composite(white, seen)
+            image = image if image.mode == "RGBA" else image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except PILLOW_ERRORS as error:
         raise BadSampleError("damaged_image", _plain(error)) from None
