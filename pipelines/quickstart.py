@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 from himix_megatron.config import check_ranks
 from himix_megatron.data.shards.shard_format import manifest_path
+from himix_megatron.runtime import typed_json
 from pipelines.cli import parse, parse_settings, run_main, split_recipe_flags
 from pipelines.scenes import SceneSettings, write_corpus
 
@@ -165,7 +166,7 @@ def quickstart(job: Job) -> dict[str, Any]:
     initial = ("--checkpoint.init-from", str(job.out / "align"), "--data.validation-path", str(shards / "heldout"))
     seconds["instruct"] = run("instruct: questions and answers", pretrain(job, "instruct", *initial))
     seconds["evaluate"] = run("evaluate: held-out questions, own and shuffled images", evaluate(job))
-    found = json.loads((job.out / "instruct" / "evaluation" / "heldout.json").read_text())
+    found = typed_json.read_object(job.out / "instruct" / "evaluation" / "heldout.json")
     summary = {
         "answer_accuracy": found["answer_accuracy"],
         "answer_accuracy_shuffled_images": found["answer_accuracy_shuffled_images"],

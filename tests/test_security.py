@@ -81,6 +81,20 @@ def test_one_file_reads_pickles_and_only_looks_through_them() -> None:
     assert opening == {"himix_megatron/checkpoint/torch_metadata.py"}
 
 
+def test_json_from_outside_is_read_in_one_place() -> None:
+    """Elsewhere `json.loads` sees only what this program has just written, or, in tools for developers, files of their own."""
+    own = ("tools/gpu_check/", "tools/bench/", "tools/dev_slurm.py", "tools/doctor/network.py", "tools/compare_reference.py")
+    found = [
+        f"{place}:{call.lineno}"
+        for file in product_files()
+        for name, call in calls(file)
+        if name in ("json.load", "json.loads")
+        and not (place := str(file.relative_to(ROOT))).startswith(own)
+        and not (isinstance(call.args[0], ast.Call) and ast.unparse(call.args[0].func) in ("to_json", "json.dumps"))
+    ]
+    assert [place.split(":")[0] for place in found] == ["himix_megatron/runtime/typed_json.py"]
+
+
 def test_no_product_code_starts_a_shell() -> None:
     found = []
     for file in product_files():
