@@ -21,6 +21,9 @@ GPU_CHECK_ARGS ?=
 # torch is pinned in one place, and installed before anything that would take whichever torch is newest.
 TORCH = $(shell grep '^torch==' constraints.txt)
 
+# Older ones write outside their folder for a hostile archive. Where no index has it, the old one installs the rest.
+PIP := pip>=26.2
+
 find_python = $(shell for python in $(1); do \
     "$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, $(2)))' 2>/dev/null && echo "$$python" && break; done)
 
@@ -120,6 +123,7 @@ test -n "$(2)" || { echo "error: no Python $(3) or newer with venv and ensurepip
 "$(1)/bin/python" -m pip --version >/dev/null 2>&1 || { rm -rf "$(1)"; "$(2)" -m venv "$(1)"; }; \
 echo "Installing into $(1) (one to three minutes)"; \
 export PIP_DISABLE_PIP_VERSION_CHECK=1; \
+"$(1)/bin/python" -m pip install --quiet "$(PIP)" || echo "note: going on with the pip of $(1), older than $(PIP)" >&2; \
 "$(1)/bin/python" -m pip install --quiet "$(TORCH)"; \
 "$(1)/bin/python" -m pip install --quiet --constraint constraints.txt --editable '.[$(5)]'; \
 touch "$(1)/complete"
