@@ -35,7 +35,7 @@ PICTURES: dict[str, Callable[[], Any]] = {
     "another scheme": lambda: "file:///etc/hostname",
     "a missing file": lambda: "missing.png",
     "/dev/zero": lambda: "/dev/zero",
-    "a FIFO": lambda: os.mkfifo("fifo") or "fifo",  # type: ignore[func-returns-value]
+    "a FIFO": lambda: os.mkfifo("tmp/fifo") or "tmp/fifo",  # type: ignore[func-returns-value]
     "a folder": lambda: Path.cwd(),
     "None": lambda: None,
     "a number": lambda: 7,
