@@ -138,8 +138,7 @@ def test_good_files_are_read_by_every_entry(world: Path, server: hostile_http.Se
             bad.append(
                 f"{outcome.call}: {outcome.exit_code}, {outcome.error}: {(FOLDER / 'case' / 'stderr').read_text()[-300:]}"
             )
-    good = hostile_http.Asked(hostile_http.framed(json.dumps(hostile_http.good_body()).encode()), "good", True)
-    assert server.ask(good, seconds_allowed())[0] is None
+    assert server.ask(hostile_http.GOOD, seconds_allowed())[0] is None
     assert not bad, "\n".join(bad)
     print(f"{len(seen)} calls end well on good files", flush=True)
 

@@ -112,6 +112,9 @@ def request(draw: random.Random) -> Asked:
     return Asked(data, told_one, False)
 
 
+GOOD = Asked(framed(json.dumps(good_body()).encode()), "an honest request", True)
+
+
 class Server:
     """A server in a process of its own, started again when it is gone."""
 
@@ -151,10 +154,10 @@ class Server:
         self.start()
         assert self._process is not None
         before = self.log.stat().st_size
-        reply = self._send(asked.data, seconds)
+        reply = self._send(asked, seconds)
         error, cause = self._judge(asked, reply, before)
         if error is None:
-            health = self._send(framed(json.dumps(good_body()).encode()), seconds)
+            health = self._send(GOOD, seconds)
             if health is None or not health.startswith(b"HTTP/1.1 200"):
                 error, cause = "an honest request is not answered afterwards", "serve does not go on"
         said = self.log.read_bytes()[before:].decode(errors="replace")[-1500:]
@@ -186,27 +189,21 @@ class Server:
             return "control characters in the server's log", "control characters of serve"
         return None, ""
 
-    def _send(self, data: bytes, seconds: float) -> bytes | None:
+    def _send(self, asked: Asked, seconds: float) -> bytes | None:
         """The whole reply; None: not within the time."""
         found, until = b"", time.monotonic() + seconds
-        with (
-            contextlib.suppress(ConnectionError, BrokenPipeError),
-            socket.create_connection(("127.0.0.1", self.port), 10) as client,
-        ):
+        with contextlib.suppress(ConnectionError), socket.create_connection(("127.0.0.1", self.port), 10) as client:
             client.settimeout(seconds)
-            try:
-                with contextlib.suppress(ConnectionError, BrokenPipeError):
-                    client.sendall(data)
+            with contextlib.suppress(OSError):  # the server may refuse the rest of it, and has answered then
+                client.sendall(asked.data)
+                if not asked.must_answer:  # it may announce more than it brings
                     client.shutdown(socket.SHUT_WR)
-                while time.monotonic() < until:
-                    part = client.recv(65536)
-                    if not part:
-                        return found
+            try:
+                while time.monotonic() < until and (part := client.recv(65536)):
                     found += part
             except TimeoutError:
                 return None
-            return None
-        return found
+        return found if time.monotonic() < until else None
 
     def _peak(self) -> int:
         """Most memory that it ever had, in bytes."""
