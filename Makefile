@@ -21,11 +21,14 @@ GPU_CHECK_ARGS ?=
 # torch is pinned in one place, and installed before anything that would take whichever torch is newest.
 TORCH = $(shell grep '^torch==' constraints.txt)
 
+# Older ones write outside their folder for a hostile archive. Where no index has it, the old one installs the rest.
+PIP := pip>=26.2
+
 find_python = $(shell for python in $(1); do \
     "$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, $(2)))' 2>/dev/null && echo "$$python" && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help newcomer setup quickstart test test-fast lint test-py312 python-py312 campaign-convert-7b campaign-data campaign-faults campaign-saves bench-checkpoint bench-data bench-model bench-pipeline tensorboard clean campaign-slurm gpu-check docs docs-serve
+.PHONY: help newcomer setup quickstart test test-fast lint test-py312 python-py312 campaign-convert-7b campaign-data campaign-faults campaign-hostile campaign-saves bench-checkpoint bench-data bench-model bench-pipeline tensorboard clean campaign-slurm gpu-check docs docs-serve
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +68,10 @@ campaign-data: $(VENV)/complete ## Kill preprocessing, and interrupt reading, ve
 
 campaign-faults: $(VENV)/complete ## Let random real faults happen to runs, each of which must recover by itself (FAULTS=500 SEED=1 REPORT=DIR)
 	FAULTS="$(FAULTS)" SEED="$(SEED)" REPORT="$(REPORT)" $(VENV)/bin/python -m pytest -m campaign -s --show-capture=no tests/campaigns/test_faults.py $(PYTEST_ARGS)
+
+campaign-hostile: $(VENV)/complete ## Hostile files and requests, drawn by a seed, for every entry (SEED=1 MINUTES=10; CASE=123 repeats one)
+	SEED="$(SEED)" MINUTES="$(MINUTES)" CASE="$(CASE)" ONLY="$(ONLY)" REPORT="$(REPORT)" $(VENV)/bin/python -m pytest -m campaign -s \
+	    --show-capture=no tests/campaigns/test_hostile.py $(PYTEST_ARGS)
 
 campaign-saves: $(VENV)/complete ## Kill ranks at every point of a save, and damage every file of one (288 kills, 1,300 damages; 5 minutes)
 	LAYOUTS="$(LAYOUTS)" FLIPS="$(FLIPS)" CUTS="$(CUTS)" SEED="$(SEED)" $(VENV)/bin/python -m pytest -m campaign -s \
@@ -120,6 +127,7 @@ test -n "$(2)" || { echo "error: no Python $(3) or newer with venv and ensurepip
 "$(1)/bin/python" -m pip --version >/dev/null 2>&1 || { rm -rf "$(1)"; "$(2)" -m venv "$(1)"; }; \
 echo "Installing into $(1) (one to three minutes)"; \
 export PIP_DISABLE_PIP_VERSION_CHECK=1; \
+"$(1)/bin/python" -m pip install --quiet "$(PIP)" || echo "note: going on with the pip of $(1), older than $(PIP)" >&2; \
 "$(1)/bin/python" -m pip install --quiet "$(TORCH)"; \
 "$(1)/bin/python" -m pip install --quiet --constraint constraints.txt --editable '.[$(5)]'; \
 touch "$(1)/complete"

@@ -16,6 +16,10 @@ fail() {
 }
 
 [[ ${SLURM_JOB_ID:-} =~ ^[0-9]+$ ]] || fail "this is a batch script: start it with sbatch"
+# bash's arithmetic runs what it finds in a variable, as in 'x[$(command)]': only numbers may reach it.
+for name in SLURM_JOB_NUM_NODES SLURM_CPUS_ON_NODE SLURM_CPUS_PER_TASK SLURM_GPUS_ON_NODE; do
+    [[ -z ${!name:-} || ${!name} =~ ^(0|[1-9][0-9]{0,8})$ ]] || fail "$name is '${!name}': wanted a whole number, as Slurm sets it"
+done
 
 # Slurm runs a copy of the script from its spool folder, in the folder it was submitted from: its own path says nothing.
 root=$PWD
@@ -107,8 +111,9 @@ requeue() {
     # would ever be taken. The job's comment counts, unless the user has written one.
     local code=$1 known count=0
     known=$(scontrol show job --oneliner "$SLURM_JOB_ID")
-    if [[ $known != *" Comment="* || $known =~ \ Comment=himix-unbegun-([0-9]+) ]]; then
-        ((code == 85)) || count=$((${BASH_REMATCH[1]:-0} + 1))
+    if [[ $known != *" Comment="* || $known =~ \ Comment=himix-unbegun-([0-9]{1,9}) ]]; then
+        [[ $known != *" Comment="* ]] || count=$((10#${BASH_REMATCH[1]})) # 08 is no octal number
+        if ((code == 85)); then count=0; else ((count += 1)); fi
         if ((count > 5)); then
             echo "error: asked to stop before the first step, $count times in a row: the job is not requeued again" \
                 "(does --signal come earlier than --time allows?)" >&2

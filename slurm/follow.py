@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from himix_megatron.monitoring.run_status import followed_status
 from himix_megatron.runtime.log import clock
+from himix_megatron.runtime.untrusted_files import escaped, printable
 from slurm import scheduler
 from slurm.job import Stage
 from slurm.scheduler import Job
@@ -60,7 +61,7 @@ class StageWatch:
             words += [] if status.loss is None else [f"loss {status.loss:.6f}"]
             if self.job is not None and self.job.state == "RUNNING" and status.seconds_left is not None:
                 words.append(f"remaining {clock(status.seconds_left)}")
-        return "  ".join(words)
+        return escaped("  ".join(words))
 
     def exit_code(self) -> int:
         """0 if it ended well; else the job's own code, or 1 where it has none."""
@@ -77,7 +78,7 @@ class StageWatch:
         if self.exit_code() == 0:
             return f"{self.stage.name} has finished: {self.stage.run_dir}"
         if stop.is_file():
-            return f"{self.stage.name} stopped on purpose: {stop.read_text().strip()}"
+            return f"{self.stage.name} stopped on purpose: {printable(stop.read_text(errors='replace'))}"
         if self.job.state == "CANCELLED":
             why = "the stage before it failed" if "Dependency" in self.job.reason else "by hand"
             return f"{self.stage.name} was cancelled ({why})"

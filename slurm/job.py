@@ -135,8 +135,10 @@ PYTHON = "run_and_leave"
 def _environment() -> list[str]:
     """The batch script before it starts Python: by default in the virtual environment of this process.
 
-    Raises: ValueError if there is none.
+    Raises: ValueError if there is none, and in another folder than the repository's.
     """
+    if not Path("slurm/environment.sh").is_file():
+        raise ValueError(f"{Path.cwd()} is not the root of himix-megatron, in which jobs start: submit from there")
     if os.environ.get("HIMIX_CONTAINER"):
         return ["source slurm/environment.sh"]
     venv = os.environ.get("HIMIX_VENV") or sys.prefix

@@ -148,6 +148,13 @@ def address_of(host: str) -> str:
     )
 
 
+def check_interface(env: Mapping[str, str]) -> None:
+    """Raises: ValueError where GLOO_SOCKET_IFNAME names a network interface that this node does not have."""
+    asked, known = env.get("GLOO_SOCKET_IFNAME", ""), [name for _, name in socket.if_nameindex()]
+    if missing := [name for name in asked.split(",") if name and name not in known]:
+        raise RankError(f"GLOO_SOCKET_IFNAME: there is no network interface {missing[0]!r}, this node has {', '.join(known)}")
+
+
 # ---- variables -----------------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from ..config import ParallelConfig, check_layout
 from ..runtime.errors import RankError
 from ..runtime.process import allow_files
 from . import cpu_backend, fused_kernels
-from .launch import Launch, address_of, launch_from_environment
+from .launch import Launch, address_of, check_interface, launch_from_environment
 
 GRACE_SECONDS = 15.0
 """A collective gives up so much later than `parallel.timeout_seconds`: the watch over the ranks, which can name the one that
@@ -171,6 +171,7 @@ def _join(launch: Launch, device: torch.device, timeout: timedelta) -> None:
     # No device_id: torch would make subgroups of NCCL by splitting the world's communicator, in which ranks that are not in a
     # subgroup take part, those of gloo's too, whose members do not: wherever such a group leaves ranks out, they would hang.
     backend = "nccl" if device.type == "cuda" else "gloo"
+    check_interface(os.environ)
     if launch.kind == "alone":
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return

@@ -225,3 +225,15 @@ def test_a_busy_port_is_one_line() -> None:
         (line,) = run_ranks(busy_port_refusal, 1, port, start_gloo=False)
     assert f"127.0.0.1:{port}" in line
     assert "\n" not in line
+
+
+def unknown_interface_refusal() -> str:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo,himix-none"
+    with pytest.raises(ValueError, match="GLOO_SOCKET_IFNAME") as caught:
+        init_distributed(ParallelConfig(), seed=1, launch=ALONE)
+    return str(caught.value)
+
+
+def test_a_network_interface_that_is_none_is_one_line() -> None:
+    (line,) = run_ranks(unknown_interface_refusal, 1, start_gloo=False)
+    assert line.startswith("GLOO_SOCKET_IFNAME: there is no network interface 'himix-none', this node has lo")

@@ -43,6 +43,8 @@ with open(os.environ["RECORD"], "a") as file:
     file.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\\n")
 if sys.argv[1:] == ["--help"]:
     print(os.environ.get("SRUN_HELP", ""))
+if sys.argv[1:3] == ["show", "job"]:
+    print("JobId=7 JobState=RUNNING", os.environ.get("JOB_SHOWN", ""), "WorkDir=/a")
 sys.exit(int(os.environ.get(os.path.basename(sys.argv[0]).upper() + "_CODE", "0")))
 """
 
@@ -203,6 +205,36 @@ def test_only_who_was_asked_to_stop_is_requeued(scripts: Scripts, step: str, job
     assert done.returncode == job
     requeued = ["scontrol", "requeue", "7"] in scripts.calls
     assert requeued == (job == 85)
+
+
+@pytest.mark.parametrize("name", ["SLURM_JOB_NUM_NODES", "SLURM_CPUS_ON_NODE", "SLURM_CPUS_PER_TASK", "SLURM_GPUS_ON_NODE"])
+@pytest.mark.parametrize("value", ["PATH[$(touch pwned)]", "a[`touch pwned`]", "08", "-1", "1 2", "1" * 30])
+def test_numbers_of_slurm_are_numbers_before_bash_reckons_with_them(scripts: Scripts, name: str, value: str) -> None:
+    numbers = {"SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_ON_NODE": "64", "SRUN_CODE": "1"}
+    for script in ("pretrain_himix.sh", "preprocess_ray.sh"):
+        done = scripts.run("tiny_align", script=script, **numbers | {name: value})
+        assert (done.returncode, scripts.nothing_ran()) == (2, True)
+        assert done.stderr == f"error: {name} is '{value}': wanted a whole number, as Slurm sets it\n"
+
+
+@pytest.mark.parametrize(
+    ("shown", "count"),
+    [("", 1), ("Comment=himix-unbegun-1", 2), ("Comment=himix-unbegun-08", None), ("Comment=himix-unbegun-" + "9" * 30, None),
+     ("Comment=himix-unbegun-02", 3), ("Comment=mine", 0)],
+)  # fmt: skip
+def test_starts_without_a_step_are_counted_in_the_comment(scripts: Scripts, shown: str, count: int | None) -> None:
+    """`count`: what the comment says afterwards; None: the job is not requeued, 0: the user's comment stays."""
+    done = scripts.run("tiny_align", SRUN_CODE="84", JOB_SHOWN=shown)
+    comments = [call[3] for call in scripts.calls if call[:2] == ["scontrol", "update"]]
+    assert comments == ([f"Comment=himix-unbegun-{count}"] if count else [])
+    assert (["scontrol", "requeue", "7"] in scripts.calls) == (count is not None)
+    assert (done.returncode, len(done.stderr.splitlines())) == ((3, 1) if count is None else (85, 0)), done.stderr
+    assert ("asked to stop before the first step" in done.stderr) == (count is None)
+
+
+def test_a_step_taken_counts_from_the_beginning(scripts: Scripts) -> None:
+    scripts.run("tiny_align", SRUN_CODE="85", JOB_SHOWN="Comment=himix-unbegun-4")
+    assert ["scontrol", "update", "JobId=7", "Comment=himix-unbegun-0"] in scripts.calls
 
 
 def test_a_job_that_cannot_be_requeued_says_what_to_do(scripts: Scripts) -> None:

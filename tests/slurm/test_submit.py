@@ -227,6 +227,9 @@ def test_jobs_run_in_the_environment_that_submits_them_or_the_one_that_is_named(
         script(Settings(), one, None)
     monkeypatch.setenv("HIMIX_CONTAINER", "image.sif")
     assert "HIMIX_VENV" not in script(Settings(), one, None)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="is not the root of himix-megatron, in which jobs start: submit from there"):
+        script(Settings(), one, None)
 
 
 def test_what_all_stages_start_from_is_for_the_first_only() -> None:

@@ -68,6 +68,17 @@ def test_progress_is_what_status_json_says(tmp_path: Path) -> None:
     assert (watched.line(), watched.exit_code()) == ("align     job 7  gone  step 90/90", 0)
 
 
+def test_a_run_that_is_followed_moves_no_cursor(tmp_path: Path) -> None:
+    (tmp_path / "STOP").write_bytes(b"loss \x1b[2Jspike\r\nafter \xff")
+    stage: Any = SimpleNamespace(name="align", run_dir=tmp_path)
+    watched = StageWatch(stage, "7")
+    watched.job = Job("7", "FAILED\x1b[1m", "None", 3, 0, "")
+    assert not re.search("[\x00-\x1f]", watched.line())
+    shown = watched.outcome()
+    assert "loss" in shown
+    assert re.search("[\x00-\x1f\x80-\xff]", shown) is None, shown
+
+
 class Chain:
     """`python -m slurm.submit tiny` with small runs in one folder."""
 
