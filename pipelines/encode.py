@@ -113,7 +113,7 @@ class Encoder:
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         tower = build_tower(config.vision, seed=config.train.seed, dtype=dtype)
         if file_digest(tower_file).sha256 != tower_file.stem:
-            raise RuntimeError(f"{tower_file} is damaged: its content does not have the hash that is its name")
+            raise ValueError(f"{tower_file} is damaged: its content does not have the hash that is its name")
         tower.load_state_dict(load_file(tower_file), strict=True)
         self.tower = tower.to(self.device).eval().requires_grad_(False)
         self.dataset, self.reader = ShardDataset(data), PixelReader(config.vision, config.data.decode)

@@ -152,7 +152,7 @@ def preprocess(settings: Settings) -> Manifest:
     column = None
     if settings.tokenizer is not None and settings.template is not None:
         column = (_absolute(settings.tokenizer), settings.template)
-        token_counts.column_of(tokenizer.load_tokenizer(column[0]), column[1])
+        chat_template.check_tokenizer(tokenizer.load_tokenizer(column[0]), column[1])
     settings.check_reachable()
     files = _files(settings)
     ready = None if files else LlavaSource(str(settings.annotations), str(settings.images), settings.follow_links)

@@ -10,11 +10,12 @@ group of its own: planning and writing can then run on a thread while training g
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -24,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingConfig
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
@@ -181,11 +182,25 @@ def _write_common(snapshot: Snapshot, folder: Path) -> None:
 
 
 def load_state(state: dict[str, Any], folder: Path, **options: Any) -> Any:
-    """megatron-core's `load`, from a verified folder. Raises: StartError where torch refuses to open common.pt."""
-    try:
+    """megatron-core's `load`, from a verified folder. Raises: as `opened`."""
+    with opened(folder):
         return dist_checkpointing.load(state, str(folder), **options)
+
+
+@contextlib.contextmanager
+def opened(folder: Path) -> Iterator[None]:
+    """Within it megatron-core and torch read a verified folder.
+
+    Raises: StartError where the files are what their maker wrote, and yet not what a save writes.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, torch.distributed.DistError):
+        raise
     except UnpicklingError:  # its own text tells how to open it all the same
         raise StartError(f"checkpoint {folder}: {COMMON} holds more than numbers, texts and tensors: not opened") from None
+    except (CheckpointException, CheckpointingException, EOFError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise StartError(f"checkpoint {folder} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def _one_line(failures: Mapping[int, Any]) -> str:

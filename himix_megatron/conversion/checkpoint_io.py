@@ -20,7 +20,7 @@ from torch import Tensor
 from ..checkpoint.description import Position, check_architecture, write_description
 from ..checkpoint.frozen_tower import read_tower, store_tower
 from ..checkpoint.manifest import LATEST, sync_and_digest, write_manifest
-from ..checkpoint.snapshot import describe_state, load_state, own_files, write
+from ..checkpoint.snapshot import describe_state, load_state, opened, own_files, write
 from ..config import Config, ModelConfig, to_json
 from ..config import read_config as config_in
 from ..data.loading.plan import START
@@ -115,7 +115,8 @@ class StoredWeights(Mapping[str, Tensor]):
         """Raises: ValueError if a tensor of the model is not in it."""
         self.checkpoint, self.model = checkpoint, model
         self._names = list(layout(model))
-        self._stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+        with opened(checkpoint):
+            self._stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
         missing = [name for name in self._names if _disk_key(name)[0] not in self._stored]
         if missing:
             raise ValueError(f"checkpoint {checkpoint} lacks {', '.join(missing[:4])}")

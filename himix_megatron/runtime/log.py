@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import StartError
+from .errors import RankError, StartError
 from .untrusted_files import escaped
 
 _FORMAT = "%(asctime)s [%(rank)d/%(world_size)d] %(levelname)s %(name)s: %(message)s"
@@ -94,11 +94,11 @@ def clock(seconds: float) -> str:
 def failures() -> Iterator[None]:
     """Within it every error is written to this rank's log with its traceback before it goes on.
 
-    After start-up a ValueError is a bug, no user error, and is re-raised as RuntimeError. A StartError stays a user error.
+    After start-up a ValueError is a bug, no user error, and is re-raised as RuntimeError. A StartError or RankError stays one.
     """
     try:
         yield
-    except StartError:
+    except (RankError, StartError):
         raise
     except Exception as error:
         logging.getLogger(__name__).exception("this rank failed")

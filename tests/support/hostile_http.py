@@ -49,7 +49,7 @@ def good_body() -> dict[str, Any]:
 
 def framed(body: bytes, path: str = PATH, *headers: str, method: str = "POST", length: str | None = None) -> bytes:
     """A request's bytes."""
-    lines = [f"{method} {path} HTTP/1.1", "Host: 127.0.0.1", "Connection: close", *headers]
+    lines = [f"{method} {path} HTTP/1.1", "Host: 127.0.0.1", "Connection: close", "Content-Type: application/json", *headers]
     lines += [f"Content-Length: {len(body) if length is None else length}"]
     return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace") + body
 

@@ -420,6 +420,7 @@ class HiMixForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: 
         if input_ids is None and inputs_embeds is None:
             raise ValueError("input_ids are missing: wanted int64[samples, tokens]")
         _check_shape("input_ids", input_ids, "samples", "tokens")
+        _check_shape("inputs_embeds", inputs_embeds, "samples", "tokens", self.config.hidden_size)
         hidden = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -429,6 +430,8 @@ class HiMixForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: 
         _check_shape("pixel_values", pixel_values, num_samples, "images", 3, *[vision_sizes["image_size"]] * 2)
         _check_shape("image_features", image_features, num_samples, "images", "tokens", vision_sizes["hidden_size"])
         _check_shape("num_images", num_images, num_samples)
+        _check_shape("labels", labels, num_samples, num_new)
+        _check_shape("position_ids", position_ids, "samples", num_new)
         if pixel_values is not None and not pixel_values.is_floating_point():
             raise ValueError(f"pixel_values are {pixel_values.dtype}: wanted floats, as the processor normalises them")
         cached = None if past_key_values is None else vision_layers(past_key_values, self.config.num_hidden_layers)
@@ -439,6 +442,7 @@ class HiMixForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: 
             vision = self._see(num_samples, pixel_values, num_images, image_features)
             present = vision.present
         num_text = num_new + (0 if past_key_values is None else past_key_values.get_seq_length())
+        _check_shape("attention_mask", attention_mask, num_samples, num_text)
         if position_ids is None:
             everything = torch.ones(1, num_text, device=hidden.device) if attention_mask is None else attention_mask
             position_ids = (everything.long().cumsum(-1) - 1).clamp(min=0)[:, num_text - num_new :]
@@ -503,7 +507,9 @@ class HiMixForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: 
 
 
 def _check_shape(name: str, tensor: Tensor | None, *wanted: int | str) -> None:
-    """Raises: ValueError for another shape than these sizes; a name is any size."""
+    """Raises: ValueError for no tensor, or another shape than these sizes; a name is any size."""
+    if not isinstance(tensor, Tensor | None):
+        raise ValueError(f"{name} is no tensor: wanted one of [{', '.join(map(str, wanted))}]")
     sizes = wanted if tensor is None else tuple(tensor.shape)
     if len(sizes) != len(wanted) or any(w not in (s, str(w)) for s, w in zip(sizes, wanted, strict=True)):
         raise ValueError(f"{name} is {list(sizes)}: wanted [{', '.join(map(str, wanted))}]")

@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from ...config import DataConfig, VisionConfig, check_batch
+from ...runtime.errors import RankError
 from ..errors import BadSampleError
 from ..images import image_file
 from ..images.decode import decode
@@ -126,7 +127,7 @@ def stream_steps(
 ) -> Iterator[StepBatch]:
     """The steps after `step`, to the end, as one rank sees them; read ahead by up to `data.num_workers` processes.
 
-    Raises: ValueError for fewer tars than data ranks, or a global batch that does not divide; RuntimeError when no tar can be
+    Raises: ValueError for fewer tars than data ranks, or a global batch that does not divide; RankError when no tar can be
     read, or more than `data.max_bad_fraction` of the samples cannot be used; OSError when the machine or the store fails.
     """
     stream.check_ranks(reads.data_size)
@@ -270,7 +271,7 @@ class _TarReader:
         self.ignored: Counter[str] = Counter()
 
     def forever(self, seed: str) -> Iterator[StreamSample]:
-        """Pass after pass, each in an order of its own. Raises: RuntimeError after a pass without a sample."""
+        """Pass after pass, each in an order of its own. Raises: RankError after a pass without a sample."""
         for number in itertools.count():
             before = self.num_read
             order = list(self.tars)
@@ -278,7 +279,7 @@ class _TarReader:
             for tar in order:
                 yield from self._usable(tar)
             if self.num_read == before:
-                raise RuntimeError(f"data.webdataset_urls: no usable sample in {len(order)} tars ({Path(order[0]).name} ...)")
+                raise RankError(f"data.webdataset_urls: no usable sample in {len(order)} tars ({Path(order[0]).name} ...)")
             if number == 0 and self.ignored:
                 log.warning("members that are neither text nor images were not read: %s", dict(self.ignored))
 
@@ -294,7 +295,7 @@ class _TarReader:
                 self.num_bad += 1
                 log.warning("%s is left out: %s (%d so far)", key, error, self.num_bad)
                 if self.num_bad > config.max_bad_fraction * max(self.num_bad + self.num_read, 1000):
-                    raise RuntimeError(
+                    raise RankError(
                         f"{self.num_bad} of {self.num_bad + self.num_read} samples of data.webdataset_urls are bad, more than "
                         f"data.max_bad_fraction {config.max_bad_fraction}; the last one: {error}"
                     ) from None

@@ -65,7 +65,7 @@ assert (SampleRecord._fields, SAMPLE_FIELDS.size) == (shard_format.SAMPLE_RECORD
 assert (ImageRecord._fields, IMAGE_FIELDS.size) == (shard_format.IMAGE_RECORD.names, shard_format.IMAGE_RECORD.itemsize)
 
 
-class DamagedShardError(RuntimeError):
+class DamagedShardError(ValueError):
     """A shard's index is damaged, so none of its samples can be placed."""
 
 

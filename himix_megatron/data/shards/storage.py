@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, Protocol
 from urllib.parse import unquote
 
 from ...runtime.durable_files import FileDigest, digest_of, sync_folder
+from ...runtime.typed_json import MAX_FILE_BYTES
 from ...runtime.untrusted_files import folder_below, open_below, open_regular, read_below
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
@@ -173,7 +174,7 @@ class LocalFolder:
     def read(self, name: str) -> bytes | None:
         """As Folder says."""
         try:
-            return read_below(self.path, name)
+            return read_below(self.path, name, MAX_FILE_BYTES)
         except (FileNotFoundError, ValueError):  # a link or a FIFO is no file of a dataset: what is made anew replaces it
             return None
 
