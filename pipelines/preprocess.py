@@ -37,7 +37,6 @@ from himix_megatron.data.ingest.shard_writer import Check, ShardJob
 from himix_megatron.data.ingest.sources.base import MAX_SAMPLE_BYTES, Part, Source
 from himix_megatron.data.ingest.sources.file_list import FileReader, FileScan, FilesSource, find_files
 from himix_megatron.data.ingest.sources.llava import LlavaSource
-from himix_megatron.data.loading import token_counts
 from himix_megatron.data.shards import shard_format, storage
 from himix_megatron.data.shards.shard_format import Manifest, Receipt
 from himix_megatron.data.text import chat_template, tokenizer
