@@ -199,16 +199,9 @@ def opened(folder: Path) -> Iterator[None]:
         raise
     except UnpicklingError:  # its own text tells how to open it all the same
         raise StartError(f"checkpoint {folder}: {COMMON} holds more than numbers, texts and tensors: not opened") from None
-    except (
-        CheckpointException,
-        CheckpointingException,
-        EOFError,
-        LookupError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except CheckpointException as error:
+        raise StartError(f"checkpoint {folder} cannot be loaded: {_one_line(error.failures)}") from error
+    except (CheckpointingException, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise StartError(f"checkpoint {folder} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
