@@ -273,6 +273,10 @@ def test_a_text_alone_goes_on_with_a_cached_picture(one_model: tuple[Path, Any])
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no ids": ({"input_ids": None}, r"input_ids are missing"),
     "1-d ids": ({"input_ids": torch.zeros(5, dtype=torch.long)}, r"input_ids is \[5\]: wanted \[samples, tokens\]"),
+    "a list of ids": ({"input_ids": [[1, 2]]}, r"input_ids is no tensor: wanted one of \[samples, tokens\]"),
+    "narrow mask": ({"attention_mask": torch.ones(2, 4)}, r"attention_mask is \[2, 4\]: wanted \[2, 5\]"),
+    "many positions": ({"position_ids": torch.zeros(2, 7)}, r"position_ids is \[2, 7\]: wanted \[samples, 5\]"),
+    "few labels": ({"labels": torch.zeros(2, 3)}, r"labels is \[2, 3\]: wanted \[2, 5\]"),
     "4-d pixels": ({"pixel_values": torch.zeros(2, 3, 16, 16)}, r"pixel_values is .*: wanted \[2, images, 3, 16, 16\]"),
     "another side": ({"pixel_values": torch.zeros(2, 1, 3, 24, 24)}, r"pixel_values is .*: wanted \[2, images, 3, 16, 16\]"),
     "another batch": ({"pixel_values": torch.zeros(3, 1, 3, 16, 16)}, r"pixel_values is .*: wanted \[2, images, 3, 16, 16\]"),

@@ -134,7 +134,7 @@ def test_messages_the_model_never_saw_are_refused(tmp_path: Path) -> None:
     random_folder(tmp_path / "out", "tiny", "bytes")
     processor = processor_of(tmp_path / "out")
     for roles in (["system", "user"], ["user", "user"], ["assistant"]):
-        with pytest.raises(Exception, match="take turns"):
+        with pytest.raises(ValueError, match="take turns"):
             processor(conversation=[{"role": role, "content": "a"} for role in roles])
     with pytest.raises(ValueError, match="2 images for 3 prompts"):
         processor(text=["a", "b", "c"], images=[picture(), picture()])
@@ -323,3 +323,6 @@ def test_an_argument_is_honoured_or_refused_by_name(processor: Any) -> None:
     for name, value in refused.items():
         with pytest.raises(ValueError, match=f"{name}: HiMix's processor has no such arguments"):
             processor(text=texts, **{name: value})
+    for text in (5, ["a", None], [5], {"a": "b"}):
+        with pytest.raises(ValueError, match="text holds something else than prompts"):
+            processor(text=text)

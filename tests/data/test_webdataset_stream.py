@@ -22,6 +22,7 @@ from himix_megatron.data.loading.loader import ReadSpec
 from himix_megatron.data.loading.plan import START, DataPosition, TrainingLength
 from himix_megatron.data.loading.webdataset_stream import Stream, stream_steps
 from himix_megatron.data.shards.reader import ShardDataset
+from himix_megatron.runtime.errors import RankError
 from himix_megatron.training.data_setup import make_stream
 from pipelines.cli import parse
 from pipelines.preprocess import Settings, preprocess
@@ -232,7 +233,7 @@ def test_links_and_devices_are_not_followed(foreign, tmp_path):
             member = tarfile.TarInfo(name)
             member.type, member.linkname = kind, str(tmp_path / "secret.txt")
             tar.addfile(member)
-    with pytest.raises(RuntimeError, match=r"no usable sample in 1 tars \(links\.tar"):
+    with pytest.raises(RankError, match=r"no usable sample in 1 tars \(links\.tar"):
         batches(opened(tmp_path / "links.tar"))
 
 
@@ -273,7 +274,7 @@ def test_an_undamaged_tar_is_not_called_damaged(foreign, shards, caplog):
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_only_damaged_tars_are_an_error(foreign, tmp_path, num_workers):
     damaged(foreign / "set-0.tar", tmp_path / "x.tar", "noise")
-    with pytest.raises(RuntimeError, match=r"no usable sample in 1 tars \(x\.tar"):
+    with pytest.raises(RankError, match=r"no usable sample in 1 tars \(x\.tar"):
         batches(opened(tmp_path / "x.tar", num_workers=num_workers))
 
 
@@ -295,7 +296,7 @@ def test_samples_without_use_are_left_out_up_to_the_tolerance(tmp_path, caplog):
     for i in range(1, 8):
         assert f"x/{i} is left out: " in caplog.text
     with pytest.raises(
-        RuntimeError, match=r"11 of \d+ samples of data\.webdataset_urls are bad, more than data\.max_bad_fraction"
+        RankError, match=r"11 of \d+ samples of data\.webdataset_urls are bad, more than data\.max_bad_fraction"
     ):
         batches(opened(tmp_path / "x.tar", global_batch=2), 6)
 
@@ -393,7 +394,7 @@ def test_the_documented_command_streams(foreign, tmp_path, monkeypatch):
 def test_long_texts_are_cut_or_dropped(foreign):
     pattern = foreign / "set-0.tar"
     assert batches(opened(pattern, max_text_tokens=10), 1)[0].num_cut == 8
-    with pytest.raises(RuntimeError, match=r"no usable sample|more than data\.max_bad_fraction"):
+    with pytest.raises(RankError, match=r"no usable sample|more than data\.max_bad_fraction"):
         batches(opened(pattern, max_text_tokens=10, overlong="drop"), 1)
 
 

@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from PIL import Image, ImageOps
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor, nn
@@ -656,6 +657,8 @@ class HiMixProcessor(ProcessorMixin):  # type: ignore[misc]
         if conversation is not None:
             text = self.apply_chat_template(conversation, add_generation_prompt=True)
         prompts, talks = ([text], [conversation]) if isinstance(text, str) else (text, conversation)
+        if not isinstance(prompts, list | tuple) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError("text holds something else than prompts: wanted a text or a list of texts")
         said = talks if conversation is not None else [[{"content": prompt}] for prompt in prompts]
         pixels = self.image_processor(_images_of(said, images), return_tensors=return_tensors)
         ids = {"input_ids": [self.encode(prompt) for prompt in prompts]}
@@ -669,7 +672,10 @@ class HiMixProcessor(ProcessorMixin):  # type: ignore[misc]
             _parts_of(messages)
         if kwargs.get("tokenize"):
             _images_of(conversations, (kwargs.get("processor_kwargs") or kwargs).get("images"))
-        return super().apply_chat_template(conversation, *args, **kwargs)
+        try:
+            return super().apply_chat_template(conversation, *args, **kwargs)
+        except TemplateError as error:  # roles that do not take turns, for one
+            raise ValueError(f"messages that the chat template does not take: {error}") from None
 
     def encode(self, prompt: str) -> list[int]:
         """The ids of a prompt, exactly as in training: control tokens at its start by their names, then the rest as one string
