@@ -34,11 +34,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from himix_megatron.config import Count
+from himix_megatron.config import Count, Limit
 from himix_megatron.data.images import image_file
 from himix_megatron.data.images.decode import decode
 from himix_megatron.data.loading.packing import plan_packs
@@ -74,7 +74,7 @@ class Arguments:
 
     only: tuple[Section, ...] = tuple(PEERS)
     """Sections to run."""
-    scale: float = 1.0
+    scale: Annotated[float, Limit(0.005, 10)] = 1.0
     """Amount of data; 1 is 8,192 samples (550 MB), for which the wanted ratios are meant."""
     repetitions: Count = 5
     """Counted repetitions; preprocessing does half as many, rounded up."""
@@ -86,8 +86,6 @@ class Arguments:
     """Write megatron-energon's metadata beside the shards of this dataset, and nothing else."""
 
     def __post_init__(self) -> None:
-        if not 0.005 <= self.scale <= 10:
-            raise ValueError(f"--scale is {self.scale}: wanted 0.005 to 10")
         if not self.only:
             raise ValueError(f"--only names no section: wanted some of {', '.join(PEERS)}")
 
