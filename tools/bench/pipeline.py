@@ -189,7 +189,7 @@ def bench(
         return found
 
     scenes = SceneSettings(num_train=arguments.samples * (arguments.steps + 1), num_heldout=8)
-    config = settings(arguments, ensure_scene_data(folder / "scenes", scenes).instruct, folder)
+    config = settings(arguments, ensure_scene_data(folder / "scenes", scenes) / "instruct", folder)
     sized = launch(config)
     config = replace(config, vision=replace(config.vision, ffn_hidden_size=sized["width"]))
     encode(config, Settings(out=folder / "features", engine="local"))
