@@ -297,6 +297,7 @@ def level_differences(dataset: ShardDataset, num_samples: int) -> tuple[int, flo
 
 def bench_preprocess(annotations: Path, images: Path, work: Path, arguments: Arguments) -> list[Line]:
     """JSON and images to shards."""
+    from pipelines.launchers.task_engine import ray_started
     from pipelines.preprocess import Settings, preprocess
     from tools.bench import ray_data as ray_data_baseline
 
@@ -327,7 +328,7 @@ def bench_preprocess(annotations: Path, images: Path, work: Path, arguments: Arg
         "Ray Data, full decode by Pillow": ray_data("decode by Pillow"),
         "ours in one process, full decode": ours(engine="local", num_workers=1, check="decode"),
     }
-    with ray_data_baseline.ray_with_room(workers):
+    with ray_started(workers, object_store_bytes=ray_data_baseline.OBJECT_STORE_BYTES):
         rates = take_turns(candidates, (arguments.repetitions + 1) // 2, measure=rate_of)
     lines = [
         times(rates, "ours, header check", "Ray Data, header check", 2.5),
