@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 WANTED_BYTES = 66_000
 """Bytes of a picture; with its text and tar headers some 68 KB per sample."""
 MAX_PICTURES = 256
-WORDS = [
+WORDS = (
     "a",
     "photograph",
     "of",
@@ -33,7 +33,7 @@ WORDS = [
     "two",
     "under",
     "old",
-]
+)
 
 
 def photo(number: int) -> bytes:
