@@ -62,6 +62,7 @@ class Run:
     means: dict[str, float] = field(default_factory=dict)
     """By key of SUMS and MEANS; one that was not written is not there."""
     config: Config | None = None
+    """Of config.json."""
     notes: list[str] = field(default_factory=list)
 
     @property
