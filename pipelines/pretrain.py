@@ -30,8 +30,7 @@ def with_data(config: Config) -> Config:
         return config
     from pipelines.scenes import ensure_scene_data
 
-    paths = ensure_scene_data()
-    path = paths.align if config.recipe == "tiny_align" else paths.instruct
+    path = ensure_scene_data() / ("align" if config.recipe == "tiny_align" else "instruct")
     return dataclasses.replace(config, data=dataclasses.replace(config.data, datasets=(str(path),)))
 
 

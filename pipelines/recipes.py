@@ -29,6 +29,7 @@ Paths are where `docs/data.md` puts things; every one can be changed by a flag. 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 from himix_megatron.config import (
@@ -82,19 +83,7 @@ LLAMA3_2_1B = ModelConfig(
     tie_embeddings=True,
     text_only_vision="zero_image",
 )
-LLAMA3_2_3B = ModelConfig(
-    family="llama",
-    num_layers=28,
-    hidden_size=3072,
-    ffn_hidden_size=8192,
-    num_attention_heads=24,
-    num_query_groups=8,
-    vocab_size=128256,
-    rope_theta=5e5,
-    rope_scaling_factor=32.0,
-    tie_embeddings=True,
-    text_only_vision="zero_image",
-)
+LLAMA3_2_3B = replace(LLAMA3_2_1B, num_layers=28, hidden_size=3072, num_attention_heads=24)
 VICUNA_7B = ModelConfig(
     family="llama",
     num_layers=32,
@@ -160,9 +149,7 @@ def tiny_tower() -> VisionConfig:
     )
 
 
-def _align(
-    recipe: str, model: ModelConfig, tokenizer: str, *, learning_rate: float, epochs: float = 1.0, micro_batch: int = 16
-) -> Config:
+def _align(recipe: str, model: ModelConfig, tokenizer: str, *, learning_rate: float, epochs: float = 1.0) -> Config:
     """The paper's first stage on LLaVA-558K: only the vision norms and vision K/V projections train."""
     return Config(
         recipe=recipe,
@@ -179,7 +166,7 @@ def _align(
             trainable_parts=("vision_kv",),
             epochs=epochs,
             global_batch_samples=256,
-            micro_batch_samples=micro_batch,
+            micro_batch_samples=16,
             precision="bf16",
         ),
         optimizer=OptimizerConfig(learning_rate=learning_rate),
@@ -188,41 +175,23 @@ def _align(
     )
 
 
-def _instruct(
-    recipe: str,
-    model: ModelConfig,
-    tokenizer: str,
-    *,
-    template: ChatTemplate,
-    epochs: float = 1.0,
-    micro_batch: int,
-    tensor: int = 1,
-) -> Config:
+def _instruct(align: Config, *, template: ChatTemplate, epochs: float = 1.0, micro_batch: int, tensor: int = 1) -> Config:
     """The paper's second stage on mix665k: the language model trains too; starts from the align run's weights."""
-    return Config(
-        recipe=recipe,
-        model=model,
-        vision=siglip_so400m_384(),
-        data=DataConfig(
-            datasets=("data/mix-665k",),
-            tokenizer=f"models/{tokenizer}",
-            template=template,
-            max_text_tokens=2048,
-            num_workers=8,
-        ),
-        train=TrainConfig(
+    return replace(
+        align,
+        recipe=align.recipe.replace("_align", "_instruct"),
+        data=replace(align.data, datasets=("data/mix-665k",), template=template),
+        train=replace(
+            align.train,
             trainable_parts=("language", "vision_kv"),
             epochs=epochs,
             global_batch_samples=128,
             micro_batch_samples=micro_batch,
-            precision="bf16",
         ),
         optimizer=OptimizerConfig(learning_rate=2e-5),
         # mix665k's conversations have 314 tokens on average.
-        parallel=ParallelConfig(
-            tensor=tensor, sequence=tensor > 1, distributed_optimizer=True, split="balanced", split_text_tokens=314
-        ),
-        checkpoint=CheckpointConfig(init_from=f"runs/{recipe.removesuffix('instruct')}align"),
+        parallel=replace(align.parallel, tensor=tensor, sequence=tensor > 1, split_text_tokens=314),
+        checkpoint=CheckpointConfig(init_from=str(align.run_dir)),
     )
 
 
@@ -288,7 +257,7 @@ def qwen2_0_5b_instruct() -> Config:
     Expected: 5198 steps; not yet reproduced here.
     Sizes: Qwen/Qwen2-0.5B.
     """
-    return _instruct("qwen2_0_5b_instruct", QWEN2_0_5B, "Qwen2-0.5B", template="chatml", micro_batch=4)
+    return _instruct(qwen2_0_5b_align(), template="chatml", micro_batch=4)
 
 
 def tinyllama_1_1b_align() -> Config:
@@ -312,9 +281,7 @@ def tinyllama_1_1b_instruct() -> Config:
     Expected: 25989 steps; not yet reproduced here.
     Sizes: TinyLlama/TinyLlama-1.1B-Chat-v1.0.
     """
-    return _instruct(
-        "tinyllama_1_1b_instruct", TINYLLAMA_1_1B, "TinyLlama-1.1B-Chat-v1.0", template="vicuna", epochs=5.0, micro_batch=8
-    )
+    return _instruct(tinyllama_1_1b_align(), template="vicuna", epochs=5.0, micro_batch=8)
 
 
 def llama3_2_1b_align() -> Config:
@@ -338,7 +305,7 @@ def llama3_2_1b_instruct() -> Config:
     Expected: 5198 steps; not yet reproduced here.
     Sizes: meta-llama/Llama-3.2-1B.
     """
-    return _instruct("llama3_2_1b_instruct", LLAMA3_2_1B, "Llama-3.2-1B", template="llama3", micro_batch=4)
+    return _instruct(llama3_2_1b_align(), template="llama3", micro_batch=4)
 
 
 def llama3_2_3b_align() -> Config:
@@ -362,7 +329,7 @@ def llama3_2_3b_instruct() -> Config:
     Expected: 5198 steps; not yet reproduced here.
     Sizes: meta-llama/Llama-3.2-3B.
     """
-    return _instruct("llama3_2_3b_instruct", LLAMA3_2_3B, "Llama-3.2-3B", template="llama3", micro_batch=4, tensor=2)
+    return _instruct(llama3_2_3b_align(), template="llama3", micro_batch=4, tensor=2)
 
 
 def vicuna_7b_align() -> Config:
@@ -386,7 +353,7 @@ def vicuna_7b_instruct() -> Config:
     Expected: 5198 steps; not yet reproduced here.
     Sizes: lmsys/vicuna-7b-v1.5.
     """
-    return _instruct("vicuna_7b_instruct", VICUNA_7B, "vicuna-7b-v1.5", template="vicuna", micro_batch=4, tensor=2)
+    return _instruct(vicuna_7b_align(), template="vicuna", micro_batch=4, tensor=2)
 
 
 RECIPES: dict[str, Callable[[], Config]] = {

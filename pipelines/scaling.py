@@ -30,6 +30,7 @@ from typing import Any, Literal
 from himix_megatron.config import Config, Count, check_ranks
 from himix_megatron.monitoring.run_status import followed_status
 from himix_megatron.runtime import typed_json
+from himix_megatron.runtime.durable_files import publish
 from himix_megatron.runtime.process import bulk_import
 from himix_megatron.runtime.stop_signals import COMMAND_STOP_SIGNALS, EXIT_REQUEUE, StopRequest
 from pipelines.cli import parse, parse_settings, run_main, split_recipe_flags
@@ -144,10 +145,7 @@ class Series:
         run_dir = os.path.relpath(member.config.run_dir, self.folder)
         runs[key] = {"run_dir": run_dir, "global_batch": member.config.global_batch} | runs.get(key, {}) | facts
         self.content["runs"] = dict(sorted(runs.items(), key=lambda item: int(item[0])))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.file.with_suffix(".partial")
-        partial.write_text(json.dumps(self.content, indent=2) + "\n")
-        partial.replace(self.file)
+        publish(self.file, (json.dumps(self.content, indent=2) + "\n").encode())
 
     def known(self, member: Member) -> dict[str, Any]:
         """The recorded facts about a run."""

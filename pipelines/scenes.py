@@ -88,15 +88,6 @@ class Scene:
         return f"{article} {self.colour} {self.shape} {'in' if self.place == 'centre' else 'at'} the {self.place}"
 
 
-@dataclass(frozen=True, slots=True)
-class ScenePaths:
-    """Preprocessed shard datasets."""
-
-    align: Path
-    instruct: Path
-    heldout: Path
-
-
 def scenes(num: int, seed: str) -> list[Scene]:
     """`num` scenes in random order; every combination as often as any other, up to one."""
     every = [Scene(colour, shape, place) for colour in COLOURS for shape in SHAPES for place in PLACES]
@@ -196,8 +187,9 @@ def _row(image: str, turns: list[tuple[str, str]], image_last: bool = False) -> 
     return {"id": image.removesuffix(".jpg"), "image": image, "conversations": conversation}
 
 
-def ensure_scene_data(folder: Path = Path("data/scenes"), settings: SceneSettings | None = None) -> ScenePaths:
+def ensure_scene_data(folder: Path = Path("data/scenes"), settings: SceneSettings | None = None) -> Path:
     """Shard datasets of rendered scenes in `folder`, made on the first call: `align`, `instruct`, `heldout`, and `corpus`.
+    Returns: the folder, absolute.
 
     Any number of processes may call it at once: one renders, the others wait; a killed one leaves nothing that is used.
     Raises: ValueError when the folder holds something else, or scenes of other settings.
@@ -209,7 +201,7 @@ def ensure_scene_data(folder: Path = Path("data/scenes"), settings: SceneSetting
         with _locked(folder.with_name(f".{folder.name}.lock")):
             if not _is_complete(folder, settings):  # another process may have made it while we waited
                 _make_datasets(folder, settings)
-    return ScenePaths(folder / "align", folder / "instruct", folder / "heldout")
+    return folder
 
 
 def _description(settings: SceneSettings) -> dict[str, int]:

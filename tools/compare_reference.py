@@ -22,7 +22,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from himix_megatron.config import Config, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig, VisionConfig
+from himix_megatron.config import Config, DataConfig, OptimizerConfig, ParallelConfig, TrainConfig, VisionConfig, check_known
+from himix_megatron.config.families import FAMILIES
+from himix_megatron.conversion.huggingface import language_config
 from himix_megatron.data.loading.image_table import ImageTable
 from himix_megatron.distributed.launch import ensure_ranks
 from himix_megatron.distributed.topology import Topology, init_distributed, shutdown_distributed
@@ -88,23 +90,12 @@ def read(path: Path) -> Reference:
 def configuration(arguments: Arguments, reference: Reference) -> Config:
     """The run that the reference file describes, in the layout of the arguments."""
     sizes = reference.sizes
+    check_known("model.family", sizes["family"], FAMILIES)
+    language = language_config({**sizes, "model_type": sizes["family"]}, arguments.file)
     vision_tokens, vision_width = reference.tensors["vision"].shape[1:]
     return Config(
         recipe="reference",
-        model=ModelConfig(
-            family=sizes["family"],
-            num_layers=sizes["num_hidden_layers"],
-            hidden_size=sizes["hidden_size"],
-            ffn_hidden_size=sizes["intermediate_size"],
-            num_attention_heads=sizes["num_attention_heads"],
-            num_query_groups=sizes["num_key_value_heads"],
-            head_dim=sizes.get("head_dim"),
-            vocab_size=sizes["vocab_size"],
-            rope_theta=sizes["rope_theta"],
-            norm_eps=sizes["rms_norm_eps"],
-            tie_embeddings=sizes["tie_word_embeddings"],
-            layer_spec=arguments.layer_spec,
-        ),
+        model=replace(language, layer_spec=arguments.layer_spec),
         # The features come from the file: the tower's own sizes play no part.
         vision=VisionConfig(
             tower="tiny", image_size=vision_tokens, patch_size=1, hidden_size=vision_width, num_layers=2,

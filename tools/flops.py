@@ -280,15 +280,13 @@ def main() -> int:
     arguments = parse_settings(Arguments, sys.argv[1:], "python -m tools.flops", __doc__)
     check(arguments)
     if arguments.paper:
-        for line in paper_lines():
-            print(line)
+        print(*paper_lines(), sep="\n")
         return 0
     config = config_of(arguments)
     text = arguments.text_tokens or (config.parallel.split_text_tokens if arguments.recipe else PAPER_TEXT_TOKENS)
     micro_batch = arguments.micro_batch or config.micro_batch
     each = mean_vision_tokens(config.vision, arguments.vision_tokens)
-    for line in table(config, text, arguments.images, each, arguments.label_share, micro_batch):
-        print(line)
+    print(*table(config, text, arguments.images, each, arguments.label_share, micro_batch), sep="\n")
     if arguments.plot is not None:
         plot(config, text, arguments.images, each, arguments.plot)
         print(f"plot: {arguments.plot}")

@@ -226,16 +226,13 @@ def plan(arguments: Arguments) -> None:
         f"{sample.longest_text}) and {sample.images:g} images of {sample.vision_tokens:g} vision tokens a sample; "
         f"{len(found)} layouts fit"
     )
-    for line in table(found, machine, arguments.price_per_gpu_hour, arguments.show):
-        print(line)
+    print(*table(found, machine, arguments.price_per_gpu_hour, arguments.show), sep="\n")
     best, price = found[0], arguments.price_per_gpu_hour
     print(
         f"best: {described(best)}: {best.samples / best.seconds:.1f} samples/s, {best.cost_per_million(price):.2f} for a "
         f"million samples at {price:g} a GPU hour"
     )
-    for line in stages(best):
-        print(line)
-    print(command(best, machine.node_size))
+    print(*stages(best), command(best, machine.node_size), sep="\n")
 
 
 def main() -> int:
@@ -244,8 +241,7 @@ def main() -> int:
     if arguments.compare == "published":
         from tools.planner.published import compared
 
-        for line in compared():
-            print(line)
+        print(*compared(), sep="\n")
     else:
         plan(arguments)
     return 0

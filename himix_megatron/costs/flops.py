@@ -1,4 +1,4 @@
-"""Floating-point operations by arithmetic: of a layer, of a training step; and layers split so that stages cost alike.
+"""Floating-point operations by arithmetic: of a training step; and layers split so that stages cost alike.
 
 Flows in: the sizes of a configuration and what samples amount to; out: operations, 2 for each multiply-add. Two conventions
 for attention: `causal`, what is needed (a text token over all vision of its sample, and over the text up to itself), and full
@@ -17,34 +17,6 @@ from dataclasses import dataclass, fields
 
 from ..config import Config, ModelConfig, Part, VisionConfig
 from ..config.towers import TOWERS
-
-
-@dataclass(frozen=True, slots=True)
-class LayerFlops:
-    """Of one decoder layer on one sample, forward."""
-
-    text: float
-    """Products of text with weights: q, k, v, output, MLP."""
-    vision: float
-    """The vision K/V projections."""
-    attention: float
-    """Scores and mixing: text queries over vision and text keys."""
-
-    @property
-    def total(self) -> float:
-        """All of it."""
-        return self.text + self.vision + self.attention
-
-
-def layer_flops(model: ModelConfig, vision_width: int, *, text_tokens: float, vision_tokens: float) -> LayerFlops:
-    """One HiMix decoder layer on a sample with this many text and vision tokens, attention as a full rectangle."""
-    query, key_value = (heads * model.channels_per_head for heads in (model.num_attention_heads, model.num_query_groups))
-    weights = 2 * model.hidden_size * (query + key_value) + 3 * model.hidden_size * model.ffn_hidden_size
-    return LayerFlops(
-        text=2 * text_tokens * weights,
-        vision=2 * vision_tokens * vision_width * 2 * key_value,
-        attention=2 * 2 * text_tokens * (text_tokens + vision_tokens) * query,
-    )
 
 
 def head_flops(model: ModelConfig, *, text_tokens: float) -> float:
@@ -262,15 +234,11 @@ def chunk_layers(config: Config) -> tuple[int, ...]:
     return tuple(layers)
 
 
-def stage_flops(config: Config) -> tuple[float, ...]:
-    """Of each pipeline stage on a sample of `parallel.split_text_tokens` and one largest image, forward, the head counted."""
-    costs = _chunk_costs(config, chunk_layers(config))
-    return tuple(sum(costs[stage :: config.parallel.pipeline]) for stage in range(config.parallel.pipeline))
-
-
 def _chunk_costs(config: Config, layers: tuple[int, ...] | list[int]) -> list[float]:
+    """Of each model chunk on a sample of `parallel.split_text_tokens` and one largest image, forward, the head counted."""
     vision, text_tokens = config.vision, config.parallel.split_text_tokens
-    each = layer_flops(config.model, vision.hidden_size, text_tokens=text_tokens, vision_tokens=vision.max_tokens_per_image)
-    costs = [each.total * number for number in layers]
+    work = Work.of([text_tokens], [vision.max_tokens_per_image], head_tokens=text_tokens, causal=False)
+    each = _products(config.model, vision.hidden_size, work).total
+    costs = [each * number for number in layers]
     costs[-1] += head_flops(config.model, text_tokens=text_tokens)
     return costs

@@ -86,14 +86,14 @@ def device_of(cuda_name: str) -> Device | None:
     return next((device for device in DEVICES if all(word.lower() in cuda_name.lower() for word in device.words)), None)
 
 
-def device_named(name: str, flag: str = "--gpu") -> Device:
+def device_named(name: str) -> Device:
     """By our own name. Raises: ValueError that lists the known ones."""
-    return _named(DEVICES, name, flag)
+    return _named(DEVICES, name, "--gpu")
 
 
-def network_named(name: str, flag: str = "--interconnect") -> Network:
+def network_named(name: str) -> Network:
     """By our own name. Raises: ValueError that lists the known ones."""
-    return _named(NETWORKS, name, flag)
+    return _named(NETWORKS, name, "--interconnect")
 
 
 _Named = TypeVar("_Named", Device, Network)

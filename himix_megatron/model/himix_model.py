@@ -25,15 +25,7 @@ from torch import Tensor, nn
 from ..config import Config, Part
 from ..data.loading.image_table import ImageTable
 from ..distributed.fused_kernels import Kernels
-from ..distributed.megatron_config import (
-    attention_core,
-    chosen_layer_spec,
-    ddp_config,
-    gpt_arguments,
-    has_fused_loss,
-    overlaps,
-    transformer_config,
-)
+from ..distributed.megatron_config import ddp_config, gpt_arguments, has_fused_loss, overlaps, transformer_config
 from ..distributed.topology import Topology
 from .attention.backends import TorchMixtureAttention
 from .attention.kv_cache import KVCache
@@ -71,19 +63,11 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
 
     def __init__(self, config: Config, kernels: Kernels, topology: Topology, *, chunk: int | None, tower: Tower | None):
         mcore_config = transformer_config(config, kernels)
-        backend, core = chosen_layer_spec(config.model, kernels), attention_core(config, kernels)
         first, last = chunk in (None, 0), chunk in (None, config.parallel.virtual_pipeline - 1)
         super().__init__(
             mcore_config,
             block_spec(
-                mcore_config,
-                backend,
-                core,
-                config.vision.hidden_size,
-                family=config.model.family,
-                vision_is_frozen=tower is None,
-                chunk=chunk,
-                stage=topology.pipeline_rank,
+                config, mcore_config, kernels, vision_is_frozen=tower is None, chunk=chunk, stage=topology.pipeline_rank
             ),
             pre_process=topology.is_first_stage and first,
             post_process=topology.is_last_stage and last,
@@ -243,15 +227,12 @@ def finalize_gradients(model_chunks: list[Any], num_tokens: Tensor | None = None
     mcore would do that sum after its reduction over data ranks, which a distributed optimizer cuts at other places on each
     stage: it would add reduced parts to unreduced ones.
     """
-    replicas = [
-        list(unwrap_model(model_chunk).tower.parameters())
-        for model_chunk in model_chunks
-        if hasattr(unwrap_model(model_chunk), "tower")
-    ]
+    models = [unwrap_model(model_chunk) for model_chunk in model_chunks]
+    replicas = [list(model.tower.parameters()) for model in models if hasattr(model, "tower")]
     if replicas and replicas[0][0].requires_grad:
         sums = [torch.stack([p.main_grad for p in same]).sum(0) for same in zip(*replicas, strict=True)]
         flat = torch.cat([tensor.flatten() for tensor in sums])
-        torch.distributed.all_reduce(flat, group=unwrap_model(model_chunks[0]).pg_collection.pp)
+        torch.distributed.all_reduce(flat, group=models[0].pg_collection.pp)
         totals = torch.split(flat, [tensor.numel() for tensor in sums])
         for same, total in zip(zip(*replicas, strict=True), totals, strict=True):
             for parameter in same:

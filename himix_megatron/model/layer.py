@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from .attention.kv_cache import KVCache
 from .attention.packed_layout import PackedLayout
+from .cpu_ops import SwiGLU
 
 
 class HiMixLayer(TransformerLayer):  # type: ignore[misc]
@@ -57,13 +57,12 @@ def _residual_add(update_and_bias: tuple[Tensor, Tensor | None], residual: Tenso
     return residual + (update if bias is None else update + bias)
 
 
-class TransformerEngineSwiGLU(torch.nn.Module):
+class TransformerEngineSwiGLU(SwiGLU):
     """The same by Transformer Engine, on a GPU. megatron-core's, compiled, took 5 times as long as its traffic in the backward
     pass at Llama-3.2-3B's width: a tenth of the whole step (H100)."""
 
     def __init__(self, config: Any):
-        """Nothing to keep: there are no parameters."""
-        super().__init__()
+        super().__init__(config)
         from transformer_engine.pytorch import ops
 
         self.op = ops.SwiGLU()
@@ -72,7 +71,3 @@ class TransformerEngineSwiGLU(torch.nn.Module):
         """float[..., 2F] to float[..., F]."""
         activated: Tensor = self.op(gate_and_up)
         return activated
-
-    def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
-        """Nothing for a checkpoint."""
-        return {}

@@ -18,7 +18,10 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
+from ..config import Config
 from ..config.families import FAMILIES
+from ..distributed.fused_kernels import Kernels
+from ..distributed.megatron_config import attention_core, chosen_layer_spec
 from .attention.backends import TorchMixtureAttention, TransformerEngineMixtureAttention, TritonMixtureAttention
 from .attention.mixture_attention import MixtureAttention, MixtureAttentionSubmodules, VisionLinear, VisionNorm
 from .cpu_ops import RMSNorm, SwiGLU
@@ -33,26 +36,19 @@ CORES: dict[str, Any] = {
 
 
 def block_spec(
-    config: Any,
-    backend: Literal["te", "torch"],
-    core: Literal["te", "flash", "triton"],
-    vision_hidden_size: int,
-    *,
-    family: str,
-    vision_is_frozen: bool,
-    chunk: int | None,
-    stage: int,
+    config: Config, mcore_config: Any, kernels: Kernels, *, vision_is_frozen: bool, chunk: int | None, stage: int
 ) -> TransformerBlockSubmodules:
     """The layers of one model chunk (None: no interleaving) of a pipeline stage, and the final norm.
 
-    A family with layers of its own changes them here, and `config` with them.
+    A family with layers of its own changes them here, and `mcore_config` with them.
 
-    Raises: ImportError for `te` where Transformer Engine is not installed.
+    Raises: ValueError for a backend or kernels that are asked for and cannot run here.
     """
-    layer = _layer(backend, CORES[core], vision_hidden_size, vision_is_frozen=vision_is_frozen)
-    if (change := FAMILIES[family].layer) is not None:
-        pkgutil.resolve_name(change)(layer, config)
-    num_layers = get_num_layers_to_build(config, vp_stage=chunk, pp_rank=stage)
+    backend, core = chosen_layer_spec(config.model, kernels), CORES[attention_core(config, kernels)]
+    layer = _layer(backend, core, config.vision.hidden_size, vision_is_frozen=vision_is_frozen)
+    if (change := FAMILIES[config.model.family].layer) is not None:
+        pkgutil.resolve_name(change)(layer, mcore_config)
+    num_layers = get_num_layers_to_build(mcore_config, vp_stage=chunk, pp_rank=stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=_norm(backend))
 
 

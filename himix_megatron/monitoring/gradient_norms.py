@@ -36,9 +36,7 @@ def squared_norms(model_chunks: list[Any], optimizer: Any, data_rank: int) -> di
             counts = parameter.requires_grad and param_is_not_shared(parameter)
             if counts and param_is_not_tensor_parallel_duplicate(parameter):
                 grads[part_of(name)] += _own(parameter, optimizer, data_rank)
-    norms = [
-        torch.nn.utils.get_total_norm(own).double() if own else torch.zeros((), dtype=torch.float64) for own in grads.values()
-    ]
+    norms = [torch.nn.utils.get_total_norm(own) for own in grads.values()]  # of none 0
     return {part: norm.item() ** 2 for part, norm in zip(PARTS, norms, strict=True)}
 
 

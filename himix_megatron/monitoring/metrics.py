@@ -14,7 +14,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +59,7 @@ class StepCounts:
 
 @dataclass(slots=True)
 class RankSums:
-    """What one rank adds up over an interval; all fields are numbers, so that one collective gathers them as a row."""
+    """What one rank adds up over an interval: numbers, which one collective gathers as a row."""
 
     data_seconds: float = 0.0
     own_seconds: float = 0.0
@@ -77,34 +77,23 @@ class RankSums:
     """Positions for text tokens: the packs' budget, or rows including padding."""
     computed_tokens: float = 0.0
     """Text and vision tokens of the decoder's tensors, padding included."""
-    text_tokens: float = 0.0
-    vision_tokens: float = 0.0
-    text_pairs: float = 0.0
-    vision_pairs: float = 0.0
-    head_tokens: float = 0.0
-    images: float = 0.0
-    patches: float = 0.0
-    patch_pairs: float = 0.0
-    """The fields from `text_tokens` on are the `flops.Work` of the samples, counted by the first rank of each replica."""
+    work: Work = field(default_factory=Work)
+    """Of the samples, counted by the first rank of each replica."""
 
     def add_batch(self, config: Config, batch: StepBatch) -> None:
         """Count a step's samples."""
         real = [] if config.data.features else (~batch.blank).nonzero()[:, 0].tolist()
         sizes = batch.images.sizes
-        self._add(Work.encoding([config.vision.num_patches(sizes[image]) for image in real]))
+        self.work += Work.encoding([config.vision.num_patches(sizes[image]) for image in real])
         for micro_batch in batch.micro_batches:
             texts = micro_batch.text_lengths.tolist()
             visions = micro_batch.images.sample_tokens()
-            self._add(Work.of(texts, visions, head_tokens=float((micro_batch.labels >= 0).sum())))
+            self.work += Work.of(texts, visions, head_tokens=float((micro_batch.labels >= 0).sum()))
             num_text, num_vision = micro_batch.text_ids.numel(), sum(visions)
             self.positions += config.data.pack_max_text_tokens or num_text
             if config.train.cuda_graphs == "on":
                 num_text, num_vision = padded_sizes(config, num_text, num_vision)
             self.computed_tokens += num_text + num_vision
-
-    def _add(self, work: Work) -> None:
-        for item in fields(Work):
-            setattr(self, item.name, getattr(self, item.name) + getattr(work, item.name))
 
 
 @dataclass(slots=True)
@@ -212,10 +201,12 @@ class Metrics:
         for part, square in squares.items():
             setattr(sums, f"{part}_square", square)
         sums.peak_gib = peak_memory_gib(topology.device)
-        own = torch.tensor(astuple(sums), dtype=torch.float64, device=topology.device)
-        rows = own.new_empty(topology.world_size * len(own))
-        torch.distributed.all_gather_into_tensor(rows, own)
-        return [RankSums(*row) for row in rows.view(topology.world_size, len(own)).tolist()]
+        *own, work = astuple(sums)
+        row = torch.tensor([*own, *work], dtype=torch.float64, device=topology.device)
+        rows = row.new_empty(topology.world_size * len(row))
+        torch.distributed.all_gather_into_tensor(rows, row)
+        found = rows.view(topology.world_size, len(row)).tolist()
+        return [replace(RankSums(*values[: len(own)]), work=Work(*values[len(own) :])) for values in found]
 
     def _log(self, step: int, points: Mapping[str, float], seconds_left: float) -> None:
         mfu = f"  MFU {100 * points['compute/model_mfu']:.1f} %" if "compute/model_mfu" in points else ""
@@ -318,7 +309,7 @@ def gradient_points(config: Config, ranks: Sequence[RankSums], grad_norm: float)
 
 def compute_points(config: Config, ranks: Sequence[RankSums], seconds: float, peak: float | None) -> dict[str, float]:
     """Model TFLOP/s, without and with the tower, and their share of the chips' peak."""
-    flops = step_flops(config, Work(*(sum(getattr(rank, item.name) for rank in ranks) for item in fields(Work))))
+    flops = step_flops(config, sum((rank.work for rank in ranks), Work()))
     points = {"compute/model_tflops_per_second": flops.model / seconds / 1e12}
     for name, done in (("decoder", flops.language), ("model", flops.model)):
         each = done / seconds / len(ranks) / 1e12
@@ -330,12 +321,12 @@ def compute_points(config: Config, ranks: Sequence[RankSums], seconds: float, pe
 
 def fill_points(config: Config, ranks: Sequence[RankSums], packs: int) -> dict[str, float]:
     """The share of the places for text and vision tokens that was filled, and the share of computed tokens that was padding."""
-    points = {"data/text_packing_efficiency": sum(rank.text_tokens for rank in ranks) / sum(rank.positions for rank in ranks)}
-    real = sum(rank.text_tokens + rank.vision_tokens for rank in ranks)
+    work = sum((rank.work for rank in ranks), Work())
+    points = {"data/text_packing_efficiency": work.text_tokens / sum(rank.positions for rank in ranks)}
+    real = work.text_tokens + work.vision_tokens
     points["compute/padding_fraction"] = 1 - real / sum(rank.computed_tokens for rank in ranks)
     if config.data.pack_max_vision_tokens is not None:
-        vision_tokens = sum(rank.vision_tokens for rank in ranks)
-        points["data/vision_packing_efficiency"] = vision_tokens / (packs * config.data.pack_max_vision_tokens)
+        points["data/vision_packing_efficiency"] = work.vision_tokens / (packs * config.data.pack_max_vision_tokens)
     return points
 
 

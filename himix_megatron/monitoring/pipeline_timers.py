@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,9 +27,9 @@ class ScheduleTimers:
         self._schedules: list[tuple[Any, Any]] = []
         self._opened: dict[str, Any] = {}
 
-    def __call__(self, name: str, log_level: int | None = None) -> _Timer:
-        """The timer of that name."""
-        return _Timer(self, name)
+    def __call__(self, name: str, log_level: int | None = None) -> Any:
+        """The timer of that name, as megatron-core starts and stops it."""
+        return SimpleNamespace(start=lambda barrier=False: self.open(name), stop=lambda barrier=False: self.close(name))
 
     def open(self, name: str) -> None:
         """A pass or the schedule starts."""
@@ -55,19 +56,6 @@ class ScheduleTimers:
         found = _seconds(self._busy), _seconds(self._schedules)
         self._busy, self._schedules = [], []
         return found
-
-
-class _Timer:
-    """One of megatron-core's named timers."""
-
-    def __init__(self, clock: ScheduleTimers, name: str):
-        self._clock, self._name = clock, name
-
-    def start(self, barrier: bool = False) -> None:
-        self._clock.open(self._name)
-
-    def stop(self, barrier: bool = False) -> None:
-        self._clock.close(self._name)
 
 
 def _event() -> torch.cuda.Event:

@@ -5,16 +5,13 @@ A state is saved only if the ranks that should hold equal weights do.
 
 from __future__ import annotations
 
-from typing import Any
-
-from ..checkpoint.checkpointer import Checkpoints
 from ..checkpoint.description import Position
-from ..config import CheckpointConfig, HealthConfig
-from ..distributed.topology import Topology
+from ..config import Config
 from ..monitoring.metrics import Metrics
 from ..resilience.goodput import Goodput
 from ..resilience.loss_guard import LossGuard
 from ..resilience.replica_check import check_replica_weights
+from .builder import TrainingComponents
 
 
 class CheckpointPolicy:
@@ -22,20 +19,16 @@ class CheckpointPolicy:
 
     def __init__(
         self,
-        checkpoint: CheckpointConfig,
-        health: HealthConfig,
+        config: Config,
+        run: TrainingComponents,
         *,
-        checkpoints: Checkpoints,
-        topology: Topology,
-        model_chunks: list[Any],
         loss_guard: LossGuard,
         goodput: Goodput,
         metrics: Metrics,
         saved_step: int,
     ):
         """`saved_step`: of the checkpoint that the run continued from, 0 without one."""
-        self._interval_steps, self._replica_check_steps = checkpoint.interval_steps, health.replica_check_steps
-        self._checkpoints, self._topology, self._stages = checkpoints, topology, model_chunks
+        self._config, self._run, self._checkpoints = config, run, run.checkpoints
         self._loss_guard, self._goodput, self._metrics = loss_guard, goodput, metrics
         self.saved_step = saved_step
 
@@ -49,9 +42,9 @@ class CheckpointPolicy:
 
         Returns: why the run must stop; None if it goes on.
         """
-        due = (due or position.step % self._interval_steps == 0) and position.step > self.saved_step
-        if due or position.step % self._replica_check_steps == 0:
-            difference = check_replica_weights(self._topology, self._stages, self._checkpoints.frozen_tower)
+        due = (due or position.step % self._config.checkpoint.interval_steps == 0) and position.step > self.saved_step
+        if due or position.step % self._config.health.replica_check_steps == 0:
+            difference = check_replica_weights(self._run.topology, self._run.model_chunks, self._checkpoints.frozen_tower)
             if difference:
                 return (
                     f"after step {position.step} {difference}. A machine may be broken: find it before you continue from the "

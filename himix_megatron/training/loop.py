@@ -156,11 +156,8 @@ class TrainLoop:
         state = journal.loss_guard_state_at(position.step)
         self.loss_guard = LossGuard(config.health, state, num_rollbacks=journal.num_rollbacks)
         self.policy = CheckpointPolicy(
-            config.checkpoint,
-            config.health,
-            checkpoints=run.checkpoints,
-            topology=topology,
-            model_chunks=model_chunks,
+            config,
+            run,
             loss_guard=self.loss_guard,
             goodput=context.goodput,
             metrics=self.metrics,

@@ -72,7 +72,7 @@ def train_step(
     failpoint("step/gradient", (buffer.grad_data for model_chunk in run.model_chunks for buffer in model_chunk.buffers))
     own_norm, own_finite = gradient_norm(run.optimizer), has_finite_gradients(run)
     failpoint("step/collective", progress=True)
-    counts, finite, norm = count(config, run.topology, batch, reported, finite=own_finite, norm=own_norm)
+    counts, finite, norm = count(run.topology, batch, reported, finite=own_finite, norm=own_norm)
     decision = check(counts.loss, finite)
     if decision.action == "update":
         failpoint("step/optimizer", progress=True)
@@ -145,7 +145,6 @@ def own_totals(
 
 
 def count(
-    config: Config,
     topology: Topology,
     batch: StepBatch,
     reported: list[Tensor],

@@ -49,7 +49,7 @@ class Validation:
         for batch, images in synced_batches(self.run, batches, self.request):
             failpoint("validation/step", progress=True)
             reported = run_schedule(self.run, batch, images, forward_only=True)
-            counts, _, _ = count(self.config, self.run.topology, batch, reported)
+            counts, _, _ = count(self.run.topology, batch, reported)
             if counts.answer_tokens:
                 total, tokens = total + counts.loss * counts.answer_tokens, tokens + counts.answer_tokens
         return total / tokens if tokens and not self.request.is_agreed else None

@@ -45,9 +45,10 @@ def engine_started(kind: Literal["ray", "local"], num_workers: int | None) -> It
 
 
 @contextlib.contextmanager
-def ray_started(num_workers: int | None = None) -> Iterator[int]:
+def ray_started(num_workers: int | None = None, *, object_store_bytes: int = 256 << 20) -> Iterator[int]:
     """Ray for as long as the block lasts; one that already runs in this process is used and left alone.
 
+    Args: `object_store_bytes`: the default holds the texts of our own tasks under way, and nothing else.
     Yields: the number of tasks that fit at the same time. Several datasets made within one block start Ray once.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing about this run is sent anywhere
@@ -62,7 +63,7 @@ def ray_started(num_workers: int | None = None) -> Iterator[int]:
                 "num_cpus": num_workers or os.cpu_count(),
                 "include_dashboard": False,
                 "_node_ip_address": "127.0.0.1",
-                "object_store_memory": 256 << 20,  # it holds the texts of the tasks under way, nothing else
+                "object_store_memory": object_store_bytes,
             }
         ray.init(**options)
     try:

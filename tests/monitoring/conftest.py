@@ -25,9 +25,9 @@ def watched_run(tmp_path_factory: pytest.TempPathFactory) -> Config:
         recipe,
         data=replace(
             recipe.data,
-            datasets=(str(scenes.align), str(scenes.instruct)),
+            datasets=(str(scenes / "align"), str(scenes / "instruct")),
             weights=(1.0, 3.0),
-            validation_path=str(scenes.heldout),
+            validation_path=str(scenes / "heldout"),
             pack_max_text_tokens=256,
             pack_max_vision_tokens=216,
         ),

@@ -122,7 +122,7 @@ def test_padding_is_what_is_computed_for_nobody(watched_run: Config, graphs: Any
     sums.add_batch(config, SimpleNamespace(micro_batches=(pack,), images=images, blank=blank))  # type: ignore[arg-type]
     found = fill_points(config, [sums, RankSums()], packs=1)["compute/padding_fraction"]
     assert found == pytest.approx(1 - (150 + 66) / (text + vision))
-    assert (sums.images, sums.patches, sums.patch_pairs) == (2, 36 + 18, 36**2 + 18**2)
+    assert (sums.work.images, sums.work.patches, sums.work.patch_pairs) == (2, 36 + 18, 36**2 + 18**2)
 
 
 def test_losses_of_the_datasets_make_up_the_loss(watched_run: Config, run_dir: Path) -> None:

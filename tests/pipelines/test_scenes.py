@@ -101,11 +101,11 @@ def test_an_image_is_a_plain_jpeg_that_varies_in_size_position_and_ground(tmp_pa
 
 def test_datasets_are_made_once_and_hold_every_row(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "scenes"
-    paths = ensure_scene_data(folder, SMALL)
+    data = ensure_scene_data(folder, SMALL)
     before = {name: (folder / name).stat().st_mtime_ns for name in _files(folder)}
-    assert ensure_scene_data(folder, SMALL) == paths
+    assert ensure_scene_data(folder, SMALL) == data
     assert {name: (folder / name).stat().st_mtime_ns for name in _files(folder)} == before
-    for path, num in ((paths.align, 40), (paths.instruct, 40), (paths.heldout, 9)):
+    for path, num in ((data / "align", 40), (data / "instruct", 40), (data / "heldout", 9)):
         manifest = json.loads((path / "manifest.json").read_text())
         assert manifest["num_samples"] == manifest["num_images"] == num
     assert [path.name for path in folder.parent.iterdir() if path.name.endswith(".partial")] == []
@@ -125,7 +125,7 @@ def test_several_at_once_make_it_once_and_a_killed_attempts_remains_do_not_matte
     for caller in callers:
         caller.join(60)
     assert [caller.exitcode for caller in callers] == [0, 0, 0]
-    alone = ensure_scene_data(tmp_path / "alone", SMALL).align.parent
+    alone = ensure_scene_data(tmp_path / "alone", SMALL)
     assert _files(tmp_path / "scenes") == _files(alone)
 
 

@@ -22,11 +22,27 @@ from tests.support.processes import Ranks, resilience_config
 from tests.support.ranks import run_ranks
 
 
+def state_hash(model_chunks: list[Any], optimizer: Any) -> str:
+    """Of all ranks' parameters and optimizer states together, the same bits the same hash; all ranks call it."""
+    from himix_megatron.distributed.megatron_config import optimizer_parts
+    from himix_megatron.model.himix_model import unwrap_model
+
+    tensors = [parameter for model_chunk in model_chunks for parameter in unwrap_model(model_chunk).parameters()]
+    for part in optimizer_parts(optimizer):
+        groups = [] if part.is_stub_optimizer else part.optimizer.param_groups
+        for parameter in (p for group in groups for p in group["params"]):  # fp32 main weights, moments, step counters
+            state = part.optimizer.state.get(parameter, {})
+            tensors += [parameter, *(torch.as_tensor(state[name]) for name in sorted(state))]
+    own = [(tuple(tensor.shape), int(bitwise_hash(tensor))) for tensor in tensors]
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, own)
+    return str(gathered)
+
+
 def hashes_of(config: Config, poison: tuple[int, tuple[int, ...]] | None = None) -> tuple[int, list[str]]:
     """Train. `poison`: on this rank one gradient is not a number at these steps. Returns: the exit code, and the hash of
     parameters and optimizer after each step."""
     from himix_megatron.model.himix_model import unwrap_model
-    from himix_megatron.resilience.replica_check import state_hash
     from himix_megatron.training import loop, train_step
 
     found: list[str] = []
@@ -116,8 +132,8 @@ def spiking(config: Config, die_at: int | None = None) -> tuple[int, list[str]]:
 
     count = train_step.count
 
-    def count_with_spike(config: Config, topology: Any, batch: Any, *arguments: Any, **options: Any) -> Any:
-        counts, *others = count(config, topology, batch, *arguments, **options)
+    def count_with_spike(topology: Any, batch: Any, *arguments: Any, **options: Any) -> Any:
+        counts, *others = count(topology, batch, *arguments, **options)
         return (replace(counts, loss=100 * counts.loss) if batch.after.samples == 64 else counts), *others
 
     def die(point: str, _: bool) -> None:

@@ -181,8 +181,7 @@ def test_limits_are_named(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert (finding.state, finding.detail) == ("warning", "limit 512")
     assert "ulimit -n" in finding.remedy
-    assert machine.shared_memory(tmp_path / "none").state == "broken"
-    assert machine.free_space(tmp_path / "none").state == "broken"
+    assert machine.space("free space", tmp_path / "none", 1.0, "make it").state == "broken"
 
 
 @contextlib.contextmanager

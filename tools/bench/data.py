@@ -34,11 +34,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from himix_megatron.config import Count
+from himix_megatron.config import Count, Limit
 from himix_megatron.data.images import image_file
 from himix_megatron.data.images.decode import decode
 from himix_megatron.data.loading.packing import plan_packs
@@ -74,7 +74,7 @@ class Arguments:
 
     only: tuple[Section, ...] = tuple(PEERS)
     """Sections to run."""
-    scale: float = 1.0
+    scale: Annotated[float, Limit(0.005, 10)] = 1.0
     """Amount of data; 1 is 8,192 samples (550 MB), for which the wanted ratios are meant."""
     repetitions: Count = 5
     """Counted repetitions; preprocessing does half as many, rounded up."""
@@ -86,8 +86,6 @@ class Arguments:
     """Write megatron-energon's metadata beside the shards of this dataset, and nothing else."""
 
     def __post_init__(self) -> None:
-        if not 0.005 <= self.scale <= 10:
-            raise ValueError(f"--scale is {self.scale}: wanted 0.005 to 10")
         if not self.only:
             raise ValueError(f"--only names no section: wanted some of {', '.join(PEERS)}")
 
@@ -299,6 +297,7 @@ def level_differences(dataset: ShardDataset, num_samples: int) -> tuple[int, flo
 
 def bench_preprocess(annotations: Path, images: Path, work: Path, arguments: Arguments) -> list[Line]:
     """JSON and images to shards."""
+    from pipelines.launchers.task_engine import ray_started
     from pipelines.preprocess import Settings, preprocess
     from tools.bench import ray_data as ray_data_baseline
 
@@ -329,7 +328,7 @@ def bench_preprocess(annotations: Path, images: Path, work: Path, arguments: Arg
         "Ray Data, full decode by Pillow": ray_data("decode by Pillow"),
         "ours in one process, full decode": ours(engine="local", num_workers=1, check="decode"),
     }
-    with ray_data_baseline.ray_with_room(workers):
+    with ray_started(workers, object_store_bytes=ray_data_baseline.OBJECT_STORE_BYTES):
         rates = take_turns(candidates, (arguments.repetitions + 1) // 2, measure=rate_of)
     lines = [
         times(rates, "ours, header check", "Ray Data, header check", 2.5),

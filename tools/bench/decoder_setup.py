@@ -42,7 +42,7 @@ class Arguments:
     """`training`: packs of a step."""
     layer_spec: Literal["auto", "te", "torch"] = "auto"
     """`training`: layer backend, as --model.layer-spec."""
-    fp8: str = "none"
+    fp8: Literal["none", "tensorwise", "blockwise"] = "none"
     """`training`: as --train.fp8."""
     recompute: Literal["none", "selective", "full"] = "none"
     """`training`: as --train.recompute."""

@@ -88,13 +88,11 @@ class Himix:
 
     def cache(self) -> Any:
         """A cache for one answer; it holds the images' features."""
-        return self._cache(self.vision_NBV, self.text_ids.shape[1])
-
-    def _cache(self, vision_NBV: Tensor, num_prompt: int) -> Any:
         from himix_megatron.model.attention.kv_cache import KVCache
 
+        num_prompt = self.text_ids.shape[1]
         lengths = torch.full((self.arguments.images,), num_prompt, device=self.own.device)
-        return KVCache(vision_NBV, None, lengths, num_prompt, self.arguments.new_tokens + 1)
+        return KVCache(self.vision_NBV, None, lengths, num_prompt, self.arguments.new_tokens + 1)
 
     @torch.no_grad()
     def answer(self) -> tuple[float, float]:
@@ -120,6 +118,7 @@ class Concatenating(Himix):
 
     def __init__(self, config: Config, arguments: Arguments, topology: Topology):
         super().__init__(config, arguments, topology)
+        self.vision_NBV = self.vision_NBV[:0]  # the whole prompt goes through the layers
         shape = (arguments.vision_tokens, arguments.images, config.model.hidden_size)
         image_NBH = (torch.randn(shape) * config.model.init_std).to(self.own)
         places = self.text_ids.new_zeros(arguments.images, arguments.vision_tokens)
@@ -131,10 +130,6 @@ class Concatenating(Himix):
             return embedded_SBH
 
         self.model.embedding.register_forward_hook(put_in_front)
-
-    def cache(self) -> Any:
-        """A cache for one answer; the whole prompt goes through the layers."""
-        return self._cache(self.vision_NBV[:0], self.text_ids.shape[1])
 
 
 def measure(models: list[Himix], repetitions: int) -> dict[str, list[float]]:

@@ -30,6 +30,7 @@ from himix_megatron.config import Config, Count, ParallelConfig, RunConfig, read
 from himix_megatron.distributed.topology import Topology, init_distributed, shutdown_distributed
 from pipelines.cli import parse_settings, run_main
 from pipelines.recipes import RECIPES
+from tools.bench.measure import take_turns
 
 MOST = 1.10
 """Largest ratio of the slowest rank's CPU time to the fastest's, with the sharded tower."""
@@ -103,7 +104,9 @@ def calibrate(config: Config) -> dict[str, Any]:
 
     width = 4 * config.vision.hidden_size
     for attempts_left in range(4, -1, -1):
-        decoder_seconds, tower_seconds, wider = cpu_seconds(decoder, tower(width), tower(2 * width))
+        pieces = {"decoder": decoder, "tower": tower(width), "wider tower": tower(2 * width)}
+        taken = take_turns(pieces, repetitions=5, measure=cpu_seconds)
+        decoder_seconds, tower_seconds, wider = map(statistics.median, taken.values())
         if abs(tower_seconds / decoder_seconds - 1) <= NEAR or not attempts_left:
             break
         # Its cost is nearly a straight line in the width.
@@ -111,15 +114,11 @@ def calibrate(config: Config) -> dict[str, Any]:
     return {"width": width, "decoder_seconds": decoder_seconds, "tower_seconds": tower_seconds}
 
 
-def cpu_seconds(*pieces: Callable[[], object], repetitions: int = 5) -> list[float]:
-    """Median CPU time of this process for each piece of work, in turns; the first turn is not counted."""
-    taken: list[list[float]] = [[] for _ in pieces]
-    for _ in range(repetitions + 1):
-        for piece, own in zip(pieces, taken, strict=True):
-            begun = time.process_time()
-            piece()
-            own.append(time.process_time() - begun)
-    return [statistics.median(own[1:]) for own in taken]
+def cpu_seconds(piece: Callable[[], object]) -> float:
+    """CPU time of this process for a piece of work."""
+    begun = time.process_time()
+    piece()
+    return time.process_time() - begun
 
 
 def measure(config: Config, topology: Topology) -> dict[str, Any]:
@@ -190,7 +189,7 @@ def bench(
         return found
 
     scenes = SceneSettings(num_train=arguments.samples * (arguments.steps + 1), num_heldout=8)
-    config = settings(arguments, ensure_scene_data(folder / "scenes", scenes).instruct, folder)
+    config = settings(arguments, ensure_scene_data(folder / "scenes", scenes) / "instruct", folder)
     sized = launch(config)
     config = replace(config, vision=replace(config.vision, ffn_hidden_size=sized["width"]))
     encode(config, Settings(out=folder / "features", engine="local"))

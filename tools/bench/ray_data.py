@@ -7,13 +7,9 @@ every run, and a killed run leaves half tars under their final names.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import io
 import json
-import logging
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,27 +21,6 @@ from himix_megatron.data.shards import shard_format
 Check = Literal["header", "header by Pillow", "decode", "decode by Pillow"]
 OBJECT_STORE_BYTES = 2 << 30
 """For whole images, which our own preprocessing never puts there."""
-
-
-@contextlib.contextmanager
-def ray_with_room(num_workers: int) -> Iterator[None]:
-    """Ray on this machine; `preprocess` uses it too while it runs."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-
-    ray.init(
-        address="local",
-        num_cpus=num_workers,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _node_ip_address="127.0.0.1",
-        object_store_memory=OBJECT_STORE_BYTES,
-    )
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def write_by_ray_data(annotations: Path, images: Path, out: Path, *, check: Check, samples_per_shard: int) -> None:

@@ -28,11 +28,15 @@ SLOW_SYNC_SECONDS = 0.5
 def findings(folder: Path) -> Iterator[Finding]:
     """All findings."""
     yield memory()
-    yield shared_memory(Path("/dev/shm"))
+    # Where decoding processes hand over batches.
+    remedy = "containers: --shm-size 16g or --ipc=host; or --data.num-workers 0"
+    yield space("shared memory", Path("/dev/shm"), LEAST_SHM_GIB, remedy)
     yield open_files()
     yield from ports()
     yield writable(folder)
-    yield free_space(folder)
+    # Where checkpoints are written.
+    remedy = "a checkpoint takes 4 to 14 bytes a parameter, and --checkpoint.keep-last of them are kept; or --folder DIR"
+    yield space("free space", folder, LEAST_FREE_GIB, remedy)
 
 
 def memory() -> Finding:
@@ -44,19 +48,8 @@ def memory() -> Finding:
     return Finding("memory", "ok", text)
 
 
-def shared_memory(folder: Path) -> Finding:
-    """Where decoding processes hand over batches."""
-    remedy = "containers: --shm-size 16g or --ipc=host; or --data.num-workers 0"
-    return _space("shared memory", folder, LEAST_SHM_GIB, remedy)
-
-
-def free_space(folder: Path) -> Finding:
-    """Where checkpoints are written."""
-    remedy = "a checkpoint takes 4 to 14 bytes a parameter, and --checkpoint.keep-last of them are kept; or --folder DIR"
-    return _space("free space", folder, LEAST_FREE_GIB, remedy)
-
-
-def _space(what: str, folder: Path, least_gib: float, remedy: str) -> Finding:
+def space(what: str, folder: Path, least_gib: float, remedy: str) -> Finding:
+    """Whether enough of a folder's file system is free."""
     if not folder.is_dir():
         return Finding(what, "broken", f"{folder} is not a folder", remedy, needed=True)
     total, _, free = shutil.disk_usage(folder)

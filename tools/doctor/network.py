@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import os
 import platform
-import queue
 import secrets
 import socket
 import statistics
-import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import wait
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from importlib import metadata
@@ -26,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from himix_megatron.distributed.launch import Launch, address_of
+from himix_megatron.runtime.background_thread import BackgroundThread
 from himix_megatron.runtime.errors import RankError
 from tools.doctor.finding import Finding
 
@@ -122,27 +122,15 @@ def join(launch: Launch, address: str, seconds: float) -> dist.Store:
     return dist.PrefixStore("doctor", store)
 
 
-def in_time(make: Callable[[], Any], seconds: float) -> Any:
+def in_time(make: Callable[[], dist.Store], seconds: float) -> dist.Store:
     """What a function returns. Raises: what it raises; TimeoutError if it exceeds its own timeout by far.
 
     torch's store waits forever for a server that accepts its connection and says nothing, whatever its timeout.
     """
-    results: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
-
-    def work() -> None:
-        try:
-            results.put((make(), None))
-        except (ValueError, RuntimeError) as error:
-            results.put((None, error))
-
-    threading.Thread(target=work, daemon=True).start()  # a stuck one does not keep this process
-    try:
-        made, error = results.get(timeout=1.5 * seconds + 2)
-    except queue.Empty:
-        raise TimeoutError("somebody listens there, but does not answer as a run's rank 0 would") from None
-    if error is not None:
-        raise error
-    return made
+    made = BackgroundThread("meet").start(make)  # a stuck one does not keep this process
+    if not wait([made], 1.5 * seconds + 2).done:
+        raise TimeoutError("somebody listens there, but does not answer as a run's rank 0 would")
+    return made.result()
 
 
 # ---- who does what -----------------------------------------------------------------------------------------------------

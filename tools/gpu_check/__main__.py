@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from himix_megatron.config import Count
 from pipelines.cli import parse_settings, run_main
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Settings:
     that checks started are killed when the budget ends; a check inside this process runs to its end."""
     only: tuple[str, ...] = ()
     """Names of checks to run. Empty: all of the stage."""
-    gpus: int = 1
+    gpus: Count = 1
     """Number of GPUs. N above 1 adds the check `layouts` to the correctness stage: a tiny model trains in fp32 on one GPU and
     on N (tensor and sequence parallel, pipeline parallel, data parallel with the distributed optimizer, and for an even N of at
     least 4 a mixture); losses and gradient norms must equal one GPU's. Uses NCCL; without a GPU, N processes over gloo."""
@@ -55,8 +56,6 @@ def quiet() -> None:
 
 def check_gpus(wanted: int, found: int) -> None:
     """Raises: ValueError if there are fewer GPUs. `found`: 0 where there is none; processes then replace them."""
-    if wanted < 1:
-        raise ValueError(f"--gpus is {wanted}: wanted 1 or more")
     if 0 < found < wanted:
         raise ValueError(f"--gpus is {wanted}, but this machine shows {found}: give --gpus {found}, or show it more of them")
 

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
 
 import torch
 
@@ -30,6 +29,7 @@ from pipelines.recipes import RECIPES
 from tools.bench.measure import Line, seconds_of
 from tools.bench.training import WANTED_MFU, Decoder, Packs, device_name, packed
 from tools.gpu_check import rates
+from tools.gpu_check.correctness import Spec
 from tools.gpu_check.profiles import profiled
 from tools.gpu_check.reference import Heads
 from tools.gpu_check.runner import Check, Context
@@ -38,8 +38,6 @@ from tools.gpu_check.tower import encoder_of
 from tools.planner.cost import step_time
 from tools.planner.layouts import job_of, layout_of
 from tools.planner.machine import Machine, machine_of_file
-
-Spec = Literal["te", "torch"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

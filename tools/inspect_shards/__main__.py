@@ -58,13 +58,11 @@ def main() -> int:
         raise ValueError(f"{arguments.dir}: no such folder")
     if arguments.verify:
         report = verify_dataset(arguments.dir, arguments.num_workers or os.cpu_count() or 1, _Progress("verify", _size).show)
-        for line in verdict(arguments.dir, report):
-            print(line)
+        print(*verdict(arguments.dir, report), sep="\n")
         return 1 if report.findings else 0
     dataset = ShardDataset(arguments.dir)
     found = statistics(dataset, arguments.texts, arguments.seed, _Progress("texts", str).show)
-    for line in described(dataset, found):
-        print(line)
+    print(*described(dataset, found), sep="\n")
     if arguments.sheet:
         _save_sheet(arguments.sheet, dataset, found, draw(dataset, arguments.sheet_samples, arguments.seed))
         print(f"\nsheet: {arguments.sheet}")

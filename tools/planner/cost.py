@@ -146,7 +146,7 @@ def layer_pass(machine: Machine, layout: Layout, job: Job, *, first: bool = Fals
     forward = max(forward + mixing.forward + passing + joined, machine.layer_seconds)
     again = {"none": 0.0, "selective": mixing.forward, "full": forward}[layout.recompute]
     backward = max(backward + mixing.backward + 2 * passing + joined, machine.layer_seconds) + again
-    message = _ring(machine, layout, size * text * hidden, ranks, collectives=2) * (1 - layout.overlap_tensor)
+    message = _all_reduce(machine, size * text * hidden, ranks) * (1 - layout.overlap_tensor)
     # Under sequence parallelism the inputs of weight gradients are gathered again.
     once_more = 1.5 if layout.sequence and weights else 1.0
     return _Pass(forward, backward, 2 * message, 2 * message * (once_more + (layout.recompute == "full")))
@@ -168,12 +168,12 @@ def _attention(machine: Machine, job: Job, ranks: int) -> _Pass:
     return _Pass(products + passing, 2 * (products + passing))
 
 
-def _ring(machine: Machine, layout: Layout, size: float, ranks: int, *, collectives: int) -> float:
-    """Gather and scatter of `size` bytes over neighbouring ranks (an all-reduce is both)."""
+def _all_reduce(machine: Machine, size: float, ranks: int) -> float:
+    """Scatter and gather of `size` bytes over a ring of neighbouring ranks."""
     if ranks == 1:
         return 0.0
     rate = machine.link_bytes_per_second if ranks <= machine.node_size else machine.network_bytes_per_second
-    return collectives * (size * (ranks - 1) / ranks / rate + machine.latency_seconds)
+    return 2 * (size * (ranks - 1) / ranks / rate + machine.latency_seconds)
 
 
 def head_pass(machine: Machine, layout: Layout, job: Job) -> _Pass:
@@ -185,7 +185,7 @@ def head_pass(machine: Machine, layout: Layout, job: Job) -> _Pass:
     backward = product_seconds(machine, tokens, rows, hidden, size)
     if "language" in job.parts:
         backward += product_seconds(machine, hidden, tokens, rows, size, written=8)
-    message = _ring(machine, layout, size * tokens * hidden, layout.tensor, collectives=2)
+    message = _all_reduce(machine, size * tokens * hidden, layout.tensor)
     return _Pass(forward + losses, backward + losses, message, message)
 
 

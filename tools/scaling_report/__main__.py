@@ -18,10 +18,11 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from himix_megatron.config import Count
+from himix_megatron.config import Count, differences
 from pipelines.cli import parse_settings, run_main
 from pipelines.flags import Word
 from pipelines.scaling import read_series_file
@@ -117,20 +118,12 @@ def read_series(file: Path, arguments: Arguments) -> Group:
 
 def differing(runs: Sequence[Run]) -> list[str]:
     """Settings in which runs differ beside their size: then their rates compare more than that."""
-    flat = [_flat(run.settings) for run in runs if run.settings]
-    names = sorted({name for one in flat for name in one} - MAY_DIFFER)
+    configs = [run.config for run in runs if run.config is not None]
+    names = sorted({name for one in configs for name, _, _ in differences(configs[0], one)} - MAY_DIFFER)
     return [
-        f"the runs differ in {name}: {', '.join(map(str, values))}"
+        f"the runs differ in {name}: {', '.join(dict.fromkeys(json.dumps(attrgetter(name)(one)) for one in configs))}"
         for name in names
-        if len(values := list(dict.fromkeys(json.dumps(one.get(name)) for one in flat))) > 1
     ]
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------

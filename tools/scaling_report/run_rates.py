@@ -8,7 +8,6 @@ tell.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from himix_megatron.config import read_config, to_json
+from himix_megatron.config import Config, read_config
 from himix_megatron.monitoring.run_status import RunStatus, read_status, status_path
 
 STEP_SECONDS = "time/step_seconds"
@@ -62,8 +61,8 @@ class Run:
     """10th and 90th percentile of the step time."""
     means: dict[str, float] = field(default_factory=dict)
     """By key of SUMS and MEANS; one that was not written is not there."""
-    settings: dict[str, Any] = field(default_factory=dict)
-    """config.json."""
+    config: Config | None = None
+    """Of config.json."""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -82,9 +81,8 @@ def read_run(folder: Path, warmup_steps: int, known: dict[str, Any] | None = Non
     except ValueError as error:
         run.notes.append(str(error))
     if (folder / "config.json").is_file():
-        config = read_config(folder / "config.json")
-        run.settings = json.loads(to_json(config))
-        run.global_batch, run.planned_steps = config.global_batch, config.train.steps
+        run.config = read_config(folder / "config.json")
+        run.global_batch, run.planned_steps = run.config.global_batch, run.config.train.steps
     if status is not None:
         run.num_gpus, run.planned_steps = status.world_size, status.planned_steps
     starts = read_starts(folder, run.notes)
