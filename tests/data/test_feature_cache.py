@@ -217,7 +217,7 @@ def test_an_image_that_could_not_be_decoded_is_bad_when_it_is_read(tower: str, d
     """A rank reads a shard's images; the damaged one stays as it was, blank."""
     places = images_of(dataset, 0)
     data = dataset.image_bytes(*places[1])
-    tar = shard_format.shard_paths(dataset.path, dataset.manifest.shards[0].name).tar
+    tar = dataset.path / shard_format.shard_files(dataset.manifest.shards[0].name).tar
     tar.write_bytes(tar.read_bytes().replace(data, bytes(len(data))))
     vision = make_cache(dataset, tmp_path / "cache", tower=tower).vision
     cache = FeatureCache(tmp_path / "cache", dataset)

@@ -28,7 +28,7 @@ from ..errors import BadSampleError
 from ..images import image_file
 from ..loading import token_counts
 from ..shards import shard_format
-from ..shards.shard_format import Manifest, Receipt, ShardPaths
+from ..shards.shard_format import Manifest, Receipt, shard_files
 from ..shards.storage import Folder, LocalFolder
 from ..text.tokenizer import load_tokenizer
 from .sources.base import BadRow, Part, Sample
@@ -89,12 +89,12 @@ def _count_tokens(folder: Folder, receipt: Receipt, tokenizer: str, template: st
         token_counts.make_column(folder.path, receipt, tokenizer, template)
         return
     column = token_counts.column_of(load_tokenizer(tokenizer), template)
-    name = shard_format.lengths_path(Path(), column, receipt.name).as_posix()
+    name = shard_format.lengths_file(column, receipt.name)
     with contextlib.suppress(ValueError):
         shard_format.decode_text_column(folder.read(name) or b"", receipt)
         return
     with _temporary_folder() as here:
-        names = _names(receipt.name)
+        names = shard_files(receipt.name)
         (here / names.tar).parent.mkdir()
         for part in (names.tar, names.index):
             (here / part).write_bytes(folder.read(part) or b"")
@@ -104,7 +104,7 @@ def _count_tokens(folder: Folder, receipt: Receipt, tokenizer: str, template: st
 
 def load_receipt(folder: Folder, name: str) -> Receipt | None:
     """A shard's receipt; None where there is none that can be read (the shard is then made again)."""
-    data = folder.read(_names(name).receipt)
+    data = folder.read(shard_files(name).receipt)
     try:
         return shard_format.receipt_from_json(data.decode("utf-8")) if data is not None else None
     except ValueError:
@@ -113,7 +113,7 @@ def load_receipt(folder: Folder, name: str) -> Receipt | None:
 
 def verify_shard(folder: Folder, receipt: Receipt) -> list[str]:
     """Compare a shard's files with its receipt, byte for byte. Returns: what is wrong, one line each; empty: nothing."""
-    names = _names(receipt.name)
+    names = shard_files(receipt.name)
     wrong = []
     for name, wanted in ((names.tar, receipt.tar), (names.index, receipt.index), (names.quarantine, receipt.quarantine)):
         found = folder.digest(name)
@@ -126,11 +126,12 @@ def verify_shard(folder: Folder, receipt: Receipt) -> list[str]:
 def write_shard(job: ShardJob, part: Part) -> Receipt:
     """Write and publish one shard: tar, index, quarantine, then the receipt. Bad rows are left out and listed."""
     with contextlib.nullcontext(job.attempt) if job.attempt else _temporary_folder() as folder:
-        partial = ShardPaths(*(folder / f"{job.name}.{kind}" for kind in ("tar", "idx", "receipt", "quarantine")))
+        names = shard_files(job.name)
+        partial = {name: folder / Path(name).name for name in dataclasses.astuple(names)}
         samples: list[tuple[int, ...]] = []
         images: list[tuple[int, ...]] = []
         rejected: list[Rejected] = []
-        with partial.tar.open("wb") as file:
+        with partial[names.tar].open("wb") as file:
             tar = _TarWriter(file)
             for number, outcome in part.rows():
                 found = _members(outcome, number, job.check)
@@ -157,10 +158,10 @@ def write_shard(job: ShardJob, part: Part) -> Receipt:
             num_images=len(images),
             quarantined=dict(sorted(Counter(row.reason for row in rejected).items())),
             tar=FileDigest(tar.offset, tar.digest.hexdigest()),
-            index=_write(partial.index, index),
-            quarantine=_write(partial.quarantine, lines) if lines else None,
+            index=_write(partial[names.index], index),
+            quarantine=_write(partial[names.quarantine], lines) if lines else None,
         )
-        write_synced(partial.receipt, shard_format.to_json(receipt).encode())
+        write_synced(partial[names.receipt], shard_format.to_json(receipt).encode())
         _publish(partial, job.folder, receipt)
     return receipt
 
@@ -177,21 +178,6 @@ def write_manifest(folder: Folder, manifest: Manifest, attempt: Path) -> None:
     folder.put({"manifest.json": partial})
 
 
-@dataclass(frozen=True, slots=True)
-class ShardNames:
-    """Where the files of one shard are in a dataset folder, with slashes."""
-
-    tar: str
-    index: str
-    receipt: str
-    quarantine: str
-
-
-def _names(name: str) -> ShardNames:
-    paths = shard_format.shard_paths(Path(), name)
-    return ShardNames(*(path.as_posix() for path in (paths.tar, paths.index, paths.receipt, paths.quarantine)))
-
-
 def _is_of(receipt: Receipt, job: ShardJob, part: Part) -> bool:
     """Whether a receipt is this job's: a file that was swapped or damaged can be another's, and as well formed."""
     job_says = (job.name, job.config_hash, job.source_hash, part.first_row, part.first_row + part.num_rows)
@@ -205,7 +191,7 @@ def _is_whole(folder: Folder, receipt: Receipt, part: Part, check: Check) -> boo
     """
     if verify_shard(folder, receipt):
         return False
-    names = _names(receipt.name)
+    names = shard_files(receipt.name)
     try:
         samples, images = shard_format.decode_index(folder.read(names.index) or b"")
         lines = (folder.read(names.quarantine) or b"").decode().splitlines()
@@ -222,16 +208,14 @@ def _is_whole(folder: Folder, receipt: Receipt, part: Part, check: Check) -> boo
     )
 
 
-def _publish(partial: ShardPaths, folder: Folder, receipt: Receipt) -> None:
+def _publish(partial: dict[str, Path], folder: Folder, receipt: Receipt) -> None:
     """Bring the synced files to their places, the receipt after the rest is there for good."""
-    names = _names(receipt.name)
-    files = {names.tar: partial.tar, names.index: partial.index}
-    if receipt.quarantine:
-        files[names.quarantine] = partial.quarantine
-    folder.put(files)  # a straggler of a killed run fails here, before it has changed anything
+    names = shard_files(receipt.name)
+    first = (names.tar, names.index, names.quarantine) if receipt.quarantine else (names.tar, names.index)
+    folder.put({name: partial[name] for name in first})  # a straggler of a killed run fails here: it has changed nothing yet
     if not receipt.quarantine:
         folder.remove(names.quarantine)
-    folder.put({names.receipt: partial.receipt})
+    folder.put({names.receipt: partial[names.receipt]})
 
 
 @contextlib.contextmanager

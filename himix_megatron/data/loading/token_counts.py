@@ -83,8 +83,8 @@ def make_column(folder: Path, receipt: Receipt, tokenizer: str, template: str) -
 
 
 def _write(folder: Path, receipt: Receipt, column: str, content: TextColumn) -> None:
-    name = shard_format.lengths_path(Path(), column, receipt.name)
-    path = folder_below(folder, name.parent.as_posix()) / name.name
+    parent, _, name = shard_format.lengths_file(column, receipt.name).rpartition("/")
+    path = folder_below(folder, parent) / name
     # The process's own partial file: without file locks several processes may count the same shard.
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     publish(path, shard_format.encode_text_column(content, receipt), partial=partial)
@@ -99,8 +99,7 @@ def read_column(folder: Path, receipt: Receipt, column: str) -> TextColumn | Non
 
 
 def _stored_column(folder: Path, receipt: Receipt, column: str) -> TextColumn:
-    name = shard_format.lengths_path(Path(), column, receipt.name).as_posix()
-    return shard_format.decode_text_column(read_below(folder, name), receipt)
+    return shard_format.decode_text_column(read_below(folder, shard_format.lengths_file(column, receipt.name)), receipt)
 
 
 def text_lengths(dataset: ShardDataset, tokenizer: str, template: str) -> Lengths:
@@ -165,7 +164,7 @@ class ImagePlaces:
                 places = _stored_column(self._dataset.path, receipt, self._column).image_places
             except (FileNotFoundError, ValueError) as error:
                 what = error if isinstance(error, ValueError) else "the file is gone"
-                path = shard_format.lengths_path(self._dataset.path, self._column, receipt.name)
+                path = self._dataset.path / shard_format.lengths_file(self._column, receipt.name)
                 raise DamagedShardError(f"{path}: {what}: start the run again, it makes or fetches the column anew") from None
             if len(self._shards) >= MAX_OPEN_SHARDS:
                 self._shards.popitem(last=False)
@@ -181,7 +180,7 @@ def _fetch_columns(dataset: ShardDataset, column: str, tokenizer: str, template:
     for receipt in dataset.manifest.shards:
         if read_column(dataset.path, receipt, column) is not None:
             continue
-        data = dataset.fetch(str(shard_format.lengths_path(Path(), column, receipt.name)))
+        data = dataset.fetch(shard_format.lengths_file(column, receipt.name))
         try:
             if data is None:
                 raise ValueError("there is no file")
@@ -218,7 +217,7 @@ def _make_all(folder: Path, receipts: Sequence[Receipt], tokenizer: str, templat
 
 def _texts(folder: Path, receipt: Receipt) -> Iterator[tuple[bytes, str, int]]:
     """The texts of one shard, in order, each with its key and the number of its images; it needs no manifest."""
-    with open_below(folder, shard_format.shard_paths(Path(), receipt.name).tar.as_posix()) as file:
+    with open_below(folder, shard_format.shard_files(receipt.name).tar) as file:
         for record in read_index(folder, receipt).samples:
             data = os.pread(file.fileno(), int(record["size"]), int(record["offset"]))
             key = f"{receipt.name}/{shard_format.sample_key(int(record['row']))}"

@@ -192,7 +192,7 @@ class ShardDataset:
     # ---- opening ---------------------------------------------------------------------------------------------------
 
     def _read_manifest(self, folder: Path | None) -> Manifest:
-        name = shard_format.manifest_path(Path()).name
+        name = shard_format.MANIFEST
         try:
             if self._remote is None:
                 assert folder is not None
@@ -209,10 +209,10 @@ class ShardDataset:
     def _check_files(self) -> None:
         """See that a local dataset's files are there, and as long as they should be."""
         for shard in self.manifest.shards:
-            paths = shard_format.shard_paths(Path(), shard.name)
-            for part, wanted in ((paths.tar, shard.tar), (paths.index, shard.index)):
+            names = shard_format.shard_files(shard.name)
+            for part, wanted in ((names.tar, shard.tar), (names.index, shard.index)):
                 try:
-                    found = size_below(self.path, part.as_posix())
+                    found = size_below(self.path, part)
                 except FileNotFoundError:
                     found = None
                 if found != wanted.bytes:
@@ -223,10 +223,9 @@ class ShardDataset:
 
     def _keep_indexes(self, kept: ShardCache, remote: str) -> None:
         """See that a remote dataset's indexes are here, and that its shards can be."""
-        relative = [shard_format.shard_paths(Path(), shard.name) for shard in self.manifest.shards]
-        for shard, paths in zip(self.manifest.shards, relative, strict=True):
-            kept.check_fits(f"{self.location}/{paths.tar}", shard.tar.bytes)
-        wanted = {str(paths.index): shard.index for shard, paths in zip(self.manifest.shards, relative, strict=True)}
+        for shard in self.manifest.shards:
+            kept.check_fits(f"{self.location}/{shard_format.shard_files(shard.name).tar}", shard.tar.bytes)
+        wanted = {shard_format.shard_files(shard.name).index: shard.index for shard in self.manifest.shards}
         try:
             kept.keep_small(remote, self.path, wanted)
         except (DamagedFileError, FileNotFoundError) as error:
@@ -292,7 +291,7 @@ class ShardDataset:
         return tar
 
     def _open_tar(self, receipt: Receipt) -> int:
-        name = shard_format.shard_paths(Path(), receipt.name).tar.as_posix()
+        name = shard_format.shard_files(receipt.name).tar
         try:
             if self._cache is None or self._remote is None:
                 return descriptor_below(self.path, name)
@@ -310,7 +309,7 @@ class ShardDataset:
 
 def read_index(folder: Path, receipt: Receipt) -> ShardIndex:
     """The tables of one shard of a dataset folder. Raises: DamagedShardError; FileNotFoundError."""
-    name = shard_format.shard_paths(Path(), receipt.name).index.as_posix()
+    name = shard_format.shard_files(receipt.name).index
     try:
         return ShardIndex(read_below(folder, name, receipt.index.bytes), receipt)
     except ValueError as error:

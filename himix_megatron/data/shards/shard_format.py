@@ -29,6 +29,7 @@ from ...runtime.durable_files import FileDigest
 from ...runtime.limits import ShardName, Size
 
 SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
 
 INDEX_MAGIC = b"HIMIXIDX"
 INDEX_HEADER = np.dtype([("magic", "S8"), ("version", "<u4"), ("num_samples", "<u4"), ("num_images", "<u4"), ("crc32", "<u4")])
@@ -125,28 +126,23 @@ def sample_key(row: int) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class ShardPaths:
-    """Where the files of one shard are."""
+class ShardFiles:
+    """Where the files of one shard are in a dataset folder (or in a folder beside it, of the same layout), with slashes."""
 
-    tar: Path
-    index: Path
-    receipt: Path
-    quarantine: Path
+    tar: str
+    index: str
+    receipt: str
+    quarantine: str
 
 
-def shard_paths(folder: Path, name: str) -> ShardPaths:
-    """The places of one shard's files in a dataset folder (or in a folder beside it, of the same layout)."""
-    return ShardPaths(
-        tar=folder / "shards" / f"{name}.tar",
-        index=folder / "shards" / f"{name}.idx",
-        receipt=folder / "receipts" / f"{name}.json",
-        quarantine=folder / "quarantine" / f"{name}.jsonl",
-    )
+def shard_files(name: str) -> ShardFiles:
+    """The names of one shard's files."""
+    return ShardFiles(f"shards/{name}.tar", f"shards/{name}.idx", f"receipts/{name}.json", f"quarantine/{name}.jsonl")
 
 
 def manifest_path(folder: Path) -> Path:
     """Where the manifest is."""
-    return folder / "manifest.json"
+    return folder / MANIFEST
 
 
 # The fields of a USTAR header around name, size and checksum (POSIX.1-1988, section 10.1.1).
@@ -208,9 +204,9 @@ def decode_index(data: bytes | memoryview) -> tuple[Records, Records]:
     )
 
 
-def lengths_path(folder: Path, column: str, name: str) -> Path:
-    """Where the `TextColumn` of one shard is. `column`: see loading/token_counts.py."""
-    return folder / "lengths" / column / f"{name}.text"
+def lengths_file(column: str, name: str) -> str:
+    """Where the `TextColumn` of one shard is in a dataset folder. `column`: see loading/token_counts.py."""
+    return f"lengths/{column}/{name}.text"
 
 
 def encode_text_column(column: TextColumn, receipt: Receipt) -> bytes:
