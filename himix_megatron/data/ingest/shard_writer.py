@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from ..errors import BadSampleError
 from ..images import image_file
 from ..loading import token_counts
 from ..shards import shard_format
-from ..shards.shard_format import Manifest, Receipt, shard_files
+from ..shards.shard_format import Receipt, shard_files
 from ..shards.storage import Folder, LocalFolder
 from ..text.tokenizer import load_tokenizer
 from .sources.base import BadRow, Part, Sample
@@ -69,12 +69,20 @@ class Rejected:
     detail: str
 
 
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+AnyReceipt = TypeVar("AnyReceipt", bound=_Named)
+
+
 def make_shard(job: ShardJob, part: Part) -> tuple[Receipt, bool]:
     """See that the shard of these source rows exists: verify it by its receipt, or write it.
 
     Returns: the receipt, and whether the shard was written. The bytes depend on rows, images and config only.
     """
-    receipt = load_receipt(job.folder, job.name)
+    receipt = load_receipt(job.folder, Receipt, job.name)
     is_kept = receipt is not None and _is_of(receipt, job, part) and _is_whole(job.folder, receipt, part, job.check)
     if receipt is None or not is_kept:
         receipt = write_shard(job, part)
@@ -102,13 +110,13 @@ def _count_tokens(folder: Folder, receipt: Receipt, tokenizer: str, template: st
         folder.put({name: here / name})
 
 
-def load_receipt(folder: Folder, name: str) -> Receipt | None:
-    """A shard's receipt; None where there is none that can be read (the shard is then made again)."""
-    data = folder.read(shard_files(name).receipt)
+def load_receipt(folder: Folder, cls: type[AnyReceipt], name: str) -> AnyReceipt | None:
+    """The receipt of a shard, or of its features; None where there is none of it that can be read (it is then made again)."""
     try:
-        return shard_format.receipt_from_json(data.decode("utf-8")) if data is not None else None
+        receipt = shard_format.from_json(cls, folder.read(shard_files(name).receipt) or b"")
     except ValueError:
         return None
+    return receipt if receipt.name == name else None
 
 
 def verify_shard(folder: Folder, receipt: Receipt) -> list[str]:
@@ -161,8 +169,8 @@ def write_shard(job: ShardJob, part: Part) -> Receipt:
             index=_write(partial[names.index], index),
             quarantine=_write(partial[names.quarantine], lines) if lines else None,
         )
-        write_synced(partial[names.receipt], shard_format.to_json(receipt).encode())
         _publish(partial, job.folder, receipt)
+        write_record(job.folder, folder, names.receipt, receipt)
     return receipt
 
 
@@ -171,17 +179,17 @@ def _write(path: Path, data: bytes) -> FileDigest:
     return bytes_digest(data)
 
 
-def write_manifest(folder: Folder, manifest: Manifest, attempt: Path) -> None:
-    """Publish a dataset: from now on it exists."""
-    partial = attempt / "manifest.json"
-    write_synced(partial, shard_format.to_json(manifest).encode())
-    folder.put({"manifest.json": partial})
+def write_record(folder: Folder, attempt: Path, name: str, record: Any) -> None:
+    """Publish a receipt or a manifest: from now on what it tells of exists. `attempt`: where it is written first."""
+    partial = attempt / Path(name).name
+    write_synced(partial, shard_format.to_json(record))
+    folder.put({name: partial})
 
 
 def _is_of(receipt: Receipt, job: ShardJob, part: Part) -> bool:
     """Whether a receipt is this job's: a file that was swapped or damaged can be another's, and as well formed."""
-    job_says = (job.name, job.config_hash, job.source_hash, part.first_row, part.first_row + part.num_rows)
-    return job_says == (receipt.name, receipt.config_hash, receipt.source_hash, receipt.first_row, receipt.end_row)
+    job_says = (job.config_hash, job.source_hash, part.first_row, part.first_row + part.num_rows)
+    return job_says == (receipt.config_hash, receipt.source_hash, receipt.first_row, receipt.end_row)
 
 
 def _is_whole(folder: Folder, receipt: Receipt, part: Part, check: Check) -> bool:
@@ -202,20 +210,19 @@ def _is_whole(folder: Folder, receipt: Receipt, part: Part, check: Check) -> boo
     by_image = {row.row: row for row in rejected if row.reason in IMAGE_REASONS}
     return (
         counts == (receipt.num_samples, receipt.num_images, receipt.quarantined)
-        and folder.read(names.receipt) == shard_format.to_json(receipt).encode()
+        and folder.read(names.receipt) == shard_format.to_json(receipt)
         and all(receipt.first_row <= row < receipt.end_row for row in by_image)
         and all(_members(outcome, number, check) == by_image[number] for number, outcome in part.retry(by_image))
     )
 
 
 def _publish(partial: dict[str, Path], folder: Folder, receipt: Receipt) -> None:
-    """Bring the synced files to their places, the receipt after the rest is there for good."""
+    """Bring the synced files to their places: they are there for good when this returns, and the receipt may follow."""
     names = shard_files(receipt.name)
     first = (names.tar, names.index, names.quarantine) if receipt.quarantine else (names.tar, names.index)
     folder.put({name: partial[name] for name in first})  # a straggler of a killed run fails here: it has changed nothing yet
     if not receipt.quarantine:
         folder.remove(names.quarantine)
-    folder.put({names.receipt: partial[names.receipt]})
 
 
 @contextlib.contextmanager

@@ -96,7 +96,7 @@ def check_shard(folder: Path, receipt: Receipt) -> list[str]:
     index_name = Path(names.index).name
     problems = []
     try:
-        if files.read(names.receipt) != shard_format.to_json(receipt).encode():
+        if files.read(names.receipt) != shard_format.to_json(receipt):
             problems.append(_state(folder / names.receipt))
         problems += [problem.split(" (")[0] for problem in verify_shard(files, receipt)]
         if not any(problem.startswith(index_name) for problem in problems) and (folder / names.tar).is_file():
@@ -118,15 +118,17 @@ def _expected(folder: Path) -> tuple[list[Receipt], list[Finding]]:
     try:
         if content is None:
             raise ValueError("missing: the preprocessing has not finished, or the file was lost")
-        manifest = shard_format.manifest_from_json(content.decode())
-        problems = _total_problems(manifest) + ([] if shard_format.to_json(manifest).encode() == content else [_state(path)])
-        return list(manifest.shards), [
-            Finding(path.name, tuple(problems), manifest.num_samples, is_shard=False)
-        ] if problems else []
+        manifest = shard_format.from_json(Manifest, content)
+        problems = [] if shard_format.to_json(manifest) == content else [_state(path)]
+        ends = [0, *(shard.end_row for shard in manifest.shards)]
+        if [shard.first_row for shard in manifest.shards] != ends[:-1] or ends[-1] != manifest.num_rows:
+            problems.append(f"its shards do not cover its {manifest.num_rows} rows one after the other")
+        finding = Finding(path.name, tuple(problems), manifest.num_samples, is_shard=False)
+        return list(manifest.shards), [finding] if problems else []
     except ValueError as error:
         problem = f"{path.name}: {error}"
     names = sorted(file.stem for file in (folder / "receipts").glob("*.json"))
-    receipts = [receipt for name in names if (receipt := load_receipt(LocalFolder(folder), name)) and receipt.name == name]
+    receipts = [receipt for name in names if (receipt := load_receipt(LocalFolder(folder), Receipt, name))]
     if content is None and not names:
         num_tars = sum(1 for _ in folder.rglob("*.tar"))
         what = f"{num_tars} tar files of somebody else's" if num_tars else "no tar files"
@@ -146,19 +148,6 @@ def _each(folder: Path, receipts: Sequence[Receipt], num_workers: int) -> Iterat
         return
     with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(check, receipts)
-
-
-def _total_problems(manifest: Manifest) -> list[str]:
-    """Whether the manifest's totals are those of its shards, and whether these cover its rows."""
-    problems = []
-    for name in ("num_samples", "num_images"):
-        total = sum(getattr(shard, name) for shard in manifest.shards)
-        if total != getattr(manifest, name):
-            problems.append(f"{name} is {getattr(manifest, name)}, and {total} over the shards")
-    ends = [0, *(shard.end_row for shard in manifest.shards)]
-    if [shard.first_row for shard in manifest.shards] != ends[:-1] or ends[-1] != manifest.num_rows:
-        problems.append(f"its shards do not cover its {manifest.num_rows} rows one after the other")
-    return problems
 
 
 def _count_problems(receipt: Receipt, samples: Records, images: Records, quarantine: bytes) -> list[str]:

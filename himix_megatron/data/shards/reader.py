@@ -204,7 +204,7 @@ class ShardDataset:
                 f"{self.location} is not a shard dataset (no {name}): make one with python -m pipelines.preprocess "
                 f"--source llava --annotations FILE.json --images DIR --out {self.location}"
             ) from None
-        return shard_format.manifest_from_json(text, f"{self.location}/{name}")
+        return shard_format.from_json(Manifest, text, f"{self.location}/{name}")
 
     def _check_files(self) -> None:
         """See that a local dataset's files are there, and as long as they should be."""
