@@ -35,11 +35,12 @@ from ...config import Config
 from ...runtime import typed_json
 from ...runtime.durable_files import FileDigest
 from ...runtime.limits import Count, Size
-from ...runtime.untrusted_files import descriptor_below, read_below, size_below
+from ...runtime.untrusted_files import descriptor_below, read_below
 from ..errors import BadSampleError
 from ..shards import shard_format
 from ..shards.reader import DamagedShardError, ShardDataset
 from ..shards.shard_format import MANIFEST
+from ..shards.storage import check_sizes
 
 FIXED_VERSION: Final = 1
 FLAT_VERSION: Final = 2
@@ -48,6 +49,7 @@ BLANK = "blank"
 """Name of the file with the all-zero image's features."""
 MAX_OPEN_FILES = 64
 """Per cache and process; the one opened first is closed."""
+AGAIN = "run pipelines.encode again, it makes only what is missing or damaged"
 
 Dtype = Literal["bf16", "fp8_token"]
 Version = Literal[1, 2]
@@ -219,16 +221,7 @@ class FeatureCache:
         receipts = (self.manifest.blank, *self.manifest.shards)
         if [(receipt.name, receipt.num_images) for receipt in receipts] != wanted:
             raise ValueError(f"{file}: its files are not those of the shards of {dataset.location}: run pipelines.encode again")
-        for receipt in receipts:
-            name = feature_file(receipt.name)
-            try:
-                is_whole = size_below(self.folder, name) == receipt.file.bytes
-            except FileNotFoundError:
-                is_whole = False
-            if not is_whole:
-                raise ValueError(
-                    f"{self.folder / name} is missing or incomplete: run pipelines.encode again, it makes only what is missing"
-                )
+        check_sizes(self.folder, {feature_file(receipt.name): receipt.file for receipt in receipts}, AGAIN)
         self._files: OrderedDict[str, tuple[int, Layout]] = OrderedDict()
 
     def check(self, key: Mapping[str, Any]) -> None:
@@ -296,7 +289,7 @@ class FeatureCache:
         if (lengths < 0).any() or os.pread(descriptor, len(layout.header), 0) != layout.header:
             raise DamagedShardError(
                 f"{self.folder / feature_file(receipt.name)} is damaged: its header is not that of {images} images with "
-                f"{layout.num_tokens} tokens together: run pipelines.encode again, it makes only what is missing or damaged"
+                f"{layout.num_tokens} tokens together: {AGAIN}"
             )
         return layout
 

@@ -8,10 +8,8 @@ otherwise the first run that needs it does. All is of whole texts: what a run cu
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
-import fcntl
 import functools
 import logging
 import multiprocessing
@@ -28,11 +26,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ...runtime.durable_files import publish
-from ...runtime.untrusted_files import folder_below, open_below, open_lock, read_below
+from ...runtime.untrusted_files import folder_below, open_below, read_below
 from ..errors import BadSampleError
 from ..shards import shard_format
-from ..shards.reader import MAX_OPEN_SHARDS, DamagedShardError, ShardDataset, as_text, read_index
+from ..shards.reader import AGAIN, MAX_OPEN_SHARDS, DamagedShardError, ShardDataset, as_text, read_index
 from ..shards.shard_format import Receipt, TextColumn
+from ..shards.storage import locked
 from ..text import chat_template
 from ..text.tokenizer import Tokenizer, load_tokenizer
 
@@ -119,11 +118,11 @@ def text_lengths(dataset: ShardDataset, tokenizer: str, template: str) -> Length
     found = read()
     if any(part is None for part in found):
         try:
-            with _one_at_a_time(dataset.path, column):
+            with locked(folder_below(dataset.path, f"lengths/{column}"), ".lock"):
                 missing = [shard for shard, part in zip(dataset.manifest.shards, read(), strict=True) if part is None]
                 _make_all(dataset.path, missing, tokenizer, template)
         except DamagedShardError as error:
-            raise ValueError(f"{error}: run the preprocessing again, it makes only what is missing or damaged") from None
+            raise ValueError(f"{error}: {AGAIN}") from None
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise
@@ -191,14 +190,6 @@ def _fetch_columns(dataset: ShardDataset, column: str, tokenizer: str, template:
                 f"{template} ({receipt.name}: {error}): preprocess with --tokenizer {tokenizer} --template {template}"
             ) from None
         _write(dataset.path, receipt, column, content)
-
-
-@contextlib.contextmanager
-def _one_at_a_time(folder: Path, column: str) -> Iterator[None]:
-    """Hold the column's lock. Where a file system has no locks two may count: the files come out the same."""
-    with open_lock(folder_below(folder, f"lengths/{column}"), ".lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _make_all(folder: Path, receipts: Sequence[Receipt], tokenizer: str, template: str) -> None:

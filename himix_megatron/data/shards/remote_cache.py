@@ -20,12 +20,11 @@ import fcntl
 import hashlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ...runtime.durable_files import FileDigest, bytes_digest, publish, sync_file
-from ...runtime.untrusted_files import open_lock
 from . import storage
 
 DEFAULT_FOLDER = Path("~/.cache/himix-megatron/shards")
@@ -78,13 +77,13 @@ class ShardCache:
                 "on this machine: raise --data.cache-gib"
             )
 
-    def keep_small(self, url: str, folder: Path, wanted: dict[str, FileDigest]) -> None:
+    def keep_small(self, url: str, folder: Path, wanted: Mapping[str, FileDigest]) -> None:
         """See that small files are in `folder`. One process of a machine fetches them, the others wait.
 
         Raises: DamagedFileError for one that is not as its digest says.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / "lock"):
+        with storage.locked(folder, "lock"):
             missing = {name: digest.bytes for name, digest in wanted.items() if _size(folder / name) != digest.bytes}
             for name, data in _fetch_many(url, missing):
                 if bytes_digest(data) != wanted[name]:
@@ -108,7 +107,7 @@ class ShardCache:
         """Bring the file to its place and open it. None: look again; another process was about it, or there was no room."""
         partial = path.with_name(path.name + ".partial")
         with contextlib.ExitStack() as stack:
-            with _locked(self.folder / "lock"):
+            with storage.locked(self.folder, "lock"):
                 if path.exists():
                     return None
                 file = stack.enter_context(partial.open("ab"))
@@ -131,7 +130,7 @@ class ShardCache:
             except BaseException:
                 partial.unlink()
                 raise
-            with _locked(self.folder / "lock"):
+            with storage.locked(self.folder, "lock"):
                 os.replace(partial, path)
                 return os.open(path, os.O_RDONLY)
 
@@ -181,14 +180,6 @@ def mark_used(descriptor: int) -> int:
     now = time.time_ns()
     os.utime(descriptor, ns=(now, now))
     return descriptor
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Alone among the processes of this machine. The file stays: deleting it would let two processes hold two locks."""
-    with open_lock(path.parent, path.name) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _try_lock(descriptor: int) -> bool:

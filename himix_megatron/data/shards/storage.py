@@ -6,18 +6,21 @@ renamed. S3 settings come from where boto has them (AWS_ACCESS_KEY_ID, AWS_ENDPO
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import io
 import os
 import posixpath
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 from urllib.parse import unquote
 
 from ...runtime.durable_files import FileDigest, digest_of, sync_folder
-from ...runtime.untrusted_files import folder_below, open_below, open_regular, read_below
+from ...runtime.untrusted_files import folder_below, open_below, open_lock, open_regular, read_below, size_below
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 CHUNK = 8 << 20
@@ -143,6 +146,29 @@ def _s3() -> Any:
     except ImportError:
         raise ValueError("s3:// needs the package s3fs: pip install 'himix-megatron[s3]'") from None
     return s3fs.S3FileSystem(use_listings_cache=False)  # fsspec keeps one
+
+
+@contextlib.contextmanager
+def locked(folder: Path, name: str) -> Iterator[None]:
+    """Alone among the processes of this machine, however they end; where a file system has no locks, with the others.
+
+    The file stays: deleting it would let two processes hold two locks.
+    """
+    with open_lock(folder, name) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def check_sizes(folder: Path, wanted: Mapping[str, FileDigest], again: str) -> None:
+    """Raises: ValueError for a file in a folder that is missing or has another size. `again`: how it is made anew."""
+    for name, digest in wanted.items():
+        try:
+            found = size_below(folder, name)
+        except FileNotFoundError:
+            found = None
+        if found != digest.bytes:
+            state = "is missing" if found is None else f"has {found} bytes, not {digest.bytes}"
+            raise ValueError(f"{folder / name} {state}: {again}")
 
 
 class Folder(Protocol):
