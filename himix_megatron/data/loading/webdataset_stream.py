@@ -35,8 +35,8 @@ from ...config import DataConfig, VisionConfig, check_batch
 from ..errors import BadSampleError
 from ..images import image_file
 from ..images.decode import decode
-from ..ingest.sources.base import MAX_SAMPLE_BYTES, MAX_TEXT_BYTES, parse_object
-from ..ingest.sources.webdataset import IMAGE_SUFFIX, image_order, row_turns
+from ..ingest.sources.base import MAX_SAMPLE_BYTES, MAX_TEXT_BYTES
+from ..ingest.sources.webdataset import IMAGE_SUFFIX, facts_of, image_order, row_turns
 from ..shards import storage
 from ..shards.shard_format import BLOCK
 from ..text import chat_template
@@ -166,22 +166,18 @@ def _checked(place: str) -> str:
     return place
 
 
+@dataclass(eq=False)
 class _StreamReader(IterableDataset[StepBatch]):
     """What `stream_steps` hands to workers: worker w of W yields steps first + w, first + w + W ... from tars of its own."""
 
-    def __init__(
-        self,
-        stream: Stream,
-        vision_config: VisionConfig,
-        micro_batch: int,
-        reads: ReadSpec,
-        end: TrainingLength,
-        place: DataPosition,
-        step: int,
-        pad_multiple: int,
-    ) -> None:
-        self.stream, self.vision_config, self.micro_batch, self.reads = stream, vision_config, micro_batch, reads
-        self.end, self.place, self.first_step, self.pad_multiple = end, place, step, pad_multiple
+    stream: Stream
+    vision_config: VisionConfig
+    micro_batch: int
+    reads: ReadSpec
+    end: TrainingLength
+    place: DataPosition
+    first_step: int
+    pad_multiple: int
 
     def __iter__(self) -> Iterator[StepBatch]:
         info = get_worker_info()
@@ -312,8 +308,7 @@ class _TarReader:
         config = self.stream.config
         if refused := next((data for data in members.values() if isinstance(data, BadSampleError)), None):
             raise refused
-        facts = parse_object(members["json"], "KEY.json") if "json" in members else {}
-        sample = {"conversations": row_turns(members, facts, len(_images(members)))}
+        sample = {"conversations": row_turns(members, facts_of(members), len(_images(members)))}
         try:
             return chat_template.encode(sample, self.stream.tokenizer, config.template, config.max_text_tokens)
         except ValueError as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -30,6 +30,7 @@ from .base import (
     checked_id,
     digest_id,
     parse_row,
+    usable_id,
 )
 from .file_list import NO_ID, FileScan, scanned
 
@@ -74,11 +75,8 @@ class ParquetReader:
 
     def scan(self, place: str) -> FileScan:
         """Hash the file, check its columns, and read its ids."""
-        if storage.is_remote(place):
-            identity = storage.remote_identity(place)
-        else:
-            digest = file_digest(storage.local_path(place))
-            identity = {"bytes": digest.bytes, "sha256": digest.sha256}
+        is_remote = storage.is_remote(place)
+        identity = storage.remote_identity(place) if is_remote else asdict(file_digest(storage.local_path(place)))
         with _opened(place) as file:
             columns = self._columns(file, place)
             _refuse_bombs(file, columns, place)
@@ -87,7 +85,7 @@ class ParquetReader:
             ids: list[IdDigest] = []
             for batch in file.iter_batches(batch_size=4096, columns=[columns.id]):
                 for values in _values(batch):
-                    name = _usable_id(values[columns.id]) if values else None
+                    name = usable_id(values[columns.id]) if values else None
                     ids.append(NO_ID if name is None else digest_id(name))
         return scanned(identity, ids)
 
@@ -159,7 +157,7 @@ class ParquetReader:
         try:
             return _sample(values, columns)
         except BadSampleError as error:
-            return BadRow(_usable_id(values[columns.id]) if columns.id else None, error)
+            return BadRow(usable_id(values[columns.id]) if columns.id else None, error)
 
 
 def _values(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | None]:
@@ -202,13 +200,6 @@ def _image_bytes(cell: Any) -> bytes:
     if not isinstance(data, bytes):
         raise BadSampleError("missing_image", "the row holds no image bytes")
     return data
-
-
-def _usable_id(value: Any) -> str | int | None:
-    try:
-        return checked_id(value)
-    except BadSampleError:
-        return None
 
 
 def _is_string(kind: pa.DataType) -> bool:

@@ -125,17 +125,18 @@ def _add(row: Row, member: Member, suffix: str, stream: TarStream, is_used: Call
     """Read one member into its row, or note why it cannot be."""
     is_text = suffix in ("json", "txt")
     limit = MAX_TEXT_BYTES if is_text else MAX_SAMPLE_BYTES - row.num_bytes
+    error = None
     if member.refused:
         reason = "not_a_file" if "plain file" in member.refused or "sparse" in member.refused else "unsafe_name"
-        row.error = row.error or BadSampleError(reason, f"member {member.name!r:.150}: {member.refused}")
+        error = BadSampleError(reason, f"member {member.name!r:.150}: {member.refused}")
     elif suffix in row.contents:
-        row.error = row.error or BadSampleError("duplicate_member", f"two members {member.name!r:.150}")
+        error = BadSampleError("duplicate_member", f"two members {member.name!r:.150}")
+    elif is_used(suffix) and member.size > limit:
+        reason = "oversized_text" if is_text else "oversized_image"
+        error = BadSampleError(reason, f"member {member.name!r:.150} has {member.size} bytes")
     elif is_used(suffix):
-        if member.size > limit:
-            reason = "oversized_text" if is_text else "oversized_image"
-            row.error = row.error or BadSampleError(reason, f"member {member.name!r:.150} has {member.size} bytes")
-            return
         row.contents[suffix] = stream.content()
+    row.error = row.error or error
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -153,14 +154,11 @@ def _is_used(suffix: str) -> bool:
 
 def row_id(row: Row) -> str | int:
     """`id` of the JSON, or else the key."""
-    if "json" in row.contents:
-        try:
-            found = checked_id(parse_object(row.contents["json"], "KEY.json").get("id"))
-        except BadSampleError:
-            found = None
-        if found is not None:
-            return found
-    return row.key
+    try:
+        found = checked_id(facts_of(row.contents).get("id"))
+    except BadSampleError:
+        found = None
+    return row.key if found is None else found
 
 
 def row_outcome(row: Row, needs_success: bool) -> Sample | BadRow:
@@ -175,7 +173,7 @@ def row_outcome(row: Row, needs_success: bool) -> Sample | BadRow:
 
 def _sample(row: Row, needs_success: bool) -> Sample:
     """Raises: BadSampleError."""
-    facts = parse_object(row.contents["json"], "KEY.json") if "json" in row.contents else {}
+    facts = facts_of(row.contents)
     if needs_success and facts.get("status", "success") != "success":
         raise BadSampleError("download_failed", str(facts.get("error_message") or facts["status"])[:200])
     name = checked_id(facts.get("id"))
@@ -184,6 +182,11 @@ def _sample(row: Row, needs_success: bool) -> Sample:
     if "conversations" not in facts and not images:
         raise BadSampleError("missing_image", "there is no image beside the caption")
     return Sample(checked_id(row.key) if name is None else name, row_turns(row.contents, facts, len(images)), images)
+
+
+def facts_of(contents: Mapping[str, bytes]) -> Mapping[str, Any]:
+    """KEY.json; without one nothing. Raises: BadSampleError."""
+    return parse_object(contents["json"], "KEY.json") if "json" in contents else {}
 
 
 def row_turns(contents: Mapping[str, bytes], facts: Mapping[str, Any], num_images: int) -> list[dict[str, Any]]:
