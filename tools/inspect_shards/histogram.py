@@ -51,11 +51,11 @@ def summary(values: npt.NDArray[np.int64]) -> str:
 def drawn(bars: list[Bar], width: int = 40, full: str = "█") -> list[str]:
     """Lines of text: label, bar, count and share."""
     total, largest = max(1, sum(bar.count for bar in bars)), max((bar.count for bar in bars), default=1)
-    columns = [max(len(text) for text in texts) for texts in (["", *(bar.label for bar in bars)],)]
+    column = max((len(bar.label) for bar in bars), default=0)
     lines = []
     for bar in bars:
         length = ceil(width * bar.count / largest) if largest else 0
-        lines.append(f"{bar.label:>{columns[0]}}  {full * length:<{width}} {bar.count:>9,}  {100 * bar.count / total:5.1f} %")
+        lines.append(f"{bar.label:>{column}}  {full * length:<{width}} {bar.count:>9,}  {100 * bar.count / total:5.1f} %")
     return lines
 
 

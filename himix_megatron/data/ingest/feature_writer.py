@@ -78,15 +78,14 @@ def make_features(
         return receipt, False
     partial = job.attempt / f"{name}.safetensors"
     if job.shard is None:
-        images = ImageTable.of(reader.vision, [[reader.vision.blank_size]])
-        blank = (reader.blanks(images), torch.ones(1, dtype=torch.bool), images)
-        receipt = _write(partial, job, name, "", images, iter([blank]), encode)
+        source, images = "", ImageTable.of(reader.vision, [[reader.vision.blank_size]])
+        batches = iter([(reader.blanks(images), torch.ones(1, dtype=torch.bool), images)])
     else:
         source, places = dataset.manifest.shards[job.shard].tar.sha256, images_of(dataset, job.shard)
         sizes = [reader.vision.input_size(*dataset.image_size(*place)) for place in places]
         images = ImageTable.of(reader.vision, [sizes])
-        decoded = _decoded(dataset, places, images, reader, max_tokens, pool)
-        receipt = _write(partial, job, name, source, images, decoded, encode)
+        batches = _decoded(dataset, places, images, reader, max_tokens, pool)
+    receipt = _write(partial, job, name, source, images, batches, encode)
     job.folder.put({feature_cache.feature_file(name): partial})
     write_record(job.folder, job.attempt, shard_files(name).receipt, receipt)
     return receipt, True

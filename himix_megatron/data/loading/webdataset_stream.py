@@ -36,7 +36,7 @@ from ..errors import BadSampleError
 from ..images import image_file
 from ..images.decode import decode
 from ..ingest.sources.base import MAX_SAMPLE_BYTES, MAX_TEXT_BYTES
-from ..ingest.sources.webdataset import IMAGE_SUFFIX, facts_of, image_order, row_turns
+from ..ingest.sources.webdataset import TEXT_SUFFIXES, facts_of, has_content, images_of, row_turns
 from ..shards import storage
 from ..shards.shard_format import BLOCK
 from ..text import chat_template
@@ -49,7 +49,6 @@ from .plan import DataPosition, TrainingLength
 
 log = logging.getLogger(__name__)
 
-TEXT_SUFFIXES = ("json", "txt")
 MAX_KINDS = 20
 """Of members that are not read, counted one by one."""
 MAX_TARS = 1_000_000
@@ -296,7 +295,7 @@ class _TarReader:
                     ) from None
                 continue
             self.num_read += 1
-            yield StreamSample(key, text, _images(members))
+            yield StreamSample(key, text, images_of(members))
 
     def _again(self, error: Exception) -> bool:
         """webdataset asks what to do with a name that is there twice: the first one is kept."""
@@ -308,7 +307,7 @@ class _TarReader:
         config = self.stream.config
         if refused := next((data for data in members.values() if isinstance(data, BadSampleError)), None):
             raise refused
-        sample = {"conversations": row_turns(members, facts_of(members), len(_images(members)))}
+        sample = {"conversations": row_turns(members, facts_of(members), len(images_of(members)))}
         try:
             return chat_template.encode(sample, self.stream.tokenizer, config.template, config.max_text_tokens)
         except ValueError as error:
@@ -323,7 +322,7 @@ class _TarReader:
                     opened.members = []  # type: ignore[attr-defined]  # it would keep them all
                     before, (key, suffix) = key, base_plus_ext(member.name)
                     suffix = (suffix or "").lower()
-                    if not member.isreg() or not (suffix in TEXT_SUFFIXES or IMAGE_SUFFIX.fullmatch(suffix)):
+                    if not member.isreg() or not has_content(suffix):
                         kind = suffix if member.isreg() else "not a file"
                         self.ignored[kind if len(self.ignored) < MAX_KINDS else "others"] += 1
                         continue
@@ -349,8 +348,3 @@ def _check_end(tar: tarfile.TarFile) -> None:
     header = tar.fileobj.read(BLOCK)
     if any(header) or len(header) < BLOCK:
         raise tarfile.ReadError("no end mark" if len(header) < BLOCK else "no header where one should be")
-
-
-def _images(members: dict[str, Any]) -> list[bytes]:
-    """In the order of their numbers: KEY.jpg before KEY.0.png before KEY.1.png."""
-    return [members[suffix] for suffix in sorted(filter(IMAGE_SUFFIX.fullmatch, members), key=image_order)]

@@ -20,7 +20,7 @@ import fcntl
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,7 +32,7 @@ DEFAULT_BYTES = 50 << 30
 CHUNK_BYTES = 16 << 20
 """Of one request: what a killed process loses, and what fetching holds in memory."""
 REQUESTS_AT_ONCE = 16
-"""For small files."""
+"""For small files, several of which are under way at a time."""
 RETRY_SECONDS = 0.1
 """Between two looks for room that others are filling."""
 
@@ -50,7 +50,7 @@ def fetch(place: str, start: int | None = None, end: int | None = None) -> bytes
     from botocore.exceptions import BotoCoreError  # without credentials or a connection s3fs lets these through
 
     try:
-        return storage.read_bytes(place) if start is None or end is None else storage.read_part(place, start, end)
+        return storage.read_object(place, start, end)
     except FileNotFoundError:
         raise FileNotFoundError(errno.ENOENT, "no such file", place) from None
     except BotoCoreError as error:
@@ -83,9 +83,10 @@ class ShardCache:
         Raises: DamagedFileError for one that is not as its digest says.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        with storage.locked(folder, "lock"):
-            missing = {name: digest.bytes for name, digest in wanted.items() if _size(folder / name) != digest.bytes}
-            for name, data in _fetch_many(url, missing):
+        with storage.locked(folder, "lock"), ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+            missing = [name for name, digest in wanted.items() if _size(folder / name) != digest.bytes]
+            found = pool.map(lambda name: fetch(f"{url}/{name}", 0, wanted[name].bytes), missing)
+            for name, data in zip(missing, found, strict=True):
                 if bytes_digest(data) != wanted[name]:
                     raise DamagedFileError(f"{url}/{name} is not the file that the manifest names")
                 publish(folder / name, data)
@@ -166,13 +167,6 @@ def _download(url: str, partial: Path, name: str, digest: FileDigest) -> None:
         sync_file(file)
     if FileDigest(done, sha256.hexdigest()) != digest:
         raise DamagedFileError(f"{url}/{name} is not the file that the manifest names")
-
-
-def _fetch_many(url: str, sizes: dict[str, int]) -> Iterator[tuple[str, bytes]]:
-    """Small files of known sizes, several requests under way at a time."""
-    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-        found = pool.map(lambda name: fetch(f"{url}/{name}", 0, sizes[name]), sizes)
-        yield from zip(sizes, found, strict=True)
 
 
 def mark_used(descriptor: int) -> int:

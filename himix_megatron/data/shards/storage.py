@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import io
 import os
 import posixpath
@@ -16,7 +15,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 from urllib.parse import unquote
 
 from ...runtime.durable_files import FileDigest, digest_of, sync_folder
@@ -93,10 +92,10 @@ def list_folder(place: str) -> list[tuple[str, bool]]:
     return sorted((item.name, item.is_dir()) for item in folder.iterdir()) if folder.is_dir() else []
 
 
-def open_file(place: str) -> BinaryIO:
+def open_file(place: str) -> io.BufferedReader:
     """A file for reading. Raises: FileNotFoundError; OSError; ValueError for a FIFO or a device."""
     if is_remote(place):
-        file: BinaryIO = _s3().open(place, "rb", block_size=CHUNK, cache_type="readahead")
+        file: io.BufferedReader = _s3().open(place, "rb", block_size=CHUNK, cache_type="readahead")
         return file
     return io.BufferedReader(open_regular(local_path(place)).detach(), 1 << 18)
 
@@ -104,20 +103,16 @@ def open_file(place: str) -> BinaryIO:
 def read_bytes(place: str, limit: int | None = None) -> bytes:
     """A whole file, or its first `limit` bytes. Raises: FileNotFoundError; OSError; ValueError for a FIFO or a device."""
     if is_remote(place) and limit is None:
-        data: bytes = _s3().cat_file(place)
-        return data
+        return read_object(place)
     with open_file(place) as file:
         return file.read(-1 if limit is None else limit)
 
 
-def read_part(place: str, start: int, end: int) -> bytes:
-    """Bytes start <= i < end of a file; fewer where it is shorter. Raises: FileNotFoundError; OSError."""
-    if is_remote(place):
-        data: bytes = _s3().cat_file(place, start=start, end=end)
-        return data
-    with open_regular(local_path(place)) as file:
-        file.seek(start)
-        return file.read(end - start)
+def read_object(place: str, start: int | None = None, end: int | None = None) -> bytes:
+    """Bytes start <= i < end of a file on an object store, or all of it; fewer where it is shorter. Raises: FileNotFoundError;
+    OSError."""
+    data: bytes = _s3().cat_file(place, start=start, end=end)
+    return data
 
 
 def size_of(place: str) -> int:
@@ -249,13 +244,9 @@ class RemoteFolder:
         """Read again from the store: an ETag is no hash of ours."""
         try:
             with open_file(join(self.url, name)) as file:
-                digest, size = hashlib.sha256(), 0
-                while data := file.read(CHUNK):
-                    digest.update(data)
-                    size += len(data)
+                return digest_of(file)
         except FileNotFoundError:
             return None
-        return FileDigest(size, digest.hexdigest())
 
     def put(self, files: dict[str, Path]) -> None:
         """By upload: an object appears when all of it is there."""

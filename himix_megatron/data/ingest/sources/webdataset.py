@@ -31,6 +31,7 @@ from .file_list import FileScan, scanned
 from .tar_reader import Member, TarError, TarStream
 
 IMAGE_SUFFIX = re.compile(r"(?:(\d{1,6})\.)?(?:jpe?g|png|webp|gif|bmp)")
+TEXT_SUFFIXES = ("json", "txt")
 
 
 @dataclass(slots=True)
@@ -43,10 +44,9 @@ class Row:
     """By suffix in small letters, without the first dot."""
     error: BadSampleError | None = None
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes held."""
-        return sum(map(len, self.contents.values()))
+    def room(self, suffix: str) -> int:
+        """Bytes that the member with this suffix may have."""
+        return MAX_TEXT_BYTES if suffix in TEXT_SUFFIXES else MAX_SAMPLE_BYTES - sum(map(len, self.contents.values()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class TarReader:
         size = storage.size_of(place)
         with storage.open_file(place) as file:
             file.seek(offset)
-            rows = _rows(TarStream(file.read, size, offset), _is_used)
+            rows = _rows(TarStream(file.read, size, offset), has_content)
             try:
                 for _ in range(end - first):
                     row = next(rows, None)
@@ -123,16 +123,14 @@ def _rows(stream: TarStream, is_used: Callable[[str], bool]) -> Iterator[Row]:
 
 def _add(row: Row, member: Member, suffix: str, stream: TarStream, is_used: Callable[[str], bool]) -> None:
     """Read one member into its row, or note why it cannot be."""
-    is_text = suffix in ("json", "txt")
-    limit = MAX_TEXT_BYTES if is_text else MAX_SAMPLE_BYTES - row.num_bytes
     error = None
     if member.refused:
         reason = "not_a_file" if "plain file" in member.refused or "sparse" in member.refused else "unsafe_name"
         error = BadSampleError(reason, f"member {member.name!r:.150}: {member.refused}")
     elif suffix in row.contents:
         error = BadSampleError("duplicate_member", f"two members {member.name!r:.150}")
-    elif is_used(suffix) and member.size > limit:
-        reason = "oversized_text" if is_text else "oversized_image"
+    elif is_used(suffix) and member.size > row.room(suffix):
+        reason = "oversized_text" if suffix in TEXT_SUFFIXES else "oversized_image"
         error = BadSampleError(reason, f"member {member.name!r:.150} has {member.size} bytes")
     elif is_used(suffix):
         row.contents[suffix] = stream.content()
@@ -148,8 +146,9 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, suffix.lower()
 
 
-def _is_used(suffix: str) -> bool:
-    return suffix in ("json", "txt") or IMAGE_SUFFIX.fullmatch(suffix) is not None
+def has_content(suffix: str) -> bool:
+    """Whether members with this suffix (in small letters) are read."""
+    return suffix in TEXT_SUFFIXES or IMAGE_SUFFIX.fullmatch(suffix) is not None
 
 
 def row_id(row: Row) -> str | int:
@@ -177,8 +176,7 @@ def _sample(row: Row, needs_success: bool) -> Sample:
     if needs_success and facts.get("status", "success") != "success":
         raise BadSampleError("download_failed", str(facts.get("error_message") or facts["status"])[:200])
     name = checked_id(facts.get("id"))
-    suffixes = sorted(filter(IMAGE_SUFFIX.fullmatch, row.contents), key=image_order)
-    images = tuple(row.contents[suffix] for suffix in suffixes)
+    images = tuple(images_of(row.contents))
     if "conversations" not in facts and not images:
         raise BadSampleError("missing_image", "there is no image beside the caption")
     return Sample(checked_id(row.key) if name is None else name, row_turns(row.contents, facts, len(images)), images)
@@ -203,7 +201,7 @@ def row_turns(contents: Mapping[str, bytes], facts: Mapping[str, Any], num_image
     return caption_turns(caption, num_images)
 
 
-def image_order(suffix: str) -> tuple[int, str]:
-    """KEY.2.jpg before KEY.10.jpg."""
-    found = IMAGE_SUFFIX.fullmatch(suffix)
-    return (int(found[1]) if found and found[1] else -1, suffix)
+def images_of(contents: Mapping[str, bytes]) -> list[bytes]:
+    """In the order of their numbers: KEY.jpg before KEY.2.jpg before KEY.10.png."""
+    found = [(int(match[1] or -1), suffix) for suffix in contents if (match := IMAGE_SUFFIX.fullmatch(suffix))]
+    return [contents[suffix] for _, suffix in sorted(found)]
