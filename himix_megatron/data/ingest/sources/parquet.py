@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any
 
 import pyarrow as pa
@@ -93,15 +94,10 @@ class ParquetReader:
         """Rows by their number."""
         with _opened(place) as file:
             columns = self._columns(file, place)
-            groups, start = [], 0
-            before: int | None = None
-            for group in range(file.num_row_groups):
-                count = file.metadata.row_group(group).num_rows
-                if start < end and start + count > first:
-                    groups.append(group)
-                    before = start if before is None else before
-                start += count
-            row, left = before or 0, max(_BOMB_BYTES, _BOMB_RATIO * storage.size_of(place))
+            counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            starts = [0, *accumulate(counts)]
+            groups = [group for group, start in enumerate(starts[:-1]) if start < end and starts[group + 1] > first]
+            row, left = starts[groups[0]] if groups else 0, max(_BOMB_BYTES, _BOMB_RATIO * storage.size_of(place))
             for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=groups, columns=columns.read):
                 low, high = max(first - row, 0), min(end - row, batch.num_rows)
                 row += batch.num_rows

@@ -58,9 +58,10 @@ class TarReader:
     suffixes: tuple[str, ...] = (".tar",)
 
     def scan(self, place: str) -> FileScan:
-        """Hash the tar; find where each row begins, and its id."""
-        digest = hashlib.sha256()
-        size = storage.size_of(place)
+        """Hash the tar; find where each row begins, and its id. An error tells how many samples are before the damage."""
+        digest, size = hashlib.sha256(), storage.size_of(place)
+        ids: list[IdDigest] = []
+        offsets: list[int] = []
         with storage.open_file(place) as file:
 
             def read(count: int) -> bytes:
@@ -68,7 +69,12 @@ class TarReader:
                 digest.update(data)
                 return data
 
-            ids, offsets = _scan_rows(TarStream(read, size), place)
+            try:
+                for row in _rows(TarStream(read, size), lambda suffix: suffix == "json"):
+                    ids.append(digest_id(row_id(row)))
+                    offsets.append(row.offset)
+            except TarError as error:
+                raise SourceError(f"--input {place}: {error}, after {len(ids)} whole samples") from None
         identity = storage.remote_identity(place) if storage.is_remote(place) else {"bytes": size, "sha256": digest.hexdigest()}
         return scanned(identity, ids, offsets)
 
@@ -87,19 +93,6 @@ class TarReader:
                     yield row_outcome(row, self.needs_success)
             except TarError as error:
                 raise SourceError(f"{place}: {error}") from None
-
-
-def _scan_rows(stream: TarStream, place: str) -> tuple[list[IdDigest], list[int]]:
-    """Id and place of every row. Raises: SourceError with the number of samples before the damage."""
-    ids: list[IdDigest] = []
-    offsets: list[int] = []
-    try:
-        for row in _rows(stream, lambda suffix: suffix == "json"):
-            ids.append(digest_id(row_id(row)))
-            offsets.append(row.offset)
-    except TarError as error:
-        raise SourceError(f"--input {place}: {error}, after {len(ids)} whole samples") from None
-    return ids, offsets
 
 
 def _rows(stream: TarStream, is_used: Callable[[str], bool]) -> Iterator[Row]:
