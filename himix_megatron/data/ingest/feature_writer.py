@@ -74,7 +74,7 @@ def make_features(
     """
     name = BLANK if job.shard is None else dataset.manifest.shards[job.shard].name
     receipt = load_receipt(job.folder, FeatureReceipt, name)
-    if receipt is not None and is_whole(job, receipt):
+    if receipt is not None and receipt.name == name and is_whole(job, receipt):
         return receipt, False
     partial = job.attempt / f"{name}.safetensors"
     if job.shard is None:

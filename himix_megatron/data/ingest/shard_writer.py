@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from ..errors import BadSampleError
 from ..images import image_file
 from ..loading import token_counts
 from ..shards import shard_format
-from ..shards.shard_format import Receipt, shard_files
+from ..shards.shard_format import Receipt, Record, shard_files
 from ..shards.storage import Folder, LocalFolder
 from ..text.tokenizer import load_tokenizer
 from .sources.base import BadRow, Part, Sample
@@ -69,14 +69,6 @@ class Rejected:
     detail: str
 
 
-class _Named(Protocol):
-    @property
-    def name(self) -> str: ...
-
-
-AnyReceipt = TypeVar("AnyReceipt", bound=_Named)
-
-
 def make_shard(job: ShardJob, part: Part) -> tuple[Receipt, bool]:
     """See that the shard of these source rows exists: verify it by its receipt, or write it.
 
@@ -110,13 +102,12 @@ def _count_tokens(folder: Folder, receipt: Receipt, tokenizer: str, template: st
         folder.put({name: here / name})
 
 
-def load_receipt(folder: Folder, cls: type[AnyReceipt], name: str) -> AnyReceipt | None:
-    """The receipt of a shard, or of its features; None where there is none of it that can be read (it is then made again)."""
+def load_receipt(folder: Folder, cls: type[Record], name: str) -> Record | None:
+    """The receipt of a shard, or of its features; None where there is none that can be read (what it is of is made again)."""
     try:
-        receipt = shard_format.from_json(cls, folder.read(shard_files(name).receipt) or b"")
+        return shard_format.from_json(cls, folder.read(shard_files(name).receipt) or b"")
     except ValueError:
         return None
-    return receipt if receipt.name == name else None
 
 
 def verify_shard(folder: Folder, receipt: Receipt) -> list[str]:
@@ -188,8 +179,8 @@ def write_record(folder: Folder, attempt: Path, name: str, record: Any) -> None:
 
 def _is_of(receipt: Receipt, job: ShardJob, part: Part) -> bool:
     """Whether a receipt is this job's: a file that was swapped or damaged can be another's, and as well formed."""
-    job_says = (job.config_hash, job.source_hash, part.first_row, part.first_row + part.num_rows)
-    return job_says == (receipt.config_hash, receipt.source_hash, receipt.first_row, receipt.end_row)
+    job_says = (job.name, job.config_hash, job.source_hash, part.first_row, part.first_row + part.num_rows)
+    return job_says == (receipt.name, receipt.config_hash, receipt.source_hash, receipt.first_row, receipt.end_row)
 
 
 def _is_whole(folder: Folder, receipt: Receipt, part: Part, check: Check) -> bool:

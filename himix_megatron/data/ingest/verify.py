@@ -128,7 +128,8 @@ def _expected(folder: Path) -> tuple[list[Receipt], list[Finding]]:
     except ValueError as error:
         problem = f"{path.name}: {error}"
     names = sorted(file.stem for file in (folder / "receipts").glob("*.json"))
-    receipts = [receipt for name in names if (receipt := load_receipt(LocalFolder(folder), Receipt, name))]
+    found = [load_receipt(LocalFolder(folder), Receipt, name) for name in names]
+    receipts = [receipt for name, receipt in zip(names, found, strict=True) if receipt and receipt.name == name]
     if content is None and not names:
         num_tars = sum(1 for _ in folder.rglob("*.tar"))
         what = f"{num_tars} tar files of somebody else's" if num_tars else "no tar files"

@@ -93,7 +93,7 @@ def list_folder(place: str) -> list[tuple[str, bool]]:
 
 
 def open_file(place: str) -> io.BufferedReader:
-    """A file for reading. Raises: FileNotFoundError; OSError; ValueError for a FIFO or a device."""
+    """A file for reading; an object is read like one. Raises: FileNotFoundError; OSError; ValueError for a FIFO or a device."""
     if is_remote(place):
         file: io.BufferedReader = _s3().open(place, "rb", block_size=CHUNK, cache_type="readahead")
         return file
