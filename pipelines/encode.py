@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from himix_megatron.config import Config, Count, ParallelConfig
 from himix_megatron.costs.memory import IMAGES_PER_FORWARD
+from himix_megatron.data.ingest.shard_writer import load_receipt, write_record
 from himix_megatron.data.shards import shard_format
 from himix_megatron.data.shards.reader import ShardDataset
 from himix_megatron.data.shards.storage import LocalFolder
@@ -65,7 +66,7 @@ def encode(config: Config, settings: Settings) -> FeatureManifest:
 
     Raises: ValueError for a missing dataset or tower, or an output folder that holds other features or is being written.
     """
-    from himix_megatron.data.ingest.feature_writer import FeatureJob, write_manifest
+    from himix_megatron.data.ingest.feature_writer import FeatureJob
     from himix_megatron.data.loading import feature_cache
 
     dataset = ShardDataset(_data(config, settings))
@@ -95,7 +96,7 @@ def encode(config: Config, settings: Settings) -> FeatureManifest:
             blank=receipts[feature_cache.BLANK],
             shards=shards,
         )
-        write_manifest(folder, attempt, manifest)
+        write_record(folder, attempt, shard_format.MANIFEST, manifest)
     return manifest
 
 
@@ -187,10 +188,10 @@ def _store_tower(config: Config, folder: Path) -> Path:
 
 def _refuse_other_features(folder: LocalFolder, key: dict[str, Any]) -> None:
     """Raises: ValueError when the folder has features of another key: they would be overwritten."""
-    from himix_megatron.data.ingest.feature_writer import load_receipt
+    from himix_megatron.data.loading.feature_cache import FeatureReceipt
 
     for name in folder.receipts():
-        receipt = load_receipt(folder, name)
+        receipt = load_receipt(folder, FeatureReceipt, name)
         if receipt is not None and receipt.key_hash != shard_format.hash_of(key):
             raise ValueError(
                 f"--out {folder} holds features of another dataset, tower, preprocessing or dtype: choose another folder, or "

@@ -177,7 +177,7 @@ def preprocess(settings: Settings) -> Manifest:
                 quarantined=dict(sorted(sum((Counter(r.quarantined) for r in receipts), Counter[str]()).items())),
                 shards=tuple(receipts),
             )
-            shard_writer.write_manifest(folder, manifest, attempt)
+            shard_writer.write_record(folder, attempt, shard_format.MANIFEST, manifest)
     return manifest
 
 
@@ -290,7 +290,7 @@ def attempt_in(out: str, parts: Sequence[str]) -> Iterator[tuple[storage.LocalFo
 def _refuse_other_dataset(job: ShardJob, config: dict[str, Any]) -> None:
     """Raises: ValueError when the folder has shards of another source or other settings: they would be overwritten."""
     for name in job.folder.receipts():
-        receipt = shard_writer.load_receipt(job.folder, name)
+        receipt = shard_writer.load_receipt(job.folder, Receipt, name)
         if receipt is None:
             continue
         if receipt.source_hash != job.source_hash:
@@ -305,7 +305,7 @@ def _refuse_other_dataset(job: ShardJob, config: dict[str, Any]) -> None:
 def _other_settings(job: ShardJob, config: dict[str, Any]) -> str:
     """Which settings differ from those of the folder's manifest, if there is one."""
     try:
-        old = shard_format.manifest_from_json((job.folder.read("manifest.json") or b"").decode("utf-8")).config
+        old = shard_format.from_json(Manifest, job.folder.read(shard_format.MANIFEST) or b"").config
     except ValueError:
         old = config
     names = [key for key in {**old, **config} if old.get(key) != config.get(key)] or ["name", "samples_per_shard", "check"]

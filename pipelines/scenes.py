@@ -11,15 +11,12 @@ looking, 1 in 8, 1 in 5 and 1 in 9 are right. Every byte is a function of the se
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import logging
 import os
 import random
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +25,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from himix_megatron.config import Count, check_limits
+from himix_megatron.data.shards.storage import locked
 from himix_megatron.runtime import typed_json
-from himix_megatron.runtime.untrusted_files import open_lock
 from pipelines import preprocess
 from pipelines.cli import parse_settings, run_main
 
@@ -198,7 +195,7 @@ def ensure_scene_data(folder: Path = Path("data/scenes"), settings: SceneSetting
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     if not _is_complete(folder, settings):
-        with _locked(folder.with_name(f".{folder.name}.lock")):
+        with locked(folder.parent, f".{folder.name}.lock"):
             if not _is_complete(folder, settings):  # another process may have made it while we waited
                 _make_datasets(folder, settings)
     return folder
@@ -242,14 +239,6 @@ def _make_datasets(folder: Path, settings: SceneSettings) -> None:
         )
     (partial / "scenes.json").write_text(json.dumps(_description(settings)) + "\n")
     os.rename(partial, folder)
-
-
-@contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """Hold a lock that ends with this process, however it ends."""
-    with open_lock(file.parent, file.name) as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from himix_megatron.config import Config, VisionConfig
 from himix_megatron.data.errors import BadSampleError
-from himix_megatron.data.ingest.feature_writer import Encode, FeatureJob, images_of, make_features, pack, write_manifest
+from himix_megatron.data.ingest.feature_writer import Encode, FeatureJob, images_of, make_features, pack
+from himix_megatron.data.ingest.shard_writer import write_record
 from himix_megatron.data.loading import feature_cache
 from himix_megatron.data.loading.feature_cache import FeatureCache, FeatureManifest, feature_key
 from himix_megatron.data.loading.image_table import ImageTable, Size
@@ -75,7 +76,7 @@ def write_cache(
         assert again == [(receipt, False) for receipt, _ in made]
     blank, *shards = (receipt for receipt, _ in made)
     whole = (blank.features_version, key, *shape, dataset.manifest.num_images, 0.0, blank, tuple(shards))
-    write_manifest(LocalFolder(folder), folder / "attempt", FeatureManifest(*whole))
+    write_record(LocalFolder(folder), folder / "attempt", shard_format.MANIFEST, FeatureManifest(*whole))
 
 
 def make_cache(dataset: ShardDataset, folder: Path, dtype: Any = "bf16", tower: str = "tiny") -> Config:
@@ -217,7 +218,7 @@ def test_an_image_that_could_not_be_decoded_is_bad_when_it_is_read(tower: str, d
     """A rank reads a shard's images; the damaged one stays as it was, blank."""
     places = images_of(dataset, 0)
     data = dataset.image_bytes(*places[1])
-    tar = shard_format.shard_paths(dataset.path, dataset.manifest.shards[0].name).tar
+    tar = dataset.path / shard_format.shard_files(dataset.manifest.shards[0].name).tar
     tar.write_bytes(tar.read_bytes().replace(data, bytes(len(data))))
     vision = make_cache(dataset, tmp_path / "cache", tower=tower).vision
     cache = FeatureCache(tmp_path / "cache", dataset)
@@ -276,12 +277,12 @@ def test_an_unfinished_or_changed_cache_is_refused(dataset: ShardDataset, tmp_pa
     with pytest.raises(ValueError, match="fingerprint does not match"):
         FeatureCache(tmp_path / "cache", dataset)
     manifest.write_text(whole.replace('"features_version": 1', '"features_version": 3'))
-    with pytest.raises(ValueError, match=r"manifest\.json: its features_version is 3, wanted one of \(1, 2\)"):
+    with pytest.raises(ValueError, match=r"manifest\.json: features_version is 3, wanted one of 1, 2"):
         FeatureCache(tmp_path / "cache", dataset)
     manifest.write_text(whole)
     file = tmp_path / "cache" / feature_cache.feature_file(dataset.manifest.shards[1].name)
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"is missing or incomplete: run pipelines\.encode again"):
+    with pytest.raises(ValueError, match=r"has \d+ bytes, not \d+: run pipelines\.encode again"):
         FeatureCache(tmp_path / "cache", dataset)
     manifest.unlink()
     with pytest.raises(ValueError, match=r"holds no finished features \(no manifest\.json\): make them with .* --out"):

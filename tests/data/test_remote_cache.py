@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from himix_megatron.data.shards.reader import DamagedShardError, ShardDataset
-from himix_megatron.data.shards.remote_cache import _locked
+from himix_megatron.data.shards.storage import locked
 from tests.support.data_fixtures import mixed
 
 URL = "s3://bucket/sets/mixed"
@@ -174,7 +174,7 @@ def _read_at_random(arguments: tuple[Path, Path, int, int]) -> int:
     most = 0
     for i in random.Random(seed).choices(range(64), k=60):
         assert_same(remote, local, [i])
-        with _locked(cache_dir / "lock"):  # else a file that is renamed, or makes room for another, may be counted twice
+        with locked(cache_dir, "lock"):  # else a file that is renamed, or makes room for another, may be counted twice
             most = max(most, num_bytes(cache_dir))
     return most
 

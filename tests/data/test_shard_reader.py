@@ -11,6 +11,7 @@ from himix_megatron.data.errors import BadSampleError
 from himix_megatron.data.ingest.shard_writer import load_receipt, verify_shard
 from himix_megatron.data.shards import shard_format
 from himix_megatron.data.shards.reader import DamagedShardError, ShardDataset
+from himix_megatron.data.shards.shard_format import Receipt
 from himix_megatron.data.shards.storage import LocalFolder
 from tests.support.data_fixtures import EMOJI, make, mixed, mixed_source
 
@@ -91,7 +92,7 @@ def test_the_manifest_adds_up(dataset):
     assert manifest["num_images"] == 24 - 4 + 4
     assert manifest["fingerprint"] == dataset.fingerprint
     for shard in dataset.manifest.shards:
-        assert shard == load_receipt(LocalFolder(dataset.path), shard.name)
+        assert shard == load_receipt(LocalFolder(dataset.path), Receipt, shard.name)
         assert verify_shard(LocalFolder(dataset.path), shard) == []
 
 

@@ -62,7 +62,7 @@ def sign(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
 def write_index(folder: Path, change: Callable[[Any, Any], None]) -> None:
     """Change the first shard's tables, and every checksum of them."""
     name = ShardDataset(folder).manifest.shards[0].name
-    path = shard_format.shard_paths(folder, name).index
+    path = folder / shard_format.shard_files(name).index
     samples, images = (table.copy() for table in shard_format.decode_index(path.read_bytes()))
     change(samples, images)
     data = shard_format.encode_index(samples, images)
@@ -131,7 +131,7 @@ def test_links_inside_a_dataset_are_not_read(theirs: Path, victim: Path, part: s
 
 
 def test_a_fifo_for_a_shard_is_not_waited_for(theirs: Path) -> None:
-    place = shard_format.shard_paths(theirs, ShardDataset(theirs).manifest.shards[0].name).tar
+    place = theirs / shard_format.shard_files(ShardDataset(theirs).manifest.shards[0].name).tar
     place.unlink()
     os.mkfifo(place)
     with pytest.raises(ValueError, match="is a FIFO: wanted a regular file"):
@@ -219,7 +219,7 @@ def test_more_samples_than_the_index_holds_are_refused(theirs: Path) -> None:
 )
 def test_a_text_of_another_form_is_a_bad_sample(theirs: Path, text: bytes) -> None:
     name = ShardDataset(theirs).manifest.shards[0].name
-    tar = shard_format.shard_paths(theirs, name).tar
+    tar = theirs / shard_format.shard_files(name).tar
 
     def change(samples: Any, images: Any) -> None:
         with tar.open("r+b") as file:

@@ -238,4 +238,4 @@ def test_lengths_are_unsigned_and_whole(dataset):
     assert token_counts.text_lengths(dataset, "bytes", "tiny").dtype == np.uint32
     receipt = dataset.manifest.shards[0]
     column = token_counts.column_of(ByteTokenizer(), "tiny")
-    assert shard_format.lengths_path(dataset.path, column, receipt.name).is_file()
+    assert (dataset.path / shard_format.lengths_file(column, receipt.name)).is_file()

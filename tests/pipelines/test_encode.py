@@ -141,7 +141,7 @@ def without_images(data: Path, folder: Path) -> Path:
     shutil.copytree(data, folder)
     dataset = ShardDataset(data)
     for number, receipt in enumerate(dataset.manifest.shards):
-        tar = shard_format.shard_paths(folder, receipt.name).tar
+        tar = folder / shard_format.shard_files(receipt.name).tar
         content = tar.read_bytes()
         for place in images_of(dataset, number):
             image = dataset.image_bytes(*place)

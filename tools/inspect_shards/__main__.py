@@ -22,7 +22,7 @@ from typing import Annotated
 
 from himix_megatron.config import Count
 from himix_megatron.data.ingest.verify import Report, verify_dataset
-from himix_megatron.data.shards.reader import ShardDataset
+from himix_megatron.data.shards.reader import AGAIN, ShardDataset
 from pipelines.cli import parse_settings, run_main
 from pipelines.flags import Word
 from tools.inspect_shards.histogram import drawn, histogram, summary
@@ -84,7 +84,7 @@ def verdict(folder: Path, report: Report) -> Iterator[str]:
     at_stake = max([sum(finding.num_samples for finding in damaged), *(finding.num_samples for finding in others)])
     yield (
         f"{folder}: {len(damaged)} of {report.num_shards} shards are damaged, {at_stake} of {report.num_samples} samples at "
-        f"stake, {len(others)} other files are wrong: run the preprocessing again, it makes only what is missing or damaged"
+        f"stake, {len(others)} other files are wrong: {AGAIN}"
     )
 
 

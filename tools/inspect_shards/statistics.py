@@ -9,7 +9,6 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -101,7 +100,7 @@ def _text(dataset: ShardDataset, i: int) -> list[str] | None:
 
 def _formats(dataset: ShardDataset, receipt: Receipt, samples: Records, images: Records) -> Iterator[str]:
     """The suffixes of these samples' images: names are in the tar's headers only."""
-    with open_below(dataset.path, shard_format.shard_paths(Path(), receipt.name).tar.as_posix()) as tar:
+    with open_below(dataset.path, shard_format.shard_files(receipt.name).tar) as tar:
         for sample in samples:
             first = int(sample["first_image"])
             for record in images[first : first + int(sample["num_images"])]:

@@ -17,14 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...runtime.durable_files import file_digest, sync_file, write_synced
+from ...runtime.durable_files import file_digest, sync_file
 from ..errors import BadSampleError
 from ..loading import feature_cache
-from ..loading.feature_cache import BLANK, MANIFEST, Dtype, FeatureManifest, FeatureReceipt, Layout, token_starts
+from ..loading.feature_cache import BLANK, Dtype, FeatureReceipt, Layout, token_starts
 from ..loading.image_table import ImageTable, Size, token_batches
 from ..loading.vision_reader import PixelReader
 from ..shards.reader import ShardDataset
+from ..shards.shard_format import shard_files
 from ..shards.storage import LocalFolder
+from .shard_writer import load_receipt, write_record
 
 log = logging.getLogger(__name__)
 
@@ -71,47 +73,27 @@ def make_features(
     Returns: the receipt, and whether the file was written.
     """
     name = BLANK if job.shard is None else dataset.manifest.shards[job.shard].name
-    receipt = load_receipt(job.folder, name)
-    if receipt is not None and is_whole(job, receipt):
+    receipt = load_receipt(job.folder, FeatureReceipt, name)
+    if receipt is not None and receipt.name == name and is_whole(job, receipt):
         return receipt, False
     partial = job.attempt / f"{name}.safetensors"
     if job.shard is None:
-        images = ImageTable.of(reader.vision, [[reader.vision.blank_size]])
-        blank = (reader.blanks(images), torch.ones(1, dtype=torch.bool), images)
-        receipt = _write(partial, job, name, "", images, iter([blank]), encode)
+        source, images = "", ImageTable.of(reader.vision, [[reader.vision.blank_size]])
+        batches = iter([(reader.blanks(images), torch.ones(1, dtype=torch.bool), images)])
     else:
         source, places = dataset.manifest.shards[job.shard].tar.sha256, images_of(dataset, job.shard)
         sizes = [reader.vision.input_size(*dataset.image_size(*place)) for place in places]
         images = ImageTable.of(reader.vision, [sizes])
-        decoded = _decoded(dataset, places, images, reader, max_tokens, pool)
-        receipt = _write(partial, job, name, source, images, decoded, encode)
+        batches = _decoded(dataset, places, images, reader, max_tokens, pool)
+    receipt = _write(partial, job, name, source, images, batches, encode)
     job.folder.put({feature_cache.feature_file(name): partial})
-    _publish(job.folder, job.attempt / f"{name}.json", feature_cache.receipt_file(name), feature_cache.to_json(receipt))
+    write_record(job.folder, job.attempt, shard_files(name).receipt, receipt)
     return receipt, True
-
-
-def load_receipt(folder: LocalFolder, name: str) -> FeatureReceipt | None:
-    """None where there is none that can be read (the file is then made again)."""
-    try:
-        receipt = feature_cache.receipt_from_json(folder.read(feature_cache.receipt_file(name)) or b"")
-    except ValueError:
-        return None
-    return receipt if receipt.name == name else None
 
 
 def is_whole(job: FeatureJob, receipt: FeatureReceipt) -> bool:
     """Whether a feature file is the one its receipt describes, made for this key."""
     return job.folder.digest(feature_cache.feature_file(receipt.name)) == receipt.file and receipt.key_hash == job.key_hash
-
-
-def write_manifest(folder: LocalFolder, attempt: Path, manifest: FeatureManifest) -> None:
-    """Publish a cache: from now on it exists."""
-    _publish(folder, attempt / MANIFEST, MANIFEST, feature_cache.to_json(manifest))
-
-
-def _publish(folder: LocalFolder, beside: Path, name: str, text: str) -> None:
-    write_synced(beside, text.encode())
-    folder.put({name: beside})
 
 
 def images_of(dataset: ShardDataset, shard: int) -> list[tuple[int, int]]:

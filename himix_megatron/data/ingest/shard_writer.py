@@ -28,7 +28,7 @@ from ..errors import BadSampleError
 from ..images import image_file
 from ..loading import token_counts
 from ..shards import shard_format
-from ..shards.shard_format import Manifest, Receipt, ShardPaths
+from ..shards.shard_format import Receipt, Record, shard_files
 from ..shards.storage import Folder, LocalFolder
 from ..text.tokenizer import load_tokenizer
 from .sources.base import BadRow, Part, Sample
@@ -74,7 +74,7 @@ def make_shard(job: ShardJob, part: Part) -> tuple[Receipt, bool]:
 
     Returns: the receipt, and whether the shard was written. The bytes depend on rows, images and config only.
     """
-    receipt = load_receipt(job.folder, job.name)
+    receipt = load_receipt(job.folder, Receipt, job.name)
     is_kept = receipt is not None and _is_of(receipt, job, part) and _is_whole(job.folder, receipt, part, job.check)
     if receipt is None or not is_kept:
         receipt = write_shard(job, part)
@@ -89,12 +89,12 @@ def _count_tokens(folder: Folder, receipt: Receipt, tokenizer: str, template: st
         token_counts.make_column(folder.path, receipt, tokenizer, template)
         return
     column = token_counts.column_of(load_tokenizer(tokenizer), template)
-    name = shard_format.lengths_path(Path(), column, receipt.name).as_posix()
+    name = shard_format.lengths_file(column, receipt.name)
     with contextlib.suppress(ValueError):
         shard_format.decode_text_column(folder.read(name) or b"", receipt)
         return
     with _temporary_folder() as here:
-        names = _names(receipt.name)
+        names = shard_files(receipt.name)
         (here / names.tar).parent.mkdir()
         for part in (names.tar, names.index):
             (here / part).write_bytes(folder.read(part) or b"")
@@ -102,18 +102,17 @@ def _count_tokens(folder: Folder, receipt: Receipt, tokenizer: str, template: st
         folder.put({name: here / name})
 
 
-def load_receipt(folder: Folder, name: str) -> Receipt | None:
-    """A shard's receipt; None where there is none that can be read (the shard is then made again)."""
-    data = folder.read(_names(name).receipt)
+def load_receipt(folder: Folder, cls: type[Record], name: str) -> Record | None:
+    """The receipt of a shard, or of its features; None where there is none that can be read (what it is of is made again)."""
     try:
-        return shard_format.receipt_from_json(data.decode("utf-8")) if data is not None else None
+        return shard_format.from_json(cls, folder.read(shard_files(name).receipt) or b"")
     except ValueError:
         return None
 
 
 def verify_shard(folder: Folder, receipt: Receipt) -> list[str]:
     """Compare a shard's files with its receipt, byte for byte. Returns: what is wrong, one line each; empty: nothing."""
-    names = _names(receipt.name)
+    names = shard_files(receipt.name)
     wrong = []
     for name, wanted in ((names.tar, receipt.tar), (names.index, receipt.index), (names.quarantine, receipt.quarantine)):
         found = folder.digest(name)
@@ -126,11 +125,12 @@ def verify_shard(folder: Folder, receipt: Receipt) -> list[str]:
 def write_shard(job: ShardJob, part: Part) -> Receipt:
     """Write and publish one shard: tar, index, quarantine, then the receipt. Bad rows are left out and listed."""
     with contextlib.nullcontext(job.attempt) if job.attempt else _temporary_folder() as folder:
-        partial = ShardPaths(*(folder / f"{job.name}.{kind}" for kind in ("tar", "idx", "receipt", "quarantine")))
+        names = shard_files(job.name)
+        partial = {name: folder / Path(name).name for name in dataclasses.astuple(names)}
         samples: list[tuple[int, ...]] = []
         images: list[tuple[int, ...]] = []
         rejected: list[Rejected] = []
-        with partial.tar.open("wb") as file:
+        with partial[names.tar].open("wb") as file:
             tar = _TarWriter(file)
             for number, outcome in part.rows():
                 found = _members(outcome, number, job.check)
@@ -157,11 +157,11 @@ def write_shard(job: ShardJob, part: Part) -> Receipt:
             num_images=len(images),
             quarantined=dict(sorted(Counter(row.reason for row in rejected).items())),
             tar=FileDigest(tar.offset, tar.digest.hexdigest()),
-            index=_write(partial.index, index),
-            quarantine=_write(partial.quarantine, lines) if lines else None,
+            index=_write(partial[names.index], index),
+            quarantine=_write(partial[names.quarantine], lines) if lines else None,
         )
-        write_synced(partial.receipt, shard_format.to_json(receipt).encode())
         _publish(partial, job.folder, receipt)
+        write_record(job.folder, folder, names.receipt, receipt)
     return receipt
 
 
@@ -170,26 +170,11 @@ def _write(path: Path, data: bytes) -> FileDigest:
     return bytes_digest(data)
 
 
-def write_manifest(folder: Folder, manifest: Manifest, attempt: Path) -> None:
-    """Publish a dataset: from now on it exists."""
-    partial = attempt / "manifest.json"
-    write_synced(partial, shard_format.to_json(manifest).encode())
-    folder.put({"manifest.json": partial})
-
-
-@dataclass(frozen=True, slots=True)
-class ShardNames:
-    """Where the files of one shard are in a dataset folder, with slashes."""
-
-    tar: str
-    index: str
-    receipt: str
-    quarantine: str
-
-
-def _names(name: str) -> ShardNames:
-    paths = shard_format.shard_paths(Path(), name)
-    return ShardNames(*(path.as_posix() for path in (paths.tar, paths.index, paths.receipt, paths.quarantine)))
+def write_record(folder: Folder, attempt: Path, name: str, record: Any) -> None:
+    """Publish a receipt or a manifest: from now on what it tells of exists. `attempt`: where it is written first."""
+    partial = attempt / Path(name).name
+    write_synced(partial, shard_format.to_json(record))
+    folder.put({name: partial})
 
 
 def _is_of(receipt: Receipt, job: ShardJob, part: Part) -> bool:
@@ -205,7 +190,7 @@ def _is_whole(folder: Folder, receipt: Receipt, part: Part, check: Check) -> boo
     """
     if verify_shard(folder, receipt):
         return False
-    names = _names(receipt.name)
+    names = shard_files(receipt.name)
     try:
         samples, images = shard_format.decode_index(folder.read(names.index) or b"")
         lines = (folder.read(names.quarantine) or b"").decode().splitlines()
@@ -216,22 +201,19 @@ def _is_whole(folder: Folder, receipt: Receipt, part: Part, check: Check) -> boo
     by_image = {row.row: row for row in rejected if row.reason in IMAGE_REASONS}
     return (
         counts == (receipt.num_samples, receipt.num_images, receipt.quarantined)
-        and folder.read(names.receipt) == shard_format.to_json(receipt).encode()
+        and folder.read(names.receipt) == shard_format.to_json(receipt)
         and all(receipt.first_row <= row < receipt.end_row for row in by_image)
         and all(_members(outcome, number, check) == by_image[number] for number, outcome in part.retry(by_image))
     )
 
 
-def _publish(partial: ShardPaths, folder: Folder, receipt: Receipt) -> None:
-    """Bring the synced files to their places, the receipt after the rest is there for good."""
-    names = _names(receipt.name)
-    files = {names.tar: partial.tar, names.index: partial.index}
-    if receipt.quarantine:
-        files[names.quarantine] = partial.quarantine
-    folder.put(files)  # a straggler of a killed run fails here, before it has changed anything
+def _publish(partial: dict[str, Path], folder: Folder, receipt: Receipt) -> None:
+    """Bring the synced files to their places: they are there for good when this returns, and the receipt may follow."""
+    names = shard_files(receipt.name)
+    first = (names.tar, names.index, names.quarantine) if receipt.quarantine else (names.tar, names.index)
+    folder.put({name: partial[name] for name in first})  # a straggler of a killed run fails here: it has changed nothing yet
     if not receipt.quarantine:
         folder.remove(names.quarantine)
-    folder.put({names.receipt: partial.receipt})
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ Reading trusts headers, padding and receipts to be as written, since it does not
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import mmap
@@ -18,7 +19,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...runtime.untrusted_files import read_regular
 from ..images import image_file
 from ..shards import shard_format
 from ..shards.shard_format import Manifest, Receipt, Records
@@ -92,40 +92,44 @@ def verify_dataset(
 
 def check_shard(folder: Path, receipt: Receipt) -> list[str]:
     """What is wrong with a shard, files and members, in words; nothing: []."""
-    paths = shard_format.shard_paths(folder, receipt.name)
+    names, files = shard_format.shard_files(receipt.name), LocalFolder(folder)
+    index_name = Path(names.index).name
     problems = []
     try:
-        if _content(paths.receipt) != shard_format.to_json(receipt).encode():
-            problems.append(_state(paths.receipt))
-        problems += [problem.split(" (")[0] for problem in verify_shard(LocalFolder(folder), receipt)]
-        if not any(problem.startswith(paths.index.name) for problem in problems) and paths.tar.is_file():
-            samples, images = shard_format.decode_index(paths.index.read_bytes())
-            problems += _count_problems(receipt, samples, images, _content(paths.quarantine) or b"")
-            problems += _member_problems(paths.tar, samples, images)
-        problems += _length_problems(folder, receipt)
+        if files.read(names.receipt) != shard_format.to_json(receipt):
+            problems.append(_state(folder / names.receipt))
+        problems += [problem.split(" (")[0] for problem in verify_shard(files, receipt)]
+        if not any(problem.startswith(index_name) for problem in problems) and (folder / names.tar).is_file():
+            samples, images = shard_format.decode_index(files.read(names.index) or b"")
+            problems += _count_problems(receipt, samples, images, files.read(names.quarantine) or b"")
+            problems += _member_problems(folder / names.tar, samples, images)
+        problems += _length_problems(files, receipt)
     except OSError as error:
         problems.append(f"cannot be read ({error.strerror})")
     except ValueError as error:
-        problems.append(f"{paths.index.name}: {error}")
+        problems.append(f"{index_name}: {error}")
     return problems
 
 
 def _expected(folder: Path) -> tuple[list[Receipt], list[Finding]]:
     """The shards that should be there: the manifest's, or, without one that can be read, those that have receipts."""
     path = shard_format.manifest_path(folder)
-    content = _content(path)
+    content = LocalFolder(folder).read(shard_format.MANIFEST)
     try:
         if content is None:
             raise ValueError("missing: the preprocessing has not finished, or the file was lost")
-        manifest = shard_format.manifest_from_json(content.decode())
-        problems = _total_problems(manifest) + ([] if shard_format.to_json(manifest).encode() == content else [_state(path)])
-        return list(manifest.shards), [
-            Finding(path.name, tuple(problems), manifest.num_samples, is_shard=False)
-        ] if problems else []
+        manifest = shard_format.from_json(Manifest, content)
+        problems = [] if shard_format.to_json(manifest) == content else [_state(path)]
+        ends = [0, *(shard.end_row for shard in manifest.shards)]
+        if [shard.first_row for shard in manifest.shards] != ends[:-1] or ends[-1] != manifest.num_rows:
+            problems.append(f"its shards do not cover its {manifest.num_rows} rows one after the other")
+        finding = Finding(path.name, tuple(problems), manifest.num_samples, is_shard=False)
+        return list(manifest.shards), [finding] if problems else []
     except ValueError as error:
         problem = f"{path.name}: {error}"
     names = sorted(file.stem for file in (folder / "receipts").glob("*.json"))
-    receipts = [receipt for name in names if (receipt := load_receipt(LocalFolder(folder), name)) and receipt.name == name]
+    found = [load_receipt(LocalFolder(folder), Receipt, name) for name in names]
+    receipts = [receipt for name, receipt in zip(names, found, strict=True) if receipt and receipt.name == name]
     if content is None and not names:
         num_tars = sum(1 for _ in folder.rglob("*.tar"))
         what = f"{num_tars} tar files of somebody else's" if num_tars else "no tar files"
@@ -147,19 +151,6 @@ def _each(folder: Path, receipts: Sequence[Receipt], num_workers: int) -> Iterat
         yield from pool.map(check, receipts)
 
 
-def _total_problems(manifest: Manifest) -> list[str]:
-    """Whether the manifest's totals are those of its shards, and whether these cover its rows."""
-    problems = []
-    for name in ("num_samples", "num_images"):
-        total = sum(getattr(shard, name) for shard in manifest.shards)
-        if total != getattr(manifest, name):
-            problems.append(f"{name} is {getattr(manifest, name)}, and {total} over the shards")
-    ends = [0, *(shard.end_row for shard in manifest.shards)]
-    if [shard.first_row for shard in manifest.shards] != ends[:-1] or ends[-1] != manifest.num_rows:
-        problems.append(f"its shards do not cover its {manifest.num_rows} rows one after the other")
-    return problems
-
-
 def _count_problems(receipt: Receipt, samples: Records, images: Records, quarantine: bytes) -> list[str]:
     """Whether index, quarantine and receipt count the same."""
     problems = []
@@ -179,14 +170,15 @@ def _count_problems(receipt: Receipt, samples: Records, images: Records, quarant
     return problems
 
 
-def _length_problems(folder: Path, receipt: Receipt) -> list[str]:
+def _length_problems(folder: LocalFolder, receipt: Receipt) -> list[str]:
     """Whether every text column that the shard has is its own, and whole."""
     problems = []
-    for path in sorted((folder / "lengths").glob(f"*/{receipt.name}.text")):
+    for path in sorted((folder.path / "lengths").glob(f"*/{receipt.name}.text")):
+        name = shard_format.lengths_file(path.parent.name, receipt.name)
         try:
-            shard_format.decode_text_column(_content(path) or b"", receipt)
+            shard_format.decode_text_column(folder.read(name) or b"", receipt)
         except ValueError as error:
-            problems.append(f"lengths/{path.parent.name}/{path.name}: {error} (it can be deleted: it is made again)")
+            problems.append(f"{name}: {error} (it can be deleted: it is made again)")
     return problems
 
 
@@ -257,26 +249,18 @@ def _without_format(name: str) -> str:
 
 def _strays(folder: Path, receipts: Sequence[Receipt]) -> tuple[list[str], list[str]]:
     """Files that no receipt tells of: among the shards' files, and elsewhere in the folder."""
-    known = {shard_format.manifest_path(folder), folder / ".lock"}
+    known = {shard_format.MANIFEST, ".lock"}
     for receipt in receipts:
-        paths = shard_format.shard_paths(folder, receipt.name)
-        known |= {paths.tar, paths.index, paths.receipt, paths.quarantine, paths.tar.with_suffix(".tar.idx")}
+        names = shard_format.shard_files(receipt.name)
+        known |= {*dataclasses.astuple(names), f"{names.tar}.idx"}
     extra: list[str] = []
     foreign: list[str] = []
     for path in sorted(folder.rglob("*")):
-        parts = path.relative_to(folder).parts
-        if path in known or parts[0] in BESIDE or path.is_dir():
+        name, part = path.relative_to(folder).as_posix(), path.relative_to(folder).parts[0]
+        if name in known or part in BESIDE or path.is_dir():
             continue
-        (extra if parts[0] in PARTS else foreign).append("/".join(parts))
+        (extra if part in PARTS else foreign).append(name)
     return extra, foreign
-
-
-def _content(path: Path) -> bytes | None:
-    """A small file; None where there is none, or something else than a file."""
-    try:
-        return read_regular(path)
-    except (FileNotFoundError, ValueError):
-        return None
 
 
 def _state(path: Path) -> str:

@@ -24,7 +24,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -35,20 +35,24 @@ from ...config import Config
 from ...runtime import typed_json
 from ...runtime.durable_files import FileDigest
 from ...runtime.limits import Count, Size
-from ...runtime.untrusted_files import descriptor_below, read_below, size_below
+from ...runtime.untrusted_files import descriptor_below, read_below
 from ..errors import BadSampleError
 from ..shards import shard_format
 from ..shards.reader import DamagedShardError, ShardDataset
+from ..shards.shard_format import MANIFEST
+from ..shards.storage import check_sizes
 
-FIXED_VERSION, FLAT_VERSION = VERSIONS = (1, 2)
+FIXED_VERSION: Final = 1
+FLAT_VERSION: Final = 2
 """Of caches in which all images have the same number of tokens, and of those in which they differ."""
-MANIFEST = "manifest.json"
 BLANK = "blank"
 """Name of the file with the all-zero image's features."""
 MAX_OPEN_FILES = 64
 """Per cache and process; the one opened first is closed."""
+AGAIN = "run pipelines.encode again, it makes only what is missing or damaged"
 
 Dtype = Literal["bf16", "fp8_token"]
+Version = Literal[1, 2]
 
 _VISION = (
     "tower", "image_size", "patch_size", "hidden_size", "num_layers", "num_attention_heads", "ffn_hidden_size", "feature_layer",
@@ -69,7 +73,7 @@ def feature_key(config: Config, dataset: ShardDataset, tower: str | None = None)
 class FeatureReceipt:
     """What one feature file holds, and what it came from."""
 
-    features_version: int
+    features_version: Version
     name: str
     key_hash: str
     source: str
@@ -88,7 +92,7 @@ class FeatureReceipt:
 class FeatureManifest:
     """A whole cache: its files, and everything that decided them."""
 
-    features_version: int
+    features_version: Version
     key: dict[str, Any]
     tokens_per_image: Count | None
     """None: images differ."""
@@ -98,6 +102,14 @@ class FeatureManifest:
     """What storing lost: root of squared error over squares, over all images."""
     blank: FeatureReceipt
     shards: tuple[FeatureReceipt, ...]
+
+    def __post_init__(self) -> None:
+        typed_json.as_type(Dtype, self.key.get("data.features_dtype"), "key", "data.features_dtype")
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything else in the manifest."""
+        return shard_format.hash_of(dataclasses.asdict(self))
 
     @property
     def dtype(self) -> Dtype:
@@ -123,7 +135,7 @@ class Layout:
     dtype: Dtype
 
     @property
-    def version(self) -> int:
+    def version(self) -> Version:
         """Of the format."""
         return FIXED_VERSION if isinstance(self.starts, range) else FLAT_VERSION
 
@@ -187,42 +199,6 @@ def feature_file(name: str) -> str:
     return f"features/{name}.safetensors"
 
 
-def receipt_file(name: str) -> str:
-    """Where a feature file's receipt is, in the cache's folder."""
-    return f"receipts/{name}.json"
-
-
-def receipt_from_json(text: str | bytes, where: str = "receipt") -> FeatureReceipt:
-    """Raises: ValueError for text that is no receipt of a known version."""
-    return typed_json.build(FeatureReceipt, _of_known_version(text, where), where)
-
-
-def manifest_from_json(text: str | bytes, where: str = MANIFEST) -> FeatureManifest:
-    """Raises: ValueError for text that is no manifest of a known version, or was changed."""
-    values = _of_known_version(text, where)
-    fingerprint = values.pop("fingerprint", None)
-    manifest = typed_json.build(FeatureManifest, values, where)
-    if shard_format.hash_of(values) != fingerprint:
-        raise ValueError(f"{where}: its fingerprint does not match its content: it was changed by hand or damaged")
-    typed_json.as_type(Dtype, manifest.key.get("data.features_dtype"), where, "key.data.features_dtype")
-    return manifest
-
-
-def to_json(record: FeatureReceipt | FeatureManifest) -> str:
-    """JSON text of a receipt or a manifest (which carries its fingerprint)."""
-    values = dataclasses.asdict(record)
-    if isinstance(record, FeatureManifest):
-        values["fingerprint"] = shard_format.hash_of(values)
-    return json.dumps(values, indent=1) + "\n"
-
-
-def _of_known_version(text: str | bytes, where: str) -> dict[str, Any]:
-    values = typed_json.parse_object(text, where)
-    if (version := values.get("features_version")) not in VERSIONS:
-        raise ValueError(f"{where}: its features_version is {version}, wanted one of {VERSIONS}")
-    return values
-
-
 class FeatureCache:
     """A finished cache of one dataset. It can be sent to worker processes; each opens the files it needs.
 
@@ -233,7 +209,8 @@ class FeatureCache:
         self.folder, self.dataset = Path(folder), dataset
         file = self.folder / MANIFEST
         try:
-            self.manifest = manifest_from_json(read_below(self.folder, MANIFEST, typed_json.MAX_FILE_BYTES), str(file))
+            text = read_below(self.folder, MANIFEST, typed_json.MAX_FILE_BYTES)
+            self.manifest = shard_format.from_json(FeatureManifest, text, str(file))
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(
                 f"data.features: {folder} holds no finished features (no {file.name}): make them with python -m "
@@ -244,16 +221,7 @@ class FeatureCache:
         receipts = (self.manifest.blank, *self.manifest.shards)
         if [(receipt.name, receipt.num_images) for receipt in receipts] != wanted:
             raise ValueError(f"{file}: its files are not those of the shards of {dataset.location}: run pipelines.encode again")
-        for receipt in receipts:
-            name = feature_file(receipt.name)
-            try:
-                is_whole = size_below(self.folder, name) == receipt.file.bytes
-            except FileNotFoundError:
-                is_whole = False
-            if not is_whole:
-                raise ValueError(
-                    f"{self.folder / name} is missing or incomplete: run pipelines.encode again, it makes only what is missing"
-                )
+        check_sizes(self.folder, {feature_file(receipt.name): receipt.file for receipt in receipts}, AGAIN)
         self._files: OrderedDict[str, tuple[int, Layout]] = OrderedDict()
 
     def check(self, key: Mapping[str, Any]) -> None:
@@ -321,7 +289,7 @@ class FeatureCache:
         if (lengths < 0).any() or os.pread(descriptor, len(layout.header), 0) != layout.header:
             raise DamagedShardError(
                 f"{self.folder / feature_file(receipt.name)} is damaged: its header is not that of {images} images with "
-                f"{layout.num_tokens} tokens together: run pipelines.encode again, it makes only what is missing or damaged"
+                f"{layout.num_tokens} tokens together: {AGAIN}"
             )
         return layout
 

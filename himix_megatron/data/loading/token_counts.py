@@ -8,10 +8,8 @@ otherwise the first run that needs it does. All is of whole texts: what a run cu
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
-import fcntl
 import functools
 import logging
 import multiprocessing
@@ -28,11 +26,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ...runtime.durable_files import publish
-from ...runtime.untrusted_files import folder_below, open_below, open_lock, read_below
+from ...runtime.untrusted_files import folder_below, open_below, read_below
 from ..errors import BadSampleError
 from ..shards import shard_format
-from ..shards.reader import MAX_OPEN_SHARDS, DamagedShardError, ShardDataset, as_text, read_index
+from ..shards.reader import AGAIN, MAX_OPEN_SHARDS, DamagedShardError, ShardDataset, as_text, read_index
 from ..shards.shard_format import Receipt, TextColumn
+from ..shards.storage import locked
 from ..text import chat_template
 from ..text.tokenizer import Tokenizer, load_tokenizer
 
@@ -83,8 +82,8 @@ def make_column(folder: Path, receipt: Receipt, tokenizer: str, template: str) -
 
 
 def _write(folder: Path, receipt: Receipt, column: str, content: TextColumn) -> None:
-    name = shard_format.lengths_path(Path(), column, receipt.name)
-    path = folder_below(folder, name.parent.as_posix()) / name.name
+    parent, _, name = shard_format.lengths_file(column, receipt.name).rpartition("/")
+    path = folder_below(folder, parent) / name
     # The process's own partial file: without file locks several processes may count the same shard.
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     publish(path, shard_format.encode_text_column(content, receipt), partial=partial)
@@ -99,8 +98,7 @@ def read_column(folder: Path, receipt: Receipt, column: str) -> TextColumn | Non
 
 
 def _stored_column(folder: Path, receipt: Receipt, column: str) -> TextColumn:
-    name = shard_format.lengths_path(Path(), column, receipt.name).as_posix()
-    return shard_format.decode_text_column(read_below(folder, name), receipt)
+    return shard_format.decode_text_column(read_below(folder, shard_format.lengths_file(column, receipt.name)), receipt)
 
 
 def text_lengths(dataset: ShardDataset, tokenizer: str, template: str) -> Lengths:
@@ -120,11 +118,11 @@ def text_lengths(dataset: ShardDataset, tokenizer: str, template: str) -> Length
     found = read()
     if any(part is None for part in found):
         try:
-            with _one_at_a_time(dataset.path, column):
+            with locked(folder_below(dataset.path, f"lengths/{column}"), ".lock"):
                 missing = [shard for shard, part in zip(dataset.manifest.shards, read(), strict=True) if part is None]
                 _make_all(dataset.path, missing, tokenizer, template)
         except DamagedShardError as error:
-            raise ValueError(f"{error}: run the preprocessing again, it makes only what is missing or damaged") from None
+            raise ValueError(f"{error}: {AGAIN}") from None
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise
@@ -165,7 +163,7 @@ class ImagePlaces:
                 places = _stored_column(self._dataset.path, receipt, self._column).image_places
             except (FileNotFoundError, ValueError) as error:
                 what = error if isinstance(error, ValueError) else "the file is gone"
-                path = shard_format.lengths_path(self._dataset.path, self._column, receipt.name)
+                path = self._dataset.path / shard_format.lengths_file(self._column, receipt.name)
                 raise DamagedShardError(f"{path}: {what}: start the run again, it makes or fetches the column anew") from None
             if len(self._shards) >= MAX_OPEN_SHARDS:
                 self._shards.popitem(last=False)
@@ -181,7 +179,7 @@ def _fetch_columns(dataset: ShardDataset, column: str, tokenizer: str, template:
     for receipt in dataset.manifest.shards:
         if read_column(dataset.path, receipt, column) is not None:
             continue
-        data = dataset.fetch(str(shard_format.lengths_path(Path(), column, receipt.name)))
+        data = dataset.fetch(shard_format.lengths_file(column, receipt.name))
         try:
             if data is None:
                 raise ValueError("there is no file")
@@ -192,14 +190,6 @@ def _fetch_columns(dataset: ShardDataset, column: str, tokenizer: str, template:
                 f"{template} ({receipt.name}: {error}): preprocess with --tokenizer {tokenizer} --template {template}"
             ) from None
         _write(dataset.path, receipt, column, content)
-
-
-@contextlib.contextmanager
-def _one_at_a_time(folder: Path, column: str) -> Iterator[None]:
-    """Hold the column's lock. Where a file system has no locks two may count: the files come out the same."""
-    with open_lock(folder_below(folder, f"lengths/{column}"), ".lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _make_all(folder: Path, receipts: Sequence[Receipt], tokenizer: str, template: str) -> None:
@@ -218,7 +208,7 @@ def _make_all(folder: Path, receipts: Sequence[Receipt], tokenizer: str, templat
 
 def _texts(folder: Path, receipt: Receipt) -> Iterator[tuple[bytes, str, int]]:
     """The texts of one shard, in order, each with its key and the number of its images; it needs no manifest."""
-    with open_below(folder, shard_format.shard_paths(Path(), receipt.name).tar.as_posix()) as file:
+    with open_below(folder, shard_format.shard_files(receipt.name).tar) as file:
         for record in read_index(folder, receipt).samples:
             data = os.pread(file.fileno(), int(record["size"]), int(record["offset"]))
             key = f"{receipt.name}/{shard_format.sample_key(int(record['row']))}"

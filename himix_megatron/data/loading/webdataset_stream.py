@@ -36,8 +36,8 @@ from ...runtime.errors import RankError
 from ..errors import BadSampleError
 from ..images import image_file
 from ..images.decode import decode
-from ..ingest.sources.base import MAX_SAMPLE_BYTES, MAX_TEXT_BYTES, parse_object
-from ..ingest.sources.webdataset import IMAGE_SUFFIX, image_order, row_turns
+from ..ingest.sources.base import MAX_SAMPLE_BYTES, MAX_TEXT_BYTES
+from ..ingest.sources.webdataset import TEXT_SUFFIXES, facts_of, has_content, images_of, row_turns
 from ..shards import storage
 from ..shards.shard_format import BLOCK
 from ..text import chat_template
@@ -50,7 +50,6 @@ from .plan import DataPosition, TrainingLength
 
 log = logging.getLogger(__name__)
 
-TEXT_SUFFIXES = ("json", "txt")
 MAX_KINDS = 20
 """Of members that are not read, counted one by one."""
 MAX_TARS = 1_000_000
@@ -167,22 +166,18 @@ def _checked(place: str) -> str:
     return place
 
 
+@dataclass(eq=False)
 class _StreamReader(IterableDataset[StepBatch]):
     """What `stream_steps` hands to workers: worker w of W yields steps first + w, first + w + W ... from tars of its own."""
 
-    def __init__(
-        self,
-        stream: Stream,
-        vision_config: VisionConfig,
-        micro_batch: int,
-        reads: ReadSpec,
-        end: TrainingLength,
-        place: DataPosition,
-        step: int,
-        pad_multiple: int,
-    ) -> None:
-        self.stream, self.vision_config, self.micro_batch, self.reads = stream, vision_config, micro_batch, reads
-        self.end, self.place, self.first_step, self.pad_multiple = end, place, step, pad_multiple
+    stream: Stream
+    vision_config: VisionConfig
+    micro_batch: int
+    reads: ReadSpec
+    end: TrainingLength
+    place: DataPosition
+    first_step: int
+    pad_multiple: int
 
     def __iter__(self) -> Iterator[StepBatch]:
         info = get_worker_info()
@@ -301,7 +296,7 @@ class _TarReader:
                     ) from None
                 continue
             self.num_read += 1
-            yield StreamSample(key, text, _images(members))
+            yield StreamSample(key, text, images_of(members))
 
     def _again(self, error: Exception) -> bool:
         """webdataset asks what to do with a name that is there twice: the first one is kept."""
@@ -313,8 +308,7 @@ class _TarReader:
         config = self.stream.config
         if refused := next((data for data in members.values() if isinstance(data, BadSampleError)), None):
             raise refused
-        facts = parse_object(members["json"], "KEY.json") if "json" in members else {}
-        sample = {"conversations": row_turns(members, facts, len(_images(members)))}
+        sample = {"conversations": row_turns(members, facts_of(members), len(images_of(members)))}
         try:
             return chat_template.encode(sample, self.stream.tokenizer, config.template, config.max_text_tokens)
         except ValueError as error:
@@ -329,7 +323,7 @@ class _TarReader:
                     opened.members = []  # type: ignore[attr-defined]  # it would keep them all
                     before, (key, suffix) = key, base_plus_ext(member.name)
                     suffix = (suffix or "").lower()
-                    if not member.isreg() or not (suffix in TEXT_SUFFIXES or IMAGE_SUFFIX.fullmatch(suffix)):
+                    if not member.isreg() or not has_content(suffix):
                         kind = suffix if member.isreg() else "not a file"
                         self.ignored[kind if len(self.ignored) < MAX_KINDS else "others"] += 1
                         continue
@@ -355,8 +349,3 @@ def _check_end(tar: tarfile.TarFile) -> None:
     header = tar.fileobj.read(BLOCK)
     if any(header) or len(header) < BLOCK:
         raise tarfile.ReadError("no end mark" if len(header) < BLOCK else "no header where one should be")
-
-
-def _images(members: dict[str, Any]) -> list[bytes]:
-    """In the order of their numbers: KEY.jpg before KEY.0.png before KEY.1.png."""
-    return [members[suffix] for suffix in sorted(filter(IMAGE_SUFFIX.fullmatch, members), key=image_order)]

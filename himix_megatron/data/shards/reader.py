@@ -12,7 +12,7 @@ import struct
 import zlib
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ...runtime import typed_json
-from ...runtime.untrusted_files import descriptor_below, read_below, size_below
+from ...runtime.durable_files import FileDigest
+from ...runtime.untrusted_files import descriptor_below, read_below
 from ..errors import BadSampleError
 from ..text.chat_template import check_turns
 from . import remote_cache, shard_format, storage
@@ -90,18 +91,17 @@ class ShardDataset:
         if not isinstance(location, Path):
             storage.check_scheme(location, "data.datasets")
         self.location, self.checksums = str(location).rstrip("/"), checksums
-        folder = None if storage.is_remote(self.location) else storage.local_path(str(location))
-        self._remote = self.location if folder is None else None
-        self._cache = ShardCache(cache_dir, cache_bytes) if folder is None else None
-        self.manifest = self._read_manifest(folder)
+        self._cache = ShardCache(cache_dir, cache_bytes) if storage.is_remote(self.location) else None
+        self.path = self._cache.folder if self._cache else storage.local_path(str(location))
+        self.manifest = self._read_manifest()
         self.fingerprint = self.manifest.fingerprint
-        if self._cache is None or self._remote is None:
-            assert folder is not None
-            self.path = folder
-            self._check_files()
+        names = [(shard, shard_format.shard_files(shard.name)) for shard in self.manifest.shards]
+        tars, indexes = {files.tar: shard.tar for shard, files in names}, {files.index: shard.index for shard, files in names}
+        if self._cache is None:
+            storage.check_sizes(self.path, tars | indexes, AGAIN)
         else:
-            self.path = self._cache.folder / self.fingerprint[:32]
-            self._keep_indexes(self._cache, self._remote)
+            self.path /= self.fingerprint[:32]
+            self._keep_indexes(self._cache, tars, indexes)
         self._ends = list(accumulate(self.shard_sizes()))
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
         self._tars: OrderedDict[int, int] = OrderedDict()
@@ -110,7 +110,7 @@ class ShardDataset:
     @property
     def is_remote(self) -> bool:
         """Whether shards are fetched before they are read. `path` is then the dataset's part of the cache."""
-        return self._remote is not None
+        return self._cache is not None
 
     def __len__(self) -> int:
         return self.manifest.num_samples
@@ -183,52 +183,33 @@ class ShardDataset:
 
     def fetch(self, name: str) -> bytes | None:
         """A small file of a remote dataset as it is there now; None where there is none."""
-        assert self._remote is not None
         try:
-            return remote_cache.fetch(f"{self._remote}/{name}")
+            return remote_cache.fetch(f"{self.location}/{name}")
         except FileNotFoundError:
             return None
 
     # ---- opening ---------------------------------------------------------------------------------------------------
 
-    def _read_manifest(self, folder: Path | None) -> Manifest:
-        name = shard_format.manifest_path(Path()).name
+    def _read_manifest(self) -> Manifest:
+        name = shard_format.MANIFEST
         try:
-            if self._remote is None:
-                assert folder is not None
-                text = read_below(folder, name, typed_json.MAX_FILE_BYTES)
+            if self.is_remote:
+                text = remote_cache.fetch(f"{self.location}/{name}")
             else:
-                text = remote_cache.fetch(f"{self._remote}/{name}")
+                text = read_below(self.path, name, typed_json.MAX_FILE_BYTES)
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(
                 f"{self.location} is not a shard dataset (no {name}): make one with python -m pipelines.preprocess "
                 f"--source llava --annotations FILE.json --images DIR --out {self.location}"
             ) from None
-        return shard_format.manifest_from_json(text, f"{self.location}/{name}")
+        return shard_format.from_json(Manifest, text, f"{self.location}/{name}")
 
-    def _check_files(self) -> None:
-        """See that a local dataset's files are there, and as long as they should be."""
-        for shard in self.manifest.shards:
-            paths = shard_format.shard_paths(Path(), shard.name)
-            for part, wanted in ((paths.tar, shard.tar), (paths.index, shard.index)):
-                try:
-                    found = size_below(self.path, part.as_posix())
-                except FileNotFoundError:
-                    found = None
-                if found != wanted.bytes:
-                    state = "is missing" if found is None else f"has {found} bytes, not {wanted.bytes}"
-                    raise ValueError(
-                        f"{self.path / part} {state}: run the preprocessing again, it makes only what is missing or damaged"
-                    )
-
-    def _keep_indexes(self, kept: ShardCache, remote: str) -> None:
+    def _keep_indexes(self, kept: ShardCache, tars: Mapping[str, FileDigest], indexes: Mapping[str, FileDigest]) -> None:
         """See that a remote dataset's indexes are here, and that its shards can be."""
-        relative = [shard_format.shard_paths(Path(), shard.name) for shard in self.manifest.shards]
-        for shard, paths in zip(self.manifest.shards, relative, strict=True):
-            kept.check_fits(f"{self.location}/{paths.tar}", shard.tar.bytes)
-        wanted = {str(paths.index): shard.index for shard, paths in zip(self.manifest.shards, relative, strict=True)}
+        for name, tar in tars.items():
+            kept.check_fits(f"{self.location}/{name}", tar.bytes)
         try:
-            kept.keep_small(remote, self.path, wanted)
+            kept.keep_small(self.location, self.path, indexes)
         except (DamagedFileError, FileNotFoundError) as error:
             raise ValueError(f"{error}: {AGAIN}") from None
 
@@ -292,11 +273,11 @@ class ShardDataset:
         return tar
 
     def _open_tar(self, receipt: Receipt) -> int:
-        name = shard_format.shard_paths(Path(), receipt.name).tar.as_posix()
+        name = shard_format.shard_files(receipt.name).tar
         try:
-            if self._cache is None or self._remote is None:
+            if self._cache is None:
                 return descriptor_below(self.path, name)
-            return self._cache.open(self._remote, self.path, name, receipt.tar)
+            return self._cache.open(self.location, self.path, name, receipt.tar)
         except (DamagedFileError, ValueError) as error:
             raise DamagedShardError(f"{error} ({receipt.num_samples} samples at stake)") from None
 
@@ -310,7 +291,7 @@ class ShardDataset:
 
 def read_index(folder: Path, receipt: Receipt) -> ShardIndex:
     """The tables of one shard of a dataset folder. Raises: DamagedShardError; FileNotFoundError."""
-    name = shard_format.shard_paths(Path(), receipt.name).index.as_posix()
+    name = shard_format.shard_files(receipt.name).index
     try:
         return ShardIndex(read_below(folder, name, receipt.index.bytes), receipt)
     except ValueError as error:

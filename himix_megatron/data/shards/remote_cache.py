@@ -20,12 +20,11 @@ import fcntl
 import hashlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ...runtime.durable_files import FileDigest, bytes_digest, publish, sync_file
-from ...runtime.untrusted_files import open_lock
 from . import storage
 
 DEFAULT_FOLDER = Path("~/.cache/himix-megatron/shards")
@@ -33,7 +32,7 @@ DEFAULT_BYTES = 50 << 30
 CHUNK_BYTES = 16 << 20
 """Of one request: what a killed process loses, and what fetching holds in memory."""
 REQUESTS_AT_ONCE = 16
-"""For small files."""
+"""For small files, several of which are under way at a time."""
 RETRY_SECONDS = 0.1
 """Between two looks for room that others are filling."""
 
@@ -51,7 +50,7 @@ def fetch(place: str, start: int | None = None, end: int | None = None) -> bytes
     from botocore.exceptions import BotoCoreError  # without credentials or a connection s3fs lets these through
 
     try:
-        return storage.read_bytes(place) if start is None or end is None else storage.read_part(place, start, end)
+        return storage.read_object(place, start, end)
     except FileNotFoundError:
         raise FileNotFoundError(errno.ENOENT, "no such file", place) from None
     except BotoCoreError as error:
@@ -78,15 +77,16 @@ class ShardCache:
                 "on this machine: raise --data.cache-gib"
             )
 
-    def keep_small(self, url: str, folder: Path, wanted: dict[str, FileDigest]) -> None:
+    def keep_small(self, url: str, folder: Path, wanted: Mapping[str, FileDigest]) -> None:
         """See that small files are in `folder`. One process of a machine fetches them, the others wait.
 
         Raises: DamagedFileError for one that is not as its digest says.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / "lock"):
-            missing = {name: digest.bytes for name, digest in wanted.items() if _size(folder / name) != digest.bytes}
-            for name, data in _fetch_many(url, missing):
+        with storage.locked(folder, "lock"), ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+            missing = [name for name, digest in wanted.items() if _size(folder / name) != digest.bytes]
+            found = pool.map(lambda name: fetch(f"{url}/{name}", 0, wanted[name].bytes), missing)
+            for name, data in zip(missing, found, strict=True):
                 if bytes_digest(data) != wanted[name]:
                     raise DamagedFileError(f"{url}/{name} is not the file that the manifest names")
                 publish(folder / name, data)
@@ -108,7 +108,7 @@ class ShardCache:
         """Bring the file to its place and open it. None: look again; another process was about it, or there was no room."""
         partial = path.with_name(path.name + ".partial")
         with contextlib.ExitStack() as stack:
-            with _locked(self.folder / "lock"):
+            with storage.locked(self.folder, "lock"):
                 if path.exists():
                     return None
                 file = stack.enter_context(partial.open("ab"))
@@ -131,7 +131,7 @@ class ShardCache:
             except BaseException:
                 partial.unlink()
                 raise
-            with _locked(self.folder / "lock"):
+            with storage.locked(self.folder, "lock"):
                 os.replace(partial, path)
                 return os.open(path, os.O_RDONLY)
 
@@ -169,26 +169,11 @@ def _download(url: str, partial: Path, name: str, digest: FileDigest) -> None:
         raise DamagedFileError(f"{url}/{name} is not the file that the manifest names")
 
 
-def _fetch_many(url: str, sizes: dict[str, int]) -> Iterator[tuple[str, bytes]]:
-    """Small files of known sizes, several requests under way at a time."""
-    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-        found = pool.map(lambda name: fetch(f"{url}/{name}", 0, sizes[name]), sizes)
-        yield from zip(sizes, found, strict=True)
-
-
 def mark_used(descriptor: int) -> int:
     """Note that a kept file is used now: its modification time says when. (The kernel's own stamps are 4 ms apart.)"""
     now = time.time_ns()
     os.utime(descriptor, ns=(now, now))
     return descriptor
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Alone among the processes of this machine. The file stays: deleting it would let two processes hold two locks."""
-    with open_lock(path.parent, path.name) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _try_lock(descriptor: int) -> bool:

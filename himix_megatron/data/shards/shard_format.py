@@ -19,7 +19,7 @@ import json
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, TypeVar, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,8 @@ from ...runtime import typed_json
 from ...runtime.durable_files import FileDigest
 from ...runtime.limits import ShardName, Size
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 1
+MANIFEST = "manifest.json"
 
 INDEX_MAGIC = b"HIMIXIDX"
 INDEX_HEADER = np.dtype([("magic", "S8"), ("version", "<u4"), ("num_samples", "<u4"), ("num_images", "<u4"), ("crc32", "<u4")])
@@ -53,13 +54,15 @@ BLOCK = 512
 """Bytes of a tar block: headers take one, contents are padded to a multiple."""
 
 Records = npt.NDArray[np.void]
+Record = TypeVar("Record")
+"""A `Receipt` or a `Manifest`, or a feature cache's."""
 
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
     """What one shard holds, and the hashes of its files."""
 
-    schema_version: int
+    schema_version: Literal[1]
     name: ShardName
     """NAME-000000, without a suffix."""
     config_hash: str
@@ -90,7 +93,7 @@ class TextColumn(NamedTuple):
 class Manifest:
     """A whole dataset: its shards in order, and what they came from."""
 
-    schema_version: int
+    schema_version: Literal[1]
     name: str
     config: dict[str, Any]
     """The settings that decide the bytes."""
@@ -102,6 +105,11 @@ class Manifest:
     num_images: Size
     quarantined: dict[str, Size]
     shards: tuple[Receipt, ...]
+
+    def __post_init__(self) -> None:
+        for field in ("num_samples", "num_images"):
+            if getattr(self, field) != (total := sum(getattr(shard, field) for shard in self.shards)):
+                raise ValueError(f"{field} is {getattr(self, field)}, but its shards have {total}")
 
     @property
     def fingerprint(self) -> str:
@@ -125,28 +133,23 @@ def sample_key(row: int) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class ShardPaths:
-    """Where the files of one shard are."""
+class ShardFiles:
+    """Where the files of one shard are in a dataset folder (or in a folder beside it, of the same layout), with slashes."""
 
-    tar: Path
-    index: Path
-    receipt: Path
-    quarantine: Path
+    tar: str
+    index: str
+    receipt: str
+    quarantine: str
 
 
-def shard_paths(folder: Path, name: str) -> ShardPaths:
-    """The places of one shard's files in a dataset folder (or in a folder beside it, of the same layout)."""
-    return ShardPaths(
-        tar=folder / "shards" / f"{name}.tar",
-        index=folder / "shards" / f"{name}.idx",
-        receipt=folder / "receipts" / f"{name}.json",
-        quarantine=folder / "quarantine" / f"{name}.jsonl",
-    )
+def shard_files(name: str) -> ShardFiles:
+    """The names of one shard's files."""
+    return ShardFiles(f"shards/{name}.tar", f"shards/{name}.idx", f"receipts/{name}.json", f"quarantine/{name}.jsonl")
 
 
 def manifest_path(folder: Path) -> Path:
     """Where the manifest is."""
-    return folder / "manifest.json"
+    return folder / MANIFEST
 
 
 # The fields of a USTAR header around name, size and checksum (POSIX.1-1988, section 10.1.1).
@@ -208,9 +211,9 @@ def decode_index(data: bytes | memoryview) -> tuple[Records, Records]:
     )
 
 
-def lengths_path(folder: Path, column: str, name: str) -> Path:
-    """Where the `TextColumn` of one shard is. `column`: see loading/token_counts.py."""
-    return folder / "lengths" / column / f"{name}.text"
+def lengths_file(column: str, name: str) -> str:
+    """Where the `TextColumn` of one shard is in a dataset folder. `column`: see loading/token_counts.py."""
+    return f"lengths/{column}/{name}.text"
 
 
 def encode_text_column(column: TextColumn, receipt: Receipt) -> bytes:
@@ -239,35 +242,25 @@ def decode_text_column(data: bytes, receipt: Receipt) -> TextColumn:
     return TextColumn(*np.split(np.frombuffer(table, "<u4"), [receipt.num_samples]))
 
 
-def to_json(record: Receipt | Manifest) -> str:
-    """JSON text of a receipt or a manifest (which carries its fingerprint), fields in order."""
+def to_json(record: Any) -> bytes:
+    """JSON text of a receipt or a manifest (which carries its fingerprint), fields in order; a feature cache's alike."""
     values = dataclasses.asdict(record)
-    if isinstance(record, Manifest):
-        values["fingerprint"] = record.fingerprint
-    return json.dumps(values, indent=1) + "\n"
+    if fingerprint := getattr(record, "fingerprint", None):
+        values["fingerprint"] = fingerprint
+    return (json.dumps(values, indent=1) + "\n").encode()
 
 
-def receipt_from_json(text: str | bytes, where: str = "receipt") -> Receipt:
-    """Raises: ValueError (`where` is the file's name in it) for text that is no receipt of this schema version."""
-    return typed_json.build(Receipt, _of_this_version(text, where), where)
+def from_json(cls: type[Record], data: bytes, where: str = MANIFEST) -> Record:
+    """What `to_json` made of a record of this class. The versions that are read stand in the type of its first field.
 
-
-def manifest_from_json(text: str | bytes, where: str = "manifest.json") -> Manifest:
-    """Raises: ValueError (`where` is the file's name in it) for text that is no manifest of this schema version, or one whose
-    fingerprint is not its own, or whose numbers are not the sums of its shards'."""
-    values = _of_this_version(text, where)
+    Raises: ValueError (`where` is the file's name in it) for text that is none of these versions, or whose fingerprint is not
+    its own.
+    """
+    values = typed_json.parse_object(data, where)
+    version, hint = next(iter(get_type_hints(cls).items()))
+    typed_json.as_type(hint, values.get(version), where, version)  # first: another version has other fields
     fingerprint = values.pop("fingerprint", None)
-    manifest = typed_json.build(Manifest, values, where)
-    if manifest.fingerprint != fingerprint:
+    record = typed_json.build(cls, values, where)
+    if getattr(record, "fingerprint", None) != fingerprint:
         raise ValueError(f"{where}: its fingerprint does not match its content: it was changed by hand or damaged")
-    for field in ("num_samples", "num_images"):
-        if getattr(manifest, field) != (total := sum(getattr(shard, field) for shard in manifest.shards)):
-            raise ValueError(f"{where}: {field} is {getattr(manifest, field)}, but its shards have {total}")
-    return manifest
-
-
-def _of_this_version(text: str | bytes, where: str) -> dict[str, Any]:
-    values = typed_json.parse_object(text, where)
-    if (version := values.get("schema_version")) != SCHEMA_VERSION:
-        raise ValueError(f"{where}: its schema_version is {version}, wanted {SCHEMA_VERSION}")
-    return values
+    return record

@@ -6,19 +6,21 @@ renamed. S3 settings come from where boto has them (AWS_ACCESS_KEY_ID, AWS_ENDPO
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import fcntl
 import io
 import os
 import posixpath
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 from urllib.parse import unquote
 
 from ...runtime.durable_files import FileDigest, digest_of, sync_folder
 from ...runtime.typed_json import MAX_FILE_BYTES
-from ...runtime.untrusted_files import folder_below, open_below, open_regular, read_below
+from ...runtime.untrusted_files import folder_below, open_below, open_lock, open_regular, read_below, size_below
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 CHUNK = 8 << 20
@@ -91,10 +93,10 @@ def list_folder(place: str) -> list[tuple[str, bool]]:
     return sorted((item.name, item.is_dir()) for item in folder.iterdir()) if folder.is_dir() else []
 
 
-def open_file(place: str) -> BinaryIO:
-    """A file for reading. Raises: FileNotFoundError; OSError; ValueError for a FIFO or a device."""
+def open_file(place: str) -> io.BufferedReader:
+    """A file for reading; an object is read like one. Raises: FileNotFoundError; OSError; ValueError for a FIFO or a device."""
     if is_remote(place):
-        file: BinaryIO = _s3().open(place, "rb", block_size=CHUNK, cache_type="readahead")
+        file: io.BufferedReader = _s3().open(place, "rb", block_size=CHUNK, cache_type="readahead")
         return file
     return io.BufferedReader(open_regular(local_path(place)).detach(), 1 << 18)
 
@@ -102,20 +104,16 @@ def open_file(place: str) -> BinaryIO:
 def read_bytes(place: str, limit: int | None = None) -> bytes:
     """A whole file, or its first `limit` bytes. Raises: FileNotFoundError; OSError; ValueError for a FIFO or a device."""
     if is_remote(place) and limit is None:
-        data: bytes = _s3().cat_file(place)
-        return data
+        return read_object(place)
     with open_file(place) as file:
         return file.read(-1 if limit is None else limit)
 
 
-def read_part(place: str, start: int, end: int) -> bytes:
-    """Bytes start <= i < end of a file; fewer where it is shorter. Raises: FileNotFoundError; OSError."""
-    if is_remote(place):
-        data: bytes = _s3().cat_file(place, start=start, end=end)
-        return data
-    with open_regular(local_path(place)) as file:
-        file.seek(start)
-        return file.read(end - start)
+def read_object(place: str, start: int | None = None, end: int | None = None) -> bytes:
+    """Bytes start <= i < end of a file on an object store, or all of it; fewer where it is shorter. Raises: FileNotFoundError;
+    OSError."""
+    data: bytes = _s3().cat_file(place, start=start, end=end)
+    return data
 
 
 def size_of(place: str) -> int:
@@ -144,6 +142,29 @@ def _s3() -> Any:
     except ImportError:
         raise ValueError("s3:// needs the package s3fs: pip install 'himix-megatron[s3]'") from None
     return s3fs.S3FileSystem(use_listings_cache=False)  # fsspec keeps one
+
+
+@contextlib.contextmanager
+def locked(folder: Path, name: str) -> Iterator[None]:
+    """Alone among the processes of this machine, however they end; where a file system has no locks, with the others.
+
+    The file stays: deleting it would let two processes hold two locks.
+    """
+    with open_lock(folder, name) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def check_sizes(folder: Path, wanted: Mapping[str, FileDigest], again: str) -> None:
+    """Raises: ValueError for a file in a folder that is missing or has another size. `again`: how it is made anew."""
+    for name, digest in wanted.items():
+        try:
+            found = size_below(folder, name)
+        except FileNotFoundError:
+            found = None
+        if found != digest.bytes:
+            state = "is missing" if found is None else f"has {found} bytes, not {digest.bytes}"
+            raise ValueError(f"{folder / name} {state}: {again}")
 
 
 class Folder(Protocol):
@@ -224,13 +245,9 @@ class RemoteFolder:
         """Read again from the store: an ETag is no hash of ours."""
         try:
             with open_file(join(self.url, name)) as file:
-                digest, size = hashlib.sha256(), 0
-                while data := file.read(CHUNK):
-                    digest.update(data)
-                    size += len(data)
+                return digest_of(file)
         except FileNotFoundError:
             return None
-        return FileDigest(size, digest.hexdigest())
 
     def put(self, files: dict[str, Path]) -> None:
         """By upload: an object appears when all of it is there."""

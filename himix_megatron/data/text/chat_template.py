@@ -63,16 +63,12 @@ class ChatTemplate:
         return list(dict.fromkeys(piece.text for piece in pieces if piece.special))
 
 
-def _text(text: str) -> Piece:
-    return Piece(text)
-
-
 def _special(name: str) -> Piece:
     return Piece(name, special=True)
 
 
 def _header_llama3(role: str) -> tuple[Piece, ...]:
-    return (_special("<|start_header_id|>"), _text(role), _special("<|end_header_id|>"), _text("\n\n"))
+    return (_special("<|start_header_id|>"), Piece(role), _special("<|end_header_id|>"), Piece("\n\n"))
 
 
 TEMPLATES = {
@@ -82,13 +78,13 @@ TEMPLATES = {
     "vicuna": ChatTemplate(
         opening=(
             _special("bos"),
-            _text(
+            Piece(
                 "A chat between a curious user and an artificial intelligence assistant. "
                 "The assistant gives helpful, detailed, and polite answers to the user's questions. "
             ),
         ),
-        before_question=(_text("USER: "),),
-        before_answer=(_text(" ASSISTANT:"),),
+        before_question=(Piece("USER: "),),
+        before_answer=(Piece(" ASSISTANT:"),),
         answer_prefix=" ",
         end=Piece("eos", special=True, loss=True),
     ),
@@ -101,11 +97,11 @@ TEMPLATES = {
     ),
     # Qwen2's own chat format with its default system turn.
     "chatml": ChatTemplate(
-        opening=(_special("<|im_start|>"), _text("system\nYou are a helpful assistant."), _special("<|im_end|>"), _text("\n")),
-        before_question=(_special("<|im_start|>"), _text("user\n")),
-        before_answer=(_special("<|im_end|>"), _text("\n"), _special("<|im_start|>"), _text("assistant\n")),
+        opening=(_special("<|im_start|>"), Piece("system\nYou are a helpful assistant."), _special("<|im_end|>"), Piece("\n")),
+        before_question=(_special("<|im_start|>"), Piece("user\n")),
+        before_answer=(_special("<|im_end|>"), Piece("\n"), _special("<|im_start|>"), Piece("assistant\n")),
         end=Piece("<|im_end|>", special=True, loss=True),
-        between=(_text("\n"),),
+        between=(Piece("\n"),),
     ),
     # For the built-in byte tokenizer: four tokens of overhead for a question and its answer.
     "tiny": ChatTemplate(
@@ -207,7 +203,7 @@ def prompt(conversation: Conversation, tokenizer: Tokenizer, template: str, answ
 def end_of_turn(tokenizer: Tokenizer, template: str) -> tuple[int, ...]:
     """The ids that end an answer; one id in every template but `plain`, where it is the newline's."""
     # Behind some text: alone, a newline gets a space prefix from tokenizers that add one to every text.
-    ids, is_end, _ = tokenizer.encode([_text("a"), template_of(template, tokenizer).end])
+    ids, is_end, _ = tokenizer.encode([Piece("a"), template_of(template, tokenizer).end])
     return tuple(token for token, counts in zip(ids, is_end, strict=True) if counts)
 
 

@@ -95,6 +95,14 @@ def checked_id(value: Any) -> str | int | None:
     return value
 
 
+def usable_id(value: Any) -> str | int | None:
+    """An id as a source has it; None also for one that `checked_id` refuses."""
+    try:
+        return checked_id(value)
+    except BadSampleError:
+        return None
+
+
 def checked_conversation(turns: Any, num_images: int) -> list[dict[str, Any]]:
     """Turns in LLaVA's layout, without anything else that a source keeps in them. Raises: BadSampleError."""
     check_conversation(turns, num_images)

@@ -14,11 +14,11 @@ from itertools import groupby
 
 from ...errors import BadSampleError
 from ...shards import storage
-from .base import MAX_SAMPLE_BYTES, MAX_TEXT_BYTES, BadRow, Sample, digest_id
+from .base import BadRow, Sample, digest_id
 from .file_list import FileReader, FileScan, check_links, find_files, scanned
 from .llava import read_image
 from .parquet import ParquetReader
-from .webdataset import IMAGE_SUFFIX, Row, TarReader, row_id, row_outcome, split_name
+from .webdataset import Row, TarReader, has_content, row_id, row_outcome, split_name
 
 
 def open_img2dataset(inputs: Sequence[str], follow_links: bool = False) -> tuple[FileReader, list[str]]:
@@ -67,12 +67,10 @@ class FolderReader:
         row = Row(key)
         for name in names:
             suffix = split_name(name)[1]
-            is_text = suffix in ("json", "txt")
-            if not is_text and not IMAGE_SUFFIX.fullmatch(suffix):
+            if not has_content(suffix):
                 continue
-            limit = MAX_TEXT_BYTES if is_text else MAX_SAMPLE_BYTES - row.num_bytes
             try:
-                row.contents[suffix] = read_image(place, name, limit, self.follow_links)
+                row.contents[suffix] = read_image(place, name, row.room(suffix), self.follow_links)
             except BadSampleError as error:
                 row.error = row.error or error
         return row

@@ -28,6 +28,7 @@ from .base import (
     number_rows,
     parse_json,
     parse_row,
+    usable_id,
 )
 
 # What a wrong file name answers with. Anything else (EIO, ESTALE, ENOMEM ...) is the machine's fault.
@@ -173,8 +174,5 @@ def _load(annotations: str) -> tuple[list[Any], str]:
 
 def _id_or_row(row: Any, number: int | None) -> Any:
     """The row's id where it has a usable one, else the number."""
-    try:
-        found = checked_id(row.get("id")) if isinstance(row, Mapping) else None
-    except BadSampleError:
-        found = None
+    found = usable_id(row.get("id")) if isinstance(row, Mapping) else None
     return number if found is None else found

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any
 
 import pyarrow as pa
@@ -30,6 +31,7 @@ from .base import (
     checked_id,
     digest_id,
     parse_row,
+    usable_id,
 )
 from .file_list import NO_ID, FileScan, scanned
 
@@ -74,11 +76,8 @@ class ParquetReader:
 
     def scan(self, place: str) -> FileScan:
         """Hash the file, check its columns, and read its ids."""
-        if storage.is_remote(place):
-            identity = storage.remote_identity(place)
-        else:
-            digest = file_digest(storage.local_path(place))
-            identity = {"bytes": digest.bytes, "sha256": digest.sha256}
+        is_remote = storage.is_remote(place)
+        identity = storage.remote_identity(place) if is_remote else asdict(file_digest(storage.local_path(place)))
         with _opened(place) as file:
             columns = self._columns(file, place)
             _refuse_bombs(file, columns, place)
@@ -87,7 +86,7 @@ class ParquetReader:
             ids: list[IdDigest] = []
             for batch in file.iter_batches(batch_size=4096, columns=[columns.id]):
                 for values in _values(batch):
-                    name = _usable_id(values[columns.id]) if values else None
+                    name = usable_id(values[columns.id]) if values else None
                     ids.append(NO_ID if name is None else digest_id(name))
         return scanned(identity, ids)
 
@@ -95,15 +94,10 @@ class ParquetReader:
         """Rows by their number."""
         with _opened(place) as file:
             columns = self._columns(file, place)
-            groups, start = [], 0
-            before: int | None = None
-            for group in range(file.num_row_groups):
-                count = file.metadata.row_group(group).num_rows
-                if start < end and start + count > first:
-                    groups.append(group)
-                    before = start if before is None else before
-                start += count
-            row, left = before or 0, max(_BOMB_BYTES, _BOMB_RATIO * storage.size_of(place))
+            counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            starts = [0, *accumulate(counts)]
+            groups = [group for group, start in enumerate(starts[:-1]) if start < end and starts[group + 1] > first]
+            row, left = starts[groups[0]] if groups else 0, max(_BOMB_BYTES, _BOMB_RATIO * storage.size_of(place))
             for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=groups, columns=columns.read):
                 low, high = max(first - row, 0), min(end - row, batch.num_rows)
                 row += batch.num_rows
@@ -159,7 +153,7 @@ class ParquetReader:
         try:
             return _sample(values, columns)
         except BadSampleError as error:
-            return BadRow(_usable_id(values[columns.id]) if columns.id else None, error)
+            return BadRow(usable_id(values[columns.id]) if columns.id else None, error)
 
 
 def _values(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | None]:
@@ -202,13 +196,6 @@ def _image_bytes(cell: Any) -> bytes:
     if not isinstance(data, bytes):
         raise BadSampleError("missing_image", "the row holds no image bytes")
     return data
-
-
-def _usable_id(value: Any) -> str | int | None:
-    try:
-        return checked_id(value)
-    except BadSampleError:
-        return None
 
 
 def _is_string(kind: pa.DataType) -> bool:

@@ -31,6 +31,7 @@ from .file_list import FileScan, scanned
 from .tar_reader import Member, TarError, TarStream
 
 IMAGE_SUFFIX = re.compile(r"(?:(\d{1,6})\.)?(?:jpe?g|png|webp|gif|bmp)")
+TEXT_SUFFIXES = ("json", "txt")
 
 
 @dataclass(slots=True)
@@ -43,10 +44,9 @@ class Row:
     """By suffix in small letters, without the first dot."""
     error: BadSampleError | None = None
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes held."""
-        return sum(map(len, self.contents.values()))
+    def room(self, suffix: str) -> int:
+        """Bytes that the member with this suffix may have."""
+        return MAX_TEXT_BYTES if suffix in TEXT_SUFFIXES else MAX_SAMPLE_BYTES - sum(map(len, self.contents.values()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +58,10 @@ class TarReader:
     suffixes: tuple[str, ...] = (".tar",)
 
     def scan(self, place: str) -> FileScan:
-        """Hash the tar; find where each row begins, and its id."""
-        digest = hashlib.sha256()
-        size = storage.size_of(place)
+        """Hash the tar; find where each row begins, and its id. An error tells how many samples are before the damage."""
+        digest, size = hashlib.sha256(), storage.size_of(place)
+        ids: list[IdDigest] = []
+        offsets: list[int] = []
         with storage.open_file(place) as file:
 
             def read(count: int) -> bytes:
@@ -68,7 +69,12 @@ class TarReader:
                 digest.update(data)
                 return data
 
-            ids, offsets = _scan_rows(TarStream(read, size), place)
+            try:
+                for row in _rows(TarStream(read, size), lambda suffix: suffix == "json"):
+                    ids.append(digest_id(row_id(row)))
+                    offsets.append(row.offset)
+            except TarError as error:
+                raise SourceError(f"--input {place}: {error}, after {len(ids)} whole samples") from None
         identity = storage.remote_identity(place) if storage.is_remote(place) else {"bytes": size, "sha256": digest.hexdigest()}
         return scanned(identity, ids, offsets)
 
@@ -78,7 +84,7 @@ class TarReader:
         size = storage.size_of(place)
         with storage.open_file(place) as file:
             file.seek(offset)
-            rows = _rows(TarStream(file.read, size, offset), _is_used)
+            rows = _rows(TarStream(file.read, size, offset), has_content)
             try:
                 for _ in range(end - first):
                     row = next(rows, None)
@@ -87,19 +93,6 @@ class TarReader:
                     yield row_outcome(row, self.needs_success)
             except TarError as error:
                 raise SourceError(f"{place}: {error}") from None
-
-
-def _scan_rows(stream: TarStream, place: str) -> tuple[list[IdDigest], list[int]]:
-    """Id and place of every row. Raises: SourceError with the number of samples before the damage."""
-    ids: list[IdDigest] = []
-    offsets: list[int] = []
-    try:
-        for row in _rows(stream, lambda suffix: suffix == "json"):
-            ids.append(digest_id(row_id(row)))
-            offsets.append(row.offset)
-    except TarError as error:
-        raise SourceError(f"--input {place}: {error}, after {len(ids)} whole samples") from None
-    return ids, offsets
 
 
 def _rows(stream: TarStream, is_used: Callable[[str], bool]) -> Iterator[Row]:
@@ -123,19 +116,18 @@ def _rows(stream: TarStream, is_used: Callable[[str], bool]) -> Iterator[Row]:
 
 def _add(row: Row, member: Member, suffix: str, stream: TarStream, is_used: Callable[[str], bool]) -> None:
     """Read one member into its row, or note why it cannot be."""
-    is_text = suffix in ("json", "txt")
-    limit = MAX_TEXT_BYTES if is_text else MAX_SAMPLE_BYTES - row.num_bytes
+    error = None
     if member.refused:
         reason = "not_a_file" if "plain file" in member.refused or "sparse" in member.refused else "unsafe_name"
-        row.error = row.error or BadSampleError(reason, f"member {member.name!r:.150}: {member.refused}")
+        error = BadSampleError(reason, f"member {member.name!r:.150}: {member.refused}")
     elif suffix in row.contents:
-        row.error = row.error or BadSampleError("duplicate_member", f"two members {member.name!r:.150}")
+        error = BadSampleError("duplicate_member", f"two members {member.name!r:.150}")
+    elif is_used(suffix) and member.size > row.room(suffix):
+        reason = "oversized_text" if suffix in TEXT_SUFFIXES else "oversized_image"
+        error = BadSampleError(reason, f"member {member.name!r:.150} has {member.size} bytes")
     elif is_used(suffix):
-        if member.size > limit:
-            reason = "oversized_text" if is_text else "oversized_image"
-            row.error = row.error or BadSampleError(reason, f"member {member.name!r:.150} has {member.size} bytes")
-            return
         row.contents[suffix] = stream.content()
+    row.error = row.error or error
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -147,20 +139,18 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, suffix.lower()
 
 
-def _is_used(suffix: str) -> bool:
-    return suffix in ("json", "txt") or IMAGE_SUFFIX.fullmatch(suffix) is not None
+def has_content(suffix: str) -> bool:
+    """Whether members with this suffix (in small letters) are read."""
+    return suffix in TEXT_SUFFIXES or IMAGE_SUFFIX.fullmatch(suffix) is not None
 
 
 def row_id(row: Row) -> str | int:
     """`id` of the JSON, or else the key."""
-    if "json" in row.contents:
-        try:
-            found = checked_id(parse_object(row.contents["json"], "KEY.json").get("id"))
-        except BadSampleError:
-            found = None
-        if found is not None:
-            return found
-    return row.key
+    try:
+        found = checked_id(facts_of(row.contents).get("id"))
+    except BadSampleError:
+        found = None
+    return row.key if found is None else found
 
 
 def row_outcome(row: Row, needs_success: bool) -> Sample | BadRow:
@@ -175,15 +165,19 @@ def row_outcome(row: Row, needs_success: bool) -> Sample | BadRow:
 
 def _sample(row: Row, needs_success: bool) -> Sample:
     """Raises: BadSampleError."""
-    facts = parse_object(row.contents["json"], "KEY.json") if "json" in row.contents else {}
+    facts = facts_of(row.contents)
     if needs_success and facts.get("status", "success") != "success":
         raise BadSampleError("download_failed", str(facts.get("error_message") or facts["status"])[:200])
     name = checked_id(facts.get("id"))
-    suffixes = sorted(filter(IMAGE_SUFFIX.fullmatch, row.contents), key=image_order)
-    images = tuple(row.contents[suffix] for suffix in suffixes)
+    images = tuple(images_of(row.contents))
     if "conversations" not in facts and not images:
         raise BadSampleError("missing_image", "there is no image beside the caption")
     return Sample(checked_id(row.key) if name is None else name, row_turns(row.contents, facts, len(images)), images)
+
+
+def facts_of(contents: Mapping[str, bytes]) -> Mapping[str, Any]:
+    """KEY.json; without one nothing. Raises: BadSampleError."""
+    return parse_object(contents["json"], "KEY.json") if "json" in contents else {}
 
 
 def row_turns(contents: Mapping[str, bytes], facts: Mapping[str, Any], num_images: int) -> list[dict[str, Any]]:
@@ -200,7 +194,7 @@ def row_turns(contents: Mapping[str, bytes], facts: Mapping[str, Any], num_image
     return caption_turns(caption, num_images)
 
 
-def image_order(suffix: str) -> tuple[int, str]:
-    """KEY.2.jpg before KEY.10.jpg."""
-    found = IMAGE_SUFFIX.fullmatch(suffix)
-    return (int(found[1]) if found and found[1] else -1, suffix)
+def images_of(contents: Mapping[str, bytes]) -> list[bytes]:
+    """In the order of their numbers: KEY.jpg before KEY.2.jpg before KEY.10.png."""
+    found = [(int(match[1] or -1), suffix) for suffix in contents if (match := IMAGE_SUFFIX.fullmatch(suffix))]
+    return [contents[suffix] for _, suffix in sorted(found)]
