@@ -1,4 +1,4 @@
-"""Checks that replicas hold the same weights bit for bit; and a hash of a whole training state.
+"""Checks that replicas hold the same weights bit for bit.
 
 Flows in: tensors; out: a 64-bit hash of each: the sum over its elements' bits as integers, each times an odd number derived
 from its index, so that the order of summation does not matter, on any device. One changed bit always changes it; two changes
@@ -9,16 +9,13 @@ Without it a replica with wrong weights (a flipped bit, a wrong sum on one card)
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..distributed.megatron_config import optimizer_parts
 from ..distributed.topology import Topology
 from ..model.himix_model import gather_parameters, unwrap_model
 
@@ -99,34 +96,3 @@ def _compare(named: list[tuple[str, Tensor]], group: Any, topology: Topology) ->
         who = f"one of ranks {ranks[:8]}"
     more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
     return f"{who} holds other bits than its replicas in {named[odd[0]][0]}{more}"
-
-
-def state_hash(model_chunks: list[Any], optimizer: Any) -> str:
-    """Hex SHA-256 over the hashes of all parameters and all of the optimizer's state, on all ranks; all ranks call it.
-
-    The same at the same layout for the same training state, bit for bit. Two layouts cut tensors differently, so theirs differ.
-    """
-    own = hashlib.sha256()
-    for name, tensor in (*_parameters(model_chunks), *_optimizer_tensors(optimizer)):
-        own.update(f"{name} {tuple(tensor.shape)} {int(bitwise_hash(tensor))}\n".encode())
-    gathered: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, own.hexdigest())
-    return hashlib.sha256(" ".join(map(str, gathered)).encode()).hexdigest()
-
-
-def _parameters(model_chunks: list[Any]) -> Iterator[tuple[str, Tensor]]:
-    for i, model_chunk in enumerate(model_chunks):
-        for name, parameter in unwrap_model(model_chunk).named_parameters():
-            yield f"{i}.{name}", parameter
-
-
-def _optimizer_tensors(optimizer: Any) -> Iterable[tuple[str, Tensor]]:
-    """fp32 main weights, moments, step counters."""
-    for p, part in enumerate(optimizer_parts(optimizer)):
-        if part.is_stub_optimizer:
-            continue
-        parameters = [parameter for group in part.optimizer.param_groups for parameter in group["params"]]
-        for k, parameter in enumerate(parameters):
-            yield f"optimizer{p}.{k}", parameter
-            for name, value in sorted(part.optimizer.state.get(parameter, {}).items()):
-                yield f"optimizer{p}.{k}.{name}", torch.as_tensor(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import re
@@ -22,11 +23,35 @@ from tests.support.processes import Ranks, resilience_config
 from tests.support.ranks import run_ranks
 
 
+def state_hash(model_chunks: list[Any], optimizer: Any) -> str:
+    """Hex SHA-256 over the hashes of all parameters and all of the optimizer's state (fp32 main weights, moments, step
+    counters), on all ranks; all ranks call it. The same at the same layout for the same training state, bit for bit."""
+    from himix_megatron.distributed.megatron_config import optimizer_parts
+    from himix_megatron.model.himix_model import unwrap_model
+
+    own = hashlib.sha256()
+
+    def add(tensor: Any) -> None:
+        own.update(f"{int(bitwise_hash(torch.as_tensor(tensor)))} ".encode())
+
+    for model_chunk in model_chunks:
+        for parameter in unwrap_model(model_chunk).parameters():
+            add(parameter)
+    for part in optimizer_parts(optimizer):
+        for group in () if part.is_stub_optimizer else part.optimizer.param_groups:
+            for parameter in group["params"]:
+                add(parameter)
+                for _, value in sorted(part.optimizer.state.get(parameter, {}).items()):
+                    add(value)
+    gathered: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, own.hexdigest())
+    return " ".join(map(str, gathered))
+
+
 def hashes_of(config: Config, poison: tuple[int, tuple[int, ...]] | None = None) -> tuple[int, list[str]]:
     """Train. `poison`: on this rank one gradient is not a number at these steps. Returns: the exit code, and the hash of
     parameters and optimizer after each step."""
     from himix_megatron.model.himix_model import unwrap_model
-    from himix_megatron.resilience.replica_check import state_hash
     from himix_megatron.training import loop, train_step
 
     found: list[str] = []
