@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from ..config.families import FAMILIES
 from ..config.towers import TOWERS
 from ..runtime import typed_json
 from .authors_layout import is_new, shapes
-from .safetensors_io import DTYPES, MappedTensors, open_folder, read_json
+from .safetensors_io import DTYPES, MappedTensors, NamedTensors, open_folder, read_json
 
 VisionInit = Literal["random", "from-text"]
 _ROTARY_BUFFER = ".rotary_emb.inv_freq"
@@ -162,9 +162,9 @@ def language_weights(folder: Path, model: ModelConfig) -> MappedTensors:
         if entries[head].dtype in DTYPES and not same_bits(opened[head], opened["model.embed_tokens.weight"]):
             raise ValueError(f"{folder}: tie_word_embeddings is set, but {head} differs from model.embed_tokens.weight")
         del entries[head]
-    check_shapes({name: entry.shape for name, entry in entries.items()}, wanted, folder)
-    check_dtypes(entries, folder)
-    return MappedTensors(entries, opened.metadata)
+    weights = MappedTensors(entries, opened.metadata)
+    check_weights(weights, wanted, folder)
+    return weights
 
 
 def check_shapes(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], where: Path) -> None:
@@ -181,13 +181,10 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tupl
 
 
 def check_weights(weights: MappedTensors, wanted: Mapping[str, tuple[int, ...]], where: Path) -> None:
-    """Raises: ValueError naming a tensor that is missing, left over, of another shape, or of another dtype than the rest."""
-    check_shapes({name: entry.shape for name, entry in weights.entries.items()}, wanted, where)
-    check_dtypes(weights.entries, where)
-
-
-def check_dtypes(entries: Mapping[str, Any], where: Path) -> None:
-    """Raises: ValueError naming a tensor whose dtype is not the others', or is no floating-point one that we have."""
+    """Raises: ValueError naming a tensor that is missing, left over, of another shape, of another dtype than the rest, or of no
+    floating-point one that we have."""
+    entries = weights.entries
+    check_shapes({name: entry.shape for name, entry in entries.items()}, wanted, where)
     first = next(iter(entries))
     for name, entry in entries.items():
         if entry.dtype not in DTYPES:
@@ -206,7 +203,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 # ---- what HiMix adds -----------------------------------------------------------------------------------------------
 
 
-class NewVisionWeights(Mapping[str, Tensor]):
+class NewVisionWeights(NamedTensors):
     """Vision norms and vision K/V projections for a language model that has none; each is made when it is asked for.
 
     random: projections normal with the model's `init_std`, a function of seed and name; biases 0; norms 1.
@@ -224,7 +221,7 @@ class NewVisionWeights(Mapping[str, Tensor]):
                 f"{model.hidden_size}; use --vision-kv-init random"
             )
         self._text, self._model, self._width, self._init, self._seed = text, model, vision_width, init, seed
-        self._shapes = {name: shape for name, shape in shapes(model, vision_width).items() if is_new(name)}
+        self.names = self._shapes = {name: shape for name, shape in shapes(model, vision_width).items() if is_new(name)}
 
     def __getitem__(self, name: str) -> Tensor:
         shape, dtype = self._shapes[name], self._text["model.norm.weight"].dtype
@@ -241,12 +238,6 @@ class NewVisionWeights(Mapping[str, Tensor]):
         digest = hashlib.sha256(f"{self._seed} {name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
         return (torch.randn(shape, generator=generator) * self._model.init_std).to(dtype)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
 
 
 # ---- the tower -----------------------------------------------------------------------------------------------------

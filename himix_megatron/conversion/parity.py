@@ -27,11 +27,11 @@ from ..model.schedule import run_logits
 from ..model.stage_input import StageInput
 from ..model.towers import build_tower
 from .authors_layout import AsAuthors, is_new, shapes
-from .checkpoint_io import StoredWeights, read_config, stored_tower
+from .checkpoint_io import StoredWeights, read_config
 from .export.parity import fixed_input, himix_logits, parity
 from .huggingface import same_bits
 from .reference_model import plain_logits
-from .safetensors_io import open_folder
+from .safetensors_io import NamedTensors, open_folder
 from .sharding import scatter
 
 WHOLE_MODEL_PARAMETERS = 600_000_000
@@ -82,21 +82,15 @@ def _num_parameters(model: ModelConfig, vision_width: int) -> int:
     return sum(torch.Size(shape).numel() for shape in shapes(model, vision_width).values())
 
 
-class _Cut(Mapping[str, Tensor]):
+class _Cut(NamedTensors):
     """Tensors of a model with the vocabulary's first rows only; what the excerpt has no layer for is not asked for."""
 
     def __init__(self, weights: Mapping[str, Tensor], names: list[str], rows: int):
-        self._weights, self._names, self._rows = weights, names, rows
+        self._weights, self.names, self._rows = weights, names, rows
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self._weights[name]
         return tensor[: self._rows] if "embed" in name or "lm_head" in name or "output_layer" in name else tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def excerpt_weights(weights: Mapping[str, Tensor], excerpt: Excerpt) -> Mapping[str, Tensor]:
@@ -154,7 +148,7 @@ def open_excerpt(checkpoint: Path, excerpt: Excerpt, topology: Topology, *, with
     answerer = Answerer(cut, detect(), topology)
     scatter(answerer.model_chunks, _Cut(stored, list(stored), excerpt.model.vocab_size), topology)
     if with_tower:
-        answerer.tower.load_state_dict(stored_tower(checkpoint, config, stored), strict=True)
+        answerer.tower.load_state_dict(stored.tower(config), strict=True)
     return answerer
 
 
@@ -249,7 +243,7 @@ def check_export(checkpoint: Path, folder: Path, topology: Topology, export: Cal
     """
     config = read_config(checkpoint)
     stored = StoredWeights(checkpoint, config.model)
-    weights, tower = AsAuthors(stored, config.model), stored_tower(checkpoint, config, stored)
+    weights, tower = AsAuthors(stored, config.model), stored.tower(config)
     wanted = ChainMap({f"vision_tower.{name}": tensor for name, tensor in tower.items()}, weights)  # type: ignore[arg-type]
     yield check_bits(open_folder(folder), wanted)
     excerpt = Excerpt.of(config.model, config.vision.hidden_size)
@@ -284,7 +278,7 @@ def check_tower(checkpoint: Path, folder: Path) -> str:
     hidden = peer((pixels / 255 - mean) / std, output_hidden_states=True).hidden_states[vision.feature_layer]
     del peer
     tower = build_tower(vision, seed=0, dtype=torch.float32)
-    tower.load_state_dict(stored_tower(checkpoint, config, StoredWeights(checkpoint, config.model)), strict=True)
+    tower.load_state_dict(StoredWeights(checkpoint, config.model).tower(config), strict=True)
     wanted = hidden[:, TOWERS[vision.tower].class_tokens :]
     return check_logits(
         "tower's features of one image, compared with transformers", tower(pixels, torch.tensor([False])), wanted
