@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from himix_megatron.config import Config, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig, VisionConfig
+from himix_megatron.conversion.huggingface import LANGUAGE_SIZES
 from himix_megatron.data.loading.image_table import ImageTable
 from himix_megatron.distributed.launch import ensure_ranks
 from himix_megatron.distributed.topology import Topology, init_distributed, shutdown_distributed
@@ -93,16 +94,9 @@ def configuration(arguments: Arguments, reference: Reference) -> Config:
         recipe="reference",
         model=ModelConfig(
             family=sizes["family"],
-            num_layers=sizes["num_hidden_layers"],
-            hidden_size=sizes["hidden_size"],
-            ffn_hidden_size=sizes["intermediate_size"],
-            num_attention_heads=sizes["num_attention_heads"],
-            num_query_groups=sizes["num_key_value_heads"],
+            **{ours: sizes[theirs] for ours, theirs in LANGUAGE_SIZES.items()},
             head_dim=sizes.get("head_dim"),
-            vocab_size=sizes["vocab_size"],
             rope_theta=sizes["rope_theta"],
-            norm_eps=sizes["rms_norm_eps"],
-            tie_embeddings=sizes["tie_word_embeddings"],
             layer_spec=arguments.layer_spec,
         ),
         # The features come from the file: the tower's own sizes play no part.

@@ -18,11 +18,23 @@ from torch import Tensor
 from ..config import ModelConfig, VisionConfig
 from ..config.families import FAMILIES
 from ..config.towers import TOWERS
+from ..model.towers.base import SIZES
 from ..runtime import typed_json
 from .authors_layout import is_new, shapes
 from .safetensors_io import DTYPES, MappedTensors, NamedTensors, open_folder, read_json
 
 VisionInit = Literal["random", "from-text"]
+LANGUAGE_SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+}
+"""Our name of a language model's size or setting -> Hugging Face's."""
 _ROTARY_BUFFER = ".rotary_emb.inv_freq"
 """Older folders store the rotary frequencies, which follow from the configuration."""
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -48,36 +60,18 @@ def language_config(stored: Mapping[str, Any], where: Path) -> ModelConfig:
     even = settings.hidden_size // settings.num_attention_heads
     return ModelConfig(
         family=kind,
-        num_layers=settings.num_hidden_layers,
-        hidden_size=settings.hidden_size,
-        ffn_hidden_size=settings.intermediate_size,
-        num_attention_heads=settings.num_attention_heads,
-        num_query_groups=settings.num_key_value_heads,
+        **{ours: getattr(settings, theirs) for ours, theirs in LANGUAGE_SIZES.items()},
         head_dim=None if head_dim in (None, even) else head_dim,
-        vocab_size=settings.vocab_size,
         rope_theta=float(settings.rope_parameters["rope_theta"]),
         rope_scaling_factor=_rope_scaling(settings, where),
-        norm_eps=settings.rms_norm_eps,
-        tie_embeddings=bool(settings.tie_word_embeddings),
         init_std=settings.initializer_range,
     )
 
 
 def language_settings(model: ModelConfig) -> dict[str, Any]:
     """The sizes of a model by Hugging Face's names; the position embedding is `rope_scaling`'s."""
-    return {
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.ffn_hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.num_query_groups,
-        "head_dim": model.channels_per_head,
-        "hidden_act": "silu",
-        "rms_norm_eps": model.norm_eps,
-        "tie_word_embeddings": model.tie_embeddings,
-        "initializer_range": model.init_std,
-    }
+    sizes = {theirs: getattr(model, ours) for ours, theirs in LANGUAGE_SIZES.items()}
+    return sizes | {"head_dim": model.channels_per_head, "hidden_act": "silu", "initializer_range": model.init_std}
 
 
 def rope_scaling(model: ModelConfig) -> dict[str, Any] | None:
@@ -251,20 +245,21 @@ def read_tower_config(folder: Path, feature_layer: int) -> VisionConfig:
     """
     published = {row.transformers.lower(): name for name, row in TOWERS.items() if row.transformers}
     stored = _plain_settings(folder, tuple(t for model_type in published for t in (model_type, f"{model_type}_vision_model")))
+    where = folder / "config.json"
     import transformers
 
     kind = published[stored["model_type"].removesuffix("_vision_model")]
     config_class = getattr(transformers, f"{TOWERS[kind].transformers}VisionConfig")
-    settings, usual = _settings(config_class, stored.get("vision_config", stored), folder / "config.json"), config_class()
+    settings, usual = _settings(config_class, stored.get("vision_config", stored), where), config_class()
     # A checkpoint of ours stores the tower's sizes and weights; the rest must be what the kind always has.
     for name in ("hidden_act", "layer_norm_eps", "num_channels"):
         got, wanted = getattr(settings, name), getattr(usual, name)
         if got != wanted:
-            raise ValueError(f"{folder / 'config.json'}: {name} is {got}, but a {kind} tower here has {wanted}")
-    for name in ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
-        size = getattr(settings, name)
+            raise ValueError(f"{where}: {name} is {got}, but a {kind} tower here has {wanted}")
+    sizes = {ours: getattr(settings, theirs) for ours, theirs in SIZES.items()}
+    for ours, size in sizes.items():
         if not isinstance(size, int) or size < 1:
-            raise ValueError(f"{folder / 'config.json'}: {name} is {size}, wanted a number above 0")
+            raise ValueError(f"{where}: {SIZES[ours]} is {size}, wanted a number above 0")
     mean, std = TOWERS[kind].pixel_mean, TOWERS[kind].pixel_std
     if (folder / "preprocessor_config.json").is_file():
         processor = read_json(folder / "preprocessor_config.json")
@@ -275,12 +270,7 @@ def read_tower_config(folder: Path, feature_layer: int) -> VisionConfig:
     return VisionConfig(
         tower=kind,
         path=str(folder),
-        image_size=settings.image_size,
-        patch_size=settings.patch_size,
-        hidden_size=settings.hidden_size,
-        num_layers=settings.num_hidden_layers,
-        num_attention_heads=settings.num_attention_heads,
-        ffn_hidden_size=settings.intermediate_size,
+        **sizes,
         feature_layer=feature_layer,
         pixel_mean=mean,
         pixel_std=std,

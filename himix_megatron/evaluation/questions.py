@@ -71,9 +71,7 @@ def llava(row: Any, path: Path, **known: Any) -> Question:
     return Question(**values | {"images": (str(field(row, "image", path)),)} | known)
 
 
-def short(
-    identifier: str | int, text: str, image: str, gold: tuple[str, ...] = (), groups: tuple[str, ...] = ()
-) -> Question:
+def short(identifier: str | int, text: str, image: str, gold: tuple[str, ...] = (), groups: tuple[str, ...] = ()) -> Question:
     """A question of a benchmark's own file, asked for a short answer."""
     return Question(id=identifier, text=text, prompt=text + SHORT, images=(image,), gold=gold, groups=groups)
 
