@@ -552,9 +552,10 @@ class HiMixImageProcessor(BaseImageProcessor):  # type: ignore[misc]
         rows = [list(row) if isinstance(row, list | tuple) else [row] for row in images]
         side, most = self.image_size, max([1, *map(len, rows)])
         pixels = torch.zeros(len(rows), most, 3, side, side)
+        mean, std = torch.tensor([self.image_mean, self.image_std], dtype=torch.float32).view(2, 3, 1, 1)
         for sample, row in enumerate(rows):
             for slot, image in enumerate(row):
-                pixels[sample, slot] = self._normalise(self.pixels(image))
+                pixels[sample, slot] = (torch.from_numpy(self.pixels(image)).float() / 255 - mean) / std
         counts = torch.tensor([len(row) for row in rows])
         return BatchFeature({"pixel_values": pixels, "num_images": counts}, tensor_type=return_tensors)
 
@@ -573,11 +574,6 @@ class HiMixImageProcessor(BaseImageProcessor):  # type: ignore[misc]
             left, top = (width - size) // 2, (height - size) // 2
             scaled = rgb.resize((width, height), resample).crop((left, top, left + size, top + size))
         return np.ascontiguousarray(np.asarray(scaled).transpose(2, 0, 1))
-
-    def _normalise(self, pixels_3HW: np.ndarray) -> Tensor:
-        mean, std = torch.tensor([self.image_mean, self.image_std], dtype=torch.float32).view(2, 3, 1, 1)
-        normed: Tensor = (torch.from_numpy(pixels_3HW).float() / 255 - mean) / std
-        return normed
 
 
 def _decoded(image: Any) -> Image.Image:
