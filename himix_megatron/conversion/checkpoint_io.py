@@ -27,7 +27,7 @@ from ..data.loading.plan import START
 from ..distributed.control_group import ControlGroup
 from ..runtime.durable_files import publish, sync_folder
 from .authors_layout import join, layout
-from .safetensors_io import NamedTensors, Scratch
+from .safetensors_io import NamedTensors, empty_on_disk
 from .sharding import TE_NAMES
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
@@ -73,14 +73,11 @@ def write_run(
     checkpoint = out / "checkpoints" / "step-00000000"
     writing = checkpoint.with_name(f"{checkpoint.name}.writing")
     writing.mkdir(parents=True)
-    scratch = Scratch(out)
     state: dict[str, Any] = {}
     for number, (ours, parts) in enumerate(layout(config.model).items()):
         if number % 80 == 0:
             progress(f"arranging tensor {number + 1} of {len(layout(config.model))}")
-        state |= _describe_parts(
-            ours, [weights[name] for name, _ in parts], [heads for _, heads in parts], config.model, scratch
-        )
+        state |= _describe_parts(ours, [weights[name] for name, _ in parts], [heads for _, heads in parts], config.model, out)
     progress("writing the checkpoint")
     write(describe_state({"model0": state}, validate=True), writing, ControlGroup(config.checkpoint.timeout_seconds))
     # Nothing has trained: a run that would resume in this folder is refused, and must start a new one from it.
@@ -92,16 +89,16 @@ def write_run(
     return checkpoint
 
 
-def _describe_parts(name: str, parts: list[Tensor], heads: list[int], model: ModelConfig, scratch: Scratch) -> dict[str, Any]:
+def _describe_parts(name: str, parts: list[Tensor], heads: list[int], model: ModelConfig, scratch: Path) -> dict[str, Any]:
     """A tensor of ours out of the authors' parts of it, described for the writer.
 
-    Args: heads: as `layout` gives them; scratch: where a tensor whose parts interleave is put together, outside of memory.
+    Args: heads: as `layout` gives them; scratch: a folder on whose disk a tensor whose parts interleave is put together.
     """
     if not any(heads):
         # Parts that follow each other are written from where they are.
         return {f"{name}.{i}": _describe(name, part, model, i, len(parts)) for i, part in enumerate(parts)}
     rows = sum(part.shape[0] for part in parts)
-    fused = join(parts, heads, model, out=scratch.empty((rows, *parts[0].shape[1:]), parts[0].dtype))
+    fused = join(parts, heads, model, out=empty_on_disk(scratch, (rows, *parts[0].shape[1:]), parts[0].dtype))
     return {name: _describe(name, fused, model)}
 
 
@@ -128,12 +125,6 @@ class StoredWeights(NamedTensors):
             self._held = self._read([name] if layer is None else [n for n in self.names if _disk_key(n)[1] == layer])
         tensor = self._held[name]
         return tensor[: self.model.vocab_size] if layer is None and tensor.dim() == 2 else tensor
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of all tensors."""
-        found: torch.dtype = self._stored[next(iter(self.names))].dtype
-        return found
 
     def tower(self, config: Config) -> dict[str, Tensor]:
         """The run's tower by the names of `build_tower`'s module, whether it trained and is therefore in the checkpoint or not.

@@ -92,16 +92,10 @@ def _settings(config_class: Any, stored: Mapping[str, Any], where: Path) -> Any:
 
 
 def _refuse_other_mathematics(settings: Any, where: Path) -> None:
-    faults = {
-        "hidden_act": settings.hidden_act != "silu",
-        "attention_bias": bool(getattr(settings, "attention_bias", False)),
-        "mlp_bias": bool(getattr(settings, "mlp_bias", False)),
-        "use_sliding_window": bool(getattr(settings, "use_sliding_window", False)),
-        "quantization_config": getattr(settings, "quantization_config", None) is not None,
-    }
-    for name, wrong in faults.items():
-        if wrong:
-            raise ValueError(f"{where}: {name} is {getattr(settings, name)}, which our model does not compute")
+    usual: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
+    for name, wanted in (usual | {"quantization_config": None}).items():
+        if (found := getattr(settings, name, wanted)) != wanted:
+            raise ValueError(f"{where}: {name} is {found}, which our model does not compute")
 
 
 def _rope_scaling(settings: Any, where: Path) -> float | None:

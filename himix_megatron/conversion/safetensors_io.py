@@ -173,19 +173,13 @@ def _entry(path: Path, first: int, name: str, values: Any) -> Entry:
     return Entry(path, dtype, shape, first + place[0])
 
 
-class Scratch:
-    """Working space on the output's disk: tensors in files without a name, which are gone when nobody holds them."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """An uninitialised tensor whose memory is a file's."""
-        num_bytes = dtype.itemsize * math.prod(shape)
-        with tempfile.TemporaryFile(dir=self.folder) as file:
-            file.truncate(num_bytes)
-            flat = torch.from_numpy(np.memmap(file, np.uint8, "r+", 0, (num_bytes,)))
-        return flat.view(dtype).view(shape)
+def empty_on_disk(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor whose memory is a file without a name in the folder, which is gone when nobody holds it."""
+    num_bytes = dtype.itemsize * math.prod(shape)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.truncate(num_bytes)
+        flat = torch.from_numpy(np.memmap(file, np.uint8, "r+", 0, (num_bytes,)))
+    return flat.view(dtype).view(shape)
 
 
 def write_folder(folder: Path, tensors: Mapping[str, Tensor], *, max_shard_bytes: int = 2_000_000_000) -> None:

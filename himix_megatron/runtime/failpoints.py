@@ -133,12 +133,8 @@ _schedule: FaultSchedule | None = None
 # ---- kinds ---------------------------------------------------------------------------------------------------------
 
 
-def _send(number: signal.Signals) -> Callable[..., None]:
-    return lambda *_: os.kill(os.getpid(), number)
-
-
-def _send_group(number: signal.Signals) -> Callable[..., None]:
-    return lambda *_: os.killpg(os.getpgrp(), number)
+def _send(number: signal.Signals, *, to_group: bool = False) -> Callable[..., None]:
+    return lambda *_: os.kill(0 if to_group else os.getpid(), number)
 
 
 def _raise(kind: Callable[..., Exception], *arguments: Any) -> Callable[..., None]:
@@ -187,12 +183,12 @@ def _nan(*tensors: Any) -> None:
 
 KINDS: dict[str, Callable[..., object]] = {
     "kill": _send(signal.SIGKILL),
-    "kill_node": _send_group(signal.SIGKILL),
+    "kill_node": _send(signal.SIGKILL, to_group=True),
     "term": _send(signal.SIGTERM),
     "usr1": _send(signal.SIGUSR1),
     "usr2": _send(signal.SIGUSR2),
     "freeze": _send(signal.SIGSTOP),
-    "freeze_node": _send_group(signal.SIGSTOP),
+    "freeze_node": _send(signal.SIGSTOP, to_group=True),
     "abort": _send(signal.SIGABRT),
     "crash": lambda *_: ctypes.string_at(0),
     "exit": lambda *_: os._exit(7),
