@@ -22,7 +22,7 @@ from ..config.towers import TOWERS
 from ..data.loading.image_table import ImageTable
 from ..distributed.fused_kernels import detect
 from ..distributed.topology import Topology
-from ..inference.generator import Answerer
+from ..inference.generator import Answerer, whole_vocabulary
 from ..model.schedule import run_logits
 from ..model.stage_input import StageInput
 from ..model.towers import build_tower
@@ -115,10 +115,7 @@ def our_logits(model_chunks: list[Any], topology: Topology, model: ModelConfig, 
     found = run_logits(model_chunks, [given], lambda _, logits: logits)
     results: list[Any] = [None]
     if topology.is_last_stage:
-        own = found[0].contiguous()
-        parts = [torch.empty_like(own) for _ in range(topology.tensor_size)]
-        torch.distributed.all_gather(parts, own, group=topology.tensor)
-        results = [torch.cat(parts, dim=-1)[..., : model.vocab_size].float().cpu()]
+        results = [whole_vocabulary(found[0].contiguous(), topology, model.vocab_size).float().cpu()]
     last = torch.distributed.get_process_group_ranks(topology.pipeline)[-1]
     torch.distributed.broadcast_object_list(results, src=last, group=topology.pipeline, device=device)
     logits: Tensor = results[0]
