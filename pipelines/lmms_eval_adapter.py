@@ -44,11 +44,9 @@ class Exported:
         model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
         self.model = model.to(self.device).eval()
 
-    def _inputs(self, conversations: Sequence[list[Message]]) -> dict[str, Any]:
-        inputs = self.processor(conversation=list(conversations))
-        # Pixels are floats, and the weights may be of another kind.
-        kinds = {name: self.model.dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in inputs.items()}
-        return {name: tensor.to(self.device, kinds[name]) for name, tensor in inputs.items()}
+    def _inputs(self, conversations: Sequence[list[Message]]) -> Any:
+        # Pixels are floats, and the weights may be of another kind; integers keep theirs.
+        return self.processor(conversation=list(conversations)).to(self.device, self.model.dtype)
 
     @torch.inference_mode()
     def answers(self, conversations: Sequence[list[Message]], settings: Mapping[str, Any], until: Sequence[str]) -> list[str]:
