@@ -365,8 +365,6 @@ class Server(ThreadingHTTPServer):
 def main() -> None:
     """The command line."""
     arguments = parse_settings(Arguments, sys.argv[1:], "python -m pipelines.serve", __doc__)
-    if not arguments.host.strip():
-        raise ValueError("--host is empty: give an address of this machine, or 0.0.0.0 for all of them")
     job = generate.prepare(generate.Arguments(run=arguments.run, checkpoint=arguments.checkpoint))
     try:
         server = Server(arguments)
