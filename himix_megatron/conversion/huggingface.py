@@ -119,16 +119,19 @@ def _plain_settings(folder: Path, kinds: tuple[str, ...]) -> dict[str, Any]:
         raise ValueError(f"{folder} is no folder")
     file = folder / "config.json"
     stored = read_json(file)
-    if "auto_map" in stored:
-        raise ValueError(f"{file} names code of its own (auto_map): only transformers' own {' and '.join(kinds)} are converted")
-    if stored.get("model_type") not in kinds:
-        raise ValueError(f"{file}: model_type is {stored.get('model_type')}, wanted {' or '.join(kinds)}")
-    check_layers(stored, open_folder(folder), file)
+    check_settings(stored, kinds, open_folder(folder), file)
     return stored
 
 
-def check_layers(settings: Mapping[str, Any], tensors: Collection[str], where: Path) -> None:
-    """Raises: ValueError for more layers than tensors, before anything is made for each of them."""
+def check_settings(settings: Mapping[str, Any], kinds: tuple[str, ...], tensors: Collection[str], where: Path) -> None:
+    """Raises: ValueError for code of its own, for another kind of model, and for more layers than tensors, before anything is
+    made for each of them."""
+    if "auto_map" in settings:
+        raise ValueError(
+            f"{where} names code of its own (auto_map), which is not run: only {' and '.join(kinds)} are converted"
+        )
+    if settings.get("model_type") not in kinds:
+        raise ValueError(f"{where}: model_type is {settings.get('model_type')}, wanted {' or '.join(kinds)}")
     for part in (settings, *(value for value in settings.values() if isinstance(value, dict))):
         for name in ("num_hidden_layers", "num_layers"):
             if isinstance(layers := part.get(name), int) and layers > len(tensors):

@@ -55,12 +55,9 @@ class Excerpt:
         """As much as `WHOLE_MODEL_PARAMETERS` allow, at least a layer."""
         if _num_parameters(model, vision_width) <= WHOLE_MODEL_PARAMETERS:
             return cls(model, whole=True)
-        cut = dataclasses.replace(model, num_layers=1, vocab_size=min(model.vocab_size, _CUT_VOCABULARY))
-        while cut.num_layers < model.num_layers:
-            more = dataclasses.replace(cut, num_layers=cut.num_layers + 1)
-            if _num_parameters(more, vision_width) > WHOLE_MODEL_PARAMETERS:
-                break
-            cut = more
+        cut = dataclasses.replace(model, vocab_size=min(model.vocab_size, _CUT_VOCABULARY))
+        while cut.num_layers > 1 and _num_parameters(cut, vision_width) > WHOLE_MODEL_PARAMETERS:
+            cut = dataclasses.replace(cut, num_layers=cut.num_layers - 1)
         return cls(cut, whole=False)
 
     def __str__(self) -> str:
