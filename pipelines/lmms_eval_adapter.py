@@ -9,6 +9,7 @@ imported when it is used. The model runs in transformers alone, from `himix-to-h
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -159,8 +160,6 @@ def __getattr__(name: str) -> Any:
 
 def _library(module: str) -> Any:
     """Raises: ValueError if lmms-eval is not installed."""
-    import importlib
-
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -325,8 +325,7 @@ class HiMixModel(nn.Module):
             if cached is not None:
                 held = cached[number]
                 if vision is not None:
-                    keys, values = layer.project_vision(vision.features)
-                    held.hold(keys, values, vision.present)
+                    held.hold(*layer.project_vision(vision.features), vision.present)
                 seen = (held.keys, held.values)
             hidden_BSH, layer_weights = layer(
                 hidden_BSH,
