@@ -114,11 +114,12 @@ def load_config(run: Path, layout: ParallelConfig) -> Config:
     return dataclasses.replace(config, parallel=layout, model=model, train=train)
 
 
-def trained(arguments: Arguments) -> tuple[Config, Path, int]:
-    """Settings, checkpoint and its step. Raises: ValueError if the run has none, or it is of another architecture."""
-    config = load_config(arguments.run, arguments.parallel)
-    checkpoint = find_checkpoint(str(arguments.checkpoint or arguments.run))
-    return config, checkpoint, check_architecture(checkpoint, config).position.step
+def trained(run: Path, checkpoint: Path | None, layout: ParallelConfig) -> tuple[Config, Path, int]:
+    """Settings, checkpoint (None: the newest) and its step. Raises: ValueError if the run has none, or it is of another
+    architecture."""
+    config = load_config(run, layout)
+    found = find_checkpoint(str(checkpoint or run))
+    return config, found, check_architecture(found, config).position.step
 
 
 def check_writable(run: Path) -> None:
@@ -150,7 +151,7 @@ def evaluate(arguments: Arguments) -> dict[str, Any]:
 
     assert arguments.data is not None
     dataset = ShardDataset(arguments.data)
-    config, checkpoint, step = trained(arguments)
+    config, checkpoint, step = trained(arguments.run, arguments.checkpoint, arguments.parallel)
     items = exact_match.questions(dataset, arguments.max_samples)
     tokenizer, limit = load_tokenizer(config.data.tokenizer), arguments.max_new_tokens or MAX_NEW_TOKENS
     overlong = sum(len(tokenizer.encode([Piece(q.expected)]).ids) > limit for q in items)
@@ -167,13 +168,9 @@ def evaluate(arguments: Arguments) -> dict[str, Any]:
         )
         given[name] = exact_match.everyone(answers, items, topology)
     shutdown_distributed()
-
-    def accuracy(answers: list[str]) -> float:
-        return sum(a == q.expected for a, q in zip(answers, items, strict=True)) / len(items)
-
     accuracies = {
-        "answer_accuracy": accuracy(given["own"]),
-        "answer_accuracy_shuffled_images": accuracy(given["shuffled"]),
+        figure: sum(a == q.expected for a, q in zip(given[name], items, strict=True)) / len(items)
+        for figure, name in (("answer_accuracy", "own"), ("answer_accuracy_shuffled_images", "shuffled"))
     }
     result = {
         "checkpoint": checkpoint.name,
@@ -202,7 +199,7 @@ def evaluate_benchmark(arguments: Arguments) -> dict[str, Any]:
     kind, source = arguments.benchmark, arguments.questions
     assert kind is not None
     assert source is not None
-    config, checkpoint, step = trained(arguments)
+    config, checkpoint, step = trained(arguments.run, arguments.checkpoint, arguments.parallel)
     job = runner.Job(
         name=arguments.results,
         benchmark=runner.BENCHMARKS[kind],
@@ -229,7 +226,7 @@ def main() -> None:
     if arguments.data is not None:
         # A mistake is reported here, once, and not by each of the ranks that are started next.
         ShardDataset(arguments.data)
-    trained(arguments)
+    trained(arguments.run, arguments.checkpoint, layout)
     check_writable(arguments.run)
     ensure_ranks(layout.tensor * layout.pipeline, "pipelines.evaluate", sys.argv[1:])
     if arguments.benchmark is None:

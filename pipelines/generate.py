@@ -16,8 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from himix_megatron.checkpoint.description import check_architecture
-from himix_megatron.checkpoint.manifest import find_checkpoint
 from himix_megatron.config import Config, ParallelConfig
 from himix_megatron.data.errors import BadSampleError
 from himix_megatron.data.images import image_file
@@ -31,7 +29,7 @@ from himix_megatron.runtime.limits import Limit
 from himix_megatron.runtime.process import bulk_import
 from himix_megatron.runtime.untrusted_files import read_regular
 from pipelines.cli import parse_settings, run_main
-from pipelines.evaluate import load_config, start
+from pipelines.evaluate import start, trained
 from pipelines.flags import Word
 
 if TYPE_CHECKING:
@@ -90,9 +88,7 @@ def prepare(arguments: Arguments) -> Job:
     layout = arguments.parallel
     if arguments.question is None:
         layout = dataclasses.replace(layout, timeout_seconds=max(layout.timeout_seconds, A_DAY_SECONDS))
-    config = load_config(arguments.run, layout)
-    checkpoint = find_checkpoint(str(arguments.checkpoint or arguments.run))
-    check_architecture(checkpoint, config)
+    config, checkpoint, _ = trained(arguments.run, arguments.checkpoint, layout)
     tokenizer = load_tokenizer(config.data.tokenizer)
     chat_template.check_tokenizer(tokenizer, config.data.template)
     return Job(

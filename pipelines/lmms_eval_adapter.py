@@ -9,6 +9,7 @@ imported when it is used. The model runs in transformers alone, from `himix-to-h
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -44,11 +45,9 @@ class Exported:
         model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
         self.model = model.to(self.device).eval()
 
-    def _inputs(self, conversations: Sequence[list[Message]]) -> dict[str, Any]:
-        inputs = self.processor(conversation=list(conversations))
-        # Pixels are floats, and the weights may be of another kind.
-        kinds = {name: self.model.dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in inputs.items()}
-        return {name: tensor.to(self.device, kinds[name]) for name, tensor in inputs.items()}
+    def _inputs(self, conversations: Sequence[list[Message]]) -> Any:
+        # Pixels are floats, and the weights may be of another kind; integers keep theirs.
+        return self.processor(conversation=list(conversations)).to(self.device, self.model.dtype)
 
     @torch.inference_mode()
     def answers(self, conversations: Sequence[list[Message]], settings: Mapping[str, Any], until: Sequence[str]) -> list[str]:
@@ -161,8 +160,6 @@ def __getattr__(name: str) -> Any:
 
 def _library(module: str) -> Any:
     """Raises: ValueError if lmms-eval is not installed."""
-    import importlib
-
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -249,10 +249,9 @@ class Handler(BaseHTTPRequestHandler):
         if request.stream:
             return self._stream(request, prompt)
         text, num_tokens, ended = self.server.model.answer(request, prompt, None, self._check_client)
-        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": ended}
-        asked = len(prompt.ids)
+        asked, said = len(prompt.ids), {"message": {"role": "assistant", "content": text}}
         usage = {"prompt_tokens": asked, "completion_tokens": num_tokens, "total_tokens": asked + num_tokens}
-        return self._reply(200, self._envelope("chat.completion") | {"choices": [choice], "usage": usage})
+        return self._reply(200, self._completion("chat.completion", said, ended) | {"usage": usage})
 
     def _body(self, length: int) -> bytes:
         data = self.rfile.read(length)
@@ -266,12 +265,8 @@ class Handler(BaseHTTPRequestHandler):
         def send(delta: dict[str, str], ended: str | None = None) -> None:
             if not self.has_begun:
                 self.has_begun = self.close_connection = True
-                self.send_response(200)
-                self.send_header("Content-Type", "text/event-stream")
-                self.send_header("Connection", "close")
-                self.end_headers()
-            choice = {"index": 0, "delta": delta, "finish_reason": ended}
-            event = self._envelope("chat.completion.chunk") | {"choices": [choice]}
+                self._send_head(200, {"Content-Type": "text/event-stream"})
+            event = self._completion("chat.completion.chunk", {"delta": delta}, ended)
             self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
 
         # Who reads so slowly that the system's buffer for the connection fills up is left: nobody waits for it.
@@ -288,8 +283,10 @@ class Handler(BaseHTTPRequestHandler):
         if poll.poll(0):
             raise ConnectionAbortedError
 
-    def _envelope(self, kind: str) -> dict[str, Any]:
-        return {"id": f"chatcmpl-{time.time_ns():x}", "object": kind, "created": int(time.time()), "model": self.server.name}
+    def _completion(self, kind: str, said: dict[str, Any], ended: str | None) -> dict[str, Any]:
+        choice = {"index": 0, **said, "finish_reason": ended}
+        own = {"id": f"chatcmpl-{time.time_ns():x}", "object": kind, "created": int(time.time()), "model": self.server.name}
+        return own | {"choices": [choice]}
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Reply with an error, and read no more: what follows could be the rest of this request."""
@@ -299,14 +296,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def _reply(self, code: int, content: dict[str, Any]) -> None:
         data = json.dumps(content).encode()
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.send_header("Connection", "close" if self.close_connection else "keep-alive")
-        if code == 503:
-            self.send_header("Retry-After", "1")
-        self.end_headers()
+        later = {"Retry-After": "1"} if code == 503 else {}
+        self._send_head(code, {"Content-Type": "application/json", "Content-Length": str(len(data)), **later})
         self.wfile.write(data)
+
+    def _send_head(self, code: int, headers: dict[str, str]) -> None:
+        self.send_response(code)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Connection", "close" if self.close_connection else "keep-alive")
+        self.end_headers()
 
     def log_message(self, format: str, *args: Any) -> None:
         """One line a request, on the run of the log."""
@@ -366,8 +365,6 @@ class Server(ThreadingHTTPServer):
 def main() -> None:
     """The command line."""
     arguments = parse_settings(Arguments, sys.argv[1:], "python -m pipelines.serve", __doc__)
-    if not arguments.host.strip():
-        raise ValueError("--host is empty: give an address of this machine, or 0.0.0.0 for all of them")
     job = generate.prepare(generate.Arguments(run=arguments.run, checkpoint=arguments.checkpoint))
     try:
         server = Server(arguments)

@@ -146,6 +146,7 @@ def run_forward_backward(
     """Run the training schedule. Returns: logits float[rows, S, vocab], and the loss; on every rank."""
     from megatron.core.distributed import finalize_model_grads
 
+    from himix_megatron.inference.generator import whole_vocabulary
     from himix_megatron.model.schedule import run_logits, run_losses
 
     model_chunks[0].config.finalize_model_grads_func = finalize_model_grads
@@ -153,11 +154,8 @@ def run_forward_backward(
     reported = run_losses(model_chunks, inputs, forward_only=False)
     results: list[Any] = [None]
     if topology.is_last_stage:
-        own = torch.cat(collected)
-        parts = [torch.empty_like(own) for _ in range(topology.tensor_size)]
-        torch.distributed.all_gather(parts, own, group=topology.tensor)
         total, tokens = torch.stack(reported).sum(0).tolist()
-        results = [(torch.cat(parts, dim=-1)[..., : config.model.vocab_size].cpu(), total / tokens)]
+        results = [(whole_vocabulary(torch.cat(collected), topology, config.model.vocab_size).cpu(), total / tokens)]
     last = topology.world_size - 1  # the last stage's last tensor rank
     torch.distributed.broadcast_object_list(results, src=last, device=topology.device)
     logits, loss = results[0]

@@ -37,7 +37,7 @@ from himix_megatron.config import (
 from himix_megatron.config.families import FAMILIES
 from himix_megatron.conversion.authors_folder import read_authors, write_authors
 from himix_megatron.conversion.authors_layout import AsAuthors
-from himix_megatron.conversion.checkpoint_io import StoredWeights, read_config, stored_tower, write_run
+from himix_megatron.conversion.checkpoint_io import StoredWeights, read_config, write_run
 from himix_megatron.conversion.huggingface import (
     NewVisionWeights,
     language_weights,
@@ -82,9 +82,7 @@ def hf_to_himix(arguments: HfToHimix) -> None:
             _say(f"  {name.replace('layers.0.', 'layers.*.')} {list(new[name].shape)}")
         checkpoint = write_run(beside, config, weights, tower, _say)
         del tower
-        _say("comparing")
-        for line in check_language(checkpoint, arguments.language, weights, vision.hidden_size, topology):
-            _say(line)
+        _say_compared(check_language(checkpoint, arguments.language, weights, vision.hidden_size, topology))
         _say(check_tower(checkpoint, arguments.vision))
 
 
@@ -107,14 +105,11 @@ def authors_to_himix(arguments: AuthorsToHimix) -> None:
     config = _config(source.model, vision, recipe, folder, source.weights["model.norm.weight"].dtype)
     with _output(arguments.out) as beside, one_rank() as topology:
         checkpoint = write_run(beside, config, source.weights, tower, _say)
-        _say("comparing")
-        for line in check_authors(checkpoint, source.weights, vision.hidden_size, topology):
-            _say(line)
+        _say_compared(check_authors(checkpoint, source.weights, vision.hidden_size, topology))
         if arguments.vision is not None:
             _say(check_tower(checkpoint, arguments.vision))
         else:
-            stored = stored_tower(checkpoint, config, StoredWeights(checkpoint, config.model))
-            _say(f"tower: {check_bits(stored, tower)}")
+            _say(f"tower: {check_bits(StoredWeights(checkpoint, config.model).tower(config), tower)}")
 
 
 def himix_to_authors(arguments: HimixToAuthors) -> None:
@@ -122,14 +117,12 @@ def himix_to_authors(arguments: HimixToAuthors) -> None:
     checkpoint, config = _read_checkpoint(arguments.checkpoint)
     with _output(arguments.out) as beside, one_rank() as topology:
         stored = StoredWeights(checkpoint, config.model)
-        tower = stored_tower(checkpoint, config, stored)
+        tower = stored.tower(config)
         beside.mkdir()
         _say(f"writing {len(AsAuthors(stored, config.model))} tensors and {len(tower)} of the tower")
         write_authors(beside, config.model, config.vision, AsAuthors(stored, config.model), tower)
-        _say("comparing")
         written = read_authors(beside)
-        for line in check_authors(checkpoint, written.weights, config.vision.hidden_size, topology):
-            _say(line)
+        _say_compared(check_authors(checkpoint, written.weights, config.vision.hidden_size, topology))
         _say(f"tower: {check_bits(written.tower, tower)}")
 
 
@@ -140,14 +133,12 @@ def himix_to_hf(arguments: HimixToHf) -> None:
     checkpoint, config = _read_checkpoint(arguments.checkpoint)
     with _output(arguments.out) as beside, one_rank() as topology:
         stored = StoredWeights(checkpoint, config.model)
-        tower = {f"vision_tower.{name}": tensor for name, tensor in stored_tower(checkpoint, config, stored).items()}
+        tower = {f"vision_tower.{name}": tensor for name, tensor in stored.tower(config).items()}
         weights = ChainMap(tower, AsAuthors(stored, config.model))  # type: ignore[arg-type]
         _say(f"writing {len(weights)} tensors")
         make = partial(export, tokenizer=arguments.tokenizer)
         make(weights, config, beside)
-        _say("comparing")
-        for line in check_export(checkpoint, beside, topology, make):
-            _say(line)
+        _say_compared(check_export(checkpoint, beside, topology, make))
 
 
 # ---- settings ------------------------------------------------------------------------------------------------------
@@ -266,6 +257,13 @@ def quiet() -> None:
     logging.getLogger("himix_megatron").setLevel(logging.WARNING)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+
+
+def _say_compared(lines: Iterator[str]) -> None:
+    """A comparison's lines, each as soon as it is known."""
+    _say("comparing")
+    for line in lines:
+        _say(line)
 
 
 def _say(line: str) -> None:

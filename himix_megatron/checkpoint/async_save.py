@@ -22,7 +22,6 @@ import faulthandler
 import logging
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -33,6 +32,7 @@ import torch
 
 from ..config import CheckpointConfig
 from ..distributed.control_group import ControlGroup, SaveError
+from ..runtime.background_thread import BackgroundThread
 from ..runtime.durable_files import FileDigest, publish, sync_folder
 from ..runtime.failpoints import failpoint
 from . import manifest
@@ -136,29 +136,25 @@ class AsyncSaves:
         self.settings, self.run_lock = settings, run_lock
         self.failures = 0
         """Consecutive saves that failed."""
+        # A daemon's, so that the process can end while a file system does not answer.
+        self._thread = BackgroundThread("save")
         self._flight: Future[Path] | None = None
         self._name, self._started, self._took = "", 0.0, 0.0
 
     def start(self, name: str, save: Callable[[], Path]) -> None:
-        """Start a save on a thread of its own."""
+        """Start a save on the thread of saves."""
         assert self._flight is None
         self._name, self._started = name, time.monotonic()
-        flight: Future[Path] = Future()
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
 
-        def run() -> None:
-            try:
-                if device is not None:
-                    torch.cuda.set_device(device)  # a new thread starts on device 0
-                folder = save()
-                self._took = time.monotonic() - self._started
-                flight.set_result(folder)
-            except BaseException as error:  # the training thread raises it
-                flight.set_exception(error)
+        def run() -> Path:
+            if device is not None:
+                torch.cuda.set_device(device)  # a new thread starts on device 0
+            folder = save()
+            self._took = time.monotonic() - self._started
+            return folder
 
-        self._flight = flight
-        # A daemon, so that the process can end while a file system does not answer.
-        threading.Thread(target=run, name=name, daemon=True).start()
+        self._flight = self._thread.start(run)
 
     def poll(self) -> None:
         """Look, without waiting, whether the save in flight has ended. Raises: RuntimeError if the run should end."""

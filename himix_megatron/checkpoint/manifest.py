@@ -139,13 +139,16 @@ def tower_path(folder: Path, file: str) -> Path:
     return folder.parent.parent / "towers" / file
 
 
-def files_to_verify(folder: Path) -> dict[Path, int]:
-    """The files whose hashes are to be checked, with their sizes in bytes: a checkpoint's own, and its tower's.
+def files_to_verify(folder: Path) -> tuple[dict[Path, int], list[str]]:
+    """The files whose hashes are to be checked, with their sizes in bytes: a checkpoint's own, and its tower's. And every
+    problem that shows without reading them: files that are missing, of another size, or not in the manifest."""
+    try:
+        return _files_and_problems(folder, read_manifest(folder))
+    except (DamagedError, OSError) as error:
+        return {}, [str(error)]
 
-    Raises: DamagedError naming every problem that shows without reading: files that are missing, of another size, or not in the
-    manifest.
-    """
-    files = read_manifest(folder)
+
+def _files_and_problems(folder: Path, files: Mapping[str, FileDigest]) -> tuple[dict[Path, int], list[str]]:
     present = {str(path.relative_to(folder)): path for path in folder.rglob("*") if not path.is_dir()}
     found = [f"{folder / name} is missing" for name in sorted(files.keys() - present.keys())]
     found += [f"{present[name]} is in no manifest" for name in sorted(present.keys() - files.keys() - {MANIFEST})]
@@ -163,9 +166,7 @@ def files_to_verify(folder: Path) -> dict[Path, int]:
         found.append(f"tower {path} is missing: keep a run folder together")
     elif tower is not None:
         sizes[path] = path.stat().st_size
-    if found:
-        raise DamagedError("; ".join(found))
-    return sizes
+    return sizes, found
 
 
 def hash_mismatches(folder: Path, paths: Iterable[Path]) -> list[str]:
@@ -192,13 +193,13 @@ def hash_mismatches(folder: Path, paths: Iterable[Path]) -> list[str]:
 
 def verify_checkpoint(folder: Path) -> list[str]:
     """All problems of a checkpoint, found by one process; empty if every byte is as it was written."""
-    sizes, wrong = _sizes_or_problems(folder)
+    sizes, wrong = files_to_verify(folder)
     return wrong or hash_mismatches(folder, sizes)
 
 
 def verify_distributed(folder: Path, ranks: ControlGroup) -> list[str]:
     """As `verify_checkpoint`, where each rank reads a share of the files; the same result on all ranks."""
-    sizes, wrong = ranks.on_rank_zero(lambda: _sizes_or_problems(folder))
+    sizes, wrong = ranks.on_rank_zero(lambda: files_to_verify(folder))
     if wrong:
         return wrong
     share = _shares(sizes, ranks.size)[ranks.rank]
@@ -220,13 +221,6 @@ def latest_intact(folders: Iterable[Path], ranks: ControlGroup) -> Path:
         logger.warning("checkpoint %s is passed over: %s", folder, "; ".join(found))
         wrong += found
     raise _none_left(wrong)
-
-
-def _sizes_or_problems(folder: Path) -> tuple[dict[Path, int], list[str]]:
-    try:
-        return files_to_verify(folder), []
-    except (DamagedError, OSError) as error:
-        return {}, [str(error)]
 
 
 def _shares(sizes: Mapping[Path, int], num_ranks: int) -> list[list[Path]]:
@@ -288,7 +282,7 @@ def first_intact(folders: Iterable[Path]) -> Path:
     """
     wrong: list[str] = []
     for folder in folders:
-        _, found = _sizes_or_problems(folder)
+        _, found = files_to_verify(folder)
         if not found:
             return folder
         wrong += found

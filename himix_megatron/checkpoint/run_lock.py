@@ -183,30 +183,19 @@ def refuse_if_in_use(run_dir: Path) -> list[Path]:
 
     Raises: ValueError while another process holds it.
     """
-    older = lock_generations(run_dir / "checkpoints")
-    if older:
-        _refuse_if_alive(older[-1], LockOwner.here())
-    return older
-
-
-def lock_generations(home: Path) -> list[Path]:
-    """The locks' folders in RUN/checkpoints, oldest first."""
-    return sorted(folder for folder in home.glob("attempt-*") if _NAME.fullmatch(folder.name))
-
-
-def _refuse_if_alive(folder: Path, here: LockOwner) -> None:
-    if (folder / "ended").exists():
-        return
+    older = sorted(folder for folder in (run_dir / "checkpoints").glob("attempt-*") if _NAME.fullmatch(folder.name))
+    if not older or (older[-1] / "ended").exists():
+        return older
+    folder = older[-1]
     owner = _owner(folder)
-    state = "unknown" if owner is None else owner.seen_from(here)
+    state = "unknown" if owner is None else owner.seen_from(LockOwner.here())
     if state == "unknown":
         state = "alive" if _touches_within_lease(folder) else "dead"
         owner = _owner(folder)
     if state == "alive":
         who = f" (process {owner.pid} on {owner.host}{f', job {owner.job}' if owner.job else ''})" if owner else ""
-        raise ValueError(
-            f"{folder.parent.parent} is in use by another run{who}: wait until it has ended, or give another --run.dir"
-        )
+        raise ValueError(f"{run_dir} is in use by another run{who}: wait until it has ended, or give another --run.dir")
+    return older
 
 
 def _owner(folder: Path) -> LockOwner | None:

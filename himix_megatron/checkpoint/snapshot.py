@@ -213,9 +213,5 @@ def _one_line(failures: Mapping[int, Any]) -> str:
 
 def own_files(folder: Path, rank: int) -> list[str]:
     """The files of a folder that a rank syncs and hashes: the tensors that it wrote; rank 0 also all other files."""
-    names = [path.name for path in folder.iterdir()]
-    return [name for name in names if (_writer_of(name) or 0) == rank]
-
-
-def _writer_of(name: str) -> int | None:
-    return int(name.split("_")[2]) if name.endswith(".distcp") else None
+    writers = {path.name: int(path.name.split("_")[2]) if path.suffix == ".distcp" else 0 for path in folder.iterdir()}
+    return [name for name, writer in writers.items() if writer == rank]

@@ -24,7 +24,7 @@ from ..config.towers import TOWERS
 from ..model.towers import build_tower
 from ..runtime import typed_json
 from .authors_layout import shapes
-from .huggingface import check_layers, check_shapes, check_weights, language_config, language_settings, rope_scaling
+from .huggingface import check_settings, check_shapes, check_weights, language_config, language_settings, rope_scaling
 from .safetensors_io import MappedTensors, open_file, open_folder, read_json, write_folder
 
 _TOWER = "model.vision_tower."
@@ -57,11 +57,7 @@ def read_authors(path: Path) -> AuthorsModel:
     else:
         opened, where = open_folder(path), path / "config.json"
         settings = read_json(where)
-    if "auto_map" in settings:
-        raise ValueError(f"{where} names code of its own (auto_map), which is not run")
-    if str(settings.get("model_type")) not in FAMILIES:
-        raise ValueError(f"{where}: model_type is {settings.get('model_type')}, wanted {' or '.join(FAMILIES)}")
-    check_layers(settings, opened, where)
+    check_settings(settings, tuple(FAMILIES), opened, where)
     model = language_config(settings, where)
     if _NORM not in opened:
         raise ValueError(f"{path} lacks {_NORM}: it is no HiMix model")

@@ -8,13 +8,14 @@ Flows in and out: whole (unsharded) tensors by name. Both directions only move n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..config import ModelConfig
 from ..config.families import FAMILIES
+from .safetensors_io import NamedTensors
 
 _OUTER = {
     "embedding.word_embeddings.weight": "model.embed_tokens.weight",
@@ -47,7 +48,9 @@ def _fused(model: ModelConfig) -> dict[str, tuple[tuple[str, int], ...]]:
 def layout(model: ModelConfig) -> dict[str, tuple[tuple[str, int], ...]]:
     """Every tensor of ours by its name: the authors' tensors that lie in it, and how many heads of each go to one
     key/value head (0: it is no tensor of heads, and the parts follow each other)."""
-    found: dict[str, tuple[tuple[str, int], ...]] = {ours: ((theirs, 0),) for ours, theirs in _outer(model).items()}
+    found: dict[str, tuple[tuple[str, int], ...]] = {ours: ((theirs, 0),) for ours, theirs in _OUTER.items()}
+    if model.tie_embeddings:
+        del found["output_layer.weight"]
     for layer in range(model.num_layers):
         for ours, theirs in (_PLAIN | {w.name: w.published_name for w in FAMILIES[model.family].layer_weights}).items():
             found[f"decoder.layers.{layer}.{ours}"] = ((f"model.layers.{layer}.{theirs}", 0),)
@@ -86,17 +89,13 @@ def is_new(name: str) -> bool:
 
 def from_authors(weights: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
     """Our names and layout from the authors'. Raises: ValueError naming what is missing or left over."""
-    found, used = {}, set()
-    for ours, parts in layout(model).items():
-        for name, _ in parts:
-            if name not in weights:
-                raise ValueError(f"the weights hold no {name}")
-            used.add(name)
-        found[ours] = join([weights[name] for name, _ in parts], [heads for _, heads in parts], model)
-    left = sorted(weights.keys() - used)
-    if left:
+    places = layout(model)
+    wanted = [name for parts in places.values() for name, _ in parts]
+    if missing := [name for name in wanted if name not in weights]:
+        raise ValueError(f"the weights hold no {missing[0]}")
+    if left := sorted(weights.keys() - wanted):
         raise ValueError(f"the weights hold {', '.join(left[:4])}, which the model has no place for")
-    return found
+    return {ours: join([weights[n] for n, _ in parts], [heads for _, heads in parts], model) for ours, parts in places.items()}
 
 
 def to_authors(weights: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
@@ -104,27 +103,17 @@ def to_authors(weights: Mapping[str, Tensor], model: ModelConfig) -> dict[str, T
     return dict(AsAuthors(weights, model))
 
 
-class AsAuthors(Mapping[str, Tensor]):
+class AsAuthors(NamedTensors):
     """Our whole tensors seen by the authors' names; each is cut out when it is asked for."""
 
     def __init__(self, weights: Mapping[str, Tensor], model: ModelConfig):
         self._weights, self._model = weights, model
-        self._places = {name: (ours, parts) for ours, parts in layout(model).items() for name, _ in parts}
+        self.names = self._places = {name: (ours, parts) for ours, parts in layout(model).items() for name, _ in parts}
 
     def __getitem__(self, name: str) -> Tensor:
         ours, parts = self._places[name]
         tensors = split(self._weights[ours], [heads for _, heads in parts], self._model)
         return tensors[[theirs for theirs, _ in parts].index(name)]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-
-def _outer(model: ModelConfig) -> dict[str, str]:
-    return {ours: theirs for ours, theirs in _OUTER.items() if not (model.tie_embeddings and ours == "output_layer.weight")}
 
 
 def join(parts: Sequence[Tensor], heads: Sequence[int], model: ModelConfig, out: Tensor | None = None) -> Tensor:

@@ -8,7 +8,7 @@ layout of ranks. Keys, offsets and shapes on disk are those that megatron-core's
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from ..data.loading.plan import START
 from ..distributed.control_group import ControlGroup
 from ..runtime.durable_files import publish, sync_folder
 from .authors_layout import join, layout
-from .safetensors_io import Scratch
+from .safetensors_io import NamedTensors, empty_on_disk
 from .sharding import TE_NAMES
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
@@ -73,14 +73,11 @@ def write_run(
     checkpoint = out / "checkpoints" / "step-00000000"
     writing = checkpoint.with_name(f"{checkpoint.name}.writing")
     writing.mkdir(parents=True)
-    scratch = Scratch(out)
     state: dict[str, Any] = {}
     for number, (ours, parts) in enumerate(layout(config.model).items()):
         if number % 80 == 0:
             progress(f"arranging tensor {number + 1} of {len(layout(config.model))}")
-        state |= _describe_parts(
-            ours, [weights[name] for name, _ in parts], [heads for _, heads in parts], config.model, scratch
-        )
+        state |= _describe_parts(ours, [weights[name] for name, _ in parts], [heads for _, heads in parts], config.model, out)
     progress("writing the checkpoint")
     write(describe_state({"model0": state}, validate=True), writing, ControlGroup(config.checkpoint.timeout_seconds))
     # Nothing has trained: a run that would resume in this folder is refused, and must start a new one from it.
@@ -92,57 +89,52 @@ def write_run(
     return checkpoint
 
 
-def _describe_parts(name: str, parts: list[Tensor], heads: list[int], model: ModelConfig, scratch: Scratch) -> dict[str, Any]:
+def _describe_parts(name: str, parts: list[Tensor], heads: list[int], model: ModelConfig, scratch: Path) -> dict[str, Any]:
     """A tensor of ours out of the authors' parts of it, described for the writer.
 
-    Args: heads: as `layout` gives them; scratch: where a tensor whose parts interleave is put together, outside of memory.
+    Args: heads: as `layout` gives them; scratch: a folder on whose disk a tensor whose parts interleave is put together.
     """
     if not any(heads):
         # Parts that follow each other are written from where they are.
         return {f"{name}.{i}": _describe(name, part, model, i, len(parts)) for i, part in enumerate(parts)}
     rows = sum(part.shape[0] for part in parts)
-    fused = join(parts, heads, model, out=scratch.empty((rows, *parts[0].shape[1:]), parts[0].dtype))
+    fused = join(parts, heads, model, out=empty_on_disk(scratch, (rows, *parts[0].shape[1:]), parts[0].dtype))
     return {name: _describe(name, fused, model)}
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
 
 
-class StoredWeights(Mapping[str, Tensor]):
+class StoredWeights(NamedTensors):
     """The whole tensors of a checkpoint by our names, at the published size of the vocabulary; one layer is kept in memory."""
 
     def __init__(self, checkpoint: Path, model: ModelConfig):
         """Raises: ValueError if a tensor of the model is not in it."""
         self.checkpoint, self.model = checkpoint, model
-        self._names = list(layout(model))
+        self.names = list(layout(model))
         with opened(checkpoint):
             self._stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
-        missing = [name for name in self._names if _disk_key(name)[0] not in self._stored]
+        missing = [name for name in self.names if _disk_key(name)[0] not in self._stored]
         if missing:
             raise ValueError(f"checkpoint {checkpoint} lacks {', '.join(missing[:4])}")
         self._held: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
+        layer = _disk_key(name)[1]
         if name not in self._held:
             self._held = {}  # before the next is read: two layers are never in memory
-            self._held = self._read([n for n in self._names if _read_unit(n) == _read_unit(name)])
+            self._held = self._read([name] if layer is None else [n for n in self.names if _disk_key(n)[1] == layer])
         tensor = self._held[name]
-        return tensor[: self.model.vocab_size] if _disk_key(name)[1] is None and tensor.dim() == 2 else tensor
+        return tensor[: self.model.vocab_size] if layer is None and tensor.dim() == 2 else tensor
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+    def tower(self, config: Config) -> dict[str, Tensor]:
+        """The run's tower by the names of `build_tower`'s module, whether it trained and is therefore in the checkpoint or not.
 
-    def __len__(self) -> int:
-        return len(self._names)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of all tensors."""
-        found: torch.dtype = self._stored[self._names[0]].dtype
-        return found
-
-    def tower(self) -> dict[str, Tensor]:
-        """The tower's tensors where it trained and is therefore in the checkpoint; empty elsewhere."""
+        Raises: ValueError for another architecture than the configuration's, or a tower that is gone or damaged.
+        """
+        file = check_architecture(self.checkpoint, config).tower
+        if file is not None:
+            return read_tower(self.checkpoint, file)
         prefix = "tower."
         keys = [key for key in self._stored if key.startswith(prefix) and not key.endswith("_extra_state")]
         state = {key: ShardedTensor.from_rank_offsets(key, self._empty(key)) for key in keys}
@@ -166,24 +158,9 @@ class StoredWeights(Mapping[str, Tensor]):
         return loaded
 
 
-def _read_unit(name: str) -> str:
-    """What is read together: the tensors of one layer; the others one by one."""
-    layer = _LAYER.fullmatch(name)
-    return layer[1] if layer else name
-
-
 def read_config(checkpoint: Path) -> Config:
     """The settings of the run that a checkpoint belongs to. Raises: ValueError if its run folder has none."""
     path = checkpoint.parent.parent / "config.json"
     if not path.is_file():
         raise ValueError(f"checkpoint {checkpoint} lies in no run folder: {path} is missing")
     return config_in(path)
-
-
-def stored_tower(checkpoint: Path, config: Config, weights: StoredWeights) -> dict[str, Tensor]:
-    """The tower of a checkpoint by the names of `build_tower`'s module, whether it trained or not.
-
-    Raises: ValueError for another architecture than the configuration's, or a tower that is gone or damaged.
-    """
-    file = check_architecture(checkpoint, config).tower
-    return weights.tower() if file is None else read_tower(checkpoint, file)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,11 +18,23 @@ from torch import Tensor
 from ..config import ModelConfig, VisionConfig
 from ..config.families import FAMILIES
 from ..config.towers import TOWERS
+from ..model.towers.base import SIZES
 from ..runtime import typed_json
 from .authors_layout import is_new, shapes
-from .safetensors_io import DTYPES, MappedTensors, open_folder, read_json
+from .safetensors_io import DTYPES, MappedTensors, NamedTensors, open_folder, read_json
 
 VisionInit = Literal["random", "from-text"]
+LANGUAGE_SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+}
+"""Our name of a language model's size or setting -> Hugging Face's."""
 _ROTARY_BUFFER = ".rotary_emb.inv_freq"
 """Older folders store the rotary frequencies, which follow from the configuration."""
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -48,36 +60,18 @@ def language_config(stored: Mapping[str, Any], where: Path) -> ModelConfig:
     even = settings.hidden_size // settings.num_attention_heads
     return ModelConfig(
         family=kind,
-        num_layers=settings.num_hidden_layers,
-        hidden_size=settings.hidden_size,
-        ffn_hidden_size=settings.intermediate_size,
-        num_attention_heads=settings.num_attention_heads,
-        num_query_groups=settings.num_key_value_heads,
+        **{ours: getattr(settings, theirs) for ours, theirs in LANGUAGE_SIZES.items()},
         head_dim=None if head_dim in (None, even) else head_dim,
-        vocab_size=settings.vocab_size,
         rope_theta=float(settings.rope_parameters["rope_theta"]),
         rope_scaling_factor=_rope_scaling(settings, where),
-        norm_eps=settings.rms_norm_eps,
-        tie_embeddings=bool(settings.tie_word_embeddings),
         init_std=settings.initializer_range,
     )
 
 
 def language_settings(model: ModelConfig) -> dict[str, Any]:
     """The sizes of a model by Hugging Face's names; the position embedding is `rope_scaling`'s."""
-    return {
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.ffn_hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.num_query_groups,
-        "head_dim": model.channels_per_head,
-        "hidden_act": "silu",
-        "rms_norm_eps": model.norm_eps,
-        "tie_word_embeddings": model.tie_embeddings,
-        "initializer_range": model.init_std,
-    }
+    sizes = {theirs: getattr(model, ours) for ours, theirs in LANGUAGE_SIZES.items()}
+    return sizes | {"head_dim": model.channels_per_head, "hidden_act": "silu", "initializer_range": model.init_std}
 
 
 def rope_scaling(model: ModelConfig) -> dict[str, Any] | None:
@@ -98,16 +92,10 @@ def _settings(config_class: Any, stored: Mapping[str, Any], where: Path) -> Any:
 
 
 def _refuse_other_mathematics(settings: Any, where: Path) -> None:
-    faults = {
-        "hidden_act": settings.hidden_act != "silu",
-        "attention_bias": bool(getattr(settings, "attention_bias", False)),
-        "mlp_bias": bool(getattr(settings, "mlp_bias", False)),
-        "use_sliding_window": bool(getattr(settings, "use_sliding_window", False)),
-        "quantization_config": getattr(settings, "quantization_config", None) is not None,
-    }
-    for name, wrong in faults.items():
-        if wrong:
-            raise ValueError(f"{where}: {name} is {getattr(settings, name)}, which our model does not compute")
+    usual: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
+    for name, wanted in (usual | {"quantization_config": None}).items():
+        if (found := getattr(settings, name, wanted)) != wanted:
+            raise ValueError(f"{where}: {name} is {found}, which our model does not compute")
 
 
 def _rope_scaling(settings: Any, where: Path) -> float | None:
@@ -131,16 +119,19 @@ def _plain_settings(folder: Path, kinds: tuple[str, ...]) -> dict[str, Any]:
         raise ValueError(f"{folder} is no folder")
     file = folder / "config.json"
     stored = read_json(file)
-    if "auto_map" in stored:
-        raise ValueError(f"{file} names code of its own (auto_map): only transformers' own {' and '.join(kinds)} are converted")
-    if stored.get("model_type") not in kinds:
-        raise ValueError(f"{file}: model_type is {stored.get('model_type')}, wanted {' or '.join(kinds)}")
-    check_layers(stored, open_folder(folder), file)
+    check_settings(stored, kinds, open_folder(folder), file)
     return stored
 
 
-def check_layers(settings: Mapping[str, Any], tensors: Collection[str], where: Path) -> None:
-    """Raises: ValueError for more layers than tensors, before anything is made for each of them."""
+def check_settings(settings: Mapping[str, Any], kinds: tuple[str, ...], tensors: Collection[str], where: Path) -> None:
+    """Raises: ValueError for code of its own, for another kind of model, and for more layers than tensors, before anything is
+    made for each of them."""
+    if "auto_map" in settings:
+        raise ValueError(
+            f"{where} names code of its own (auto_map), which is not run: only {' and '.join(kinds)} are converted"
+        )
+    if settings.get("model_type") not in kinds:
+        raise ValueError(f"{where}: model_type is {settings.get('model_type')}, wanted {' or '.join(kinds)}")
     for part in (settings, *(value for value in settings.values() if isinstance(value, dict))):
         for name in ("num_hidden_layers", "num_layers"):
             if isinstance(layers := part.get(name), int) and layers > len(tensors):
@@ -162,9 +153,9 @@ def language_weights(folder: Path, model: ModelConfig) -> MappedTensors:
         if entries[head].dtype in DTYPES and not same_bits(opened[head], opened["model.embed_tokens.weight"]):
             raise ValueError(f"{folder}: tie_word_embeddings is set, but {head} differs from model.embed_tokens.weight")
         del entries[head]
-    check_shapes({name: entry.shape for name, entry in entries.items()}, wanted, folder)
-    check_dtypes(entries, folder)
-    return MappedTensors(entries, opened.metadata)
+    weights = MappedTensors(entries, opened.metadata)
+    check_weights(weights, wanted, folder)
+    return weights
 
 
 def check_shapes(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], where: Path) -> None:
@@ -181,13 +172,10 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tupl
 
 
 def check_weights(weights: MappedTensors, wanted: Mapping[str, tuple[int, ...]], where: Path) -> None:
-    """Raises: ValueError naming a tensor that is missing, left over, of another shape, or of another dtype than the rest."""
-    check_shapes({name: entry.shape for name, entry in weights.entries.items()}, wanted, where)
-    check_dtypes(weights.entries, where)
-
-
-def check_dtypes(entries: Mapping[str, Any], where: Path) -> None:
-    """Raises: ValueError naming a tensor whose dtype is not the others', or is no floating-point one that we have."""
+    """Raises: ValueError naming a tensor that is missing, left over, of another shape, of another dtype than the rest, or of no
+    floating-point one that we have."""
+    entries = weights.entries
+    check_shapes({name: entry.shape for name, entry in entries.items()}, wanted, where)
     first = next(iter(entries))
     for name, entry in entries.items():
         if entry.dtype not in DTYPES:
@@ -206,7 +194,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 # ---- what HiMix adds -----------------------------------------------------------------------------------------------
 
 
-class NewVisionWeights(Mapping[str, Tensor]):
+class NewVisionWeights(NamedTensors):
     """Vision norms and vision K/V projections for a language model that has none; each is made when it is asked for.
 
     random: projections normal with the model's `init_std`, a function of seed and name; biases 0; norms 1.
@@ -224,7 +212,7 @@ class NewVisionWeights(Mapping[str, Tensor]):
                 f"{model.hidden_size}; use --vision-kv-init random"
             )
         self._text, self._model, self._width, self._init, self._seed = text, model, vision_width, init, seed
-        self._shapes = {name: shape for name, shape in shapes(model, vision_width).items() if is_new(name)}
+        self.names = self._shapes = {name: shape for name, shape in shapes(model, vision_width).items() if is_new(name)}
 
     def __getitem__(self, name: str) -> Tensor:
         shape, dtype = self._shapes[name], self._text["model.norm.weight"].dtype
@@ -242,12 +230,6 @@ class NewVisionWeights(Mapping[str, Tensor]):
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
         return (torch.randn(shape, generator=generator) * self._model.init_std).to(dtype)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
-
 
 # ---- the tower -----------------------------------------------------------------------------------------------------
 
@@ -260,20 +242,21 @@ def read_tower_config(folder: Path, feature_layer: int) -> VisionConfig:
     """
     published = {row.transformers.lower(): name for name, row in TOWERS.items() if row.transformers}
     stored = _plain_settings(folder, tuple(t for model_type in published for t in (model_type, f"{model_type}_vision_model")))
+    where = folder / "config.json"
     import transformers
 
     kind = published[stored["model_type"].removesuffix("_vision_model")]
     config_class = getattr(transformers, f"{TOWERS[kind].transformers}VisionConfig")
-    settings, usual = _settings(config_class, stored.get("vision_config", stored), folder / "config.json"), config_class()
+    settings, usual = _settings(config_class, stored.get("vision_config", stored), where), config_class()
     # A checkpoint of ours stores the tower's sizes and weights; the rest must be what the kind always has.
     for name in ("hidden_act", "layer_norm_eps", "num_channels"):
         got, wanted = getattr(settings, name), getattr(usual, name)
         if got != wanted:
-            raise ValueError(f"{folder / 'config.json'}: {name} is {got}, but a {kind} tower here has {wanted}")
-    for name in ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
-        size = getattr(settings, name)
+            raise ValueError(f"{where}: {name} is {got}, but a {kind} tower here has {wanted}")
+    sizes = {ours: getattr(settings, theirs) for ours, theirs in SIZES.items()}
+    for ours, size in sizes.items():
         if not isinstance(size, int) or size < 1:
-            raise ValueError(f"{folder / 'config.json'}: {name} is {size}, wanted a number above 0")
+            raise ValueError(f"{where}: {SIZES[ours]} is {size}, wanted a number above 0")
     mean, std = TOWERS[kind].pixel_mean, TOWERS[kind].pixel_std
     if (folder / "preprocessor_config.json").is_file():
         processor = read_json(folder / "preprocessor_config.json")
@@ -284,12 +267,7 @@ def read_tower_config(folder: Path, feature_layer: int) -> VisionConfig:
     return VisionConfig(
         tower=kind,
         path=str(folder),
-        image_size=settings.image_size,
-        patch_size=settings.patch_size,
-        hidden_size=settings.hidden_size,
-        num_layers=settings.num_hidden_layers,
-        num_attention_heads=settings.num_attention_heads,
-        ffn_hidden_size=settings.intermediate_size,
+        **sizes,
         feature_layer=feature_layer,
         pixel_mean=mean,
         pixel_std=std,

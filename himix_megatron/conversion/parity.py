@@ -22,16 +22,16 @@ from ..config.towers import TOWERS
 from ..data.loading.image_table import ImageTable
 from ..distributed.fused_kernels import detect
 from ..distributed.topology import Topology
-from ..inference.generator import Answerer
+from ..inference.generator import Answerer, whole_vocabulary
 from ..model.schedule import run_logits
 from ..model.stage_input import StageInput
 from ..model.towers import build_tower
 from .authors_layout import AsAuthors, is_new, shapes
-from .checkpoint_io import StoredWeights, read_config, stored_tower
+from .checkpoint_io import StoredWeights, read_config
 from .export.parity import fixed_input, himix_logits, parity
 from .huggingface import same_bits
 from .reference_model import plain_logits
-from .safetensors_io import open_folder
+from .safetensors_io import NamedTensors, open_folder
 from .sharding import scatter
 
 WHOLE_MODEL_PARAMETERS = 600_000_000
@@ -55,12 +55,9 @@ class Excerpt:
         """As much as `WHOLE_MODEL_PARAMETERS` allow, at least a layer."""
         if _num_parameters(model, vision_width) <= WHOLE_MODEL_PARAMETERS:
             return cls(model, whole=True)
-        cut = dataclasses.replace(model, num_layers=1, vocab_size=min(model.vocab_size, _CUT_VOCABULARY))
-        while cut.num_layers < model.num_layers:
-            more = dataclasses.replace(cut, num_layers=cut.num_layers + 1)
-            if _num_parameters(more, vision_width) > WHOLE_MODEL_PARAMETERS:
-                break
-            cut = more
+        cut = dataclasses.replace(model, vocab_size=min(model.vocab_size, _CUT_VOCABULARY))
+        while cut.num_layers > 1 and _num_parameters(cut, vision_width) > WHOLE_MODEL_PARAMETERS:
+            cut = dataclasses.replace(cut, num_layers=cut.num_layers - 1)
         return cls(cut, whole=False)
 
     def __str__(self) -> str:
@@ -82,21 +79,15 @@ def _num_parameters(model: ModelConfig, vision_width: int) -> int:
     return sum(torch.Size(shape).numel() for shape in shapes(model, vision_width).values())
 
 
-class _Cut(Mapping[str, Tensor]):
+class _Cut(NamedTensors):
     """Tensors of a model with the vocabulary's first rows only; what the excerpt has no layer for is not asked for."""
 
     def __init__(self, weights: Mapping[str, Tensor], names: list[str], rows: int):
-        self._weights, self._names, self._rows = weights, names, rows
+        self._weights, self.names, self._rows = weights, names, rows
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self._weights[name]
         return tensor[: self._rows] if "embed" in name or "lm_head" in name or "output_layer" in name else tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def excerpt_weights(weights: Mapping[str, Tensor], excerpt: Excerpt) -> Mapping[str, Tensor]:
@@ -121,10 +112,7 @@ def our_logits(model_chunks: list[Any], topology: Topology, model: ModelConfig, 
     found = run_logits(model_chunks, [given], lambda _, logits: logits)
     results: list[Any] = [None]
     if topology.is_last_stage:
-        own = found[0].contiguous()
-        parts = [torch.empty_like(own) for _ in range(topology.tensor_size)]
-        torch.distributed.all_gather(parts, own, group=topology.tensor)
-        results = [torch.cat(parts, dim=-1)[..., : model.vocab_size].float().cpu()]
+        results = [whole_vocabulary(found[0].contiguous(), topology, model.vocab_size).float().cpu()]
     last = torch.distributed.get_process_group_ranks(topology.pipeline)[-1]
     torch.distributed.broadcast_object_list(results, src=last, group=topology.pipeline, device=device)
     logits: Tensor = results[0]
@@ -154,7 +142,7 @@ def open_excerpt(checkpoint: Path, excerpt: Excerpt, topology: Topology, *, with
     answerer = Answerer(cut, detect(), topology)
     scatter(answerer.model_chunks, _Cut(stored, list(stored), excerpt.model.vocab_size), topology)
     if with_tower:
-        answerer.tower.load_state_dict(stored_tower(checkpoint, config, stored), strict=True)
+        answerer.tower.load_state_dict(stored.tower(config), strict=True)
     return answerer
 
 
@@ -249,7 +237,7 @@ def check_export(checkpoint: Path, folder: Path, topology: Topology, export: Cal
     """
     config = read_config(checkpoint)
     stored = StoredWeights(checkpoint, config.model)
-    weights, tower = AsAuthors(stored, config.model), stored_tower(checkpoint, config, stored)
+    weights, tower = AsAuthors(stored, config.model), stored.tower(config)
     wanted = ChainMap({f"vision_tower.{name}": tensor for name, tensor in tower.items()}, weights)  # type: ignore[arg-type]
     yield check_bits(open_folder(folder), wanted)
     excerpt = Excerpt.of(config.model, config.vision.hidden_size)
@@ -284,7 +272,7 @@ def check_tower(checkpoint: Path, folder: Path) -> str:
     hidden = peer((pixels / 255 - mean) / std, output_hidden_states=True).hidden_states[vision.feature_layer]
     del peer
     tower = build_tower(vision, seed=0, dtype=torch.float32)
-    tower.load_state_dict(stored_tower(checkpoint, config, StoredWeights(checkpoint, config.model)), strict=True)
+    tower.load_state_dict(StoredWeights(checkpoint, config.model).tower(config), strict=True)
     wanted = hidden[:, TOWERS[vision.tower].class_tokens :]
     return check_logits(
         "tower's features of one image, compared with transformers", tower(pixels, torch.tensor([False])), wanted

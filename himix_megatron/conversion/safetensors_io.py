@@ -12,7 +12,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,11 +50,24 @@ class Entry:
     """Byte of the file at which it begins."""
 
 
-class MappedTensors(Mapping[str, Tensor]):
+class NamedTensors(Mapping[str, Tensor]):
+    """Tensors of which the names are known; each is made when it is asked for."""
+
+    names: Collection[str]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class MappedTensors(NamedTensors):
     """Tensors of a checked folder or file. Each look-up maps the file anew; writing to a tensor does not reach the file."""
 
     def __init__(self, entries: dict[str, Entry], metadata: Mapping[str, str]):
-        self.entries, self.metadata = entries, metadata
+        self.names = self.entries = entries
+        self.metadata = metadata
 
     def __getitem__(self, name: str) -> Tensor:
         entry = self.entries[name]
@@ -64,12 +77,6 @@ class MappedTensors(Mapping[str, Tensor]):
         # A map of its own, exactly as long as the tensor: megatron-core copies tensors that are a part of a larger storage.
         flat = torch.from_numpy(np.memmap(entry.file, np.uint8, "c", entry.start, (num_bytes,)))
         return flat.view(DTYPES[entry.dtype]).view(entry.shape)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
 
 
 def open_file(path: Path) -> MappedTensors:
@@ -166,19 +173,13 @@ def _entry(path: Path, first: int, name: str, values: Any) -> Entry:
     return Entry(path, dtype, shape, first + place[0])
 
 
-class Scratch:
-    """Working space on the output's disk: tensors in files without a name, which are gone when nobody holds them."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """An uninitialised tensor whose memory is a file's."""
-        num_bytes = dtype.itemsize * math.prod(shape)
-        with tempfile.TemporaryFile(dir=self.folder) as file:
-            file.truncate(num_bytes)
-            flat = torch.from_numpy(np.memmap(file, np.uint8, "r+", 0, (num_bytes,)))
-        return flat.view(dtype).view(shape)
+def empty_on_disk(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor whose memory is a file without a name in the folder, which is gone when nobody holds it."""
+    num_bytes = dtype.itemsize * math.prod(shape)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.truncate(num_bytes)
+        flat = torch.from_numpy(np.memmap(file, np.uint8, "r+", 0, (num_bytes,)))
+    return flat.view(dtype).view(shape)
 
 
 def write_folder(folder: Path, tensors: Mapping[str, Tensor], *, max_shard_bytes: int = 2_000_000_000) -> None:

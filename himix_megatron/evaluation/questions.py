@@ -71,6 +71,11 @@ def llava(row: Any, path: Path, **known: Any) -> Question:
     return Question(**values | {"images": (str(field(row, "image", path)),)} | known)
 
 
+def short(identifier: str | int, text: str, image: str, gold: tuple[str, ...] = (), groups: tuple[str, ...] = ()) -> Question:
+    """A question of a benchmark's own file, asked for a short answer."""
+    return Question(id=identifier, text=text, prompt=text + SHORT, images=(image,), gold=gold, groups=groups)
+
+
 def needs(annotations: Path | None, what: str) -> Path:
     """Raises: ValueError where a file that is needed was not given."""
     if annotations is None:
@@ -90,8 +95,7 @@ def vqav2(questions: Path, annotations: Path | None) -> list[Question]:
         for row in field(content, "questions", questions):
             text = field(row, "question", questions)
             image = f"COCO_{subset}_{int(field(row, 'image_id', questions)):012d}.jpg"
-            identifier = field(row, "question_id", questions)
-            found.append(Question(id=identifier, text=text, prompt=text + SHORT, images=(image,)))
+            found.append(short(field(row, "question_id", questions), text, image))
     else:
         found = [llava(row, questions) for row in rows_of(content, questions)]
     if annotations is None:
@@ -115,8 +119,7 @@ def textvqa(questions: Path, annotations: Path | None) -> list[Question]:
         for row in field(content, "data", questions):
             text, image = field(row, "question", questions), f"{field(row, 'image_id', questions)}.jpg"
             gold = tuple(map(str, row.get("answers", ())))
-            identifier = field(row, "question_id", questions)
-            found.append(Question(id=identifier, text=text, prompt=text + SHORT, images=(image,), gold=gold))
+            found.append(short(field(row, "question_id", questions), text, image, gold))
         return found
     source = needs(annotations, "LLaVA's file names images, not questions; TextVQA_0.5.1_val.json has both")
     rows = field(read_json(source), "data", source)
@@ -124,7 +127,7 @@ def textvqa(questions: Path, annotations: Path | None) -> list[Question]:
     for row in rows_of(content, questions):
         question = llava(row, questions)
         match = _known(own, (question.id, question.text.lower()), source)
-        found.append(llava(row, questions, id=match["question_id"], gold=tuple(map(str, match.get("answers", ())))))
+        found.append(replace(question, id=match["question_id"], gold=tuple(map(str, match.get("answers", ())))))
     return found
 
 
@@ -150,7 +153,7 @@ def _gqa(identifier: str, row: Any, path: Path) -> Question:
     kinds = [("open" if types["structural"] == "query" else "binary")] if "structural" in types else []
     groups = (*kinds, *(f"{name} {types[name]}" for name in ("structural", "semantic") if name in types))
     gold = (str(row["answer"]),) if "answer" in row else ()
-    return Question(id=identifier, text=text, prompt=text + SHORT, images=(image,), gold=gold, groups=groups)
+    return short(identifier, text, image, gold, groups)
 
 
 # ---- POPE, MME -----------------------------------------------------------------------------------------------------
@@ -175,17 +178,12 @@ def pope(questions: Path, annotations: Path | None) -> list[Question]:
         return found
     name = re.fullmatch(r"coco_pope_(\w+)", questions.stem)
     split = name[1] if name else questions.stem
-    return [
-        Question(
-            id=f"{split}/{field(row, 'question_id', questions)}",
-            text=str(field(row, "text", questions)),
-            prompt=str(field(row, "text", questions)) + SHORT,
-            images=(str(field(row, "image", questions)),),
-            gold=(str(field(row, "label", questions)),),
-            groups=(split,),
-        )
-        for row in rows
-    ]
+    found = []
+    for row in rows:
+        number, *texts = (field(row, name, questions) for name in ("question_id", "text", "image", "label"))
+        text, image, label = map(str, texts)
+        found.append(short(f"{split}/{number}", text, image, (label,), (split,)))
+    return found
 
 
 def mme(questions: Path, annotations: Path | None) -> list[Question]:
@@ -199,7 +197,7 @@ def mme(questions: Path, annotations: Path | None) -> list[Question]:
         question = llava(row, questions)
         category = str(field(row, "category", questions))
         match = _known(own, (category, Path(question.images[0]).stem, _bare(question.text)), source)
-        found.append(llava(row, questions, text=match.text, gold=match.gold, groups=match.groups))
+        found.append(replace(question, text=match.text, gold=match.gold, groups=match.groups))
     return list(_numbered(found))
 
 
@@ -277,20 +275,13 @@ def mmvet(questions: Path, annotations: Path | None) -> list[Question]:
     """mm-vet.json; or LLaVA's JSONL, whose ids lack the v1_. The answers are for the judge: they are not read."""
     content = read_json(questions)
     if isinstance(content, dict):
-        return [
-            Question(
-                id=identifier,
-                text=str(field(row, "question", questions)),
-                prompt=str(field(row, "question", questions)),
-                images=(str(field(row, "imagename", questions)),),
-            )
-            for identifier, row in content.items()
-        ]
-    found = []
-    for row in rows_of(content, questions):
-        number = str(field(row, "question_id", questions))
-        found.append(llava(row, questions, id=number if number.startswith("v1_") else f"v1_{number}"))
-    return found
+        found = []
+        for identifier, row in content.items():
+            text, image = (str(field(row, name, questions)) for name in ("question", "imagename"))
+            found.append(Question(id=identifier, text=text, prompt=text, images=(image,)))
+        return found
+    found = [llava(row, questions) for row in rows_of(content, questions)]
+    return [replace(question, id=f"v1_{str(question.id).removeprefix('v1_')}") for question in found]
 
 
 # ---- small parts ---------------------------------------------------------------------------------------------------

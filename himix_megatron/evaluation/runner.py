@@ -122,19 +122,15 @@ def image_folder(kind: str, questions: Path, images: Path | None) -> Path:
 
 
 def check_images(job: Job) -> None:
-    """Raises: ValueError where more images are missing than may be."""
-    faults = {file: _fault(job.images, file) for q in job.questions for file in q.images}
-    first = ((q.id, next((fault for file in q.images if (fault := faults[file])), None)) for q in job.questions)
-    check_bad(job, [(identifier, fault) for identifier, fault in first if fault is not None])
-
-
-def _fault(images: Path, file: str) -> str | None:
-    """Why an image cannot be read, as far as shows without reading it."""
-    try:
-        open_below(images, file).close()
-        return None
-    except (OSError, ValueError) as error:
-        return f"{file} is missing" if isinstance(error, FileNotFoundError) else str(error)
+    """Raises: ValueError where more images cannot be read than may be, as far as shows without reading them."""
+    faults: dict[str, str] = {}
+    for file in dict.fromkeys(file for q in job.questions for file in q.images):
+        try:
+            open_below(job.images, file).close()
+        except (OSError, ValueError) as error:
+            faults[file] = f"{file} is missing" if isinstance(error, FileNotFoundError) else str(error)
+    found = ((q.id, [faults[file] for file in q.images if file in faults]) for q in job.questions)
+    check_bad(job, [(identifier, reasons[0]) for identifier, reasons in found if reasons])
 
 
 def check_bad(job: Job, bad: Sequence[Bad]) -> None:

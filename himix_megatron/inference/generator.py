@@ -210,7 +210,12 @@ class Answerer:
         return zip(rows, tokens.tolist(), strict=True)
 
     def _choose(self, own_BW: Tensor, sampling: Sampling, draws_B: Tensor) -> Tensor:
-        """int64[B], from this tensor rank's share of the vocabulary's logits, gathered over all of them."""
-        parts = [torch.empty_like(own_BW) for _ in range(self.topology.tensor_size)]
-        torch.distributed.all_gather(parts, own_BW, group=self.topology.tensor)
-        return choose(torch.cat(parts, dim=-1)[:, : self.config.model.vocab_size], sampling, draws_B)
+        """int64[B], from this tensor rank's share of the vocabulary's logits."""
+        return choose(whole_vocabulary(own_BW, self.topology, self.config.model.vocab_size), sampling, draws_B)
+
+
+def whole_vocabulary(own: Tensor, topology: Topology, vocab_size: int) -> Tensor:
+    """float[..., vocabulary]: the logits of all tensor ranks, from each one's contiguous share, without the padding."""
+    parts = [torch.empty_like(own) for _ in range(topology.tensor_size)]
+    torch.distributed.all_gather(parts, own, group=topology.tensor)
+    return torch.cat(parts, dim=-1)[..., :vocab_size]

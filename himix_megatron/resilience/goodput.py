@@ -104,8 +104,7 @@ class Goodput:
     def seconds(self) -> Seconds:
         """By cause, since the first launch."""
         own = self._now()
-        total: Seconds = {cause: self._before[cause] + own[cause] for cause in CAUSES}
-        return total
+        return {cause: self._before[cause] + own[cause] for cause in CAUSES}
 
     def points(self) -> dict[str, float]:
         """For TensorBoard."""

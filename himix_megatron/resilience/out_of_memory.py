@@ -21,11 +21,8 @@ class OutOfMemory(SystemExit):
     """This rank is out of memory, and ends with exit code 1; a traceback would tell nothing more."""
 
     def __init__(self, line: str) -> None:
-        super().__init__(FAILED)
-        self.line = line
-
-    def __str__(self) -> str:
-        return self.line
+        super().__init__(line)
+        self.code = FAILED
 
 
 @contextmanager

@@ -102,17 +102,6 @@ class Watchdog:
         self._incident: Incident | None = None
         self._is_blamed = threading.Event()
         """Rank 0 has named this rank's own failure: the main thread may go on to raise it."""
-        self._handlers: dict[str, Callable[..., None]] = {
-            "stop_requested": self._on_stop_requested,
-            "failed": self._on_failed,
-            "stalled": self._on_stalled,
-            "positions": self._on_positions,
-            "stop": self._on_stop,
-            "exit_unsaved": self._on_exit_unsaved,
-            "show_stacks": self._on_show_stacks,
-            "shut_down": self._on_shut_down,
-            "goodbye": self._on_goodbye,
-        }
 
     @classmethod
     def over(
@@ -222,48 +211,47 @@ class Watchdog:
     def _read(self, link: PeerLink) -> None:
         for message in link.messages():
             if message is not None:
-                self._handlers[message.pop("kind")](link, **message)
+                self._handle(link, message)
                 continue
             self._selector.unregister(link.socket)
             if not link.said_goodbye and not self._is_closing:
                 self._report(link.rank, "died")
 
-    def _on_goodbye(self, link: PeerLink) -> None:
-        link.said_goodbye = True
+    def _handle(self, link: PeerLink, message: dict[str, Any]) -> None:
+        match message:
+            case {"kind": "goodbye"}:
+                link.said_goodbye = True
+            case {"kind": "stop_requested", "reason": reason}:
+                self._request_stop(reason)
+            case {"kind": "failed", "reason": reason}:
+                self._report(link.rank, f"failed: {reason}")
+            case {"kind": "stalled"}:
+                if not self._has_shown_stacks:
+                    self._show_stacks(answer_seconds=_ANSWER_SECONDS)
+                    self._send_all("show_stacks")
+            case {"kind": "show_stacks"}:
+                self._answer_with_position(link)
+            case {"kind": "positions", "position": [count, point, seconds]}:
+                if self._incident is not None and self._has_shown_stacks:
+                    self._incident.positions[link.rank] = count, point, seconds
+                    if len(self._incident.positions) == self.world_size:
+                        self._incident.decide_at = time.monotonic()
+            case {"kind": "stop", "reason": reason}:
+                self.request.record(reason)
+            case {"kind": "exit_unsaved", "reason": reason}:
+                self._exit_unsaved(reason)
+            case {"kind": "shut_down", "reason": reason, "ranks": ranks}:
+                self._shut_down(reason, ranks)
+            case _:
+                raise AssertionError(f"rank {link.rank} sent {message}")
 
-    def _on_stop_requested(self, _: PeerLink, reason: str) -> None:
-        self._request_stop(reason)
-
-    def _on_failed(self, link: PeerLink, reason: str) -> None:
-        self._report(link.rank, f"failed: {reason}")
-
-    def _on_stalled(self, _: PeerLink) -> None:
-        if not self._has_shown_stacks:
-            self._show_stacks(answer_seconds=_ANSWER_SECONDS)
-            self._send_all("show_stacks")
-
-    def _on_show_stacks(self, link: PeerLink) -> None:
+    def _answer_with_position(self, link: PeerLink) -> None:
+        """Show this rank's stacks, if it has not yet, and tell rank 0 where it is."""
         if not self._has_shown_stacks:
             self._show_stacks(answer_seconds=0)
         assert self._incident is not None
         self._incident.decide_at = time.monotonic() + 2 * _ANSWER_SECONDS  # rank 0 decides before
         link.send("positions", position=self._incident.positions[self.rank])
-
-    def _on_positions(self, link: PeerLink, position: list[Any]) -> None:
-        if self._incident is not None and self._has_shown_stacks:
-            count, point, seconds = position
-            self._incident.positions[link.rank] = count, point, seconds
-            if len(self._incident.positions) == self.world_size:
-                self._incident.decide_at = time.monotonic()
-
-    def _on_stop(self, _: PeerLink, reason: str) -> None:
-        self.request.record(reason)
-
-    def _on_exit_unsaved(self, _: PeerLink, reason: str) -> None:
-        self._exit_unsaved(reason)
-
-    def _on_shut_down(self, _: PeerLink, reason: str, ranks: list[int]) -> None:
-        self._shut_down(reason, ranks)
 
     # ---- stop requests --------------------------------------------------------------------------------------------------
 

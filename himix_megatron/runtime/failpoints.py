@@ -133,37 +133,21 @@ _schedule: FaultSchedule | None = None
 # ---- kinds ---------------------------------------------------------------------------------------------------------
 
 
-def _send(number: signal.Signals) -> Callable[..., None]:
-    return lambda *_: os.kill(os.getpid(), number)
+def _send(number: signal.Signals, *, to_group: bool = False) -> Callable[..., None]:
+    return lambda *_: os.kill(0 if to_group else os.getpid(), number)
 
 
-def _send_group(number: signal.Signals) -> Callable[..., None]:
-    return lambda *_: os.killpg(os.getpgrp(), number)
+def _raise(kind: Callable[..., Exception], *arguments: Any) -> Callable[..., None]:
+    def happen(*_: Any) -> None:
+        raise kind(*arguments)
 
-
-def _crash(*_: Any) -> None:
-    ctypes.string_at(0)
-
-
-def _exit(*_: Any) -> None:
-    os._exit(7)
-
-
-def _error(*_: Any) -> None:
-    raise RuntimeError("an injected error")
+    return happen
 
 
 def _out_of_memory(*_: Any) -> None:
     import torch
 
     torch.empty(2**62, dtype=torch.uint8)
-
-
-def _io_error(number: int) -> Callable[..., None]:
-    def happen(*_: Any) -> None:
-        raise OSError(number, os.strerror(number))
-
-    return happen
 
 
 def _full_disk(*_: Any) -> None:
@@ -197,21 +181,21 @@ def _nan(*tensors: Any) -> None:
         tensor.view(-1)[:1] = float("nan")
 
 
-KINDS: dict[str, Callable[..., None]] = {
+KINDS: dict[str, Callable[..., object]] = {
     "kill": _send(signal.SIGKILL),
-    "kill_node": _send_group(signal.SIGKILL),
+    "kill_node": _send(signal.SIGKILL, to_group=True),
     "term": _send(signal.SIGTERM),
     "usr1": _send(signal.SIGUSR1),
     "usr2": _send(signal.SIGUSR2),
     "freeze": _send(signal.SIGSTOP),
-    "freeze_node": _send_group(signal.SIGSTOP),
+    "freeze_node": _send(signal.SIGSTOP, to_group=True),
     "abort": _send(signal.SIGABRT),
-    "crash": _crash,
-    "exit": _exit,
-    "error": _error,
+    "crash": lambda *_: ctypes.string_at(0),
+    "exit": lambda *_: os._exit(7),
+    "error": _raise(RuntimeError, "an injected error"),
     "out_of_memory": _out_of_memory,
-    "no_space": _io_error(errno.ENOSPC),
-    "io_error": _io_error(errno.EIO),
+    "no_space": _raise(OSError, errno.ENOSPC, os.strerror(errno.ENOSPC)),
+    "io_error": _raise(OSError, errno.EIO, os.strerror(errno.EIO)),
     "full_disk": _full_disk,
     "cut_network": _cut_network,
     "kill_worker": _kill_worker,

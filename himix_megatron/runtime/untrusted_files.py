@@ -132,10 +132,10 @@ def _link(folder: Path, place: Path) -> LinkError:
 def _checked(descriptor: int, place: str, limit: int | None = None) -> int:
     """The descriptor, if it is of a regular file within the limit; otherwise it is closed."""
     state = os.fstat(descriptor)
-    kind = _KINDS.get(stat.S_IFMT(state.st_mode), "no regular file")
-    if not stat.S_ISREG(state.st_mode) or (limit is not None and state.st_size > limit):
-        os.close(descriptor)
-        if not stat.S_ISREG(state.st_mode):
-            raise ValueError(f"{place} is {kind}: wanted a regular file")
+    is_regular = stat.S_ISREG(state.st_mode)
+    if is_regular and (limit is None or state.st_size <= limit):
+        return descriptor
+    os.close(descriptor)
+    if is_regular:
         raise ValueError(f"{place} has {state.st_size} bytes: at most {limit} are read")
-    return descriptor
+    raise ValueError(f"{place} is {_KINDS.get(stat.S_IFMT(state.st_mode), 'no regular file')}: wanted a regular file")

@@ -462,7 +462,8 @@ def test_whoever_needs_the_least_goes_first_and_more_than_the_places_are_refused
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--host", ""], "--host is empty: give an address"),
+        (["--host", ""], "--host is empty: wanted a value"),
+        (["--host", " "], "choose another --host"),
         (["--port", "70000"], "--port is 70000: wanted 0 to 65535"),
         (["--port", "-1"], "--port is -1: wanted 0 to 65535"),
         (["--host", "192.0.2.7"], "choose another --host"),

@@ -436,11 +436,13 @@ class HiMixForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: 
         if pixel_values is not None and not pixel_values.is_floating_point():
             raise ValueError(f"pixel_values are {pixel_values.dtype}: wanted floats, as the processor normalises them")
         cached = None if past_key_values is None else vision_layers(past_key_values, self.config.num_hidden_layers)
+        images = pixel_values if image_features is None else image_features
+        num_tokens = self._tokens_per_image(image_features)
         if cached is not None and cached[0].present is not None:
-            self._check_same_images(cached[0].present, pixel_values, num_images, image_features)
+            self._check_same_images(cached[0].present, images, num_images, num_tokens)
             vision, present = None, cached[0].present
         else:
-            vision = self._see(num_samples, pixel_values, num_images, image_features)
+            vision = self._see(self._counts(num_samples, images, num_images), num_tokens, pixel_values, image_features)
             present = vision.present
         num_text = num_new + (0 if past_key_values is None else past_key_values.get_seq_length())
         _check_shape("attention_mask", attention_mask, num_samples, num_text)
@@ -474,34 +476,27 @@ class HiMixForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: 
         grid = self.config.vision_config["image_size"] // self.config.vision_config["patch_size"]
         return int(grid * grid) if image_features is None else image_features.shape[2]
 
-    def _see(
-        self, num_samples: int, pixel_values: Tensor | None, num_images: Tensor | None, image_features: Tensor | None
-    ) -> Vision:
+    def _see(self, counts: list[int], num_tokens: int, pixel_values: Tensor | None, image_features: Tensor | None) -> Vision:
         """Encode each image once, and lay the features out by sample."""
-        images = pixel_values if image_features is None else image_features
-        counts, num_tokens = self._counts(num_samples, images, num_images), self._tokens_per_image(image_features)
         weight, most = next(self.vision_tower.parameters()), max(counts)
         real = (torch.arange(most)[None, :] < torch.tensor(counts)[:, None]).to(weight.device)
         if image_features is not None:
             features = image_features.to(weight.device, weight.dtype)
             features = F.pad(features, (0, 0, 0, 0, 0, most - features.shape[1]))
         else:
-            features = weight.new_zeros(num_samples, most, num_tokens, self.config.vision_config["hidden_size"])
+            features = weight.new_zeros(len(counts), most, num_tokens, self.config.vision_config["hidden_size"])
             if most:
                 side = self.config.vision_config["image_size"]
-                pixels = weight.new_zeros(num_samples, 0, 3, side, side) if pixel_values is None else pixel_values
+                pixels = weight.new_zeros(len(counts), 0, 3, side, side) if pixel_values is None else pixel_values
                 # A blank image is all zeros, as the slots of samples with fewer images are.
                 pixels = F.pad(pixels.to(weight.device), (0, 0, 0, 0, 0, 0, 0, most - pixels.shape[1]))
                 features = features.index_put((real,), self.get_image_features(pixels[real]))
         return Vision(features.flatten(1, 2), real.repeat_interleave(num_tokens, dim=1))
 
-    def _check_same_images(
-        self, present_BN: Tensor, pixel_values: Tensor | None, num_images: Tensor | None, image_features: Tensor | None
-    ) -> None:
-        images = pixel_values if image_features is None else image_features
+    def _check_same_images(self, present_BN: Tensor, images: Tensor | None, num_images: Tensor | None, num_tokens: int) -> None:
         if images is None or (num_images is not None and not num_images.any()):  # a text alone adds to what is cached
             return
-        held = (present_BN.sum(1) // self._tokens_per_image(image_features)).tolist()
+        held = (present_BN.sum(1) // num_tokens).tolist()
         counts = self._counts(present_BN.shape[0], images, num_images)
         if held != counts:
             raise ValueError(f"past_key_values hold {held} images, and {counts} are given: new images need a new cache")
@@ -559,9 +554,10 @@ class HiMixImageProcessor(BaseImageProcessor):  # type: ignore[misc]
         rows = [list(row) if isinstance(row, list | tuple) else [row] for row in images]
         side, most = self.image_size, max([1, *map(len, rows)])
         pixels = torch.zeros(len(rows), most, 3, side, side)
+        mean, std = torch.tensor([self.image_mean, self.image_std], dtype=torch.float32).view(2, 3, 1, 1)
         for sample, row in enumerate(rows):
             for slot, image in enumerate(row):
-                pixels[sample, slot] = self._normalise(self.pixels(image))
+                pixels[sample, slot] = (torch.from_numpy(self.pixels(image)).float() / 255 - mean) / std
         counts = torch.tensor([len(row) for row in rows])
         return BatchFeature({"pixel_values": pixels, "num_images": counts}, tensor_type=return_tensors)
 
@@ -580,11 +576,6 @@ class HiMixImageProcessor(BaseImageProcessor):  # type: ignore[misc]
             left, top = (width - size) // 2, (height - size) // 2
             scaled = rgb.resize((width, height), resample).crop((left, top, left + size, top + size))
         return np.ascontiguousarray(np.asarray(scaled).transpose(2, 0, 1))
-
-    def _normalise(self, pixels_3HW: np.ndarray) -> Tensor:
-        mean, std = torch.tensor([self.image_mean, self.image_std], dtype=torch.float32).view(2, 3, 1, 1)
-        normed: Tensor = (torch.from_numpy(pixels_3HW).float() / 255 - mean) / std
-        return normed
 
 
 def _decoded(image: Any) -> Image.Image:
