@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from himix_megatron.checkpoint.manifest import Description, Position
 from himix_megatron.config import Config, current_fields, from_json, read_config, to_json
 from himix_megatron.config.serialization import COUNTED_IMAGES, RENAMED_FIELDS, VERSION
+from himix_megatron.data.loading.plan import START
 from himix_megatron.training.resume import _check_continues
 from pipelines.recipes import RECIPES
 
@@ -69,11 +71,16 @@ def test_a_packs_budget_in_images_is_read_as_one_in_vision_tokens(images: int | 
 def test_a_checkpoint_with_a_budget_in_images_continues_at_as_many_vision_tokens(tmp_path: Path) -> None:
     recipe = RECIPES["llama3_2_1b_instruct"]()
     names = {"data.pack_max_text_tokens": 8192, "train.seed": 1}
-    position: dict[str, Any] = {"step": 3, "place": {"epoch": 0, "window": 0, "pack": 0}}
-    description = {"parts": recipe.train.trainable_parts, "distributed_optimizer": True, "position": position}
 
     def check(stored: dict[str, Any], vision_tokens: int | None) -> None:
-        position["data"] = names | stored
+        description = Description(
+            position=Position(step=3, place=START, data=names | stored),
+            parts=recipe.train.trainable_parts,
+            architecture={},
+            distributed_optimizer=True,
+            tower=None,
+            validation_loss=None,
+        )
         plan: Any = SimpleNamespace(fingerprint_fields=lambda: names | {"data.pack_max_vision_tokens": vision_tokens})
         _check_continues(recipe, plan, tmp_path, description)
 
