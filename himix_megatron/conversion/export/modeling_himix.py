@@ -325,7 +325,8 @@ class HiMixModel(nn.Module):
             if cached is not None:
                 held = cached[number]
                 if vision is not None:
-                    held.hold(*layer.project_vision(vision.features), vision.present)
+                    keys, values = layer.project_vision(vision.features)
+                    held.hold(keys, values, vision.present)
                 seen = (held.keys, held.values)
             hidden_BSH, layer_weights = layer(
                 hidden_BSH,
