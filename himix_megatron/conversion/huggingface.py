@@ -128,7 +128,7 @@ def check_settings(settings: Mapping[str, Any], kinds: tuple[str, ...], tensors:
     made for each of them."""
     if "auto_map" in settings:
         raise ValueError(
-            f"{where} names code of its own (auto_map), which is not run: only {' and '.join(kinds)} are converted"
+            f"{where} names code of its own (auto_map), which is not run: only {' and '.join(kinds)} without it are converted"
         )
     if settings.get("model_type") not in kinds:
         raise ValueError(f"{where}: model_type is {settings.get('model_type')}, wanted {' or '.join(kinds)}")

@@ -105,7 +105,7 @@ MISTAKES = {
     "many tokens": (["RUN", "--max-new-tokens", "9" * 22], r"--max-new-tokens is 9+: wanted 1 to 65536"),
     "top_p": (["RUN", "--top-p", "0"], r"top_p is 0.0: wanted above 0"),
     "tokens": (["RUN", "--max-new-tokens", "0"], r"--max-new-tokens is 0: wanted 1 to 65536"),
-    "stop": (["RUN", "--stop", ""], r"a stop string is empty"),
+    "stop": (["RUN", "--stop", "x" * 300], r"a stop string is empty or too long"),
     "layout": (["RUN", "--parallel.tensor", "4"], r"model.num_query_groups \(2\) does not divide over parallel.tensor \(4\)"),
     "flag": (["RUN", "--questions", "x"], r"unknown setting --questions: did you mean --question"),
 }
