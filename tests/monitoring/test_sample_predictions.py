@@ -104,7 +104,7 @@ def test_a_stream_shows_no_predictions_and_says_why(caplog: pytest.LogCaptureFix
     (tmp_path / "a.tar").write_bytes(bytes(1024))
     config = parse(["tiny_align", "--data.webdataset-urls", str(tmp_path / "a.tar"), "--train.steps", "9"])
     nothing: Any = None
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="himix_megatron.monitoring"):
         shown = SamplePredictions(config, make_stream(config, 1), nothing, nothing, [], nothing)
     assert config.log.predictions_interval_steps
     assert shown.maybe_predict(2, last=True) == []
