@@ -42,6 +42,7 @@ DISK_ERRORS = {
     errno.ENOSPC: ": make room on the disk, and run the same command again",
     errno.EDQUOT: ": make room in your quota, and run the same command again",
     errno.EFBIG: ": this process may not write so large a file (see ulimit -f)",
+    errno.EIO: ": what lies there cannot be read or written",
     errno.EROFS: ": choose a place that can be written to",
 }
 """What is wrong with a disk, and the way out."""

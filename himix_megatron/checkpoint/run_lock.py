@@ -31,6 +31,7 @@ from typing import Literal
 from ..distributed.control_group import ControlGroup
 from ..runtime import typed_json
 from ..runtime.durable_files import write_synced
+from ..runtime.untrusted_files import refuse_links
 
 logger = logging.getLogger(__name__)
 
@@ -156,8 +157,9 @@ def acquire_on_all_ranks(run_dir: Path, ranks: ControlGroup) -> RunLock:
 def acquire(run_dir: Path) -> RunLock:
     """Acquire the lock by one process.
 
-    Raises: ValueError while another process holds it; OSError if the folder cannot be written.
+    Raises: ValueError while another process holds it, or for links where a run writes; OSError if the folder cannot be written.
     """
+    refuse_links(run_dir, "*", "checkpoints/*", "ledger/*", "log/*", "tensorboard/*", "towers/*")
     home = run_dir / "checkpoints"
     home.mkdir(parents=True, exist_ok=True)
     here = LockOwner.here()

@@ -87,7 +87,7 @@ def _settings(config_class: Any, stored: Mapping[str, Any], where: Path) -> Any:
 
     try:
         return config_class.from_dict(dict(stored))
-    except (StrictDataclassError, ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: transformers cannot read it ({' '.join(str(error).split())[:200]})") from None
 
 

@@ -85,6 +85,14 @@ def folder_below(folder: Path, name: str) -> Path:
     return place
 
 
+def refuse_links(folder: Path, *patterns: str) -> None:
+    """Raises: LinkError for a link among what these patterns name in the folder: writing there would lead out of it."""
+    for pattern in patterns:
+        for place in folder.glob(pattern):
+            if place.is_symlink():
+                raise _link(folder, place)
+
+
 def printable(text: str) -> str:
     """Text as one line for a terminal: control characters are spelled out, and what is too long for a reader is cut."""
     words = [word if len(word) <= MAX_SHOWN else f"{word[:MAX_SHOWN]}... ({len(word)} characters)" for word in text.split()]

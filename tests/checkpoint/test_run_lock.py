@@ -204,3 +204,14 @@ def wait_for(file: Path, text: str) -> None:
     while not (file.is_file() and text in file.read_text()):
         assert time.monotonic() < deadline, text
         time.sleep(0.1)
+
+
+@pytest.mark.parametrize("place", ["checkpoints", "log/rank-000.log", "status.json"])
+def test_a_run_writes_through_no_link_in_its_folder(tmp_path: Path, place: str) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "run" / place
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=rf"{place} is a symbolic link: links below .*/run are not followed"):
+        acquire(tmp_path / "run")
+    assert not any((tmp_path / "elsewhere").iterdir())

@@ -587,3 +587,14 @@ def test_a_broken_tokenizer_folder_is_one_line(folders, tmp_path, name, content)
     os.mkfifo(path) if content == "FIFO" else path.write_text(content)
     with pytest.raises(ValueError, match=r"^data\.tokenizer is .*$"):
         HuggingFaceTokenizer(tmp_path / "folder")
+
+
+def test_a_tokenizer_whose_numbers_reach_far_is_refused_before_it_is_written_out(folders, tmp_path):
+    """Writing it out walks through all numbers up to the largest."""
+    shutil.copytree(folders["qwen2"], tmp_path / "folder")
+    path = tmp_path / "folder" / "tokenizer.json"
+    tree = json.loads(path.read_text())
+    tree["model"]["vocab"]["x"] = 2**31
+    path.write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match=r"tokens, whose numbers reach 2147483648"):
+        HuggingFaceTokenizer(tmp_path / "folder")

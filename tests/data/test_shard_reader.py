@@ -1,6 +1,7 @@
 """The shard contract: what is written is what is read, by us and by others; what is damaged is named, never read as whole."""
 
 import json
+import os
 import pickle
 import tarfile
 
@@ -194,3 +195,11 @@ def test_tar_headers_are_tarfiles_own():
         info = tarfile.TarInfo(member)
         info.size, info.mode, info.mtime = size, 0o644, 0
         assert shard_format.tar_header(member, size) == info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
+
+
+def test_a_file_of_another_length_is_not_hashed(tmp_path):
+    """It may be as long as a file system has numbers for."""
+    dataset = mixed(tmp_path, 12)
+    receipt = dataset.manifest.shards[0]
+    os.truncate(dataset.path / "shards" / f"{receipt.name}.idx", 1 << 42)
+    assert verify_shard(LocalFolder(dataset.path), receipt) == [f"{receipt.name}.idx is damaged (10 samples at stake)"]

@@ -197,6 +197,7 @@ def test_run_main_turns_mistakes_into_one_line_and_exit_code_2(body: str, code: 
     ("error", "said"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device: make room on the disk, and run the"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error: what lies there cannot be read or written"),
         (OSError(errno.EROFS, "Read-only file system", "/mnt/x"), "/mnt/x: Read-only file system: choose a place"),
         (OSError(errno.EFBIG, "File too large"), "File too large: this process may not write so large a file"),
         (OSError(errno.EDQUOT, "Disk quota exceeded", "/mnt/x"), "/mnt/x: Disk quota exceeded: make room in your quota"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,9 @@ def attack(draw: random.Random, folder: Path) -> tuple[str, Callable[[], Any]]:
             text=text, images=_shaped(names, shape), **options
         )
     given = _inputs(processor)
-    told = [_changed(draw, given) for _ in range(draw.choice([1, 1, 2]))]
+    # What generation gets besides these, transformers looks at before the model does.
+    others = ("image_features", "labels", "position_ids", "inputs_embeds") if kind == "forward" else ("image_features",)
+    told = [_changed(draw, given, others) for _ in range(draw.choice([1, 1, 2]))]
     if kind == "forward":
         return f"forward: {'; '.join(told)}", lambda: model(**given)
     options = draw.choice(
@@ -123,9 +125,9 @@ def _inputs(processor: Any) -> dict[str, Any]:
     return dict(processor(text=["<user>a<end><assistant>", "<user>what<end><assistant>"], images=[[picture()], []]))
 
 
-def _changed(draw: random.Random, given: dict[str, Any]) -> str:
+def _changed(draw: random.Random, given: dict[str, Any], others: Sequence[str]) -> str:
     """One input gets another shape, type or content."""
-    name = draw.choice([*given, "image_features", "labels", "position_ids", "inputs_embeds"])
+    name = draw.choice([*given, *others])
     value = given.get(name, torch.zeros(2, 5))
     shape = tuple(value.shape) if isinstance(value, torch.Tensor) else ()
     made: dict[str, Callable[[], Any]] = {

@@ -648,7 +648,7 @@ class HiMixProcessor(ProcessorMixin):  # type: ignore[misc]
         if conversation is not None:
             text = self.apply_chat_template(conversation, add_generation_prompt=True)
         prompts, talks = ([text], [conversation]) if isinstance(text, str) else (text, conversation)
-        if not isinstance(prompts, list | tuple) or not all(isinstance(prompt, str) for prompt in prompts):
+        if not prompts or not isinstance(prompts, list | tuple) or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError("text holds something else than prompts: wanted a text or a list of texts")
         said = talks if conversation is not None else [[{"content": prompt}] for prompt in prompts]
         pixels = self.image_processor(_images_of(said, images), return_tensors=return_tensors)

@@ -93,7 +93,9 @@ def make_features(
 
 def is_whole(job: FeatureJob, receipt: FeatureReceipt) -> bool:
     """Whether a feature file is the one its receipt describes, made for this key."""
-    return job.folder.digest(feature_cache.feature_file(receipt.name)) == receipt.file and receipt.key_hash == job.key_hash
+    return receipt.key_hash == job.key_hash and bool(
+        job.folder.is_whole(feature_cache.feature_file(receipt.name), receipt.file)
+    )
 
 
 def images_of(dataset: ShardDataset, shard: int) -> list[tuple[int, int]]:

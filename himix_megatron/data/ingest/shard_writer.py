@@ -115,9 +115,9 @@ def verify_shard(folder: Folder, receipt: Receipt) -> list[str]:
     names = shard_files(receipt.name)
     wrong = []
     for name, wanted in ((names.tar, receipt.tar), (names.index, receipt.index), (names.quarantine, receipt.quarantine)):
-        found = folder.digest(name)
-        if found != wanted:
-            state = "missing" if found is None else "unexpected" if wanted is None else "damaged"
+        is_whole = folder.is_whole(name, wanted or FileDigest(0, ""))
+        if is_whole != (True if wanted else None):
+            state = "unexpected" if wanted is None else "missing" if is_whole is None else "damaged"
             wrong.append(f"{Path(name).name} is {state} ({receipt.num_samples} samples at stake)")
     return wrong
 

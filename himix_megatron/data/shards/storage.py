@@ -173,8 +173,8 @@ class Folder(Protocol):
     def read(self, name: str) -> bytes | None:
         """A file's content; None: there is none."""
 
-    def digest(self, name: str) -> FileDigest | None:
-        """Size and SHA-256 of a file, read to its end; None: there is none."""
+    def is_whole(self, name: str, wanted: FileDigest) -> bool | None:
+        """Whether a file, read to its end if it is as long, is as it should be; None: there is none."""
 
     def put(self, files: dict[str, Path]) -> None:
         """Move finished local files, which are on the disk, to their names; they are there for good when this returns."""
@@ -199,11 +199,11 @@ class LocalFolder:
         except (FileNotFoundError, ValueError):  # a link or a FIFO is no file of a dataset: what is made anew replaces it
             return None
 
-    def digest(self, name: str) -> FileDigest | None:
+    def is_whole(self, name: str, wanted: FileDigest) -> bool | None:
         """As Folder says."""
         try:
             with open_below(self.path, name) as file:
-                return digest_of(file)
+                return os.fstat(file.fileno()).st_size == wanted.bytes and digest_of(file) == wanted
         except (FileNotFoundError, ValueError):
             return None
 
@@ -241,11 +241,11 @@ class RemoteFolder:
         except FileNotFoundError:
             return None
 
-    def digest(self, name: str) -> FileDigest | None:
+    def is_whole(self, name: str, wanted: FileDigest) -> bool | None:
         """Read again from the store: an ETag is no hash of ours."""
         try:
             with open_file(join(self.url, name)) as file:
-                return digest_of(file)
+                return size_of(join(self.url, name)) == wanted.bytes and digest_of(file) == wanted
         except FileNotFoundError:
             return None
 

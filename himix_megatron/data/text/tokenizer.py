@@ -107,6 +107,8 @@ class HuggingFaceTokenizer:
         if not self._tokenizer.is_fast:
             raise ValueError(f"data.tokenizer is {folder}: it has no tokenizer.json, which the loss mask needs (token offsets)")
         self.vocab_size = len(self._tokenizer)
+        if (last := max(self._tokenizer.get_vocab().values(), default=0)) > 2 * self.vocab_size + 1000:
+            raise ValueError(f"data.tokenizer is {folder}: it has {self.vocab_size} tokens, whose numbers reach {last}")
         self._added: dict[str, int] = self._tokenizer.get_added_vocab()
         definition = self._tokenizer.backend_tokenizer.to_str()
         # The 2 says that texts hold no control tokens: without it lengths were counted of the same texts with them.
