@@ -83,9 +83,10 @@ def attack(draw: random.Random, folder: Path) -> tuple[str, Callable[[], Any]]:
             text=text, images=_shaped(names, shape), **options
         )
     given = _inputs(processor)
-    # What generation gets besides these, transformers looks at before the model does.
-    others = ("image_features", "labels", "position_ids", "inputs_embeds") if kind == "forward" else ("image_features",)
-    told = [_changed(draw, given, others) for _ in range(draw.choice([1, 1, 2]))]
+    # At the others transformers' generation looks before the model does.
+    names = ["pixel_values", "num_images", "image_features"]
+    names += ["input_ids", "attention_mask", "labels", "position_ids", "inputs_embeds"] if kind == "forward" else []
+    told = [_changed(draw, given, names) for _ in range(draw.choice([1, 1, 2]))]
     if kind == "forward":
         return f"forward: {'; '.join(told)}", lambda: model(**given)
     options = draw.choice(
@@ -125,9 +126,9 @@ def _inputs(processor: Any) -> dict[str, Any]:
     return dict(processor(text=["<user>a<end><assistant>", "<user>what<end><assistant>"], images=[[picture()], []]))
 
 
-def _changed(draw: random.Random, given: dict[str, Any], others: Sequence[str]) -> str:
+def _changed(draw: random.Random, given: dict[str, Any], names: Sequence[str]) -> str:
     """One input gets another shape, type or content."""
-    name = draw.choice([*given, *others])
+    name = draw.choice(names)
     value = given.get(name, torch.zeros(2, 5))
     shape = tuple(value.shape) if isinstance(value, torch.Tensor) else ()
     made: dict[str, Callable[[], Any]] = {
@@ -146,6 +147,8 @@ def _changed(draw: random.Random, given: dict[str, Any], others: Sequence[str]) 
         "text": lambda: "text",
         "strange shape": lambda: torch.zeros(odd),
     }
+    if name == "input_ids":  # which of them there are, the embedding says itself, as of every model
+        del made["negative"], made["too large"]
     draw_type = draw.choice([torch.uint8, torch.bool, torch.float64, torch.complex64, torch.int32, torch.float16])
     odd = draw.choice(
         [(2, 1, 3, 8, 8), (2, 1, 4, 16, 16), (2, 7), (1,), (2, 1, 4, 24), (0,), (2, 0, 3, 16, 16), (2, 3, 3, 16, 16)]
