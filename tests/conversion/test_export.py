@@ -273,6 +273,7 @@ def test_a_text_alone_goes_on_with_a_cached_picture(one_model: tuple[Path, Any])
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no ids": ({"input_ids": None}, r"input_ids are missing"),
     "1-d ids": ({"input_ids": torch.zeros(5, dtype=torch.long)}, r"input_ids is \[5\]: wanted \[samples, tokens\]"),
+    "ids of floats": ({"input_ids": torch.zeros(2, 5)}, r"input_ids are torch.float32"),
     "a list of ids": ({"input_ids": [[1, 2]]}, r"input_ids is no tensor: wanted one of \[samples, tokens\]"),
     "narrow mask": ({"attention_mask": torch.ones(2, 4)}, r"attention_mask is \[2, 4\]: wanted \[2, 5\]"),
     "many positions": ({"position_ids": torch.zeros(2, 7)}, r"position_ids is \[2, 7\]: wanted \[samples, 5\]"),

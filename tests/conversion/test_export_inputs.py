@@ -323,6 +323,6 @@ def test_an_argument_is_honoured_or_refused_by_name(processor: Any) -> None:
     for name, value in refused.items():
         with pytest.raises(ValueError, match=f"{name}: HiMix's processor has no such arguments"):
             processor(text=texts, **{name: value})
-    for text in (5, ["a", None], [5], {"a": "b"}, []):
+    for text in (5, ["a", None], [5], {"a": "b"}, [], "\ud800"):
         with pytest.raises(ValueError, match="text holds something else than prompts"):
             processor(text=text)

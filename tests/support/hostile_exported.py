@@ -35,7 +35,7 @@ PICTURES: dict[str, Callable[[], Any]] = {
     "another scheme": lambda: "file:///etc/hostname",
     "a missing file": lambda: "missing.png",
     "/dev/zero": lambda: "/dev/zero",
-    "a FIFO": lambda: os.mkfifo("tmp/fifo") or "tmp/fifo",  # type: ignore[func-returns-value]
+    "a FIFO": lambda: (Path("tmp/fifo").exists() or os.mkfifo("tmp/fifo"), "tmp/fifo")[1],
     "a folder": lambda: Path.cwd(),
     "None": lambda: None,
     "a number": lambda: 7,
@@ -84,8 +84,10 @@ def attack(draw: random.Random, folder: Path) -> tuple[str, Callable[[], Any]]:
         )
     given = _inputs(processor)
     # At the others transformers' generation looks before the model does.
-    names = ["pixel_values", "num_images", "image_features"]
-    names += ["input_ids", "attention_mask", "labels", "position_ids", "inputs_embeds"] if kind == "forward" else []
+    names = ["pixel_values", "image_features"]
+    names += (
+        ["num_images", "input_ids", "attention_mask", "labels", "position_ids", "inputs_embeds"] if kind == "forward" else []
+    )
     told = [_changed(draw, given, names) for _ in range(draw.choice([1, 1, 2]))]
     if kind == "forward":
         return f"forward: {'; '.join(told)}", lambda: model(**given)

@@ -305,7 +305,7 @@ def exported(case: Case) -> Call:
     """The exported processor and model, given what they do not expect."""
     told, run = hostile_exported.attack(case.draw, case.world / "exported")
     case.told.append(told)
-    return Call("exported", (), codes=(0, 2), run=run)
+    return Call("exported", (), codes=(0, 2), run=lambda: (run(), None)[1])
 
 
 TARGETS: dict[str, tuple[Callable[[Case], Call], int]] = {

@@ -422,6 +422,8 @@ class HiMixForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: 
             raise ValueError("input_ids are missing: wanted int64[samples, tokens]")
         _check_shape("input_ids", input_ids, "samples", "tokens")
         _check_shape("inputs_embeds", inputs_embeds, "samples", "tokens", self.config.hidden_size)
+        if input_ids is not None and input_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"input_ids are {input_ids.dtype}: wanted whole numbers of 32 or 64 bits")
         hidden = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -648,7 +650,7 @@ class HiMixProcessor(ProcessorMixin):  # type: ignore[misc]
         if conversation is not None:
             text = self.apply_chat_template(conversation, add_generation_prompt=True)
         prompts, talks = ([text], [conversation]) if isinstance(text, str) else (text, conversation)
-        if not prompts or not isinstance(prompts, list | tuple) or not all(isinstance(prompt, str) for prompt in prompts):
+        if not prompts or not isinstance(prompts, list | tuple) or not all(map(_is_text, prompts)):
             raise ValueError("text holds something else than prompts: wanted a text or a list of texts")
         said = talks if conversation is not None else [[{"content": prompt}] for prompt in prompts]
         pixels = self.image_processor(_images_of(said, images), return_tensors=return_tensors)
@@ -658,7 +660,8 @@ class HiMixProcessor(ProcessorMixin):  # type: ignore[misc]
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
         """As of all processors. Raises: ValueError for other messages than of texts and images, or images as in `__call__`."""
-        conversations = conversation if isinstance(next(iter(conversation), None), list | tuple) else [conversation]
+        is_one = not isinstance(conversation, list | tuple) or not isinstance(next(iter(conversation), None), list | tuple)
+        conversations = [conversation] if is_one else conversation
         for messages in conversations:
             _parts_of(messages)
         if kwargs.get("tokenize"):
@@ -708,6 +711,11 @@ def _with_aliases(tokenizer: Any, _size: int) -> tuple[Any, dict[int, str], dict
     return rust, aliases, {rust.token_to_id(alias): i for i, alias in aliases.items()}
 
 
+def _is_text(value: Any) -> bool:
+    """Whether this is text that has bytes: half of a surrogate pair has none."""
+    return isinstance(value, str) and value.encode(errors="replace").decode() == value
+
+
 def _parts_of(messages: Any) -> list[Any]:
     """A conversation's texts and images, in order. Raises: ValueError for anything else."""
     parts: list[Any] = []
@@ -717,7 +725,7 @@ def _parts_of(messages: Any) -> list[Any]:
         parts += content if isinstance(content, list | tuple) and content else [None]
     for part in parts:
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind != "image" and not (kind == "text" and isinstance(part.get("text"), str)):
+        if kind != "image" and not (kind == "text" and _is_text(part.get("text"))):
             raise ValueError(f"a message has content of type {kind!r:.40}: wanted a text, or parts of type 'text' and 'image'")
     return parts
 
