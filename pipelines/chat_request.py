@@ -21,6 +21,8 @@ MAX_VALUES, MAX_BYTES_PER_TOKEN = 100_000, 16
 """Of its JSON, where each value takes up to 250 bytes; and of its text, which takes time to tokenize. English has about 4."""
 IGNORED = {"model", "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
 """Fields of OpenAI's that change no answer."""
+NEUTRAL = {"tools": [], "logit_bias": {}, "response_format": {"type": "text"}, "stream_options": {"include_usage": False}}
+"""Fields that would, and the values with which they do not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,7 @@ def parse_request(data: bytes, max_text_tokens: int) -> tuple[Request, list[dict
     if length > max_text_tokens * MAX_BYTES_PER_TOKEN:
         raise ValueError(f"the prompt has {length} bytes of text, the model takes {max_text_tokens} tokens")
     given = {name: value for name, value in given.items() if value is not None and name not in IGNORED}
+    given = {name: value for name, value in given.items() if name not in NEUTRAL or value != NEUTRAL[name]}
     request = typed_json.build(Request, given, "the request")
     check_stops(request.stops)
     assert request.sampling

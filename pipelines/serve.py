@@ -244,7 +244,7 @@ class Handler(BaseHTTPRequestHandler):
         return length
 
     def _chat(self, length: int) -> None:
-        with self.server.large if length > LARGE_BYTES else contextlib.nullcontext():
+        with self.server.place_for(self.connection) if length > LARGE_BYTES else contextlib.nullcontext():
             request, prompt = self.server.model.read(self._body(length))
         if request.stream:
             return self._stream(request, prompt)
@@ -325,8 +325,8 @@ class Server(ThreadingHTTPServer):
         self.names = {"localhost", "127.0.0.1", "::1", *map(str.lower, (arguments.host, *arguments.allowed_hosts))}
         spare = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 128  # the model and the rest of the process have about 100
         self.free, self.large = threading.Semaphore(max(8, min(MAX_CONNECTIONS, spare))), threading.Semaphore(2)
-        self.reading: dict[socket.socket, float] = {}
-        """Connections whose request has not arrived, and since when."""
+        self.reading, self.sending = dict[socket.socket, float](), dict[socket.socket, None]()
+        """Connections whose request has not arrived, and since when; and which of them have a place for a large one."""
 
     def is_called(self, host: str) -> bool:
         """Whether this names the server: the owner of another name can make it lead here for web pages (DNS rebinding)."""
@@ -342,6 +342,19 @@ class Server(ThreadingHTTPServer):
                 return self.close_request(request)
         self.reading[request] = time.monotonic()
         super().process_request(request, client_address)
+
+    @contextlib.contextmanager
+    def place_for(self, connection: socket.socket) -> Iterator[None]:
+        """Of the places for large requests; who has one and sends slowly makes room after a second."""
+        while not self.large.acquire(timeout=1.0):
+            self._drop(next((sender for sender in list(self.sending) if sender in self.reading), None))
+        self.reading[connection] = time.monotonic()  # the wait is not the sender's
+        self.sending[connection] = None
+        try:
+            yield
+        finally:
+            del self.sending[connection]
+            self.large.release()
 
     def shutdown_request(self, request: Any) -> None:
         """The end of a connection."""

@@ -34,7 +34,7 @@ LEVELS = (
     ("conversion", "evaluation", "monitoring"),
     ("training",),
 )
-MAX_ARROWS, MAX_MODULES = 55, 16
+MAX_ARROWS, MAX_MODULES = 56, 16
 # Where names that megatron-core keeps to itself may be used: what adapts it, and the copy of its optimizer's state.
 MEGATRON_ADAPTERS = ("himix_megatron/distributed/", "himix_megatron/checkpoint/distributed_optimizer.py")
 # The folders in which people and build farms keep their work; one of these in a tracked file points at one machine.

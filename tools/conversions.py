@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from himix_megatron.checkpoint.description import architecture
+from himix_megatron.checkpoint.description import architecture, check_architecture
 from himix_megatron.checkpoint.manifest import find_checkpoint, verify_checkpoint
 from himix_megatron.config import (
     Config,
@@ -201,7 +201,9 @@ def _read_checkpoint(path: Path) -> tuple[Path, Config]:
     checkpoint = find_checkpoint(str(path))
     if wrong := verify_checkpoint(checkpoint):
         raise ValueError(f"checkpoint {checkpoint} cannot be trusted: {'; '.join(wrong)}")
-    return checkpoint, dataclasses.replace(read_config(checkpoint), parallel=ParallelConfig(), run=RunConfig())
+    config = dataclasses.replace(read_config(checkpoint), parallel=ParallelConfig(), run=RunConfig())
+    check_architecture(checkpoint, config)
+    return checkpoint, config
 
 
 # ---- one process, one output ---------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config, Part, current_fields
+from ..costs.memory import model_parameters
 from ..runtime.durable_files import write_synced
-from .manifest import DESCRIPTION, DESCRIPTION_VERSION, read_description
+from .manifest import DESCRIPTION, DESCRIPTION_VERSION, read_description, read_manifest
 from .manifest import Description as Description
 from .manifest import Position as Position
 
@@ -40,8 +41,8 @@ def architecture(config: Config) -> dict[str, Any]:
 
 
 def check_architecture(folder: Path, config: Config) -> Description:
-    """The description of a checkpoint. Raises: ValueError if it is damaged, or naming the first field in which the
-    architectures differ."""
+    """The description of a checkpoint. Raises: ValueError if it is damaged, naming the first field in which the architectures
+    differ, or for a model that is larger than its files, which nobody should begin to build."""
     description = read_description(folder)
     stored, wanted = description.architecture, architecture(config)
     for name in wanted:
@@ -50,6 +51,9 @@ def check_architecture(folder: Path, config: Config) -> Description:
             raise ValueError(
                 f"checkpoint {folder} is of another architecture: {name} is {stored[name]} there and {wanted[name]} here"
             )
+    num_bytes = sum(digest.bytes for digest in read_manifest(folder).values())
+    if (number := model_parameters(config).language) > num_bytes:
+        raise ValueError(f"checkpoint {folder} has {num_bytes} bytes: too few for a model of {number:.3g} parameters")
     return description
 
 

@@ -159,7 +159,9 @@ def acquire(run_dir: Path) -> RunLock:
 
     Raises: ValueError while another process holds it, or for links where a run writes; OSError if the folder cannot be written.
     """
-    refuse_links(run_dir, "*", "checkpoints/*", "ledger/*", "log/*", "tensorboard/*", "towers/*")
+    for name in ("checkpoints", "ledger", "log", "tensorboard", "towers"):
+        refuse_links(run_dir, name, f"{name}/*")
+    refuse_links(run_dir, "*.json*", "STOP")
     home = run_dir / "checkpoints"
     home.mkdir(parents=True, exist_ok=True)
     here = LockOwner.here()

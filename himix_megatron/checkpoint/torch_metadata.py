@@ -43,18 +43,41 @@ _NAMED: dict[str, Any] = {
         "metadata.MetadataIndex", "filesystem._StorageInfo",
     )
 }  # fmt: skip
-_METADATA, _TENSOR, _BYTES, *_ = _NAMED.values()
+_METADATA, _TENSOR, _BYTES, *_, _INDEX, _ = _NAMED.values()
 _NAMED |= dict.fromkeys(("pathlib.PosixPath", "pathlib._local.PosixPath"), _StandIn)  # the second: Python 3.13
-_NAMED |= {"torch.Size": tuple, "torch.serialization._get_layout": str}  # the second looks a layout up by its name
 
 
-class _Reader(pickle._Unpickler):
-    # The one in Python, since the other allocates what a number in the file says. No save numbers its memory.
-    dispatch: ClassVar = {
-        code: load
-        for code, load in pickle._Unpickler.dispatch.items()
-        if code not in b"".join((pickle.PUT, pickle.LONG_BINPUT, pickle.BYTEARRAY8))
-    }
+def _layout(name: Any) -> str:
+    """In place of what looks a layout up by its name. Text of anything else could be made for ever."""
+    if type(name) is not str:
+        raise pickle.UnpicklingError("a layout has no name")
+    return name
+
+
+_NAMED |= {"torch.Size": tuple, "torch.serialization._get_layout": _layout}
+
+
+_IN_PYTHON: Any = pickle._Unpickler  # the other allocates what a number in the file says
+_UNUSED = (pickle.PUT, pickle.LONG_BINPUT, pickle.BYTEARRAY8, pickle.DICT, pickle.ADDITEMS, pickle.FROZENSET)
+
+
+class _Reader(_IN_PYTHON):  # type: ignore[misc]
+    dispatch: ClassVar = {code: load for code, load in _IN_PYTHON.dispatch.items() if code not in b"".join(_UNUSED)}
+
+    def load_setitems(self) -> None:
+        self._check_keys(self.stack[::2])
+        _IN_PYTHON.load_setitems(self)
+
+    def load_setitem(self) -> None:
+        self._check_keys(self.stack[-2:-1])
+        _IN_PYTHON.load_setitem(self)
+
+    dispatch[pickle.SETITEMS[0]], dispatch[pickle.SETITEM[0]] = load_setitems, load_setitem
+
+    def _check_keys(self, keys: list[Any]) -> None:
+        """Pairs of pairs of the same pairs would be hashed for ever."""
+        if any(type(key) not in (str, _INDEX) for key in keys):
+            raise pickle.UnpicklingError("a key is no text and no index")
 
     def find_class(self, module: str, name: str) -> Any:
         named = f"{module}.{name}"
@@ -71,9 +94,8 @@ def check_metadata(path: Path, files: Collection[str]) -> None:
         wrong = [] if type(found) is _METADATA and type(tensors) is type(places) is dict else ["it is no Metadata of torch"]
         others = {key: entry for key, entry in tensors.items() if type(entry) is not _TENSOR}
         wrong += [f"{key} is no tensor" for key, of in others.items() if type(of) is not _BYTES or _EXTRA_STATE not in key]
-        wrong += [
-            f"it looks for a tensor in {name}" for name in {place.relative_path for place in places.values()} - set(files)
-        ]
+        named = [place.relative_path for place in places.values()]
+        wrong += [f"it looks for a tensor in {name}" for name in named if type(name) is not str or name not in files]
     except _DAMAGE as error:
         wrong = [str(error)]
     if wrong:

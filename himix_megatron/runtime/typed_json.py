@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-from .untrusted_files import read_regular
+from .untrusted_files import MAX_SHOWN, read_regular
 
 T = TypeVar("T")
 
@@ -64,9 +64,7 @@ def build(cls: type[T], values: Any, where: str, *, field: str = "") -> T:
     values = _object(values, where, field)
     hints, prefix = _hints(typing.cast(Any, cls)), f"{field}." if field else ""
     if unknown := sorted(values.keys() - hints.keys()):
-        raise ValueError(
-            f"{where}: it has a field {prefix}{unknown[0]}, which this program does not know: use the one that wrote it"
-        )
+        raise ValueError(f"{where}: it has a field {prefix}{unknown[0]}, which this program does not know")
     built = {name: as_type(hints[name], value, where, prefix + name) for name, value in values.items()}
     for item in dataclasses.fields(cls):  # type: ignore[arg-type]
         has_default = item.default is not dataclasses.MISSING or item.default_factory is not dataclasses.MISSING
@@ -111,7 +109,7 @@ def as_type(hint: Any, value: Any, where: str, field: str = "") -> Any:
         return value
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, where, field=field)
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) < 1 << 1000:  # above, it fits into no float
         return value
     if origin is None and type(value) is (type(None) if hint is None else hint):
         return value
@@ -156,5 +154,5 @@ def _check_depth(value: Any, where: str, field: str) -> None:
 
 
 def _wrong(value: Any, wanted: str, where: str, field: str) -> ValueError:
-    shown = "an object" if isinstance(value, dict) else "a list" if isinstance(value, list) else json.dumps(value)
+    shown = "an object" if isinstance(value, dict) else "a list" if isinstance(value, list) else json.dumps(value)[:MAX_SHOWN]
     return ValueError(f"{where}: {field or 'it'} is {shown}, wanted {wanted}")

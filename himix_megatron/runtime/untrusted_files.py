@@ -134,7 +134,7 @@ def _open_below(folder: Path, name: str, flags: int) -> int:
 
 
 def _link(folder: Path, place: Path) -> LinkError:
-    return LinkError(f"{place} is a symbolic link: links below {folder} are not followed, put the file itself there")
+    return LinkError(f"{place} is a symbolic link: links below {folder} are not followed: put there what it leads to")
 
 
 def _checked(descriptor: int, place: str, limit: int | None = None) -> int:

@@ -140,11 +140,24 @@ def _check_continues(config: Config, plan: SamplingPlan | Stream, folder: Path, 
     stored = in_vision_tokens(position.data, config.vision.max_tokens_per_image)
     for field in stored | fixed:
         old, new = stored.get(field), fixed.get(field)
-        if old != new:
+        if field == "data.tokenizer" and new == f"2-{old}":
+            _check_control_tokens(config)
+        elif old != new:
             raise ValueError(
                 f"cannot resume {config.run_dir} (step {position.step}): {field} changed from {old} to {new}, which changes "
                 "the data order. Restore it or use a new --run.dir"
             )
+
+
+def _check_control_tokens(config: Config) -> None:
+    """A run begun when names of control tokens in texts were control tokens. Raises: ValueError if they decide its order."""
+    if config.data.packs or config.data.overlong == "drop":
+        raise ValueError(
+            f"cannot resume {config.run_dir}: names of control tokens in texts are text now, which can change lengths and so "
+            "which samples are in which step. End it with the version that began it, or start a new --run.dir from it with "
+            "--checkpoint.init-from"
+        )
+    logger.warning("names of control tokens in texts are text from now on; which samples are in which step stays the same")
 
 
 # ---- starting ------------------------------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ CONFIG = RECIPES["tiny_align"]()
 POSITION = Position(step=7, place=replace(START, samples=56), data={"train.seed": 1234})
 
 
-def described(folder: Path, version: int | None) -> Path:
-    """A checkpoint that holds its description alone."""
+def described(folder: Path, version: int | None, num_bytes: int = 4 << 20) -> Path:
+    """A checkpoint that holds its description, and a file as large as its weights would be."""
     folder.mkdir(parents=True)
     write_description(folder, CONFIG, POSITION, ("vision_kv",), None, 2.5)
     content = json.loads((folder / DESCRIPTION).read_text())
@@ -27,7 +27,8 @@ def described(folder: Path, version: int | None) -> Path:
     if version is not None:
         content = {"version": version} | content
     (folder / DESCRIPTION).write_text(json.dumps(content))
-    write_manifest(folder, sync_and_digest(folder, [DESCRIPTION]))
+    (folder / "weights").write_bytes(bytes(num_bytes))
+    write_manifest(folder, sync_and_digest(folder, [DESCRIPTION, "weights"]))
     return folder
 
 
@@ -38,6 +39,12 @@ def test_known_versions_are_read(tmp_path: Path, version: int | None) -> None:
     found = check_architecture(folder, CONFIG)
     assert position_of(found) == POSITION
     assert (found.parts, found.validation_loss) == (("vision_kv",), 2.5)
+
+
+def test_a_model_that_is_larger_than_its_files_is_not_begun(tmp_path: Path) -> None:
+    folder = described(tmp_path / "step-00000007", 1, num_bytes=1000)
+    with pytest.raises(ValueError, match=r"has \d+ bytes: too few for a model of 8.* parameters"):
+        check_architecture(folder, CONFIG)
 
 
 def test_a_newer_version_is_refused_and_not_taken_for_damage(tmp_path: Path) -> None:

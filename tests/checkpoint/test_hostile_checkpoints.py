@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 from himix_megatron.checkpoint.manifest import complete_checkpoints, find_checkpoint, verify_checkpoint, write_manifest
+from himix_megatron.checkpoint.torch_metadata import check_metadata
 from himix_megatron.config import Config
 from himix_megatron.runtime.durable_files import FileDigest, file_digest
 from tests.support.interrupted_saves import saving_config
@@ -203,6 +204,20 @@ def test_a_file_that_is_too_deep_is_one_line(step: Path, name: str) -> None:
         sign(step)
     with pytest.raises(ValueError, match=f"{name}.*too many lists or objects in each other"):
         find_checkpoint(str(step))
+
+
+PAIRS = b"N\x94" + b"".join(b"h%c\x86\x94" % number for number in range(60))
+"""A pair of a pair of ..., both sides the same one: walking through it takes 2^60 steps."""
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"}%bNs." % PAIRS, b"}(%bNu." % PAIRS, b"ctorch.serialization\n_get_layout\n%b\x85R." % PAIRS, b"\x8f(%b\x90." % PAIRS],
+)
+def test_a_pickle_that_never_ends_is_refused(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / ".metadata").write_bytes(b"\x80\x04" + data)
+    with pytest.raises(ValueError, match="is not what a save writes, and is not opened"):
+        check_metadata(tmp_path / ".metadata", ())
 
 
 def test_only_ascii_digits_name_a_step(step: Path) -> None:

@@ -94,6 +94,31 @@ def test_a_checkpoint_with_a_budget_in_images_continues_at_as_many_vision_tokens
     check({"data.pack_max_vision_tokens": 18955}, 18955)
 
 
+def test_a_run_begun_when_texts_could_hold_control_tokens_continues_where_its_order_stays(tmp_path: Path) -> None:
+    recipe = RECIPES["llama3_2_1b_instruct"]()
+    packed = replace(recipe.data, pack_max_text_tokens=8192, pack_max_vision_tokens=18954)
+    description = Description(
+        position=Position(step=3, place=START, data={"data.tokenizer": "abc"}),
+        parts=recipe.train.trainable_parts,
+        architecture={},
+        distributed_optimizer=True,
+        tower=None,
+        validation_loss=None,
+    )
+
+    def check(config: Config, tokenizer: str) -> None:
+        plan: Any = SimpleNamespace(fingerprint_fields=lambda: {"data.tokenizer": tokenizer})
+        _check_continues(config, plan, tmp_path, description)
+
+    check(recipe, "2-abc")
+    with pytest.raises(ValueError, match=r"data\.tokenizer changed from abc to 2-abd"):
+        check(recipe, "2-abd")
+    train = replace(recipe.train, global_batch_samples=None, global_batch_packs=8)
+    for data in (packed, replace(recipe.data, overlong="drop")):
+        with pytest.raises(ValueError, match=r"names of control tokens in texts are text now.*--checkpoint\.init-from"):
+            check(replace(recipe, data=data, train=train if data.packs else recipe.train), "2-abc")
+
+
 def test_an_old_name_is_no_name_of_today() -> None:
     for old, new in RENAMED_FIELDS.items():
         assert current_fields({old: 1}) == current_fields({new: 1}) == {new: 1}

@@ -193,6 +193,7 @@ def test_a_field_that_would_not_be_obeyed_is_refused_by_name(address: str, field
 
 def test_fields_that_change_no_answer_are_accepted(address: str) -> None:
     fields = {"user": "me", "model": "any", "n": 1, "frequency_penalty": 0, "tools": None, "metadata": {"a": "b"}, "stop": "x"}
+    fields |= {"tools": [], "response_format": {"type": "text"}, "stream_options": {"include_usage": False}, "logit_bias": {}}
     assert post(address, {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2, **fields})[0] == 200
 
 
@@ -431,6 +432,17 @@ def test_a_request_must_arrive_in_time_however_it_is_cut(alone: tuple[str, Told]
                 reply += part
     assert time.perf_counter() - started < 4
     assert not begun.endswith(b"x") or b" 408 " in reply, reply
+
+
+def test_slow_senders_of_large_requests_make_room(alone: tuple[str, Told], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "READ_SECONDS", 20.0)
+    with connect(alone[0]) as first, connect(alone[0]) as second, connect(alone[0]) as third:
+        for client in (first, second, third):
+            client.sendall(request(b"{", 300_000))
+        time.sleep(0.2)
+        started = time.perf_counter()
+        assert post(alone[0], {"pad": "x" * 300_000})[0] == 200
+        assert time.perf_counter() - started < 6
 
 
 @pytest.mark.parametrize("alone", ["::1"], indirect=True)
