@@ -273,7 +273,7 @@ def _tower_gradients(config: Config) -> tuple[float, dict[str, torch.Tensor]]:
     for stage in run.model_chunks:
         stage.zero_grad_buffer()
     reported = train_step.run_schedule(run, batch, images, forward_only=False)
-    counts, *_ = train_step.count(config, topology, batch, reported)
+    counts, *_ = train_step.count(topology, batch, reported)
     gradients = {name: p.main_grad.clone() for name, p in unwrap_model(run.model_chunks[0]).tower.named_parameters()}
     return counts.loss, gradients
 

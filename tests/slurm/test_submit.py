@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil
 import pytest
 
-from himix_megatron.checkpoint.manifest import sync_and_digest, write_manifest
+from himix_megatron.checkpoint.manifest import Description, Position, sync_and_digest, write_manifest
+from himix_megatron.data.loading.plan import START
 from pipelines.cli import run_main
 from pipelines.recipes import tiny_align
 from slurm import submit
@@ -36,7 +37,16 @@ def places(mixed_dataset: Path, tmp_path: Path) -> dict[str, str]:
     (tmp_path / "STOPPED" / "STOP").write_text("too many bad samples\n")
     checkpoint = tmp_path / "OTHER" / "checkpoints" / "step-00000001"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "himix.json").write_text(json.dumps({"architecture": {"model.num_layers": 7}, "tower": None}))
+    position = Position(step=1, place=START, data={})
+    description = Description(
+        position=position,
+        parts=(),
+        architecture={"model.num_layers": 7},
+        distributed_optimizer=False,
+        tower=None,
+        validation_loss=None,
+    )
+    (checkpoint / "himix.json").write_text(json.dumps(asdict(description)))
     write_manifest(checkpoint, sync_and_digest(checkpoint, ["himix.json"]))
     names = ("EMPTY", "STOPPED", "OTHER", "FILE", "MARK", "A", "B", "GONE")
     return {"DATA": str(mixed_dataset)} | {name: str(tmp_path / name) for name in names}
