@@ -39,6 +39,7 @@ from ..distributed.control_group import ControlGroup, SaveError
 from ..runtime.durable_files import write_synced
 from ..runtime.errors import StartError
 from ..runtime.failpoints import failpoint
+from .torch_metadata import METADATA
 
 COMMON, CONFIG = "common.pt", "metadata.json"
 """megatron-core's file names."""
@@ -193,6 +194,8 @@ def opened(folder: Path) -> Iterator[None]:
 
     Raises: StartError where the files are what their maker wrote, and yet not what a save writes.
     """
+    if not (folder / METADATA).is_file():
+        raise StartError(f"checkpoint {folder} cannot be loaded: it has no {METADATA}")
     try:
         yield
     except (torch.OutOfMemoryError, torch.distributed.DistError):

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 from himix_megatron.checkpoint.manifest import complete_checkpoints, find_checkpoint, verify_checkpoint, write_manifest
+from himix_megatron.checkpoint.snapshot import opened
 from himix_megatron.checkpoint.torch_metadata import check_metadata
 from himix_megatron.config import Config
 from himix_megatron.runtime.durable_files import FileDigest, file_digest
@@ -223,3 +224,9 @@ def test_a_pickle_that_never_ends_is_refused(tmp_path: Path, data: bytes) -> Non
 def test_only_ascii_digits_name_a_step(step: Path) -> None:
     shutil.copytree(step, step.with_name("step-0000000٣"))
     assert complete_checkpoints(step.parent.parent) == [step]
+
+
+def test_a_checkpoint_without_metadata_is_one_line(step: Path) -> None:
+    (step / ".metadata").unlink()
+    with pytest.raises(ValueError, match=r"step-0+1 cannot be loaded: it has no \.metadata"), opened(step):
+        pass
