@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import tarfile
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 
 from himix_megatron.data.ingest.sources.base import SourceError, digest_id, find_repeated
 from himix_megatron.data.ingest.sources.file_list import FilesSource
+from himix_megatron.data.ingest.sources.llava import LlavaSource
 from himix_megatron.data.ingest.sources.parquet import ParquetReader
 from himix_megatron.data.ingest.sources.webdataset import TarReader
 from himix_megatron.data.shards.reader import ShardDataset
@@ -439,3 +441,18 @@ def test_files_without_rows_and_shards_of_many_files_lose_nothing(tmp_path):
     for size in (1, 2, 4, 9, 100):
         dataset = make_from(tmp_path / f"out-{size}", "webdataset", tmp_path / "in", samples_per_shard=size)
         assert [dataset.text(i)["id"] for i in range(len(dataset))] == [key for some in keys for key in some]
+
+
+def test_a_file_that_was_made_huge_is_refused_before_it_is_read_through(tmp_path):
+    """A terabyte of zeros takes no room on a disk, and half an hour to read."""
+    tar = write_tar(tmp_path / "a.tar", [("0.json", b'{"caption": "a"}'), ("0.png", encoded(picture(), "PNG"))])
+    parquet = next(parquet_set(tmp_path / "parquet").glob("*.parquet"))
+    annotations, images = mixed_source(tmp_path / "llava", 3)
+    for path in (tar, parquet, annotations):
+        os.truncate(path, 1 << 40)
+    with pytest.raises(SourceError, match=r"a\.tar: \d{13} bytes follow its end mark, more than programs fill up with"):
+        TarReader().scan(str(tar))
+    with pytest.raises(SourceError, match=r"parquet.*: "):
+        ParquetReader().scan(str(parquet))
+    with pytest.raises(SourceError, match="has 1099511627776 bytes: at most 4294967296 are read"):
+        LlavaSource(str(annotations), str(images))

@@ -35,6 +35,9 @@ from .base import (
 _NO_SUCH_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP, errno.EINVAL}
 _NO_SUCH_FILE |= {errno.ENXIO, errno.EPERM}  # a socket; a protected file
 
+MAX_ANNOTATION_BYTES = 4 << 30
+"""The file is in memory as a whole, and its rows take some twenty times as much; the largest known has one GB."""
+
 
 class LlavaSource:
     """The rows of an annotation file, held in memory as they were parsed. A line of a .jsonl that is no JSON is a bad row.
@@ -155,6 +158,8 @@ def _load(annotations: str) -> tuple[list[Any], str]:
     """The rows, and the SHA-256 of the file they were parsed from."""
     if not storage.is_file(annotations):  # a named pipe would wait for ever
         raise SourceError(f"--annotations {annotations}: no such file")
+    if (size := storage.size_of(annotations)) > MAX_ANNOTATION_BYTES:
+        raise SourceError(f"--annotations {annotations} has {size} bytes: at most {MAX_ANNOTATION_BYTES} are read")
     data = storage.read_bytes(annotations)
     source_hash = hashlib.sha256(data).hexdigest()
     if annotations.endswith(".jsonl"):

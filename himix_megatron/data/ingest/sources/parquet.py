@@ -75,12 +75,12 @@ class ParquetReader:
     suffixes: tuple[str, ...] = (".parquet",)
 
     def scan(self, place: str) -> FileScan:
-        """Hash the file, check its columns, and read its ids."""
+        """Check the file's columns, hash it, and read its ids. What is no Parquet file is not read to its end."""
         is_remote = storage.is_remote(place)
-        identity = storage.remote_identity(place) if is_remote else asdict(file_digest(storage.local_path(place)))
         with _opened(place) as file:
             columns = self._columns(file, place)
             _refuse_bombs(file, columns, place)
+            identity = storage.remote_identity(place) if is_remote else asdict(file_digest(storage.local_path(place)))
             if columns.id is None:
                 return scanned(identity, [NO_ID] * file.metadata.num_rows)
             ids: list[IdDigest] = []

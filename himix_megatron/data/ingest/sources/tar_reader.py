@@ -16,6 +16,7 @@ MAX_NAME_BYTES = 64 << 10
 """A longer name, or longer PAX records, are refused unread."""
 MAX_PAX_RECORDS = 1000
 _CHUNK = 1 << 20
+MAX_PADDING = 64 << 20
 _ZEROS = bytes(BLOCK)
 
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstandard", b"PK": "zip"}
@@ -131,7 +132,9 @@ class TarStream:
         self._content = 0
 
     def _end(self) -> None:
-        """See that nothing but zeros follows."""
+        """See that nothing but some zeros follows: programs fill their last block with them."""
+        if self._size - self.position > MAX_PADDING:
+            raise TarError(f"{self._size - self.position} bytes follow its end mark, more than programs fill up with")
         while self.position < self._size:
             if self._exactly(min(self._size - self.position, _CHUNK)).strip(b"\0"):
                 raise TarError("more data follows its end mark: are several tars joined?")
