@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from himix_megatron.config import Config
+from himix_megatron.config import METHODS, Config, check_known
 from himix_megatron.runtime.errors import RankError
 from himix_megatron.runtime.untrusted_files import printable
 from pipelines.flags import parse_settings, prose, read_flags, split_flags, with_changes
@@ -29,6 +29,9 @@ __all__ = ["load_recipe", "parse", "parse_settings", "run_main", "split_recipe_f
 
 log = logging.getLogger(__name__)
 
+METHOD = "method"
+"""The flag that fills a section of settings."""
+_METHOD_HELP = f"--method {'|'.join(METHODS)}: fills the section injection with a published method's choices (docs/methods.md)."
 USER_MISTAKE = 2
 """Exit code when the user's choice cannot work."""
 
@@ -65,16 +68,29 @@ def parse(argv: Sequence[str], program: str = "python -m pipelines.pretrain") ->
         raise ValueError("--recipe is not a flag: the recipe is the first word")
     make = load_recipe(argv[0])
     recipe = make()
+    words = split_flags(argv[1:], lambda name: name == METHOD)
+    method = parse_settings(_Method, words.get(True, []), program).method
+    if method is not None:
+        check_known("--method", method, METHODS)
     given = read_flags(
         Config,
-        argv[1:],
+        words.get(False, []),
         f"{program} {recipe.recipe}",
-        description=inspect.getdoc(make) or "",
+        description=f"{inspect.getdoc(make) or ''}\n\n{_METHOD_HELP}",
         defaults=recipe,
         without="recipe",
     )
+    if method is not None:
+        model = with_changes(recipe.model, {name[6:]: value for name, value in given.items() if name.startswith("model.")})
+        given = {f"injection.{name}": value for name, value in dataclasses.asdict(METHODS[method](model)).items()} | given
     changed: Config = with_changes(recipe, given)
     return changed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Method:
+    method: str | None = None
+    """Published method that fills the section injection."""
 
 
 def load_recipe(name: str) -> Callable[[], Config]:
@@ -112,8 +128,8 @@ def load_recipe(name: str) -> Callable[[], Config]:
 
 
 def split_recipe_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """A command's words for `parse` (the recipe, and flags with a dot in their name) and for its own settings (other flags)."""
-    groups = split_flags(words, lambda name: not name or "." in name)
+    """A command's words for `parse` (the recipe, --method, flags with a dot in their name), and for its own settings."""
+    groups = split_flags(words, lambda name: name in ("", METHOD) or "." in name)
     return groups.get(True, []), groups.get(False, [])
 
 

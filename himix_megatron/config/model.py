@@ -12,7 +12,7 @@ from .towers import TOWERS
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """The language decoder, and how vision enters it."""
+    """The language decoder."""
 
     family: str
     """Language family: llama, or qwen2 (biases on q, k and v, those of the vision included)."""
@@ -107,6 +107,9 @@ class VisionConfig:
     feature_layer: int = -2
     """Hidden state that the features are taken from: -1 is the last layer's output, -2 the second to last. Patch tokens
     only."""
+    feature_layers: tuple[int, ...] = ()
+    """Hidden states, as in feature_layer, that are taken in its place; the decoder's injecting layers get them in this order,
+    evenly. Empty: feature_layer for all."""
     resize: Literal["square", "crop"] = "square"
     """Way of resizing to a fixed size. square: both sides to image_size; crop: the shorter side to image_size, then the centre
     (as in CLIP)."""
@@ -141,8 +144,21 @@ class VisionConfig:
             raise ValueError(
                 f"vision.resize is crop, but the {self.tower} tower takes whole images in their own aspect: use square"
             )
-        if not -self.num_layers <= self.feature_layer <= -1:
-            raise ValueError(f"vision.feature_layer is {self.feature_layer}: wanted -{self.num_layers} to -1")
+        for name, layers in (("feature_layer", (self.feature_layer,)), ("feature_layers", self.feature_layers)):
+            if wrong := [layer for layer in layers if not -self.num_layers <= layer <= -1]:
+                raise ValueError(f"vision.{name} is {wrong[0]}: wanted -{self.num_layers} to -1")
+        if len(set(self.feature_layers)) != len(self.feature_layers):
+            raise ValueError(f"vision.feature_layers is {' '.join(map(str, self.feature_layers))}: name each once")
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The hidden states that the features are taken from."""
+        return self.feature_layers or (self.feature_layer,)
+
+    @property
+    def feature_width(self) -> int:
+        """Channels of a vision token as the tower gives it: those of all hidden states that are taken, one after the other."""
+        return self.hidden_size * len(self.levels)
 
     @property
     def has_fixed_size(self) -> bool:

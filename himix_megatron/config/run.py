@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .data import DataConfig
+from .injection import InjectionConfig
 from .model import ModelConfig, VisionConfig
 from .operations import CheckpointConfig, HealthConfig, LogConfig, RunConfig
 from .training import OptimizerConfig, ParallelConfig, TrainConfig
@@ -24,6 +25,7 @@ class Config:
     """Name of the recipe this came from."""
     model: ModelConfig
     vision: VisionConfig
+    injection: InjectionConfig = field(default_factory=InjectionConfig)
     data: DataConfig
     train: TrainConfig
     optimizer: OptimizerConfig
@@ -35,6 +37,7 @@ class Config:
 
     def __post_init__(self) -> None:
         model, parallel = self.model, self.parallel
+        self.injection.check(model, self.vision)
         for name, heads in (("num_attention_heads", model.num_attention_heads), ("num_query_groups", model.num_query_groups)):
             if heads % parallel.tensor:
                 sizes = [n for n in range(1, heads + 1) if model.num_query_groups % n == 0]
@@ -90,9 +93,15 @@ class Config:
             ("train.trainable_parts", "tower" not in train.trainable_parts, "a frozen tower"),
             ("train.fp8", train.fp8 == "none", "--train.fp8 none"),
             ("train.recompute", train.recompute == "none", "--train.recompute none"),
+            ("injection", self._has_plain_attention, "one softmax over all images of a sample, without rotary positions"),
         ):
             if not found:
                 raise ValueError(f"train.cuda_graphs is on, which {field_name} does not allow: it needs {wanted}")
+
+    @property
+    def _has_plain_attention(self) -> bool:
+        injection = self.injection
+        return injection.fusion == "joint" and not injection.needs_places and injection.reduce == "none"
 
     @property
     def global_batch(self) -> int:

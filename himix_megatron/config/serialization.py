@@ -13,9 +13,9 @@ from ..runtime.untrusted_files import read_regular
 from .model import VisionConfig
 from .run import Config
 
-VERSION = 2
-"""Of config.json. Versions 0, which has no number in it, and 1 are read through `RENAMED_FIELDS`, `_RENAMED_VALUES` and
-`in_vision_tokens`."""
+VERSION = 3
+"""Of config.json. Version 2 has no section `injection`. Versions 0, which has no number in it, and 1 are read through
+`RENAMED_FIELDS`, `_RENAMED_VALUES` and `in_vision_tokens`."""
 
 RENAMED_FIELDS = {
     "model.attention": "model.layer_spec",
@@ -97,7 +97,7 @@ def from_json(text: str | bytes, where: str = "config.json") -> Config:
     if version not in range(VERSION + 1):
         raise ValueError(f"{where} has version {version}: this program reads versions 0 to {VERSION}; use a newer program")
     tree = _current(tree)
-    return typed_json.build(Config, tree if version == VERSION else _renew(tree, where), where)
+    return typed_json.build(Config, tree if version >= 2 else _renew(tree, where), where)
 
 
 def read_config(path: Path) -> Config:

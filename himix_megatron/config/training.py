@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 from ..runtime.limits import BelowOne, Count, Limit, Positive, ZeroOrMore, check_limits
 
 Part = Literal["vision_kv", "language", "tower"]
-"""What can train: the vision norms and vision K/V projections; the language model; the vision tower."""
+"""What can train: all that brings vision into the decoder (vision norms, vision K/V projections, adapters, gates, blocks of
+their own); the language model; the vision tower."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +74,10 @@ class TrainConfig:
     """Whether forward and backward of each packed micro-batch run as one CUDA graph, recorded once for each of a few sizes.
     Made for narrow decoders, which keep the host busier than the GPU. Needs a GPU, packing, one rank per replica, a frozen
     tower, and memory for the activations of two micro-batches."""
+    initialization: Literal["sequential", "by_name"] = "sequential"
+    """Way in which fresh weights are drawn. sequential: as modules are built, so that they depend on what else is built;
+    by_name: each by its name, so that models that differ in some parts, or in their layout, begin with the same weights in
+    all others."""
     seed: Annotated[int, Limit(0, 2**32 - 1)] = 1234
     """Seed of weight initialisation and data order."""
 
