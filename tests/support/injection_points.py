@@ -53,6 +53,8 @@ class Case:
     packed: bool
     seed: int
     """Of weights and pixels."""
+    sequence: bool = False
+    """Whether activations are split along the text, at any layout with tensor ranks."""
 
     @property
     def samples(self) -> tuple[Sample, ...]:
@@ -64,7 +66,8 @@ class Case:
 
     def at(self, parallel: ParallelConfig) -> Config:
         """The configuration in a layout of ranks."""
-        return replace(self.config, parallel=parallel)
+        sequence = parallel.sequence or (self.sequence and parallel.tensor > 1)
+        return replace(self.config, parallel=replace(parallel, sequence=sequence))
 
 
 def tiny_config(
@@ -135,7 +138,8 @@ def point_case(seed: int, number: int) -> Case:
             break
         except ValueError:
             continue
-    return _case(f"seed {seed} number {number}", config, draw, packed=True, seed=seed * 1000 + number)
+    case = _case(f"seed {seed} number {number}", config, draw, packed=True, seed=seed * 1000 + number)
+    return replace(case, sequence=draw.random() < 0.5)
 
 
 def _draw_config(draw: random.Random, fusion: str) -> Config:
