@@ -8,7 +8,7 @@ pixels, and the features' gradient is judged by that of the tower's weights; els
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ class Found:
     """Of each sample float[n, vocabulary], as in `Outcome`."""
     gradients: dict[str, Tensor]
     """By the weight's name in checkpoints; the tower's begin with `tower.`."""
+    scales: dict[str, float] = field(default_factory=dict)
+    """As in `Outcome`; of the reference alone."""
 
 
 # ---- what is given -----------------------------------------------------------------------------------------------------
@@ -82,14 +84,14 @@ def reference(case: Case, form: Form | None = None) -> Found:
     weights = drawn_weights(case.config, case.seed)
     if not case.tower_trains:
         found = outcome(case.config, weights, case.samples, features_of(case), form)
-        return Found(found.loss, found.logits, found.gradients)
+        return Found(found.loss, found.logits, found.gradients, found.scales)
     tower, features = _tower_in_float64(case)
     found = outcome(case.config, weights, case.samples, features, form)
     flat = [image for own in features for image in own]
     if flat:
         torch.autograd.backward(flat, found.of_features)
     of_tower = {f"tower.{name}": p.grad for name, p in tower.named_parameters() if p.grad is not None}
-    return Found(found.loss, found.logits, found.gradients | of_tower)
+    return Found(found.loss, found.logits, found.gradients | of_tower, found.scales)
 
 
 def _tower_in_float64(case: Case) -> tuple[torch.nn.Module, list[list[Tensor]]]:
@@ -245,16 +247,22 @@ def _on_disk(name: str) -> str:
 
 
 def errors(found: Found, wanted: Found) -> dict[str, float]:
-    """||found - wanted|| / ||wanted|| of the loss, each sample's logits and each gradient."""
+    """||found - wanted|| / ||wanted|| of the loss, each sample's logits and each gradient.
+
+    A gate's gradient is one number, whose terms may nearly cancel: it is judged by their norm where that is larger.
+    """
     assert found.gradients.keys() == wanted.gradients.keys(), found.gradients.keys() ^ wanted.gradients.keys()
     of_logits = {f"logits {n}": _error(a, b) for n, (a, b) in enumerate(zip(found.logits, wanted.logits, strict=True))}
-    of_gradients = {name: _error(found.gradients[name], gradient) for name, gradient in wanted.gradients.items()}
+    of_gradients = {
+        name: _error(found.gradients[name], gradient, wanted.scales.get(name, 0.0))
+        for name, gradient in wanted.gradients.items()
+    }
     return {"loss": abs(found.loss - wanted.loss) / abs(wanted.loss)} | of_logits | of_gradients
 
 
-def _error(found: Tensor, wanted: Tensor) -> float:
+def _error(found: Tensor, wanted: Tensor, scale: float = 0.0) -> float:
     assert found.shape == wanted.shape, (found.shape, wanted.shape)
-    return float((found.double() - wanted).norm() / wanted.norm().clamp(min=1e-30))
+    return float((found.double() - wanted).norm()) / max(float(wanted.norm()), scale, 1e-30)
 
 
 def worst(found: Found, wanted: Found) -> tuple[float, str]:

@@ -60,6 +60,8 @@ class Outcome:
     """Of the loss, by the weight's name."""
     of_features: tuple[Tensor, ...]
     """The same of each image's features."""
+    scales: dict[str, float]
+    """Of each gate the norm of what its gradient is the sum of, a number of either sign for each token."""
 
 
 # ---- weights -----------------------------------------------------------------------------------------------------------
@@ -184,6 +186,8 @@ class Pieces:
     def __init__(self, config: Config, weights: Mapping[str, Tensor]):
         self.config, self.model, self.injection, self.weights = config, config.model, config.injection, weights
         self.used: set[str] = set()
+        self.terms: dict[str, list[Tensor]] = {}
+        """Of each gate what it multiplies each token with, of every sample."""
         self.heads_of_group = config.model.num_attention_heads // config.model.num_query_groups
 
     def weight(self, name: str) -> Tensor:
@@ -197,6 +201,13 @@ class Pieces:
     def norm(self, x: Tensor, name: str) -> Tensor:
         """x / rms(x) * w."""
         return x / (x.square().mean(-1, keepdim=True) + self.model.norm_eps).sqrt() * self.weight(name)
+
+    def gate(self, name: str, number: int) -> Tensor:
+        """tanh of a gate's one number, float[n, 1] for n tokens."""
+        each = torch.tanh(self.weight(name)).expand(number, 1)
+        each.retain_grad()
+        self.terms.setdefault(name, []).append(each)
+        return each
 
     def input_norm(self, layer: int, x: Tensor) -> Tensor:
         return self.norm(x, f"decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight")
@@ -298,11 +309,17 @@ def outcome(
         loss=float(loss.detach()),
         gradients={name: _gradient(weight) for name, weight in pieces.weights.items()},
         of_features=tuple(_gradient(image) for own in given for image in own),
+        scales={name: _norm_of_terms(each, pieces.weights[name]) for name, each in pieces.terms.items()},
     )
 
 
 def _gradient(leaf: Tensor) -> Tensor:
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+
+def _norm_of_terms(each: Sequence[Tensor], gate: Tensor) -> float:
+    by_token = torch.cat([_gradient(own) for own in each])
+    return float((by_token * (1 - torch.tanh(gate.detach()) ** 2)).norm())
 
 
 # ---- any combination of choices ----------------------------------------------------------------------------------------
@@ -359,7 +376,7 @@ def general(p: Pieces, sample: Sample, features: Sequence[Tensor]) -> Tensor:
             )
             second = second * visible.any(1, keepdim=True)
             if injection.gate == "tanh":
-                gate = torch.tanh(p.weight(f"{attention}vision_gate"))
+                gate = p.gate(f"{attention}vision_gate", len(x))
                 update = p.linear(alone + gate * second, f"{attention}linear_proj")
             else:
                 update = p.linear(alone, f"{attention}linear_proj") + p.linear(second, f"{attention}linear_vision_proj")
@@ -445,9 +462,9 @@ def _block(
     if vision_positions is not None:
         query = p.rotate(query, positions)
     mixed = p.attend(query, *_keys_values(p, layer, seen, vision_positions), visible)
-    x = x + torch.tanh(p.weight(f"{block}attention_gate")) * p.linear(mixed, f"{block}linear_proj")
+    x = x + p.gate(f"{block}attention_gate", len(x)) * p.linear(mixed, f"{block}linear_proj")
     added = p.swiglu(p.norm(x, f"{block}pre_mlp_layernorm.weight"), f"{block}mlp") * visible.any(1, keepdim=True)
-    return x + torch.tanh(p.weight(f"{block}mlp_gate")) * added
+    return x + p.gate(f"{block}mlp_gate", len(x)) * added
 
 
 def _local(sample: Sample) -> Tensor:
@@ -575,9 +592,9 @@ def llama3_2_vision(p: Pieces, sample: Sample, features: Sequence[Tensor]) -> Te
             key, value = p.vision_kv(f"{block}linear_vision_kv", images)
             query, key = p.norm(query, f"{block}q_norm.weight"), p.norm(key, f"{block}k_norm.weight")
             mixed = p.linear(p.attend(query, key, value, seen), f"{block}linear_proj")
-            x = x + torch.tanh(p.weight(f"{block}attention_gate")) * mixed
+            x = x + p.gate(f"{block}attention_gate", len(x)) * mixed
             update = p.swiglu(p.norm(x, f"{block}pre_mlp_layernorm.weight"), f"{block}mlp")
-            x = x + torch.tanh(p.weight(f"{block}mlp_gate")) * torch.where(seen.any(1)[:, None], update, 0)
+            x = x + p.gate(f"{block}mlp_gate", len(x)) * torch.where(seen.any(1)[:, None], update, 0)
         x = p.text_layer(layer, x, count)
     return p.logits(x)
 
@@ -606,13 +623,10 @@ def _joint(
     vision_value: Tensor,
     visible: Sequence[Sequence[int]],
 ) -> Tensor:
-    """One softmax for each text token, over the vision tokens that it sees and the text up to itself."""
-    rows = []
-    for token, seen in enumerate(visible):
-        keys = torch.cat((vision_key[list(seen)], key[: token + 1]))
-        values = torch.cat((vision_value[list(seen)], value[: token + 1]))
-        rows.append(p.attend(query[token : token + 1], keys, values, torch.ones(1, len(keys), dtype=torch.bool)))
-    return torch.cat(rows)
+    """One softmax over the vision tokens that each text token sees, by number, and the text up to itself."""
+    seen = torch.tensor([[j in own for j in range(len(vision_key))] for own in visible], dtype=torch.bool)
+    keys, values = torch.cat((vision_key, key)), torch.cat((vision_value, value))
+    return p.attend(query, keys, values, torch.cat((seen.view(len(query), -1), causal(len(query))), 1))
 
 
 def _over_the_sequence(
