@@ -468,13 +468,11 @@ def _block(
 
 
 def _local(sample: Sample) -> Tensor:
-    """bool[n, n]: the text from the place of the latest images up to each token; nothing before the first image."""
+    """bool[n, n]: the text from the place of the latest images, or before any from its beginning, up to each token."""
     number = len(sample.ids)
     seen = torch.zeros(number, number, dtype=torch.bool)
     for token in range(number):
-        earlier = [image.place for image in sample.images if image.place <= token]
-        if earlier:
-            seen[token, max(earlier) : token + 1] = True
+        seen[token, max([image.place for image in sample.images if image.place <= token], default=0) : token + 1] = True
     return seen
 
 
