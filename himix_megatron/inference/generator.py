@@ -43,6 +43,13 @@ class Prompt:
     """int64[T]."""
     images: tuple[npt.NDArray[np.uint8], ...]
     """Each uint8[3, height, width], as `images.decode.decode` gives them."""
+    image_places: tuple[int, ...] = ()
+    """Tokens before each image. Another number than of images: all stand before the text."""
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Tokens before each image."""
+        return self.image_places if len(self.image_places) == len(self.images) else (0,) * len(self.images)
 
 
 @dataclass(slots=True)
@@ -177,7 +184,7 @@ class Answerer:
         tables = []
         for prompt in prompts:
             sizes = [(image.shape[2], image.shape[1]) for image in prompt.images]
-            tables.append(ImageTable.of(vision, [sizes or [vision.blank_size] * without]))
+            tables.append(ImageTable.of(vision, [sizes or [vision.blank_size] * without], [prompt.places or (0,) * without]))
         table = ImageTable.joined(tables)
         images = [image for p in prompts for image in (p.images or (None,) * without)]
         blank = torch.tensor([image is None for image in images], dtype=torch.bool)
