@@ -28,7 +28,7 @@ from ..model.himix_model import arrange_features, build_model_chunks, unwrap_mod
 from ..model.schedule import run_logits
 from ..model.stage_input import StageInput
 from ..model.towers import Tower, build_tower
-from ..model.vision_encoder import ShardedVisionEncoder
+from ..model.vision_encoder import ShardedVisionEncoder, feature_ranks
 from .sampling import Sampling, choose
 
 TokenCallback = Callable[[int, list[int]], bool]
@@ -83,7 +83,9 @@ class Answerer:
         self.model_chunks: list[Any] = [
             model_chunk.eval() for model_chunk in build_model_chunks(config, kernels, topology, self.tower, trains=False)
         ]
-        self.encoder = ShardedVisionEncoder(self.tower, topology.replica, trainable=False, dtype=dtype)
+        self.encoder = ShardedVisionEncoder(
+            self.tower, topology.replica, trainable=False, dtype=dtype, receivers=feature_ranks(config)
+        )
 
     def load(self, checkpoint: Any) -> None:
         """Take a checkpoint's weights. Raises: ValueError for another architecture."""

@@ -57,7 +57,8 @@ def stage_inputs(batch: StepBatch, images: Tensor, device: torch.device) -> list
     """Cut a step into its micro-batches. `images`: features or pixels of all the step's images on this replica."""
     inputs = []
     tables = [micro_batch.images for micro_batch in batch.micro_batches]
-    parts = torch.split(images, [sum(table.rows(images)) for table in tables])
+    rows = [sum(table.rows(images)) if len(images) else 0 for table in tables]  # a stage that takes no vision gets none
+    parts = torch.split(images, rows)
     blanks = torch.split(batch.blank, [len(table) for table in tables])
     for micro_batch, table, part, blank in zip(batch.micro_batches, tables, parts, blanks, strict=True):
         inputs.append(

@@ -21,7 +21,7 @@ from ..model.feature_prefetch import FeaturePrefetcher
 from ..model.himix_model import build_model_chunks, finalize_gradients
 from ..model.micro_batch_graphs import MicroBatchGraphs
 from ..model.towers import build_tower
-from ..model.vision_encoder import ShardedVisionEncoder, encoder_share
+from ..model.vision_encoder import ShardedVisionEncoder, encoder_share, feature_ranks
 from ..monitoring.pipeline_timers import ScheduleTimers
 from .data_setup import RunInputs
 from .optimizer import build_optimizer
@@ -78,7 +78,8 @@ def build_components(
             trainable=trainable,
             dtype=params_dtype(config),
             device=topology.device,
-            place=encoder_share(config.vision.encoder_placement, topology),
+            place=encoder_share(config, topology),
+            receivers=feature_ranks(config),
         ),
         prefetcher=FeaturePrefetcher(topology.device, enabled=config.vision.prefetch_features),
         optimizer=optimizer,
