@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 class TrainingComponents:
     """What training works with on this rank."""
 
+    config: Config
     topology: Topology
     model_chunks: list[DistributedDataParallel]
     """One model chunk, or several with an interleaved pipeline."""
@@ -70,6 +71,7 @@ def build_components(
         syncs = [model_chunk.no_sync for model_chunk in model_chunks]
         mcore_config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
     return TrainingComponents(
+        config=config,
         topology=topology,
         model_chunks=model_chunks,
         encoder=ShardedVisionEncoder(

@@ -274,7 +274,7 @@ def test_features_of_another_kind_are_refused_by_the_name_of_what_differs(datase
     )
     swapped = replace(config, vision=replace(wider, feature_layers=(-1, -3)))
     refused(swapped, r"vision\.feature_layers -3 -1, but here it is -1 -3")
-    cache.manifest.key.update({"vision.num_layers": 1, "vision.feature_layer": -1})
+    cache.manifest.key.update({"vision.num_layers": config.vision.num_layers, "vision.feature_layer": -1})
     refused(config, r"by a tower with other weights \(tower aaaaaaaaaaaa, here bbbbbbbbbbbb\)", tower="b" * 64)
     other = mixed(tmp_path / "other", num_rows=12)
     with pytest.raises(ValueError, match="was made of another dataset"):
