@@ -98,7 +98,7 @@ def blank_pixels(images: ImageTable, vision: VisionConfig) -> Tensor:
 
 
 def grids(images: ImageTable, config: Config) -> list[tuple[int, int]]:
-    """Rows and columns of patches of each of the K images; of an image whose size is not known, those of the tower's square."""
+    """Rows and columns of patches of each of the K images; of one whose size is not known those of the tower's squares."""
     vision, side = config.vision, config.vision.patch_size
     sizes = (size if any(size) else vision.blank_size for size in images.sizes)
     return [(height // side, width // side) for width, height in sizes]
