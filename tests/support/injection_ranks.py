@@ -9,16 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from himix_megatron.config import Config, ParallelConfig
+from himix_megatron.data.loading.batch import StepBatch, collate
 from himix_megatron.data.loading.image_table import ImageTable, blank_pixels
+from himix_megatron.data.text.chat_template import EncodedText
 from tests.support.injection_points import Case
-from tests.support.injection_reference import IGNORED, Form, Sample, drawn_weights, outcome
+from tests.support.injection_reference import IGNORED, Form, Sample, drawn_weights, outcome, predicting_rows
 from tests.support.ranks import run_ranks
+
+if TYPE_CHECKING:
+    from himix_megatron.distributed.topology import Topology
 
 LIMIT = 1e-5
 """Largest error, relative to the reference's own norm."""
@@ -140,7 +147,7 @@ def run_cases(cases: Sequence[Case], parallel: ParallelConfig) -> list[Found] | 
     return None if rank else found
 
 
-def _run(case: Case, parallel: ParallelConfig, topology: Any) -> Found:
+def _run(case: Case, parallel: ParallelConfig, topology: Topology) -> Found:
     from dataclasses import replace
 
     from himix_megatron.conversion.sharding import gather, scatter
@@ -161,7 +168,7 @@ def _run(case: Case, parallel: ParallelConfig, topology: Any) -> Found:
     for model_chunk in model_chunks:
         model_chunk.zero_grad_buffer()
     model_chunks[0].config.finalize_model_grads_func = finalize_gradients
-    inputs = stage_inputs(case, config)
+    inputs = given_to_stage(case, config, topology.pipeline_rank)
     without_labels = [replace(given, labels=None, labelled=None) for given in inputs]
     logits = run_logits(model_chunks, without_labels, lambda _, logits: logits)
     reported = run_losses(model_chunks, inputs, forward_only=False)
@@ -172,63 +179,86 @@ def _run(case: Case, parallel: ParallelConfig, topology: Any) -> Found:
         results = [(_by_sample(case, whole), total / number)]
     torch.distributed.broadcast_object_list(results, src=topology.world_size - 1)
     by_sample, loss = results[0]
+    _check_replicas(model_chunks, topology)
     gradients = gather(model_chunks, lambda parameter: parameter.main_grad.clone(), topology, config.model.vocab_size)
     if config.model.tie_embeddings:
         gradients.pop("output_layer.weight", None)  # the last stage's copy of the embedding
     return Found(loss, by_sample, {_on_disk(name): gradient for name, gradient in gradients.items()})
 
 
-def stage_inputs(case: Case, config: Config) -> list[Any]:
-    """What every stage is given, a StageInput for each micro-batch."""
+def given_to_stage(case: Case, config: Config, stage: int) -> list[Any]:
+    """A StageInput for each micro-batch, as training makes them: a stage that takes no vision is given none."""
+    from himix_megatron.costs.flops import vision_chunks
+    from himix_megatron.data.loading.plan import START
     from himix_megatron.distributed.megatron_config import text_multiple
-    from himix_megatron.model.stage_input import StageInput
+    from himix_megatron.model.stage_input import stage_inputs
 
-    images = iter(pixels_of(case) if case.tower_trains else features_of(case))
     longest = max(sum(_lengths(m)) if case.packed else max(_lengths(m)) for m in case.micro_batches) + 1
     longest += -longest % text_multiple(config)
-    inputs = []
+    micro_batches = []
     for samples in case.micro_batches:
-        rows = [[t for s in samples for t in s.ids]] if case.packed else [list(s.ids) for s in samples]
-        marked = [[t for s in samples for t in s.labels]] if case.packed else [list(s.labels) for s in samples]
-        table = table_of(config, samples)
-        own = [image for _ in samples for image in next(images)]
-        if case.tower_trains:
-            joined = joined_pixels(config, table, own)
-        else:
-            joined = torch.cat([torch.zeros(0, config.vision.feature_width), *own])
-        labels = _padded(marked, longest, IGNORED)
-        inputs.append(
-            StageInput(
-                text_ids=_padded(rows, longest, 0),
-                images=joined,
-                blank=torch.zeros(len(table), dtype=torch.bool),
-                image_table=table,
-                labels=labels,
-                labelled=(labels.flatten() >= 0).nonzero()[:, 0],
-                packed_lengths=tuple(_lengths(samples)) if case.packed else None,
+        texts = [
+            EncodedText(
+                np.array(sample.ids),
+                np.array([False, *[label != IGNORED for label in sample.labels[:-1]]]),
+                False,
+                np.array([image.place for image in sample.images]),
             )
-        )
-    return inputs
+            for sample in samples
+        ]
+        names = ["" for _ in samples]
+        table = table_of(config, samples)
+        micro_batches.append(collate(texts, _lengths(samples), table, names, [0] * len(names), longest, packed=case.packed))
+    table = table_of(config, case.samples)
+    images: Tensor
+    if case.tower_trains:
+        images = joined_pixels(config, table, [image for own in pixels_of(case) for image in own])
+    else:
+        images = torch.cat([torch.zeros(0, config.vision.feature_width), *[i for own in features_of(case) for i in own]])
+        if not any(vision_chunks(config)[stage :: config.parallel.pipeline]):
+            images = images[:0]
+    batch = StepBatch(
+        1, tuple(micro_batches), torch.zeros(len(table), dtype=torch.bool), images, (), START, True, len(case.samples)
+    )
+    return stage_inputs(batch, images, config, torch.device("cpu"))
 
 
 def _lengths(samples: Sequence[Sample]) -> list[int]:
     return [len(sample.ids) for sample in samples]
 
 
-def _padded(rows: Sequence[Sequence[int]], length: int, value: int) -> Tensor:
-    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])
-
-
 def _by_sample(case: Case, logits: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Each sample's own part of float[B, S, vocabulary] of each micro-batch."""
+    """What predicts the token that follows each text token, from float[B, S, vocabulary] of each micro-batch."""
     found: list[Tensor] = []
     for samples, whole in zip(case.micro_batches, logits, strict=True):
+        wanted = [predicting_rows(case.config, sample) for sample in samples]
         if case.packed:
-            lengths = _lengths(samples)
-            found += torch.split(whole[0, : sum(lengths)], lengths)
+            starts = accumulate((own[-1] + 1 for own in wanted), initial=0)
+            found += [whole[0, [start + row for row in own]] for start, own in zip(starts, wanted, strict=False)]
         else:
-            found += [row[: len(sample.ids)] for row, sample in zip(whole, samples, strict=True)]
+            found += [row[own] for row, own in zip(whole, wanted, strict=True)]
     return tuple(own.cpu().clone() for own in found)
+
+
+def _check_replicas(model_chunks: list[Any], topology: Topology) -> None:
+    """Where several ranks or chunks hold the same parameter, whole, they must have the same gradient.
+
+    Raises: AssertionError naming the parameter.
+    """
+    from himix_megatron.conversion.sharding import global_parameters
+
+    own = [
+        (name, parameter.main_grad.clone())
+        for name, parameter in global_parameters(model_chunks)
+        if not getattr(parameter, "tensor_model_parallel", False)
+    ]
+    everyone: list[Any] = [None] * topology.replica_size
+    torch.distributed.all_gather_object(everyone, own, group=topology.replica)
+    first: dict[str, Tensor] = {}
+    for rank, gradients in enumerate(everyone):
+        for name, gradient in gradients:
+            wanted = first.setdefault(name, gradient)
+            assert (gradient - wanted).norm() <= 1e-6 * wanted.norm(), f"{name} has another gradient on replica rank {rank}"
 
 
 def _in_memory(name: str) -> str:

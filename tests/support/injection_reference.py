@@ -478,18 +478,24 @@ def _local(sample: Sample) -> Tensor:
 
 def _in_sequence(p: Pieces, sample: Sample, vision: Tensor, tokens_of: Sequence[int]) -> Tensor:
     """Vision tokens stand in the text."""
-    text, images = p.embed(sample.ids), list(torch.split(vision, list(tokens_of)))
-    order, predicts = [], []
+    text, images, order = p.embed(sample.ids), list(torch.split(vision, list(tokens_of))), []
     for token in range(len(sample.ids) + 1):
         order += [own for own, image in zip(images, sample.images, strict=True) if image.place == token]
-        if token:
-            predicts.append(sum(map(len, order)) - 1)
-        if token < len(sample.ids):
-            order.append(text[token : token + 1])
+        order.append(text[token : token + 1])
     x = torch.cat(order)
     for layer in range(p.model.num_layers):
         x = p.text_layer(layer, x, torch.arange(len(x)))
-    return p.logits(x)[predicts]
+    return p.logits(x)[predicting_rows(p.config, sample)]
+
+
+def predicting_rows(config: Config, sample: Sample) -> list[int]:
+    """Of each text token the row, in the sequence of its sample, whose logits predict what follows it: its own, or that of the
+    last vision token behind it, where vision stands in the sequence."""
+    if config.injection.fusion != "tokens":
+        return list(range(len(sample.ids)))
+    halve = 1 if config.injection.reduce == "none" else 2
+    sizes = [(image.place, -(-image.rows // halve) * -(-image.columns // halve)) for image in sample.images]
+    return [token + sum(number for place, number in sizes if place <= token + 1) for token in range(len(sample.ids))]
 
 
 # ---- the published methods, each by its own equations ------------------------------------------------------------------
