@@ -101,6 +101,11 @@ def reference(case: Case, form: Form | None = None) -> Found:
     return Found(found.loss, found.logits, found.gradients | of_tower, found.scales)
 
 
+def features_in_float64(case: Case) -> list[list[Tensor]]:
+    """Of each sample's images, what the tower makes of their pixels."""
+    return _tower_in_float64(case)[1]
+
+
 def _tower_in_float64(case: Case) -> tuple[torch.nn.Module, list[list[Tensor]]]:
     """The tower, and each image's features. Those of several hidden states come from towers that end at one, on its weights."""
     from dataclasses import replace
@@ -150,7 +155,7 @@ def run_cases(cases: Sequence[Case], parallel: ParallelConfig) -> list[Found] | 
 def _run(case: Case, parallel: ParallelConfig, topology: Topology) -> Found:
     from dataclasses import replace
 
-    from himix_megatron.conversion.sharding import gather, scatter
+    from himix_megatron.conversion.sharding import gather
     from himix_megatron.distributed.fused_kernels import detect
     from himix_megatron.inference.generator import whole_vocabulary
     from himix_megatron.model.himix_model import build_model_chunks, finalize_gradients
@@ -162,9 +167,7 @@ def _run(case: Case, parallel: ParallelConfig, topology: Topology) -> Found:
     if case.tower_trains:
         tower = build_tower(config.vision, seed=config.train.seed, dtype=torch.float32)
     model_chunks = build_model_chunks(config, detect(), topology, tower)
-    weights = {_in_memory(name): tensor for name, tensor in drawn_weights(config, case.seed).items()}
-    of_tower = {f"tower.{name}": tensor for name, tensor in tower.state_dict().items()} if case.tower_trains else {}
-    scatter(model_chunks, weights | of_tower, topology)
+    fill(model_chunks, case, topology)
     for model_chunk in model_chunks:
         model_chunk.zero_grad_buffer()
     model_chunks[0].config.finalize_model_grads_func = finalize_gradients
@@ -184,6 +187,15 @@ def _run(case: Case, parallel: ParallelConfig, topology: Topology) -> Found:
     if config.model.tie_embeddings:
         gradients.pop("output_layer.weight", None)  # the last stage's copy of the embedding
     return Found(loss, by_sample, {_on_disk(name): gradient for name, gradient in gradients.items()})
+
+
+def fill(model_chunks: list[Any], case: Case, topology: Topology) -> None:
+    """Give them the case's weights; a tower keeps its own."""
+    from himix_megatron.conversion.sharding import global_parameters, scatter
+
+    weights = {_in_memory(name): tensor for name, tensor in drawn_weights(case.config, case.seed).items()}
+    of_tower = {name: parameter for name, parameter in global_parameters(model_chunks) if name.startswith("tower.")}
+    scatter(model_chunks, weights | of_tower, topology)
 
 
 def given_to_stage(case: Case, config: Config, stage: int) -> list[Any]:

@@ -205,7 +205,8 @@ class Pieces:
     def gate(self, name: str, number: int) -> Tensor:
         """tanh of a gate's one number, float[n, 1] for n tokens."""
         each = torch.tanh(self.weight(name)).expand(number, 1)
-        each.retain_grad()
+        if each.requires_grad:
+            each.retain_grad()
         self.terms.setdefault(name, []).append(each)
         return each
 
