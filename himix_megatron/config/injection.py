@@ -173,7 +173,8 @@ def saisa(model: ModelConfig) -> InjectionConfig:
     the positions that the image has in the text.
 
     Exact against the authors' code, which takes one image, or several side by side, at one place of all samples of a batch.
-    Initial values of the MLPs are not published. Claim: inference FLOPs -66 %, training budget -26 %, accuracy above LLaVA-1.5's.
+    Initial values of the MLPs are not published. Claim: inference FLOPs -66 %, training budget -26 %, accuracy above
+    LLaVA-1.5's.
     """
     return InjectionConfig(adapter="per_layer", keys_values="text", norm="input", key_norm="shared", position="rotary",
                            visibility="earlier")  # fmt: skip
