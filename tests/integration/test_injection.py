@@ -27,8 +27,9 @@ NUM_POINTS = 8
 
 @pytest.fixture(scope="module")
 def presets() -> list[tuple[Case, Found]]:
-    """Of each method rows and packs, by its own equations."""
-    cases = [(method, preset_case(method, packed=packed)) for method in METHODS for packed in (False, True)]
+    """Of each method rows and packs, by its own equations; and rows with the language model frozen."""
+    kinds: list[dict[str, Any]] = [{"packed": False}, {"packed": True}, {"packed": False, "parts": ("vision_kv",)}]
+    cases = [(method, preset_case(method, **kind)) for method in METHODS for kind in kinds]
     return [(case, reference(case, PRESETS[method])) for method, case in cases]
 
 
