@@ -250,8 +250,13 @@ class Layer:
 
     products: tuple[Product, ...]
     attention: tuple[Attention, ...]
+    """That of the text itself is the last one."""
+    tokens: float
+    """Tokens that go through it: the text's, and those of vision where it stands in the sequence."""
     has_block: bool
     """Whether a block of its own takes up vision before it."""
+    joins: bool
+    """Whether keys and values of vision and text are put together."""
 
     @property
     def forward(self) -> float:
@@ -352,20 +357,19 @@ def _layer(config: Config, work: Work, trains: _Trains, injects: bool, below: bo
         Product(text, query, hidden, trains.language, below if apart else passed, "inner"),
         *mlp(trains.language),
     )
-    return Layer(products, (*attention, Attention(pairs, query, below, below)), has_block)
+    joins = injects and (injection.fusion == "joint" or injection.local_text)
+    return Layer(products, (*attention, Attention(pairs, query, below, below)), text, has_block, joins)
 
 
 def _vision_products(config: Config, work: Work, trains: _Trains) -> tuple[Product, ...]:
     """The layer's own adapter, and its vision's keys and values."""
     injection, model = config.injection, config.model
     weight = trains.vision if injection.keys_values == "own" else trains.language
-    # The norm's weight is folded into the projection's, and both gradients come of one product. Where the projection is frozen
-    # the norm's alone costs as much.
+    # The norm's weight is folded into the projection's: one product makes the gradients of both, or of either.
     norm = {"own": trains.vision, "input": trains.language, "none": False}[injection.norm]
     width, columns = injection.vision_width(model, config.vision), 2 * model.num_query_groups * model.channels_per_head
-    below = trains.adapted or (norm and not weight)
     adapter = adapter_products(config, work) if injection.adapter == "per_layer" else ()
-    return *adapter, Product(work.vision_tokens, width, columns, weight, below)
+    return *adapter, Product(work.vision_tokens, width, columns, weight or norm, trains.adapted)
 
 
 def forward_flops(config: Config, work: Work) -> StepFlops:
