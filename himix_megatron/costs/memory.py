@@ -170,8 +170,9 @@ def model_parameters(config: Config) -> Parameters:
 
 
 def rank_parameters(config: Config, stage: int) -> Parameters:
-    """On one rank of a pipeline stage: its layers' share, the embedding and the head where they are, for each chunk that takes
-    vision a replica of what stands in front of all layers, and one of the tower where it trains; else one of it."""
+    """On one rank of a pipeline stage: its layers' share, the embedding and the head where they are, a replica of what vision
+    goes through first for each chunk that takes it, one of the tower for each chunk where it trains, and one where it is
+    frozen."""
     model, parallel = config.model, config.parallel
     layer, layers = layer_parameters(config, parallel.tensor), _stage_layers(config, stage)
     table = padded_vocab(config) / parallel.tensor * model.hidden_size
@@ -180,7 +181,7 @@ def rank_parameters(config: Config, stage: int) -> Parameters:
     language = len(layers) * layer.language + tables * table + (model.hidden_size if last else 0)
     taking = sum(vision_chunks(config)[stage :: parallel.pipeline])
     vision = _injecting(config, layers)[0] * layer.vision_kv + taking * vision_input_parameters(config, parallel.tensor)
-    replicas = taking if "tower" in config.train.trainable_parts else 0 if config.data.features else 1
+    replicas = parallel.virtual_pipeline if "tower" in config.train.trainable_parts else 0 if config.data.features else 1
     return Parameters(language, vision, replicas * tower_parameters(config))
 
 
