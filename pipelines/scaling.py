@@ -320,10 +320,7 @@ class Progress:
 
 def submit(settings: Settings, series: Series, members: Sequence[Member]) -> int:
     """Submit one job per size, with nodes and GPUs computed. Returns: the exit code."""
-    if shutil.which("sbatch") is None:
-        raise ValueError("sbatch is not installed here: leave --submit out to run on this machine, or go to a login node")
-    if not BATCH_SCRIPT.is_file():
-        raise ValueError(f"{BATCH_SCRIPT} is not here: submit from the root of himix-megatron")
+    check_sbatch(BATCH_SCRIPT)
     failed = 0
     for number, member in enumerate(members, 1):
         title = f"[{number}/{len(members)}] {member}"
@@ -336,6 +333,14 @@ def submit(settings: Settings, series: Series, members: Sequence[Member]) -> int
             failed += not submit_one(settings, series, member, title)
     print(f"report, once they run: python -m tools.scaling_report {series.folder}", flush=True)
     return 1 if failed else 0
+
+
+def check_sbatch(script: Path) -> None:
+    """Raises: ValueError if a batch script cannot be submitted from here."""
+    if shutil.which("sbatch") is None:
+        raise ValueError("sbatch is not installed here: leave --submit out to run on this machine, or go to a login node")
+    if not script.is_file():
+        raise ValueError(f"{script} is not here: submit from the root of himix-megatron")
 
 
 def submit_one(settings: Settings, series: Series, member: Member, title: str) -> bool:
