@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import Config, Part, current_fields
+from ..config import Config, InjectionConfig, Part, current_fields
 from ..costs.memory import model_parameters
 from ..runtime.durable_files import write_synced
 from .manifest import DESCRIPTION, DESCRIPTION_VERSION, read_description, read_manifest
@@ -24,8 +24,15 @@ _MODEL_FIELDS = (
     "rope_theta", "rope_scaling_factor", "norm_eps", "tie_embeddings",
 )  # fmt: skip
 _VISION_FIELDS = (
+    "feature_layers",
     "tower", "hidden_size", "image_size", "patch_size", "num_layers", "num_attention_heads", "ffn_hidden_size", "feature_layer",
 )  # fmt: skip
+
+
+_OLDER = {f"injection.{item.name}": getattr(InjectionConfig(), item.name) for item in fields(InjectionConfig)} | {
+    "vision.feature_layers": ()
+}
+"""What every checkpoint without these fields has."""
 
 
 def position_of(description: Description) -> Position:
@@ -37,6 +44,7 @@ def architecture(config: Config) -> dict[str, Any]:
     """What must be equal in a checkpoint and in the model that loads it."""
     found = {f"model.{name}": getattr(config.model, name) for name in _MODEL_FIELDS}
     found["model.head_dim"] = config.model.channels_per_head
+    found |= {f"injection.{item.name}": getattr(config.injection, item.name) for item in fields(config.injection)}
     return found | {f"vision.{name}": getattr(config.vision, name) for name in _VISION_FIELDS}
 
 
@@ -46,11 +54,10 @@ def check_architecture(folder: Path, config: Config) -> Description:
     description = read_description(folder)
     stored, wanted = description.architecture, architecture(config)
     for name in wanted:
-        # A field that is newer than the checkpoint cannot differ.
-        if stored.get(name, wanted[name]) != wanted[name]:
-            raise ValueError(
-                f"checkpoint {folder} is of another architecture: {name} is {stored[name]} there and {wanted[name]} here"
-            )
+        # A field that is newer than the checkpoint cannot differ, but for the choices that there were none of.
+        found = stored.get(name, _OLDER.get(name, wanted[name]))
+        if (tuple(found) if isinstance(found, list) else found) != wanted[name]:
+            raise ValueError(f"checkpoint {folder} is of another architecture: {name} is {found} there and {wanted[name]} here")
     num_bytes = sum(digest.bytes for digest in read_manifest(folder).values())
     if (number := model_parameters(config).language) > num_bytes:
         raise ValueError(f"checkpoint {folder} has {num_bytes} bytes: too few for a model of {number:.3g} parameters")

@@ -93,7 +93,11 @@ class Config:
             ("train.trainable_parts", "tower" not in train.trainable_parts, "a frozen tower"),
             ("train.fp8", train.fp8 == "none", "--train.fp8 none"),
             ("train.recompute", train.recompute == "none", "--train.recompute none"),
-            ("injection", self._has_plain_attention, "one softmax over all images of a sample, without rotary positions"),
+            (
+                "injection",
+                self._has_plain_attention,
+                "layers that all take up vision by one softmax over all images of a sample, as they are",
+            ),
         ):
             if not found:
                 raise ValueError(f"train.cuda_graphs is on, which {field_name} does not allow: it needs {wanted}")
@@ -101,7 +105,9 @@ class Config:
     @property
     def _has_plain_attention(self) -> bool:
         injection = self.injection
-        return injection.fusion == "joint" and not injection.needs_places and injection.reduce == "none"
+        every = len(injection.injecting_layers(self.model.num_layers)) == self.model.num_layers
+        is_flat = injection.reduce == "none" and injection.position == "none"
+        return injection.fusion == "joint" and every and is_flat and not injection.needs_places
 
     @property
     def global_batch(self) -> int:

@@ -12,6 +12,7 @@ the optimizer are not counted, as is the custom.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -232,6 +233,17 @@ def chunk_layers(config: Config) -> tuple[int, ...]:
         stage = min(range(parallel.pipeline), key=lambda s: sum(costs[s :: parallel.pipeline]))
         layers[min(range(stage, num_chunks, parallel.pipeline), key=lambda chunk: costs[chunk])] += 1
     return tuple(layers)
+
+
+def vision_chunks(config: Config) -> tuple[bool, ...]:
+    """Whether each model chunk takes vision features, in the order of `chunk_layers`: those with a layer that injects; where
+    vision stands in the text's sequence, the first alone."""
+    layers = chunk_layers(config)
+    if config.injection.in_sequence:
+        return tuple(chunk == 0 for chunk in range(len(layers)))
+    ends = list(itertools.accumulate(layers, initial=0))
+    injecting = config.injection.injecting_layers(config.model.num_layers)
+    return tuple(any(start <= layer < end for layer in injecting) for start, end in itertools.pairwise(ends))
 
 
 def _chunk_costs(config: Config, layers: tuple[int, ...] | list[int]) -> list[float]:

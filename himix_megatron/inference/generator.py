@@ -24,11 +24,12 @@ from ..distributed.fused_kernels import Kernels
 from ..distributed.megatron_config import params_dtype
 from ..distributed.topology import Topology
 from ..model.attention.kv_cache import KVCache
-from ..model.himix_model import arrange_features, build_model_chunks, unwrap_model
+from ..model.himix_model import build_model_chunks, unwrap_model
 from ..model.schedule import run_logits
 from ..model.stage_input import StageInput
 from ..model.towers import Tower, build_tower
 from ..model.vision_encoder import ShardedVisionEncoder
+from ..model.vision_input import reduced
 from .sampling import Sampling, choose
 
 TokenCallback = Callable[[int, list[int]], bool]
@@ -141,7 +142,7 @@ class Answerer:
             cache = None
             if room is not None:
                 lengths = torch.tensor([len(prompts[row].ids) for row in rows], device=self.topology.device)
-                cache = KVCache(*arrange_features(own, images.sample_tokens()), lengths, longest, room)
+                cache = KVCache(reduced(images, self.config), lengths, longest, room, self.config.injection)
             ids = self._padded([prompts[row].ids.tolist() for row in rows], longest)
             blank = torch.cat([blanks[row] for row in rows])
             parts.append(_Part(rows.tolist(), StageInput(ids, own, blank, images, cache=cache)))

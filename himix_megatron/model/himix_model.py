@@ -18,40 +18,27 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+    vocab_parallel_cross_entropy,
+)
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
 from ..config import Config, Part
+from ..costs.flops import vision_chunks
 from ..data.loading.image_table import ImageTable
 from ..distributed.fused_kernels import Kernels
 from ..distributed.megatron_config import ddp_config, gpt_arguments, has_fused_loss, overlaps, transformer_config
 from ..distributed.topology import Topology
-from .attention.backends import TorchMixtureAttention
 from .attention.kv_cache import KVCache
-from .attention.mixture_attention import normalise
 from .attention.packed_layout import PackedLayout, make_layout
+from .initialization import draw_by_name
 from .layer_spec import block_spec
 from .loss import token_losses
 from .towers import Tower
-
-
-def arrange_features(features_TV: Tensor, sample_tokens: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-    """Lay a micro-batch's image features out by sample, for generation's cache (training keeps them flat).
-
-    Args:
-        features_TV: float[T, V], images in sample order.
-        sample_tokens: vision tokens of each of B samples, T in all.
-    Returns:
-        float[N, B, V] with the images of a sample one after the other, and bool[B, N], True where a sample has fewer
-        than N vision tokens; None where all have N.
-    """
-    most = max(sample_tokens)
-    vision_NBV = torch.nn.utils.rnn.pad_sequence(list(torch.split(features_TV, list(sample_tokens))))
-    if min(sample_tokens) == most:
-        return vision_NBV, None
-    lengths_B1 = torch.tensor(sample_tokens, device=features_TV.device)[:, None]
-    return vision_NBV, torch.arange(most, device=features_TV.device) >= lengths_B1
+from .vision_input import VisionInput, reduced, shared_parameters
 
 
 def _keep_graph(_: nn.Module, __: Any, output: Tensor) -> Tensor:
@@ -64,11 +51,11 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
     def __init__(self, config: Config, kernels: Kernels, topology: Topology, *, chunk: int | None, tower: Tower | None):
         mcore_config = transformer_config(config, kernels)
         first, last = chunk in (None, 0), chunk in (None, config.parallel.virtual_pipeline - 1)
+        shares_vision = shared_parameters(config) > 0 and "vision_kv" in config.train.trainable_parts
+        is_frozen = tower is None and not shares_vision
         super().__init__(
             mcore_config,
-            block_spec(
-                config, mcore_config, kernels, vision_is_frozen=tower is None, chunk=chunk, stage=topology.pipeline_rank
-            ),
+            block_spec(config, mcore_config, kernels, vision_is_frozen=is_frozen, chunk=chunk, stage=topology.pipeline_rank),
             pre_process=topology.is_first_stage and first,
             post_process=topology.is_last_stage and last,
             vp_stage=chunk,
@@ -86,11 +73,21 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
         """Whether the cross-entropy is Transformer Engine's."""
         self.labelled: Tensor | None = None
         """`token_losses`' argument of this name, for the pass under way."""
+        number = topology.pipeline_rank + (chunk or 0) * config.parallel.pipeline
+        takers = [chunk for chunk, takes in enumerate(vision_chunks(config)) if takes]
+        self.vision_input = VisionInput(config, self.config, self.pg_collection.tp) if number in takers else None
+        """None: the chunk needs no vision."""
+        self.injection, self.settings = config.injection, config
+        self.has_text_layers = 0 < len(config.injection.injecting_layers(config.model.num_layers)) < config.model.num_layers
+        self.replica_numbers = {"tower.": number, "vision_input.": takers.index(number) if number in takers else 0}
+        """Of the modules that several chunks have: which of its replicas this chunk's is."""
         if tower is not None:
             self.tower = tower
-            for parameter in tower.parameters():
-                # Counted once in the gradient's norm.
-                parameter.shared = not (topology.is_first_stage and first)  # type: ignore[attr-defined]
+        for name, parameter in self.named_parameters():
+            for prefix, replica in self.replica_numbers.items():
+                if name.startswith(prefix):
+                    # Counted once in the gradient's norm.
+                    parameter.shared = replica > 0
 
     def forward(
         self,
@@ -103,6 +100,7 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
         packed_lengths: Sequence[int] | None = None,
         labelled: Tensor | None = None,
         layout: PackedLayout | None = None,
+        vision_rows: Tensor | None = None,
     ) -> Tensor:
         """Per-token losses float[B, S] on the last stage (logits float[B, S, vocab/TP] without labels), else hidden states.
 
@@ -117,31 +115,70 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
             packed_lengths: text tokens of each sample, where the text is one row that holds them all; None: a row each.
             labelled: int64[M], which of the B * S labels are not -100, where the host knows it without looking.
             layout: of this micro-batch, where it was made before; None: it is made here.
+            vision_rows: int64[T'], where vision stands in the text: which of the B * S tokens each vision token is.
         """
+        context = None
+        if self.vision_input is not None and (cache is None or cache.is_new):
+            features_TV = images
+            if hasattr(self, "tower"):
+                features_TV = self.tower.features(images, blank, image_table.sizes)
+            context = self.vision_input(features_TV, image_table)
+        embedded = None
+        if vision_rows is not None and self.pre_process:
+            assert context is not None
+            embedded = self._embed(text_ids, context, vision_rows)
         if cache is not None:
-            return self._continue(text_ids, cache)
-        features_TV = images
-        if hasattr(self, "tower"):
-            features_TV = self.tower.features(images, blank, image_table.sizes)
+            return self._continue(text_ids, cache, embedded, context, reduced(image_table, self.settings))
         if layout is None:
-            layout = make_layout(text_ids, packed_lengths, image_table, self.rotary_pos_emb)
+            seen = reduced(image_table, self.settings)
+            if self.injection.in_sequence:
+                seen = ImageTable((0,) * len(seen.per_sample), (), ())
+            layout = make_layout(
+                text_ids,
+                packed_lengths,
+                seen,
+                self.rotary_pos_emb,
+                injection=self.injection,
+                has_text_layers=self.has_text_layers,
+            )
         self.labelled = labelled
         output: Tensor = super().forward(
             text_ids,
             None,  # positions: rotary, from 0 in every sample
             None,
+            decoder_input=embedded,
             labels=labels,
             packed_seq_params=layout,
-            extra_block_kwargs={"context": normalise(features_TV, self.config.layernorm_epsilon)},
+            extra_block_kwargs={"context": None if self.injection.in_sequence else context},
         )
         return output
 
-    def _continue(self, text_ids: Tensor, cache: KVCache) -> Tensor:
+    def _embed(self, text_ids: Tensor, vision_TH: Tensor, vision_rows: Tensor) -> Tensor:
+        """float[S, B, H] (S/TP with sequence parallelism): the text's embedding, with the vision tokens at their rows."""
+        num_rows, num_text = text_ids.shape
+        text_SBH: Tensor = self.embedding(input_ids=text_ids, position_ids=None)
+        at = vision_rows % num_text * num_rows + vision_rows // num_text  # where they lie in [S, B]
+        vision_SBH = vision_TH.new_zeros(num_text * num_rows, vision_TH.shape[1]).index_copy(0, at, vision_TH)
+        vision_SBH = vision_SBH.view(num_text, num_rows, -1).to(text_SBH.dtype)
+        is_vision = torch.zeros(num_text * num_rows, dtype=torch.bool, device=at.device).index_fill(0, at, True)
+        is_vision = is_vision.view(num_text, num_rows, 1)
+        if self.config.sequence_parallel:
+            group = self.pg_collection.tp
+            vision_SBH = scatter_to_sequence_parallel_region(vision_SBH, group=group)
+            is_vision = is_vision.chunk(group.size())[group.rank()]
+        return torch.where(is_vision, vision_SBH, text_SBH)
+
+    def _continue(
+        self, text_ids: Tensor, cache: KVCache, embedded: Tensor | None, context: Tensor | None, images: ImageTable
+    ) -> Tensor:
         """Logits of each sample's last token, or hidden states, of text that goes on where the cache ends."""
-        mask = TorchMixtureAttention.mixture_mask(text_ids.shape[1], cache.num_earlier, cache.padding, text_ids.device)
+        if context is not None and cache.context_NBX is None and not self.injection.in_sequence:
+            cache.context_NBX = torch.nn.utils.rnn.pad_sequence(list(torch.split(context, images.sample_tokens())))
         cache.begin_pass(self.rotary_pos_emb)
         with self._head_on(cache.last):
-            output: Tensor = super().forward(text_ids, None, mask, extra_block_kwargs={"context": cache})
+            output: Tensor = super().forward(
+                text_ids, None, None, decoder_input=embedded, extra_block_kwargs={"context": cache}
+            )
         return output
 
     def _head_on(self, last_B: Tensor) -> AbstractContextManager[Any]:
@@ -188,6 +225,15 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
         losses_m1 = parallel_cross_entropy(logits_m1W, labels_m1, dist_process_group=ranks, overwrite_input=True)
         return losses_m1
 
+    def global_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All but the tower's, by their names in the whole model."""
+        for name, parameter in self.named_parameters():
+            if name.startswith("decoder.layers."):
+                _, _, number, rest = name.split(".", 3)
+                name = f"decoder.layers.{self.decoder.layers[int(number)].layer_number - 1}.{rest}"
+            if not name.startswith("tower."):
+                yield name, parameter
+
     def hide_padding(self, logits_SBW: Tensor) -> Tensor:
         """Logits of this rank's share W of the vocabulary, with the rows that only pad it made impossible."""
         first = self.pg_collection.tp.rank() * logits_SBW.shape[-1]
@@ -197,13 +243,12 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
         return logits_SBW
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
-        """mcore's sharded state; the tower's replicas on later stages and chunks are marked as such, so one is saved."""
+        """mcore's sharded state; replicas of what several chunks have are marked as such, so one is saved."""
         state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        chunk = self.vp_stage or 0
-        replica = chunk * self.pg_collection.pp.size() + self.pg_collection.pp.rank()
         for name, tensor in state.items():
-            if name.startswith(f"{prefix}tower."):
-                tensor.replica_id = (replica, *tensor.replica_id[1:])
+            for module, replica in self.replica_numbers.items():
+                if name.startswith(prefix + module):
+                    tensor.replica_id = (replica, *tensor.replica_id[1:])
         return state
 
 
@@ -222,29 +267,39 @@ def as_recomputed(head: Any) -> Iterator[None]:
 
 
 def finalize_gradients(model_chunks: list[Any], num_tokens: Tensor | None = None, *args: Any, **kwargs: Any) -> None:
-    """mcore's last step on gradients; before it, those of the tower's replicas are summed over chunks and pipeline stages.
+    """mcore's last step on gradients; before it, those of the replicas of the tower and of what vision goes through in front of
+    the layers are summed over chunks and pipeline stages.
 
     mcore would do that sum after its reduction over data ranks, which a distributed optimizer cuts at other places on each
     stage: it would add reduced parts to unreduced ones.
     """
     models = [unwrap_model(model_chunk) for model_chunk in model_chunks]
-    replicas = [list(model.tower.parameters()) for model in models if hasattr(model, "tower")]
-    if replicas and replicas[0][0].requires_grad:
-        sums = [torch.stack([p.main_grad for p in same]).sum(0) for same in zip(*replicas, strict=True)]
-        flat = torch.cat([tensor.flatten() for tensor in sums])
-        torch.distributed.all_reduce(flat, group=models[0].pg_collection.pp)
-        totals = torch.split(flat, [tensor.numel() for tensor in sums])
-        for same, total in zip(zip(*replicas, strict=True), totals, strict=True):
-            for parameter in same:
-                parameter.main_grad.copy_(total.view_as(parameter.main_grad))
+    _sum_over_replicas([model.tower for model in models if hasattr(model, "tower")], models[0], 0)
+    if "vision_kv" in models[0].settings.train.trainable_parts:
+        shared = [model.vision_input for model in models if model.vision_input is not None]
+        _sum_over_replicas(shared, models[0], shared_parameters(models[0].settings))
     finalize_model_grads(model_chunks, num_tokens, *args, **kwargs)
+
+
+def _sum_over_replicas(replicas: Sequence[nn.Module], model: HiMixModel, number: int) -> None:
+    """`number`: of the parameters, on a stage that has no replica and others may have."""
+    each = [[parameter for parameter in replica.parameters() if parameter.requires_grad] for replica in replicas]
+    if not (any(each) or number):
+        return
+    sums = [torch.stack([p.main_grad for p in same]).sum(0) for same in zip(*each, strict=True)]
+    flat = torch.cat([tensor.flatten() for tensor in sums] or [torch.zeros(number, device=next(model.parameters()).device)])
+    torch.distributed.all_reduce(flat, group=model.pg_collection.pp)
+    totals = torch.split(flat, [tensor.numel() for tensor in sums]) if sums else ()
+    for same, total in zip(zip(*each, strict=True), totals, strict=True):
+        for parameter in same:
+            parameter.main_grad.copy_(total.view_as(parameter.main_grad))
 
 
 def part_of(name: str) -> Part:
     """Which part of the model a parameter belongs to, by its name."""
     if name.startswith("tower."):
         return "tower"
-    return "vision_kv" if ".vision_norm." in name or ".linear_vision_kv." in name else "language"
+    return "vision_kv" if "vision_" in name else "language"
 
 
 def build_model_chunks(
@@ -262,6 +317,8 @@ def build_model_chunks(
         # Each chunk runs the tower for itself, so each needs its replica.
         own_tower: Any = copy.deepcopy(tower) if "tower" in config.train.trainable_parts else None
         model = HiMixModel(config, kernels, topology, chunk=chunk if num_chunks > 1 else None, tower=own_tower)
+        if config.train.initialization == "by_name":
+            draw_by_name(model.global_parameters(), config, topology.tensor_rank)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trains and part_of(name) in config.train.trainable_parts)
         chunks.append(_wrap(config, model.to(topology.device), trains=trains, first=chunk == 0))
@@ -290,7 +347,7 @@ def _wrap(config: Config, model: HiMixModel, *, trains: bool, first: bool) -> An
     for module in model.modules():
         # Transformer Engine's linear layers can add a weight's gradient straight into its fp32 sum; megatron-core's own setting
         # would ask the same of layers that need Apex for it.
-        if hasattr(module, "fuse_wgrad_accumulation"):
+        if hasattr(module, "fuse_wgrad_accumulation") and not hasattr(module, "has_second_use"):
             module.fuse_wgrad_accumulation = True
     if config.train.cuda_graphs == "on":
         # Gradients are added up on the stream where this wrapper is made: a graph's recording must not leave its own.

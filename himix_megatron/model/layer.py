@@ -1,7 +1,8 @@
 """The HiMix decoder layer: megatron-core's transformer layer, whose attention also receives the block's `context`.
 
-Flows in: text states, the normalised vision features (in generation their cache) as `context`, and as `packed_seq_params` the
-PackedLayout that says which text sees which of them; out: text states, and the same context for the next layer.
+Flows in: text states, as `context` what `vision_input.py` made of the features (in generation their cache), and as
+`packed_seq_params` the PackedLayout that says which text sees which of them; out: text states, and the same context for the
+next layer. A layer that injects nothing is megatron-core's own, and reads no context.
 """
 
 from __future__ import annotations
@@ -9,22 +10,38 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from megatron.core import tensor_parallel
+from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from .attention.kv_cache import KVCache
 from .attention.packed_layout import PackedLayout
 from .cpu_ops import SwiGLU
+from .vision_input import LayerVision
 
 
 class HiMixLayer(TransformerLayer):  # type: ignore[misc]
     """norm, Mixture Attention, add; norm, MLP, add (the second half is megatron-core's own)."""
 
-    def __init__(self, *args: Any, vision_is_frozen: bool, **kwargs: Any):
-        """Args: vision_is_frozen: whether the features need no gradient. Under full recompute they would look as if they did:
-        what a recomputed layer hands on asks for one."""
+    def __init__(self, *args: Any, vision: LayerVision | None = None, vision_block: Any = None, **kwargs: Any):
+        """Args:
+        vision: None: the layer takes up no vision. Its `is_frozen` counts under full recompute, where features would look as if
+            they needed a gradient: what a recomputed layer hands on asks for one.
+        vision_block: the spec of a block of its own before the layer.
+        """
         super().__init__(*args, **kwargs)
-        self.vision_is_frozen = vision_is_frozen
+        self.vision, self.vision_block = vision, None
+        if vision_block is not None:
+            groups = {"layer_number": self.layer_number, "pg_collection": self.pg_collection}
+            self.vision_block = build_module(vision_block, config=self.config, vision=vision, **groups)
+        elif vision is not None:
+            self.self_attention.input_norm = self._input_norm
+            self.self_attention.text_weights = self._text_weights
+            if vision.injection.keys_values == "text":
+                # A second use of the weight adds its gradient by autograd, which a fused sum behind its back would lose.
+                self.self_attention.linear_qkv.gradient_accumulation_fusion = False
+                self.self_attention.linear_qkv.has_second_use = True
 
     def _forward_attention(
         self,
@@ -35,15 +52,38 @@ class HiMixLayer(TransformerLayer):  # type: ignore[misc]
         **_: Any,
     ) -> tuple[Tensor, Tensor | KVCache | None]:
         """float[S, B, H] text and its `context`, handed on: the block gives each layer what the one before returned."""
-        normed = self.input_layernorm(hidden_states)
         if isinstance(context, KVCache):
-            update_and_bias = self.self_attention.decode(normed, attention_mask, context)
+            if self.vision_block is not None:
+                hidden_states = self.vision_block.decode(hidden_states, context)
+            update_and_bias = self.self_attention.decode(self.input_layernorm(hidden_states), context)
         else:
-            seen = context.detach() if self.vision_is_frozen and context is not None else context
-            update_and_bias = self.self_attention(normed, seen, packed_seq_params)
+            is_frozen = self.vision is not None and self.vision.is_frozen
+            seen = context.detach() if is_frozen and context is not None else context
+            if self.vision_block is not None:
+                hidden_states = self.vision_block(hidden_states, seen, packed_seq_params)
+            update_and_bias = self.self_attention(self.input_layernorm(hidden_states), seen, packed_seq_params)
         add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
         hidden_states = add(update_and_bias, hidden_states, self.hidden_dropout)
         return hidden_states, context
+
+    def _input_norm(self) -> Tensor:
+        """float[H]: the weight of the norm before attention, for this rank's heads of the vision."""
+        fused = self.self_attention.linear_qkv
+        weight: Tensor = fused.layer_norm_weight if hasattr(fused, "layer_norm_weight") else self.input_layernorm.weight
+        # With sequence parallelism megatron-core sums its gradient over the tensor ranks; without, text's is already whole.
+        if self.config.sequence_parallel or self.config.tensor_model_parallel_size == 1:
+            return weight
+        copied: Tensor = tensor_parallel.copy_to_tensor_model_parallel_region(weight)
+        return copied
+
+    def _text_weights(self) -> tuple[Tensor, Tensor | None]:
+        """float[G*2*D, H] and float[G*2*D] or None: the rows of the text's projection that make keys and values."""
+        attention = self.self_attention
+        linear, groups = attention.linear_qkv, attention.num_query_groups_per_partition
+        width = 2 * attention.hidden_size_per_attention_head
+        weight = linear.weight.unflatten(0, (groups, -1))[:, -width:].flatten(0, 1)
+        has_bias = self.config.add_qkv_bias
+        return weight, linear.bias.unflatten(0, (groups, -1))[:, -width:].flatten() if has_bias else None
 
 
 def residual_add(training: bool, fused: bool) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:

@@ -16,7 +16,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules, get_transformer_layer_offset
 
 from ..config import Config
 from ..config.families import FAMILIES
@@ -26,6 +26,8 @@ from .attention.backends import TorchMixtureAttention, TransformerEngineMixtureA
 from .attention.mixture_attention import MixtureAttention, MixtureAttentionSubmodules, VisionLinear, VisionNorm
 from .cpu_ops import RMSNorm, SwiGLU
 from .layer import HiMixLayer, TransformerEngineSwiGLU, residual_add
+from .vision_block import VisionBlock
+from .vision_input import LayerVision
 
 CORES: dict[str, Any] = {
     "te": TransformerEngineMixtureAttention,
@@ -42,14 +44,19 @@ def block_spec(
 
     A family with layers of its own changes them here, and `mcore_config` with them.
 
+    Args: vision_is_frozen: whether no gradient is wanted for what `vision_input.py` gives.
     Raises: ValueError for a backend or kernels that are asked for and cannot run here.
     """
     backend, core = chosen_layer_spec(config.model, kernels), CORES[attention_core(config, kernels)]
-    layer = _layer(backend, core, config.vision.hidden_size, vision_is_frozen=vision_is_frozen)
-    if (change := FAMILIES[config.model.family].layer) is not None:
-        pkgutil.resolve_name(change)(layer, mcore_config)
     num_layers = get_num_layers_to_build(mcore_config, vp_stage=chunk, pp_rank=stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=_norm(backend))
+    first = get_transformer_layer_offset(mcore_config, vp_stage=chunk, pp_rank=stage)
+    layers = []
+    for number in range(first, first + num_layers):
+        layer = _layer(backend, core, LayerVision.of(config, number, is_frozen=vision_is_frozen))
+        if (change := FAMILIES[config.model.family].layer) is not None:
+            pkgutil.resolve_name(change)(layer, mcore_config)
+        layers.append(layer)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_norm(backend))
 
 
 def _norm(backend: Literal["te", "torch"]) -> type:
@@ -60,7 +67,8 @@ def _norm(backend: Literal["te", "torch"]) -> type:
     return TENorm  # type: ignore[no-any-return]
 
 
-def _layer(backend: Literal["te", "torch"], core: type, vision_hidden_size: int, *, vision_is_frozen: bool) -> ModuleSpec:
+def _layer(backend: Literal["te", "torch"], core: type, vision: LayerVision | None) -> ModuleSpec:
+    """`vision`: None: the layer takes up none."""
     parts: tuple[type, type, type] = (ColumnParallelLinear, RowParallelLinear, SwiGLU)
     # Transformer Engine keeps these norms inside the linear layer after them: its names are used on disk.
     norms: dict[str, Any] = {
@@ -76,20 +84,25 @@ def _layer(backend: Literal["te", "torch"], core: type, vision_hidden_size: int,
 
         parts, norms = (TELayerNormColumnParallelLinear, TERowParallelLinear, TransformerEngineSwiGLU), {}
     column, row, activation = parts
+    attention = MixtureAttentionSubmodules(
+        linear_qkv=column,
+        core_attention=core,
+        linear_proj=row,
+        vision_norm=VisionNorm,
+        linear_vision_kv=VisionLinear,
+    )
+    has_block = vision is not None and vision.injection.fusion == "block"
     return ModuleSpec(
         module=HiMixLayer,
-        params={"vision_is_frozen": vision_is_frozen},
+        params={
+            "vision": vision,
+            "vision_block": ModuleSpec(module=VisionBlock, submodules=attention) if has_block else None,
+        },
         submodules=TransformerLayerSubmodules(
             self_attention=ModuleSpec(
                 module=MixtureAttention,
-                params={"attn_mask_type": AttnMaskType.causal, "vision_hidden_size": vision_hidden_size},
-                submodules=MixtureAttentionSubmodules(
-                    linear_qkv=column,
-                    core_attention=core,
-                    linear_proj=row,
-                    vision_norm=VisionNorm,
-                    linear_vision_kv=VisionLinear,
-                ),
+                params={"attn_mask_type": AttnMaskType.causal, "vision": None if has_block else vision},
+                submodules=attention,
             ),
             self_attn_bda=residual_add,
             mlp=ModuleSpec(

@@ -13,7 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from himix_megatron.config import Config, ModelConfig, VisionConfig
+from himix_megatron.config import METHODS, Config, InjectionConfig, ModelConfig, VisionConfig
 from himix_megatron.costs.flops import (
     StepFlops,
     Work,
@@ -21,6 +21,7 @@ from himix_megatron.costs.flops import (
     forward_flops,
     image_flops,
     step_flops,
+    vision_chunks,
 )
 from himix_megatron.data.loading.image_table import ImageTable, blank_pixels
 from pipelines.recipes import RECIPES
@@ -236,6 +237,20 @@ def test_an_interleaved_pipeline_balances_its_stages_too() -> None:
     config = cut("llama3_2_3b_instruct", 4, virtual_pipeline=2)
     assert chunk_layers(config) == (4, 4, 4, 4, 4, 4, 4, 0)
     assert spread(config) <= 1.15
+
+
+def test_features_go_to_the_chunks_that_inject() -> None:
+    def chunks(**choices: Any) -> tuple[bool, ...]:
+        config = small_config(Path("unused"), Path("unused"), parts=("vision_kv",), pipeline=2, virtual_pipeline=2)
+        assert chunk_layers(config) == (1, 1, 1, 1)
+        return vision_chunks(replace(config, injection=InjectionConfig(**choices)))
+
+    assert chunks() == (True, True, True, True)
+    assert chunks(layers=(1, 2)) == (False, True, True, False)
+    assert chunks(every_layers=4) == (False, False, False, True)
+    assert vision_chunks(replace(small_config(Path("unused"), Path("unused"), parts=("vision_kv",)))) == (True,)
+    tokens = METHODS["tokens"](small_config(Path("unused"), Path("unused"), parts=("vision_kv",)).model)
+    assert chunks(**{name: getattr(tokens, name) for name in tokens.__slots__}) == (True, False, False, False)
 
 
 def test_more_chunks_than_layers_are_refused() -> None:

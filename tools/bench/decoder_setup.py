@@ -95,8 +95,8 @@ def layers_step(
 ) -> Callable[[], None]:
     """Forward and backward of the layers on samples of these lengths: texts of one length, or packed texts of any."""
     from himix_megatron.data.loading.image_table import ImageTable
-    from himix_megatron.model.attention.mixture_attention import normalise
     from himix_megatron.model.attention.packed_layout import make_layout
+    from himix_megatron.model.vision_input import normalise
 
     generator = torch.Generator().manual_seed(0)
     own = next(model.parameters())

@@ -14,7 +14,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from ...config import VisionConfig
+from ...config import Config, VisionConfig
 from ...costs.flops import image_flops
 from ..images import image_file
 
@@ -93,6 +93,20 @@ def blank_pixels(images: ImageTable, vision: VisionConfig) -> Tensor:
     if vision.has_fixed_size:
         return torch.from_numpy(image_file.blank_pixels(len(images), vision.blank_size))
     return torch.zeros(sum(3 * width * height for width, height in images.sizes), dtype=torch.uint8)
+
+
+def grids(images: ImageTable, config: Config) -> list[tuple[int, int]]:
+    """Rows and columns of patches of each of the K images; of one whose size is not known those of the tower's squares."""
+    vision, side = config.vision, config.vision.patch_size
+    sizes = (size if any(size) else vision.blank_size for size in images.sizes)
+    return [(height // side, width // side) for width, height in sizes]
+
+
+def reduced_tokens(images: ImageTable, config: Config) -> tuple[int, ...]:
+    """K numbers: vision tokens of each image after `injection.reduce`."""
+    if config.injection.reduce == "none":
+        return images.tokens
+    return tuple(rows * columns for rows, columns in (config.injection.reduced_grid(*grid) for grid in grids(images, config)))
 
 
 def token_batches(tokens: Sequence[int], budget: int) -> list[slice]:

@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
+from torch.nn import functional as F
 
 from ...distributed.fused_kernels import has_variable_length, variable_length_arguments
+from .attention_view import AttentionView, attend_by_groups
 from .cpu_flash_attention import cpu_flash_attention
 from .packed_layout import PackedLayout
 
@@ -50,6 +52,24 @@ class TorchMixtureAttention(torch.nn.Module):
             return _variable_length(*given)
         return _one_by_one(*given)
 
+    def attend(
+        self, query_SBQD: Tensor, key_RGD: Tensor, value_RGD: Tensor, layout: PackedLayout, view: AttentionView
+    ) -> Tensor:
+        """float[S, B, Q*D] of what the view lets text see, 0 where that is nothing. Rows of keys: as the view's."""
+        query_MQD = layout.flatten_text(query_SBQD)
+        if query_MQD.is_cpu or query_MQD.dtype not in (torch.bfloat16, torch.float16) or not has_variable_length():
+            mixed_MX = attend_by_groups(query_MQD, key_RGD, value_RGD, view, self.scale).flatten(1)
+        else:
+            # What a segment without any key attends to.
+            keys, values = (F.pad(x, (0, 0, 0, 0, 0, 1)).index_select(0, view.key_rows) for x in (key_RGD, value_RGD))
+            mixed_MX = self.attend_segments(query_MQD.contiguous(), keys, values, view).flatten(1)
+            mixed_MX = mixed_MX.masked_fill(~view.sees, 0.0) if view.has_blind else mixed_MX
+        return layout.unflatten_text(mixed_MX, len(query_SBQD))
+
+    def attend_segments(self, query_MQD: Tensor, key_LGD: Tensor, value_LGD: Tensor, view: AttentionView) -> Tensor:
+        """float[M, Q, D], on a GPU in 16 bits. Keys: of all segments, one after the other."""
+        return _varlen(query_MQD, key_LGD, value_LGD, view, self.scale, causal=view.has_text)
+
     @staticmethod
     def mixture_mask(num_text: int, num_vision: int, vision_padding_BN: Tensor | None, device: torch.device) -> Tensor:
         """Which keys each text token sees: bool[B or 1, 1, S, L], True where it does.
@@ -63,16 +83,21 @@ class TorchMixtureAttention(torch.nn.Module):
             vision = ~vision_padding_BN[:, None, None, :].expand(-1, 1, num_text, -1)
         return torch.cat((vision, text_SS.expand(vision.shape[0], 1, -1, -1)), dim=-1)
 
-    def decode(self, query_SBQD: Tensor, key_LBGD: Tensor, value_LBGD: Tensor, mask: Tensor) -> Tensor:
-        """float[S, B, Q*D]."""
+    def decode(
+        self, query_SBQD: Tensor, key_LBGD: Tensor, value_LBGD: Tensor, mask: Tensor, blind: Tensor | None = None
+    ) -> Tensor:
+        """float[S, B, Q*D]. `blind`: bool[B or 1, 1, S, 1], text that sees nothing and gets 0; None: none does."""
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBQD, key_LBGD, value_LBGD))
         repeats = query.shape[1] // key.shape[1]
         if query.is_cuda and repeats > 1:
             # torch's memory-efficient kernel takes a mask, but no grouped heads; its plain way would write all scores out.
             key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
-        mixed_BQSD = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, scale=self.scale, enable_gqa=query.shape[1] != key.shape[1]
-        )
+        mixed_BQSD = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask if blind is None else mask | blind, scale=self.scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )  # fmt: skip
+        if blind is not None:
+            mixed_BQSD = mixed_BQSD.masked_fill(blind, 0.0)
         return mixed_BQSD.permute(2, 0, 1, 3).flatten(2)
 
 
@@ -91,26 +116,33 @@ class TritonMixtureAttention(TorchMixtureAttention):
 def _variable_length(
     query: Tensor, key: Tensor, value: Tensor, vision_kv: Tensor, layout: PackedLayout, scale: float
 ) -> Tensor:
+    joined = layout.interleave_kv(vision_kv, key, value)
+    mixed_MQD = _varlen(layout.flatten_text(query), *joined, layout, scale, causal=True)
+    return layout.unflatten_text(mixed_MQD.flatten(1), len(query))
+
+
+def _varlen(
+    query_MQD: Tensor, key_LGD: Tensor, value_LGD: Tensor, ends: PackedLayout | AttentionView, scale: float, *, causal: bool
+) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     # Where the argument exists, grouped heads must be announced; torch 2.11 has none, and takes them as they are.
     grouped: dict[str, Any] = (
-        {"enable_gqa": query.shape[2] != key.shape[2]} if "enable_gqa" in variable_length_arguments() else {}
+        {"enable_gqa": query_MQD.shape[1] != key_LGD.shape[1]} if "enable_gqa" in variable_length_arguments() else {}
     )
-    key_LGD, value_LGD = layout.interleave_kv(vision_kv, key, value)
     mixed_MQD: Any = varlen_attn(
-        layout.flatten_text(query),
+        query_MQD,
         key_LGD,
         value_LGD,
-        layout.cu_seqlens_q,
-        layout.cu_seqlens_kv,
-        layout.max_seqlen_q,
-        layout.max_seqlen_kv,
+        ends.cu_seqlens_q,
+        ends.cu_seqlens_kv,
+        ends.max_seqlen_q,
+        ends.max_seqlen_kv,
         scale=scale,
-        window_size=(-1, 0),  # causal: flash attention aligns it to the bottom right
+        window_size=(-1, 0) if causal else (-1, -1),  # causal: flash attention aligns it to the bottom right
         **grouped,
     )
-    return layout.unflatten_text(mixed_MQD.flatten(1), len(query))
+    return mixed_MQD  # type: ignore[no-any-return]
 
 
 def _one_by_one(query: Tensor, key: Tensor, value: Tensor, vision_kv: Tensor, layout: PackedLayout, scale: float) -> Tensor:
@@ -123,13 +155,13 @@ def _one_by_one(query: Tensor, key: Tensor, value: Tensor, vision_kv: Tensor, la
         key_lGD, value_lGD = (torch.cat((seen_tG2D[:, :, i], own)) for i, own in enumerate((key_sGD, value_sGD)))
         mask = TorchMixtureAttention.mixture_mask(len(query_sQD), len(seen_tG2D), None, query.device)
         query_QsD, key_GlD, value_GlD = (x.transpose(0, 1)[None] for x in (query_sQD, key_lGD, value_lGD))
-        mixed_QsD = torch.nn.functional.scaled_dot_product_attention(
+        mixed_QsD = F.scaled_dot_product_attention(
             query_QsD, key_GlD, value_GlD, attn_mask=mask, scale=scale, enable_gqa=query_QsD.shape[1] != key_GlD.shape[1]
         )[0]
         mixed.append(mixed_QsD.transpose(0, 1).flatten(1))
     mixed_MX = torch.cat(mixed)
     padding = query.shape[0] * query.shape[1] - len(mixed_MX)
-    return layout.unflatten_text(torch.nn.functional.pad(mixed_MX, (0, 0, 0, padding)), len(query))
+    return layout.unflatten_text(F.pad(mixed_MX, (0, 0, 0, padding)), len(query))
 
 
 class TransformerEngineMixtureAttention(TorchMixtureAttention):
@@ -165,14 +197,26 @@ class TransformerEngineMixtureAttention(TorchMixtureAttention):
         layout: PackedLayout,
     ) -> Tensor:
         """float[S, B, Q*D]."""
-        mixed_MX: Tensor = self.core(
-            layout.flatten_text(query_SBQD).contiguous(),
-            *layout.interleave_kv(vision_kv_TG2D, key_SBGD, value_SBGD),
-            qkv_format="thd",
-            attn_mask_type="padding_causal_bottom_right",
-            cu_seqlens_q=layout.cu_seqlens_q,
-            cu_seqlens_kv=layout.cu_seqlens_kv,
-            max_seqlen_q=layout.max_seqlen_q,
-            max_seqlen_kv=layout.max_seqlen_kv,
-        )
+        joined = layout.interleave_kv(vision_kv_TG2D, key_SBGD, value_SBGD)
+        mixed_MX = self._fused(layout.flatten_text(query_SBQD).contiguous(), *joined, layout, causal=True)
         return layout.unflatten_text(mixed_MX.flatten(1), len(query_SBQD))
+
+    def attend_segments(self, query_MQD: Tensor, key_LGD: Tensor, value_LGD: Tensor, view: AttentionView) -> Tensor:
+        """float[M, Q, D]."""
+        return self._fused(query_MQD, key_LGD, value_LGD, view, causal=view.has_text).view(query_MQD.shape)
+
+    def _fused(
+        self, query_MQD: Tensor, key_LGD: Tensor, value_LGD: Tensor, ends: PackedLayout | AttentionView, *, causal: bool
+    ) -> Tensor:
+        mixed_MX: Tensor = self.core(
+            query_MQD,
+            key_LGD,
+            value_LGD,
+            qkv_format="thd",
+            attn_mask_type="padding_causal_bottom_right" if causal else "padding",
+            cu_seqlens_q=ends.cu_seqlens_q,
+            cu_seqlens_kv=ends.cu_seqlens_kv,
+            max_seqlen_q=ends.max_seqlen_q,
+            max_seqlen_kv=ends.max_seqlen_kv,
+        )
+        return mixed_MX

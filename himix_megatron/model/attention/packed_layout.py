@@ -11,7 +11,7 @@ get padding as further samples.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -20,7 +20,11 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from ...config import InjectionConfig
 from ...data.loading.image_table import ImageTable
+from .attention_view import AttentionView, make_view, positions
+
+HIMIX = InjectionConfig()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +91,19 @@ class PackedLayout(PackedSeqParams):  # type: ignore[misc]
     pads_vision: bool = False
     """Whether some vision tokens belong to no sample."""
     images: tuple[ImageInText, ...] = ()
-    """All images, in the order of their vision tokens; empty where their places are not known. Mixture Attention needs none of
-    it: every text token sees all images of its sample."""
+    """All images, in the order of their vision tokens; empty where their places are not known. HiMix needs none of it: every
+    text token sees all images of its sample."""
+    text: PackedLayout | None = None
+    """The same text without vision, where something attends to text alone."""
+    view: AttentionView | None = None
+    """What text sees of vision, where that is not simply all of its sample's."""
+    vision_angles: Tensor | None = None
+    """float[T, 1, 1, D], RoPE angles of vision keys; None: they are not turned."""
+
+    @property
+    def num_vision_rows(self) -> int:
+        """Rows of the features, T."""
+        return 0 if self.vision_places is None else len(self.vision_places)
 
     def sample_groups(self) -> list[SampleGroup]:
         """All samples, neighbours of equal lengths taken together."""
@@ -170,6 +185,9 @@ def make_layout(
     images: ImageTable,
     rotary: Callable[[int], Tensor],
     sizes: Sizes | None = None,
+    *,
+    injection: InjectionConfig = HIMIX,
+    has_text_layers: bool = False,
 ) -> PackedLayout:
     """The layout of a micro-batch.
 
@@ -179,6 +197,7 @@ def make_layout(
         images: of each sample.
         rotary: RoPE angles float[n, 1, 1, D] of n text tokens from position 0.
         sizes: None: none larger than they are. Packed text only.
+        injection: how vision enters the layers. has_text_layers: whether some take up none.
     """
     num_rows, num_text = text_ids.shape
     vision_lengths = images.sample_tokens()
@@ -187,6 +206,7 @@ def make_layout(
     assert len(text_lengths) == len(vision_lengths), (text_lengths, vision_lengths)
     assert not packed or (num_rows == 1 and sum(text_lengths) <= num_text), (num_rows, num_text, text_lengths)
     assert sizes is None or packed
+    assert not (injection.needs_places and len(images)) or images.places, "where the images stand in the text is not known"
     longest = max(text_lengths) if sizes is None else sizes.max_text
     # Padding is made of samples without an image, no longer than the others: the kernels write every row, and nothing
     # undefined comes out of it (0 times NaN would be NaN in a weight's gradient).
@@ -200,7 +220,7 @@ def make_layout(
     positions, vision_places, text_places, ends_q, ends_kv, samples = _to(text_ids.device, tensors)
     # The angles of a few lengths only are ever made: megatron-core keeps the last ones.
     angles = rotary(-(-longest // 256) * 256 if packed else longest)
-    return PackedLayout(
+    layout = PackedLayout(
         qkv_format="thd",
         cu_seqlens_q=ends_q.int(),
         cu_seqlens_kv=ends_kv.int(),
@@ -218,6 +238,27 @@ def make_layout(
         pads_vision=sizes is not None,
         images=_in_text(images),
     )
+    if injection.position in ("rotary", "rotary_image"):
+        layout.angles, layout.vision_angles = _rotary_angles(layout, text_ids, rotary, injection)
+    if has_text_layers or injection.fusion in ("separate", "block"):
+        nothing = ImageTable((0,) * len(text_lengths), (), ())
+        layout.text = replace(make_layout(text_ids, packed_lengths, nothing, rotary), angles=layout.angles)
+    if injection.fusion in ("separate", "block") or (injection.fusion == "joint" and injection.visibility != "all"):
+        layout.view = make_view(layout, num_text * num_rows, injection, text_ids.device)
+    return layout
+
+
+def _rotary_angles(
+    layout: PackedLayout, text_ids: Tensor, rotary: Callable[[int], Tensor], injection: InjectionConfig
+) -> tuple[Tensor, Tensor]:
+    """RoPE angles of text, float[S, 1, 1, D] or in rows float[S, B, 1, D], and of vision, float[T, 1, 1, D]."""
+    text, vision = positions(layout, injection)
+    num_rows, num_text = text_ids.shape
+    text = np.concatenate((text, np.zeros(num_rows * num_text - len(text), np.int64)))
+    most = int(max(text.max(initial=0), vision.max(initial=0))) + 1
+    of_text, of_vision = _to(text_ids.device, [text.reshape(num_rows, num_text).T.flatten(), vision])
+    angles = rotary(-(-most // 256) * 256)[:, 0, 0]
+    return angles[of_text].view(num_text, num_rows, 1, -1), angles[of_vision][:, None, None]
 
 
 def _in_text(images: ImageTable) -> tuple[ImageInText, ...]:

@@ -5,7 +5,7 @@ Shape letters: K images, 3 channels, H and W pixels of one, n tokens of one, T o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ SIZES = {
 
 
 class Tower(nn.Module):
-    """`features(pixels, blank_K, sizes)`: the features of K images one after the other, float[T, V] in the weights' dtype.
+    """`features(pixels, blank_K, sizes)`: the features of K images one after the other, float[T, V] in the weights' dtype; of
+    several hidden states float[T, L * V].
 
     A tower of fixed squares has `tower(pixels_K3HW, blank_K)`, uint8[K, 3, H, W] and bool[K] to float[K, n, V]. One whose
     images differ in size replaces `features`, and its row of config/towers.py has the rule of the sizes.
@@ -87,5 +88,25 @@ class PixelNormalization(nn.Module):
 
 
 def num_layers_run(config: VisionConfig) -> int:
-    """Layers whose output `feature_layer` needs: all of them for -1, one less for -2."""
-    return config.num_layers + 1 + config.feature_layer
+    """Layers whose output `feature_layer`, or the deepest of `feature_layers`, needs: all of them for -1, one less for -2."""
+    return config.num_layers + 1 + max(config.levels)
+
+
+def take_levels(
+    config: VisionConfig,
+    hidden: Tensor,
+    layers: nn.ModuleList,
+    run: Callable[[Tensor, Any], Tensor],
+    final_norm: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The hidden states that are taken, float[..., L * V], their channels one after the other.
+
+    Args: run: hidden states through some of the layers; it may write over what it is given. final_norm: of the last layer's.
+    """
+    found, done = {}, 0
+    for level in sorted(config.levels):
+        number = config.num_layers + 1 + level
+        hidden, done = run(hidden, layers[done:number]), number
+        last = level == max(config.levels)
+        found[level] = final_norm(hidden) if final_norm is not None and level == -1 else hidden if last else hidden.clone()
+    return found[config.levels[0]] if len(found) == 1 else torch.cat([found[level] for level in config.levels], dim=-1)

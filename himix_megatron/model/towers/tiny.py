@@ -6,13 +6,14 @@ Shape letters: K images, 3 channels, H = W = image_size, n tokens of one image, 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...config import VisionConfig
-from .base import Tower, num_layers_run
+from .base import Tower, num_layers_run, take_levels
 
 
 class TinyTower(Tower):
@@ -26,16 +27,19 @@ class TinyTower(Tower):
         # At a deviation of 0.02 the tower had not learned where things are after 600 steps; at 0.5 it has after 400.
         self.position = nn.Parameter(torch.randn(1, config.max_patches_per_image, config.hidden_size) * 0.5)
         self.layers = nn.ModuleList(TinyLayer(config) for _ in range(num_layers_run(config)))
-        self.final_norm = nn.LayerNorm(config.hidden_size) if config.feature_layer == -1 else nn.Identity()
+        self.final_norm = nn.LayerNorm(config.hidden_size) if -1 in config.levels else nn.Identity()
 
     def forward(self, pixels_K3HW: Tensor, blank_K: Tensor) -> Tensor:
         """uint8 [K, 3, H, W] and bool [K] -> [K, n, V] in the weights' dtype."""
         images_K3HW = self.normalise(pixels_K3HW, blank_K, self.patch.weight.dtype)
         hidden_KnV = self.patch(images_K3HW).flatten(2).transpose(1, 2) + self.position
-        for layer in self.layers:
-            hidden_KnV = layer(hidden_KnV)
-        features: Tensor = self.final_norm(hidden_KnV)
-        return features
+        return take_levels(self.config, hidden_KnV, self.layers, _in_turn, self.final_norm)
+
+
+def _in_turn(hidden_KnV: Tensor, layers: Sequence[nn.Module]) -> Tensor:
+    for layer in layers:
+        hidden_KnV = layer(hidden_KnV)
+    return hidden_KnV
 
 
 class TinyLayer(nn.Module):

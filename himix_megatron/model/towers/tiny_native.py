@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...config import VisionConfig
-from .base import Tower, num_layers_run
+from .base import Tower, num_layers_run, take_levels
 from .tiny import TinyLayer
 
 
@@ -24,7 +24,7 @@ class TinyNativeTower(Tower):
         self.patch = nn.Linear(3 * config.patch_size**2, config.hidden_size)
         nn.init.normal_(self.patch.weight, std=2 / math.sqrt(3 * config.patch_size**2))  # as TinyTower's
         self.layers = nn.ModuleList(_Layer(config) for _ in range(num_layers_run(config)))
-        self.final_norm = nn.LayerNorm(config.hidden_size) if config.feature_layer == -1 else nn.Identity()
+        self.final_norm = nn.LayerNorm(config.hidden_size) if -1 in config.levels else nn.Identity()
 
     def features(self, pixels: Tensor, blank_K: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
         """uint8 bytes of all images to float[T, V] (see `Tower.features`)."""
@@ -43,10 +43,13 @@ class TinyNativeTower(Tower):
         blank_T = torch.cat([blank_K[:0], *blanks])
         positions_TV = torch.cat([weight.new_empty(0, self.config.hidden_size), *positions])
         hidden_TV = self.patch(self.normalise(patches_T3PP, blank_T, weight.dtype).flatten(1)) + positions_TV.to(weight.dtype)
-        for layer in self.layers:
-            hidden_TV = layer(hidden_TV, lengths)
-        features: Tensor = self.final_norm(hidden_TV)
-        return features
+
+        def in_turn(hidden_TV: Tensor, layers: Sequence[nn.Module]) -> Tensor:
+            for layer in layers:
+                hidden_TV = layer(hidden_TV, lengths)
+            return hidden_TV
+
+        return take_levels(self.config, hidden_TV, self.layers, in_turn, self.final_norm)
 
 
 class _Layer(TinyLayer):

@@ -5,6 +5,7 @@ Shape letters: K images, 3 channels, H = W = image_size, n tokens of one image, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ...config.towers import TOWERS
 from ...runtime import typed_json
 from ...runtime.untrusted_files import open_regular
 from ..frozen_layers import run_layers
-from .base import SIZES, PixelNormalization, Tower, num_layers_run
+from .base import SIZES, PixelNormalization, Tower, num_layers_run, take_levels
 
 
 class TransformersTower(Tower):
@@ -41,13 +42,10 @@ class TransformersTower(Tower):
         """uint8 [K, 3, H, W] and bool [K] -> [K, n, V] in the weights' dtype."""
         weight: Tensor = self.embeddings.patch_embedding.weight
         hidden_KnV = self.pre_norm(self.embeddings(self.normalise(pixels_K3HW, blank_K, weight.dtype)))
-        if weight.requires_grad:
-            for layer in self.layers:
-                hidden_KnV = layer(hidden_KnV, attention_mask=None)
-        else:
-            hidden_KnV = run_layers(hidden_KnV, self.layers)
-        features: Tensor = hidden_KnV[:, self.num_class_tokens :]
-        return features
+        features: Tensor = take_levels(
+            self.config, hidden_KnV, self.layers, _with_gradient if weight.requires_grad else run_layers
+        )
+        return features[:, self.num_class_tokens :]
 
     @classmethod
     def with_random_weights(cls, config: VisionConfig) -> Tower:
@@ -75,6 +73,12 @@ class TransformersTower(Tower):
         made = _read_settings(config, Path(config.path)) if config.path else _classes(config)[0](**super().settings(config))
         settings: dict[str, Any] = made.to_dict()
         return settings
+
+
+def _with_gradient(hidden_KnV: Tensor, layers: Sequence[Any]) -> Tensor:
+    for layer in layers:
+        hidden_KnV = layer(hidden_KnV, attention_mask=None)
+    return hidden_KnV
 
 
 def _classes(config: VisionConfig) -> tuple[Any, Any]:
