@@ -35,7 +35,17 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-from himix_megatron.config import METHODS, Config, Count, CountOrZero, InjectionConfig, ModelConfig, check_known, check_ranks
+from himix_megatron.config import (
+    METHODS,
+    Config,
+    Count,
+    CountOrZero,
+    DataConfig,
+    InjectionConfig,
+    ModelConfig,
+    check_known,
+    check_ranks,
+)
 from himix_megatron.data.shards.reader import ShardDataset
 from himix_megatron.runtime.log import clock
 from himix_megatron.runtime.stop_signals import COMMAND_STOP_SIGNALS, EXIT_REQUEUE, StopRequest
@@ -132,7 +142,8 @@ class Planned:
     """The fields of its Arm that are known beforehand."""
     words: tuple[str, ...]
     """What its process takes."""
-    config: Config
+    data: DataConfig
+    run_dir: Path
     file: Path
     """Its JSON."""
 
@@ -183,44 +194,35 @@ def plan(settings: Settings, flags: Sequence[str]) -> list[Planned]:
         raise ValueError(f"{given.pop()} is given alone: give --data.datasets to train on and --data.validation-path to ask")
     for world in settings.worlds:
         check_known("--worlds", world, WORLDS)
-    arms = {}
-    for number in range(settings.seeds):
-        for axes in itertools.product(
-            settings.sizes or (recipe.model.hidden_size,), (GIVEN,) if given else settings.worlds, settings.methods
-        ):
-            arm = planned(settings, flags, recipe, *axes, recipe.train.seed + number)
-            if arm.file in arms:
-                raise ValueError(f"--methods has two whose files would have the name {arm.file.name}: leave one out")
-            arms[arm.file] = arm
-    return list(arms.values())
+    worlds, sizes = (GIVEN,) if given else settings.worlds, settings.sizes or (recipe.model.hidden_size,)
+    by_axes = [with_seeds(settings, flags, recipe, *axes) for axes in itertools.product(sizes, worlds, settings.methods)]
+    return [arms[number] for number in range(settings.seeds) for arms in by_axes]
 
 
-def planned(settings: Settings, flags: Sequence[str], recipe: Config, size: int, world: str, method: str, seed: int) -> Planned:
-    """One arm."""
-    name = re.sub(r"[^\w.]+", "-", f"{world} {method} {size} {seed}")
-    alike = [
-        settings.recipe,
-        *ALIKE,
-        *(FROM_NOTHING if settings.recipe.startswith("tiny_") else ()),
-        *WORLDS.get(world, ()),
-        *flags,
-    ]
-    data, run_dir = scene_folder(world), settings.runs / settings.experiment / name
-    own = [*method_words(method), *size_words(recipe.model, size), "--train.seed", str(seed), "--run.dir", str(run_dir)]
+def with_seeds(settings: Settings, flags: Sequence[str], recipe: Config, size: int, world: str, method: str) -> list[Planned]:
+    """One arm with each seed."""
+    tiny = FROM_NOTHING if settings.recipe.startswith("tiny_") else ()
+    alike, data = [settings.recipe, *ALIKE, *tiny, *WORLDS.get(world, ()), *flags], scene_folder(world)
+    words = [*alike, *method_words(method), *size_words(recipe.model, size)]
     if world != GIVEN:
-        own += ["--data.datasets", str(data / "instruct"), "--data.validation-path", str(data / "heldout")]
+        words += ["--data.datasets", str(data / "instruct"), "--data.validation-path", str(data / "heldout")]
+    name = re.sub(r"[^\w.]+", "-", f"{world} {method} {size}")
     try:
-        if (steps := parse([*alike, *own], PROGRAM).train.steps) is None:
-            raise ValueError("the recipe counts epochs: give --train.steps")
-        every = str(-(-steps // settings.points))
-        for flag in ("checkpoint.interval-steps", "checkpoint.keep-every", "log.validation-interval-steps"):
-            own += [f"--{flag}", every]
-        config = parse([*alike, *own], PROGRAM)
+        config = parse(words, PROGRAM)
         check_ranks(config, 1)
+        if config.train.steps is None:
+            raise ValueError("the recipe counts epochs: give --train.steps")
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    facts = {"method": method, "world": world, "size": size, "seed": seed, "settings": shlex.join(alike)}
-    return Planned(facts, (*alike, *own), config, settings.folder / "arms" / f"{name}.json")
+    for flag in ("checkpoint.interval-steps", "checkpoint.keep-every", "log.validation-interval-steps"):
+        words += [f"--{flag}", str(-(-config.train.steps // settings.points))]
+    arms = []
+    for seed in range(recipe.train.seed, recipe.train.seed + settings.seeds):
+        run_dir = settings.runs / settings.experiment / f"{name}-{seed}"
+        facts = {"method": method, "world": world, "size": size, "seed": seed, "settings": shlex.join(alike)}
+        own = ("--train.seed", str(seed), "--run.dir", str(run_dir))
+        arms.append(Planned(facts, (*words, *own), config.data, run_dir, settings.folder / "arms" / f"{name}-{seed}.json"))
+    return arms
 
 
 def method_words(method: str) -> list[str]:
@@ -263,10 +265,10 @@ def scene_folder(world: str) -> Path:
 
 def run(settings: Settings, arms: Sequence[Planned], chosen: Sequence[int]) -> int:
     """Run the arms of these numbers on this machine. Returns: the exit code."""
-    for world, config in {arms[number].facts["world"]: arms[number].config for number in chosen}.items():
+    for world, data in {arms[number].facts["world"]: arms[number].data for number in chosen}.items():
         if world != GIVEN:
             ensure_scene_data(scene_folder(world), SceneSettings())
-        for path in (*config.data.datasets, str(config.data.validation_path)):
+        for path in (*data.datasets, str(data.validation_path)):
             ShardDataset(path)  # a mistake is told here, before anything starts
     request = StopRequest(COMMAND_STOP_SIGNALS, on_request=lambda _: None)  # `watch` sees it, and lets the arms save first
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // settings.arms_at_once)))
@@ -298,7 +300,7 @@ def run_arm(arm: Planned, title: str, request: StopRequest) -> str | None:
     """Run one arm from start to end. Returns: None if it has finished, else the outcome."""
     from himix_megatron.checkpoint.manifest import complete_checkpoints
 
-    run_dir, progress = arm.config.run_dir, Progress(title, arm.config.run_dir)
+    run_dir, progress = arm.run_dir, Progress(title, arm.run_dir)
 
     def watch() -> bool:
         progress.show()

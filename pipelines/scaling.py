@@ -53,7 +53,7 @@ class Settings:
     runs: Path = Path("runs")
     """Folder that holds the run folders."""
     name: str | None = None
-    """Name of the series. None: RECIPE-MODE. Series with different settings need different names."""
+    """Name of the series. None: RECIPE-MODE, or RECIPE-METHOD-MODE. Series with different settings need different names."""
     submit: bool = False
     """Submit each run with sbatch instead of starting its ranks on this machine."""
     gpus_per_node: Count = 8
@@ -111,7 +111,7 @@ class Series:
     """series.json: the runs of a series and how each ended. Written after every change."""
 
     def __init__(self, settings: Settings, recipe: str, flags: Sequence[str]):
-        self.name = settings.name or f"{recipe.replace(':', '.')}-{settings.mode}"
+        self.name = series_name(settings, recipe, flags)
         self.folder = settings.runs / self.name
         self.file = self.folder / "series.json"
         self.content: dict[str, Any] = {"recipe": recipe, "mode": settings.mode, "flags": list(flags), "runs": {}}
@@ -173,6 +173,13 @@ def arguments(argv: Sequence[str]) -> tuple[Settings, str, list[str]]:
     return settings, recipe, flags
 
 
+def series_name(settings: Settings, recipe: str, flags: Sequence[str]) -> str:
+    """`--name`, or RECIPE-METHOD-MODE, so that series of two methods have folders of their own."""
+    words = " ".join(flags).replace("=", " ").split()
+    method = [words[words.index("--method") + 1]] if "--method" in words[:-1] else []
+    return settings.name or "-".join([recipe.replace(":", "."), *method, settings.mode])
+
+
 def plan(settings: Settings, recipe: str, flags: Sequence[str]) -> list[Member]:
     """The members, smallest first. Raises: ValueError for a setting that does not fit."""
     for flag in flags:
@@ -184,7 +191,7 @@ def plan(settings: Settings, recipe: str, flags: Sequence[str]) -> list[Member]:
             f"{given.recipe} runs for {given.train.epochs:g} epochs, and every size of the series would: give --train.steps, "
             "e.g. 60"
         )
-    sizes, name = sorted(settings.world_sizes), settings.name or f"{given.recipe.replace(':', '.')}-{settings.mode}"
+    sizes, name = sorted(settings.world_sizes), series_name(settings, given.recipe, flags)
     batch_flag = f"--{given.batch_flags[0].replace('_', '-')}"
     members = []
     for size in sizes:

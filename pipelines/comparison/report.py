@@ -52,8 +52,8 @@ def write_report(arms: Sequence[Arm], folder: Path, baseline: str, words: Sequen
     lines = [
         f"# {folder.name}\n\n    python -m pipelines.compare {shlex.join(words)}\n",
         "Accuracy: held-out answers exactly right. In brackets: 95 % bootstrap interval over seeds and questions. A difference",
-        f"is significant where zero is outside; of {number} differences, chance alone makes some {number / 20:.0f} so. Of one to",
-        "three seeds intervals are narrow: read them with the curves.\n",
+        f"is significant where zero is outside; of {number} differences, chance alone makes some {number / 20:.0f} so. Of one",
+        "to three seeds intervals are narrow: read them with the curves.\n",
         *(line for group in content for line in section(group)),
         *(f"![{name}]({name})" for name in pictures),
     ]
