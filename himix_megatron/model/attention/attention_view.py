@@ -200,8 +200,8 @@ def _groups(found: list[tuple[slice, Numbers]], has_text: bool, device: torch.de
         queries = np.concatenate([np.arange(rows.start, rows.stop) for rows, _ in segments])
         keys = np.concatenate([own for _, own in segments])
         mask = torch.ones(n, num_keys, dtype=torch.bool).tril(num_keys - n) if has_text and n > 1 else None
-        on_device = (torch.from_numpy(array).to(device) for array in (queries, keys))
-        groups.append(ViewGroup(*on_device, len(segments), None if mask is None else mask.to(device)))
+        rows_q, rows_k = (torch.from_numpy(array).to(device) for array in (queries, keys))
+        groups.append(ViewGroup(rows_q, rows_k, len(segments), None if mask is None else mask.to(device)))
         taken.append(queries)
     computed = _joined(taken)
     order = np.full(max((rows.stop for rows, _ in found), default=0), len(computed))
