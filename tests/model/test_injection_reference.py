@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from himix_megatron.config import METHODS, ModelConfig
 from himix_megatron.conversion.authors_layout import from_authors, to_authors
 from tests.support import ROOT
-from tests.support.injection_points import CHOICES, Case, point_case, preset_case
+from tests.support.injection_points import CHOICES, PARTS, Case, point_case, preset_case
 from tests.support.injection_reference import IGNORED, PRESETS, Image, Outcome, Sample, drawn_weights, outcome
 from tools.compare_reference import Arguments, configuration, read
 
@@ -84,10 +85,12 @@ def test_random_points_reach_every_choice() -> None:
         seen.update((name, getattr(injection, name)) for name in ("fusion", *CHOICES))
         seen.update([("layers", bool(injection.layers)), ("every", injection.every_layers > 1)])
         seen.update([("levels", len(case.config.vision.levels)), ("tower", case.config.vision.tower)])
+        seen.update([("parts", case.config.train.trainable_parts)])
         seen.update(("images", min(len(sample.images), 3)) for sample in case.samples)
     wanted = {(name, value) for name, values in CHOICES.items() for value in values}
     wanted |= {("fusion", fusion) for fusion in ("joint", "separate", "block", "tokens")}
     wanted |= {("layers", True), ("every", True), *(("levels", n) for n in (1, 2, 3)), *(("images", n) for n in range(4))}
+    wanted |= {("parts", parts) for parts in PARTS}
     assert not wanted - seen.keys()
     assert point_case(1, 0) == point_case(1, 0) != point_case(2, 0)
 
@@ -98,6 +101,21 @@ def test_random_points_have_a_gradient_everywhere() -> None:
         found = outcome(case.config, drawn_weights(case.config, 1), case.samples, random_features(case))
         hidden = [name for name, gradient in found.gradients.items() if not float(gradient.norm())]
         assert not hidden, (case.name, case.config.injection, hidden)
+
+
+def test_samples_tell_choices_apart() -> None:
+    """Choices with the same weights: what one of them computes must not pass for another."""
+    case = preset_case("latest_window", packed=True)
+    sample = Sample((5, 6, 7, 8), (6, 7, 8, IGNORED), (Image(2, 2, 1), Image(1, 2, 1), Image(1, 1, 3)))
+    weights, features = drawn_weights(case.config, 1), [torch.randn(n, 32) for n in (4, 2, 1)]
+    seen = []
+    for visibility, position, local_text, norm in itertools.product(
+        CHOICES["visibility"], ("none", "rotary", "rotary_image"), CHOICES["local_text"], ("input", "none")
+    ):
+        injection = replace(case.config.injection, visibility=visibility, position=position, local_text=local_text, norm=norm)
+        seen.append(outcome(replace(case.config, injection=injection), weights, [sample], [features]).logits[0])
+    apart = [float((a - b).abs().max()) for a, b in itertools.combinations(seen, 2)]
+    assert min(apart) > 1e-3
 
 
 def test_an_image_behind_the_last_token_changes_nothing_unless_all_see_it() -> None:

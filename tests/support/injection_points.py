@@ -18,10 +18,11 @@ from himix_megatron.config import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    Part,
     TrainConfig,
     VisionConfig,
 )
-from tests.support.injection_reference import IGNORED, Image, Sample
+from tests.support.injection_reference import IGNORED, Image, Sample, trains, weight_shapes
 from tests.support.key_norms import NAME as NORMED_KEYS
 
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -40,6 +41,9 @@ FUSIONS = {"joint": 4, "separate": 4, "block": 3, "tokens": 1}
 """Each with its share: more choices remain to the first."""
 NUM_LAYERS = 4
 VOCABULARY = 96
+ALL_PARTS: tuple[Part, ...] = ("language", "vision_kv", "tower")
+PARTS: tuple[tuple[Part, ...], ...] = (ALL_PARTS, ALL_PARTS, ALL_PARTS[:2], ALL_PARTS[1:2], ALL_PARTS[:1], ALL_PARTS[1:])
+"""What may train."""
 FAMILIES = ("llama", "qwen2", NORMED_KEYS)
 
 
@@ -78,7 +82,7 @@ def tiny_config(
     tower: str = "tiny",
     vision_width: int = 32,
     feature_layers: tuple[int, ...] = (),
-    tower_trains: bool = False,
+    parts: tuple[Part, ...] = ("language", "vision_kv"),
     recompute: Any = "none",
     **of_model: Any,
 ) -> Config:
@@ -102,17 +106,17 @@ def tiny_config(
         injection=injection,
         data=DataConfig(datasets=("none",), template="tiny", max_text_tokens=64, **budgets),
         train=TrainConfig(
-            trainable_parts=("language", "vision_kv", "tower") if tower_trains else ("language", "vision_kv"),
+            trainable_parts=parts,
             micro_batch_samples=1, precision="fp32", recompute=recompute, **batch,
         ),
         optimizer=OptimizerConfig(learning_rate=1.0),
     )  # fmt: skip
 
 
-def preset_case(method: str, *, packed: bool, seed: int = 1) -> Case:
+def preset_case(method: str, *, packed: bool, parts: tuple[Part, ...] | None = None, seed: int = 1) -> Case:
     """A published method: rows of images' features, or packs whose images have different sizes and whose tower trains.
 
-    Rows hold one image a sample at the very start too, packs no image to three at any place.
+    Args: parts: what trains; None: everything, of rows all but the tower.
     """
     draw = random.Random(f"{method} {packed} {seed}")
     number = list(METHODS).index(method)
@@ -121,11 +125,12 @@ def preset_case(method: str, *, packed: bool, seed: int = 1) -> Case:
         packed=packed,
         family=FAMILIES[(number + packed) % len(FAMILIES)],
         tower="tiny_native" if packed else "tiny",
-        tower_trains=packed,
+        parts=parts or (ALL_PARTS if packed else ALL_PARTS[:2]),
         tie_embeddings=packed,
     )
     config = replace(config, injection=METHODS[method](config.model))
-    return _case(f"{method}, {'packed' if packed else 'dense'}", config, draw, packed=packed, seed=seed)
+    name = f"{method}, {'packed' if packed else 'dense'}, {' '.join(config.train.trainable_parts)}"
+    return _case(name, config, draw, packed=packed, seed=seed)
 
 
 def point_case(seed: int, number: int) -> Case:
@@ -135,9 +140,10 @@ def point_case(seed: int, number: int) -> Case:
     while True:
         try:
             config = _draw_config(draw, fusion)
-            break
         except ValueError:
             continue
+        if any(trains(config, name) for name in weight_shapes(config)):
+            break
     case = _case(f"seed {seed} number {number}", config, draw, packed=True, seed=seed * 1000 + number)
     return replace(case, sequence=draw.random() < 0.5)
 
@@ -159,7 +165,7 @@ def _draw_config(draw: random.Random, fusion: str) -> Config:
         tower=draw.choice(["tiny", "tiny_native"]),
         vision_width=draw.choice([16, 32, 64]),  # the second is never the text's width, the others may be
         feature_layers=draw.choice([(), (), (-1, -2), (-3, -1), (-1, -2, -3)]),
-        tower_trains=draw.random() < 0.5,
+        parts=draw.choice(PARTS),
         recompute=draw.choice(["none", "none", "full", "selective"]),
         num_query_groups=groups,
         head_dim=draw.choice([None, 8]),

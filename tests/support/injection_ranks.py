@@ -21,7 +21,7 @@ from himix_megatron.data.loading.batch import StepBatch, collate
 from himix_megatron.data.loading.image_table import ImageTable, blank_pixels
 from himix_megatron.data.text.chat_template import EncodedText
 from tests.support.injection_points import Case
-from tests.support.injection_reference import IGNORED, Form, Sample, drawn_weights, outcome, predicting_rows
+from tests.support.injection_reference import IGNORED, Form, Sample, drawn_weights, outcome, predicting_rows, trains
 from tests.support.ranks import run_ranks
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Found:
     logits: tuple[Tensor, ...]
     """Of each sample float[n, vocabulary], as in `Outcome`."""
     gradients: dict[str, Tensor]
-    """By the weight's name in checkpoints; the tower's begin with `tower.`."""
+    """Of what trains, by the weight's name in checkpoints; the tower's begin with `tower.`."""
     scales: dict[str, float] = field(default_factory=dict)
     """As in `Outcome`; of the reference alone."""
 
@@ -91,14 +91,18 @@ def reference(case: Case, form: Form | None = None) -> Found:
     weights = drawn_weights(case.config, case.seed)
     if not case.tower_trains:
         found = outcome(case.config, weights, case.samples, features_of(case), form)
-        return Found(found.loss, found.logits, found.gradients, found.scales)
+        return Found(found.loss, found.logits, _trained(case, found.gradients), found.scales)
     tower, features = _tower_in_float64(case)
     found = outcome(case.config, weights, case.samples, features, form)
     flat = [image for own in features for image in own]
     if flat:
         torch.autograd.backward(flat, found.of_features)
     of_tower = {f"tower.{name}": p.grad for name, p in tower.named_parameters() if p.grad is not None}
-    return Found(found.loss, found.logits, found.gradients | of_tower, found.scales)
+    return Found(found.loss, found.logits, _trained(case, found.gradients | of_tower), found.scales)
+
+
+def _trained(case: Case, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: gradient for name, gradient in gradients.items() if trains(case.config, name)}
 
 
 def features_in_float64(case: Case) -> list[list[Tensor]]:
@@ -183,10 +187,17 @@ def _run(case: Case, parallel: ParallelConfig, topology: Topology) -> Found:
     torch.distributed.broadcast_object_list(results, src=topology.world_size - 1)
     by_sample, loss = results[0]
     _check_replicas(model_chunks, topology)
-    gradients = gather(model_chunks, lambda parameter: parameter.main_grad.clone(), topology, config.model.vocab_size)
+    gradients = gather(model_chunks, _main_gradient, topology, config.model.vocab_size)
     if config.model.tie_embeddings:
         gradients.pop("output_layer.weight", None)  # the last stage's copy of the embedding
-    return Found(loss, by_sample, {_on_disk(name): gradient for name, gradient in gradients.items()})
+    return Found(loss, by_sample, _trained(case, {_on_disk(name): gradient for name, gradient in gradients.items()}))
+
+
+def _main_gradient(parameter: torch.nn.Parameter) -> Tensor:
+    """Zeros for what is frozen."""
+    found: Tensor = parameter.main_grad.clone() if parameter.requires_grad else torch.zeros_like(parameter)
+    assert parameter.requires_grad or (parameter.grad is None and not hasattr(parameter, "main_grad"))
+    return found
 
 
 def fill(model_chunks: list[Any], case: Case, topology: Topology) -> None:
@@ -260,7 +271,7 @@ def _check_replicas(model_chunks: list[Any], topology: Topology) -> None:
     from himix_megatron.conversion.sharding import global_parameters
 
     own = [
-        (name, parameter.main_grad.clone())
+        (name, _main_gradient(parameter))
         for name, parameter in global_parameters(model_chunks)
         if not getattr(parameter, "tensor_model_parallel", False)
     ]

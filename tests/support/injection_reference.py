@@ -149,6 +149,12 @@ def norms_keys(config: Config) -> bool:
     return config.model.family == "normed_keys"
 
 
+def trains(config: Config, name: str) -> bool:
+    """Whether a weight trains: by its name it belongs to the tower, to what brings vision in, or to the language model."""
+    part = "tower" if name.startswith("tower.") else "vision_kv" if "vision_" in name else "language"
+    return part in config.train.trainable_parts
+
+
 def injecting_layers(config: Config) -> tuple[int, ...]:
     """Layers with vision parameters, from 0."""
     injection, number = config.injection, config.model.num_layers
@@ -554,7 +560,7 @@ def mplug_owl3(p: Pieces, sample: Sample, features: Sequence[Tensor]) -> Tensor:
     return p.logits(x)
 
 
-def casa(p: Pieces, sample: Sample, features: Sequence[Tensor]) -> Tensor:
+def latest_window(p: Pieces, sample: Sample, features: Sequence[Tensor]) -> Tensor:
     """Self-attention, and beside it, in each window that begins with images and ends before the next, causal attention over the
     images and the text of the window; both with an output projection of its own."""
     text, vision = _sequence(sample)
@@ -615,7 +621,9 @@ def tokens(p: Pieces, sample: Sample, features: Sequence[Tensor]) -> Tensor:
     return p.logits(x)[torch.cat((text[1:], torch.tensor([len(x)]))) - 1]
 
 
-PRESETS: dict[str, Form] = {form.__name__: form for form in (himix, saisa, vica, mplug_owl3, casa, llama3_2_vision, tokens)}
+PRESETS: dict[str, Form] = {
+    form.__name__: form for form in (himix, saisa, vica, mplug_owl3, latest_window, llama3_2_vision, tokens)
+}
 """By the names of `himix_megatron.config.METHODS`."""
 
 
