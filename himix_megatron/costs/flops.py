@@ -154,7 +154,7 @@ def _sample_work(text: float, images: Images, causal: bool) -> tuple[float, ...]
         return tokens * (tokens + 1) / 2 if causal else tokens * tokens
 
     at: dict[float, float] = {}
-    for place, tokens in images:
+    for place, tokens in ((min(place, text), tokens) for place, tokens in images):
         at[place] = at.get(place, 0.0) + tokens
     vision, earlier, latest, local = sum(at.values()), 0.0, 0.0, 0.0
     for place, end in itertools.pairwise([*sorted(at), text]):
