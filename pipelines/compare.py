@@ -115,7 +115,7 @@ class Settings:
     report: bool = False
     """Only write the report, over the arms that are there."""
     arm: CountOrZero | None = None
-    """Only run the arm of this number, from 0, without a report: what a job of --submit does."""
+    """Only run the arm of this number, counted from 0, without a report: what a job of --submit does."""
     submit: bool = False
     """Submit the missing arms as one Slurm array of one task each instead of running them here."""
     sbatch: str = ""
@@ -167,12 +167,10 @@ def main() -> int:
     missing = [number for number, arm in enumerate(arms) if not arm.finished]
     if settings.submit:
         return submit(settings, missing)
-    if settings.arm is not None:
-        if settings.arm >= len(arms):
-            raise ValueError(f"--arm is {settings.arm}, but there are {len(arms)} arms, and they count from 0")
-        return run(settings, arms, [number for number in missing if number == settings.arm])
-    code = run(settings, arms, missing)
-    return code if code == EXIT_REQUEUE or not any(arm.finished for arm in arms) else report(settings) or code
+    code = run(settings, arms, [number for number in missing if settings.arm in (None, number)])
+    if settings.arm is None and code != EXIT_REQUEUE and any(arm.finished for arm in arms):
+        report(settings)
+    return code
 
 
 # ---- what is to run ------------------------------------------------------------------------------------------------
@@ -243,15 +241,11 @@ def method_words(method: str) -> list[str]:
 
 def size_words(model: ModelConfig, width: int) -> list[str]:
     """The flags that make a model so wide, with heads as wide as before. Raises: ValueError."""
-    words = ["--model.hidden-size", str(width)]
-    for name in ("ffn_hidden_size", "num_attention_heads", "num_query_groups"):
-        number, rest = divmod(getattr(model, name) * width, model.hidden_size)
-        if rest or not number:
-            raise ValueError(
-                f"--sizes {width}: model.{name} is {getattr(model, name)} at width {model.hidden_size} and would be no whole "
-                f"number: use multiples of {model.hidden_size // math.gcd(model.num_attention_heads, model.num_query_groups)}"
-            )
-        words += [f"--model.{name.replace('_', '-')}", str(number)]
+    step, words = model.hidden_size // math.gcd(model.num_attention_heads, model.num_query_groups), []
+    if width % step:
+        raise ValueError(f"--sizes is {width}: wanted multiples of {step}, so that heads stay whole")
+    for name in ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"):
+        words += [f"--model.{name.replace('_', '-')}", str(getattr(model, name) * width // model.hidden_size)]
     return words if width != model.hidden_size else []
 
 
