@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from himix_megatron.config import Count, VisionConfig
 from himix_megatron.data.images.image_file import open_image, scaling
+from himix_megatron.data.text.chat_template import IMAGE_MARK
 from himix_megatron.inference.sampling import Sampling
 from himix_megatron.inference.text_stream import check_stops
 from himix_megatron.runtime import typed_json
@@ -89,7 +90,7 @@ def read_messages(messages: Any) -> tuple[list[dict[str, str]], list[bytes]]:
 
 
 def read_content(content: Any) -> tuple[str, list[bytes]]:
-    """A message's text and images. Raises: ValueError."""
+    """A message's text, with a mark where each image stands, and images. Raises: ValueError."""
     if isinstance(content, str):
         return content, []
     if not isinstance(content, list):
@@ -101,6 +102,7 @@ def read_content(content: Any) -> tuple[str, list[bytes]]:
             texts.append(part["text"])
         elif kind == "image_url" and isinstance(part.get("image_url"), dict):
             images.append(read_data_url(part["image_url"].get("url")))
+            texts.append(IMAGE_MARK)
         else:
             raise ValueError(f'content of type {kind!r}: wanted "text" or "image_url"')
     return "\n".join(texts), images

@@ -76,7 +76,7 @@ def encode(config: Config, settings: Settings) -> FeatureManifest:
         tower_file = _store_tower(config, folder.path)
         key = feature_cache.feature_key(config, dataset, tower_file.stem)
         _refuse_other_features(folder, key)
-        shape = (config.vision.max_tokens_per_image if config.vision.has_fixed_size else None, config.vision.hidden_size)
+        shape = (config.vision.max_tokens_per_image if config.vision.has_fixed_size else None, config.vision.feature_width)
         first = FeatureJob(folder, attempt, shard_format.hash_of(key), config.data.features_dtype, shape, None)
         jobs = [first, *(replace(first, shard=shard) for shard in range(len(dataset.manifest.shards)))]
         worker = functools.partial(Encoder, config, str(dataset.location), tower_file, settings.decode_threads)

@@ -144,13 +144,15 @@ def generate(arguments: Arguments, job: Job) -> list[str]:
         turns.append({"from": "human", "value": question})
         # A template of captions has no place for questions, so none for what was said before either.
         said = turns if chat_template.TEMPLATES[template].has_questions else turns[-1:]
-        ids = chat_template.prompt({"conversations": said}, job.tokenizer, template, len(said) // 2)
+        said = chat_template.with_marks(said, len(job.images))
+        text = chat_template.prompt({"conversations": said}, job.tokenizer, template, len(said) // 2)
+        prompt = Prompt(text.ids, job.images, text.image_places)
         stream = TextStream(job.tokenizer, arguments.stop, write)
 
         def watch(_: int, so_far: list[int], stream: TextStream = stream) -> bool:
             return stream.push(so_far)
 
-        answerer.answer([Prompt(ids, job.images)], stops, arguments.max_new_tokens, sampling=job.sampling, watch=watch)
+        answerer.answer([prompt], stops, arguments.max_new_tokens, sampling=job.sampling, watch=watch)
         answers.append(stream.finish())
         if topology.rank == 0:
             print(flush=True)

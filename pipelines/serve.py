@@ -143,12 +143,13 @@ class Model:
                 request, turns, images = parse_request(data, config.data.max_text_tokens)
                 pixels = num_pixels(images, config.vision)
                 del data
-            ids = chat_template.prompt({"conversations": turns}, tokenizer, config.data.template, len(turns) // 2)
-            if len(ids) > config.data.max_text_tokens:
-                raise ValueError(f"the prompt has {len(ids)} tokens, the model takes {config.data.max_text_tokens}")
+            text = chat_template.prompt({"conversations": turns}, tokenizer, config.data.template, len(turns) // 2)
+            if len(text.ids) > config.data.max_text_tokens:
+                raise ValueError(f"the prompt has {len(text.ids)} tokens, the model takes {config.data.max_text_tokens}")
             is_large = pixels > LARGE_PIXELS
             with self.reading[is_large].turn(pixels, MAX_LARGE if is_large else MAX_CONNECTIONS):
-                return request, Prompt(ids, tuple(decode(image, config.vision) for image in images))
+                pictures = tuple(decode(image, config.vision) for image in images)
+                return request, Prompt(text.ids, pictures, text.image_places)
         except BadSampleError as error:
             raise ValueError(f"an image cannot be read: {error}") from None
 

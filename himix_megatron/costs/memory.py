@@ -7,13 +7,15 @@ of them left out; what no arithmetic knows (the CUDA context, NCCL's buffers, fr
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
 from ..config import Config
 from ..config.families import FAMILIES
 from ..config.towers import TOWERS
-from .flops import chunk_layers, patches_of
+from .flops import chunk_layers, patches_of, tower_layers, vision_chunks
 
 GIB = 2**30
 VOCAB_MULTIPLE = 128
@@ -26,6 +28,8 @@ MAX_LOGITS = 2**31
 gradient over them: 4 GiB in bf16. Above, chunks of an eighth of this."""
 IMAGES_PER_FORWARD = 64
 """A frozen tower encodes at most as many vision tokens at once as this many of its largest images have."""
+IMAGE_NUMBERS = 64
+"""Rows of the table of images' numbers; a sample's later images share the last one."""
 FIXED_BYTES = 2.5 * GIB
 """CUDA context, NCCL's buffers and cuBLAS's workspaces: an allowance, not measured here."""
 FRAGMENTS = 0.05
@@ -90,48 +94,95 @@ def padded_vocab(config: Config) -> int:
 
 
 def tower_parameters(config: Config) -> int:
-    """Of the layers that run: those up to the one whose output is taken."""
+    """Of the layers that run: those up to the last one whose output is taken."""
     vision = config.vision
     width, inner = vision.hidden_size, vision.ffn_hidden_size
     layer = 4 * (width * width + width) + 2 * width * inner + inner + width + 4 * width
     kind = TOWERS[vision.tower]
     positions = (vision.max_patches_per_image + kind.class_tokens) * kind.learned_positions
-    norms = 2 * kind.norm_before + 2 * (kind.norm_after and vision.feature_layer == -1)
+    norms = 2 * kind.norm_before + 2 * (kind.norm_after and -1 in vision.levels)
     vectors = kind.patch_bias + kind.class_tokens + positions + norms
-    return layer * (vision.num_layers + 1 + vision.feature_layer) + 3 * vision.patch_size**2 * width + vectors * width
+    return layer * tower_layers(vision) + 3 * vision.patch_size**2 * width + vectors * width
 
 
-def layer_parameters(config: Config, tensor: int = 1) -> Parameters:
+def layer_parameters(config: Config, tensor: int = 1, *, injects: bool = True) -> Parameters:
     """Of one decoder layer, on one of `tensor` ranks."""
-    model, width = config.model, config.vision.hidden_size
+    model = config.model
     query, key_value = (heads * model.channels_per_head for heads in (model.num_attention_heads, model.num_query_groups))
     split = 2 * model.hidden_size * (query + key_value) + 3 * model.hidden_size * model.ffn_hidden_size
-    vision_split = 2 * key_value * width
-    if model.has_qkv_bias:
-        split, vision_split = split + query + 2 * key_value, vision_split + 2 * key_value
-    whole = 2 * model.hidden_size + sum(getattr(model, weight.length) for weight in FAMILIES[model.family].layer_weights)
-    return Parameters(split / tensor + whole, vision_split / tensor + width, 0.0)
+    split += (query + 2 * key_value) * model.has_qkv_bias
+    weights = FAMILIES[model.family].layer_weights
+    whole = 2 * model.hidden_size + sum(getattr(model, weight.length) for weight in weights)
+    return Parameters(split / tensor + whole, _vision_parameters(config, tensor) if injects else 0.0, 0.0)
+
+
+def _vision_parameters(config: Config, tensor: int) -> float:
+    """What an injecting layer has of its own."""
+    model, injection = config.model, config.injection
+    hidden, head, width = model.hidden_size, model.channels_per_head, injection.vision_width(model, config.vision)
+    query, key_value = model.num_attention_heads * head, model.num_query_groups * head
+    split = 2.0 * key_value * (width + model.has_qkv_bias) * (injection.keys_values == "own")
+    whole = width * (injection.norm == "own") + _adapter_parameters(config, tensor) * (injection.adapter == "per_layer")
+    if injection.fusion == "block":
+        split += 2 * hidden * query + query * model.has_qkv_bias + 3 * hidden * model.ffn_hidden_size
+        return split / tensor + whole + 2 * hidden + 2 * head + 2
+    split += hidden * query * (injection.gate == "zero")
+    norms_keys = any("k_layernorm" in weight.name for weight in FAMILIES[model.family].layer_weights)
+    return split / tensor + whole + head * (norms_keys and injection.key_norm == "own") + (injection.gate == "tanh")
+
+
+def _adapter_parameters(config: Config, tensor: int) -> float:
+    """An MLP from the features' width to the text's."""
+    hidden = config.model.hidden_size
+    return (config.injection.feature_width(config.vision) + 1 + hidden) * hidden / tensor + hidden
+
+
+def vision_input_parameters(config: Config, tensor: int = 1) -> float:
+    """What stands in front of all layers, in each model chunk that takes vision: the shared adapter, the tables of positions;
+    on one of `tensor` ranks."""
+    vision, injection = config.vision, config.injection
+    side = vision.image_size // vision.patch_size
+    longest, _ = injection.reduced_grid(side if vision.has_fixed_size else side**2, 1)
+    tables = (2 * longest + IMAGE_NUMBERS) * len(vision.levels) * injection.feature_width(vision)
+    return _adapter_parameters(config, tensor) * (injection.adapter == "shared") + tables * (injection.position == "learned")
+
+
+def _injecting(config: Config, layers: Iterable[int]) -> tuple[int, int]:
+    """How many of these layers inject, and how many do not."""
+    found = [number in config.injection.injecting_layers(config.model.num_layers) for number in layers]
+    return sum(found), len(found) - sum(found)
+
+
+def _stage_layers(config: Config, stage: int) -> list[int]:
+    """The decoder layers of a pipeline stage."""
+    ends = itertools.accumulate(chunk_layers(config), initial=0)
+    chunks = [range(*span) for span in itertools.pairwise(ends)]
+    return [layer for chunk in chunks[stage :: config.parallel.pipeline] for layer in chunk]
 
 
 def model_parameters(config: Config) -> Parameters:
     """Of the whole model, the vocabulary as published."""
     model, layer = config.model, layer_parameters(config)
     ends = model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2) + model.hidden_size
-    return Parameters(model.num_layers * layer.language + ends, model.num_layers * layer.vision_kv, tower_parameters(config))
+    injecting, _ = _injecting(config, range(model.num_layers))
+    vision = injecting * layer.vision_kv + vision_input_parameters(config)
+    return Parameters(model.num_layers * layer.language + ends, vision, tower_parameters(config))
 
 
 def rank_parameters(config: Config, stage: int) -> Parameters:
-    """On one rank of a pipeline stage: its layers' share, the embedding and the head where they are, a replica of the tower for
-    each chunk where it trains, and one where it is frozen."""
+    """On one rank of a pipeline stage: its layers' share, the embedding and the head where they are, a replica of what vision
+    goes through first for each chunk that takes it, one of the tower for each chunk where it trains, and one where it is
+    frozen."""
     model, parallel = config.model, config.parallel
-    layer = layer_parameters(config, parallel.tensor)
-    number = sum(chunk_layers(config)[stage :: parallel.pipeline])
+    layer, layers = layer_parameters(config, parallel.tensor), _stage_layers(config, stage)
     table = padded_vocab(config) / parallel.tensor * model.hidden_size
     last = stage == parallel.pipeline - 1
     tables = (stage == 0) + (last and not (model.tie_embeddings and parallel.pipeline == 1))
-    language = number * layer.language + tables * table + (model.hidden_size if last else 0)
+    language = len(layers) * layer.language + tables * table + (model.hidden_size if last else 0)
+    taking = sum(vision_chunks(config)[stage :: parallel.pipeline])
+    vision = _injecting(config, layers)[0] * layer.vision_kv + taking * vision_input_parameters(config, parallel.tensor)
     replicas = parallel.virtual_pipeline if "tower" in config.train.trainable_parts else 0 if config.data.features else 1
-    return Parameters(language, number * layer.vision_kv, replicas * tower_parameters(config))
+    return Parameters(language, vision, replicas * tower_parameters(config))
 
 
 def layer_activations(config: Config, micro_batch: MicroBatch) -> float:

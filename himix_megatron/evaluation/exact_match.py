@@ -96,7 +96,9 @@ def ask(
     for batch in batches(items, answerer.topology, batch_questions):
         pictures = [pictures_of(dataset, source.get(q.sample, q.sample), config.vision) for q in batch]
         texts = [chat_template.prompt(dataset.text(q.sample), tokenizer, template, q.turn) for q in batch]
-        prompts = [Prompt(ids, seen) for ids, seen in zip(texts, pictures, strict=True) if seen is not None]
+        prompts = [
+            Prompt(text.ids, seen, text.image_places) for text, seen in zip(texts, pictures, strict=True) if seen is not None
+        ]
         found = answerer.answer(prompts, stops, max_new_tokens) if prompts else []
         given = iter(tokenizer.decode(ids).strip() for ids in found)
         answers += [UNREADABLE if seen is None else next(given) for seen in pictures]

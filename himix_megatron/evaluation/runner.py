@@ -248,8 +248,9 @@ def ask(
                 bad.append((question.id, str(error)))
                 logger.warning("%s: question %s cannot be asked: %s", job.name, *bad[-1])
                 continue
-            turns = {"conversations": [{"from": "human", "value": question.prompt}]}
-            prompts.append(Prompt(chat_template.prompt(turns, tokenizer, config.data.template), pictures))
+            turns = chat_template.with_marks([{"from": "human", "value": question.prompt}], len(pictures))
+            text = chat_template.prompt({"conversations": turns}, tokenizer, config.data.template)
+            prompts.append(Prompt(text.ids, pictures, text.image_places))
             batch.append(question)
         said = answerer.answer(prompts, stops, job.max_new_tokens) if prompts else []
         new = [(question, tokenizer.decode(ids).strip()) for question, ids in zip(batch, said, strict=True)]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..checkpoint.checkpointer import Checkpoints
 from ..config import Config
-from ..data.loading.image_table import ImageTable, blank_pixels, image_share
+from ..data.loading.image_table import ImageTable, blank_pixels, image_share, in_sequence, rows_in_text
 from ..distributed.fused_kernels import Kernels
 from ..distributed.megatron_config import params_dtype
 from ..distributed.topology import Topology
@@ -28,7 +28,7 @@ from ..model.himix_model import build_model_chunks, unwrap_model
 from ..model.schedule import run_logits
 from ..model.stage_input import StageInput
 from ..model.towers import Tower, build_tower
-from ..model.vision_encoder import ShardedVisionEncoder
+from ..model.vision_encoder import ShardedVisionEncoder, feature_ranks
 from ..model.vision_input import reduced
 from .sampling import Sampling, choose
 
@@ -44,6 +44,13 @@ class Prompt:
     """int64[T]."""
     images: tuple[npt.NDArray[np.uint8], ...]
     """Each uint8[3, height, width], as `images.decode.decode` gives them."""
+    image_places: tuple[int, ...] = ()
+    """Tokens before each image. Another number than of images: all stand before the text."""
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Tokens before each image."""
+        return self.image_places if len(self.image_places) == len(self.images) else (0,) * len(self.images)
 
 
 @dataclass(slots=True)
@@ -54,6 +61,8 @@ class _Part:
     """Their numbers."""
     given: StageInput
     """The next pass."""
+    last: Tensor
+    """int64[B]: which of its tokens has the logits of each text's next one; with a cache there is only one."""
 
 
 class Answerer:
@@ -77,7 +86,9 @@ class Answerer:
         self.model_chunks: list[Any] = [
             model_chunk.eval() for model_chunk in build_model_chunks(config, kernels, topology, self.tower, trains=False)
         ]
-        self.encoder = ShardedVisionEncoder(self.tower, topology.replica, trainable=False, dtype=dtype)
+        self.encoder = ShardedVisionEncoder(
+            self.tower, topology.replica, trainable=False, dtype=dtype, receivers=feature_ranks(config)
+        )
 
     def load(self, checkpoint: Any) -> None:
         """Take a checkpoint's weights. Raises: ValueError for another architecture."""
@@ -133,44 +144,60 @@ class Answerer:
     def _parts(self, prompts: Sequence[Prompt], num_parts: int, room: int | None) -> list[_Part]:
         """The prompts in equal parts, ready for the first pass; with `room` for new tokens in caches, unless it is None."""
         tables, features, blank = self._encode(prompts)
-        of_prompt = torch.split(features, [sum(table.tokens) for table in tables])
+        of_prompt = torch.split(features, [sum(table.tokens) if len(features) else 0 for table in tables])
         blanks = torch.split(blank, [len(table) for table in tables])
-        longest = max(len(prompt.ids) for prompt in prompts)
+        all_rows = [rows.tolist() for rows in np.array_split(np.arange(len(prompts)), num_parts)]
+        joined = [ImageTable.joined(tables[row] for row in rows) for rows in all_rows]
+        laid_out = self._laid_out([[prompts[row].ids.tolist() for row in rows] for rows in all_rows], joined)
         parts = []
-        for rows in np.array_split(np.arange(len(prompts)), num_parts):
-            own, images = torch.cat([of_prompt[row] for row in rows]), ImageTable.joined(tables[row] for row in rows)
-            cache = None
+        for rows, images, (ids, vision_rows, lengths) in zip(all_rows, joined, laid_out, strict=True):
+            own, blank = torch.cat([of_prompt[row] for row in rows]), torch.cat([blanks[row] for row in rows])
+            given, last = StageInput(ids, own, blank, images, vision_rows=vision_rows), lengths - 1
             if room is not None:
-                lengths = torch.tensor([len(prompts[row].ids) for row in rows], device=self.topology.device)
-                cache = KVCache(reduced(images, self.config), lengths, longest, room, self.config.injection)
-            ids = self._padded([prompts[row].ids.tolist() for row in rows], longest)
-            blank = torch.cat([blanks[row] for row in rows])
-            parts.append(_Part(rows.tolist(), StageInput(ids, own, blank, images, cache=cache)))
+                cache = KVCache(reduced(images, self.config), lengths, ids.shape[1], room, self.config.injection)
+                given, last = replace(given, cache=cache), torch.zeros_like(last)
+            parts.append(_Part(rows, given, last))
         return parts
 
     def _prepare(self, parts: list[_Part], texts: list[list[int]], going: Collection[int]) -> None:
         """Make the next pass: the new tokens, or without a cache the whole texts."""
-        longest = max(map(len, texts))
         for part in parts:
-            cache = part.given.cache
-            if cache is None:
-                ids = self._padded([texts[row] for row in part.rows], longest)
-            else:
-                cache.advance()
-                kept = [i for i, row in enumerate(part.rows) if row in going]
-                # Moving what is kept costs as much as some tokens do. Parts of one schedule must stay equally large.
-                if len(parts) == 1 and 2 * len(kept) <= len(part.rows):
-                    part.rows = [part.rows[i] for i in kept]
-                    cache.select(kept)
-                ids = torch.tensor([texts[row][-1:] for row in part.rows], device=self.topology.device)
-            part.given = replace(part.given, text_ids=ids)
+            if (cache := part.given.cache) is None:
+                continue
+            cache.advance()
+            kept = [i for i, row in enumerate(part.rows) if row in going]
+            # Moving what is kept costs as much as some tokens do. Parts of one schedule must stay equally large.
+            if len(parts) == 1 and 2 * len(kept) <= len(part.rows):
+                part.rows, part.last = [part.rows[i] for i in kept], part.last[: len(kept)]
+                cache.select(kept)
+            ids = torch.tensor([texts[row][-1:] for row in part.rows], device=self.topology.device)
+            part.given = replace(part.given, text_ids=ids, vision_rows=None)
+        if parts[0].given.cache is None:
+            tables = [part.given.image_table for part in parts]
+            laid_out = self._laid_out([[texts[row] for row in part.rows] for part in parts], tables)
+            for part, (ids, vision_rows, lengths) in zip(parts, laid_out, strict=True):
+                part.given, part.last = replace(part.given, text_ids=ids, vision_rows=vision_rows), lengths - 1
 
-    def _padded(self, texts: list[list[int]], length: int) -> Tensor:
-        """int64[B, length], zeros to the right. All parts of a schedule must have one length."""
-        ids = torch.zeros(len(texts), length, dtype=torch.long)
-        for row, text in enumerate(texts):
-            ids[row, : len(text)] = torch.tensor(text)
-        return ids.to(self.topology.device)
+    def _laid_out(
+        self, texts: Sequence[Sequence[list[int]]], tables: Sequence[ImageTable]
+    ) -> list[tuple[Tensor, Tensor | None, Tensor]]:
+        """The texts of each part of a schedule, all padded to one length, with room for the vision that stands in them.
+
+        Returns: of each part the ids int64[B, length], `StageInput.vision_rows`, and the tokens of each text, int64[B].
+        """
+        images, device = [in_sequence(table, self.config) for table in tables], self.topology.device
+        lengths = [
+            [len(text) + more for text, more in zip(own, table.sample_tokens(), strict=True)]
+            for own, table in zip(texts, images, strict=True)
+        ]
+        longest, found = max(map(max, lengths)), []
+        for own, table, of_rows in zip(texts, images, lengths, strict=True):
+            text_rows, vision_rows = map(torch.from_numpy, rows_in_text(list(map(len, own)), table, longest))
+            ids = torch.zeros(len(own), longest, dtype=torch.long)
+            ids.view(-1)[text_rows] = torch.tensor([token for text in own for token in text])
+            in_text = vision_rows.to(device) if self.config.injection.in_sequence else None
+            found.append((ids.to(device), in_text, torch.tensor(of_rows, device=device)))
+        return found
 
     def _encode(self, prompts: Sequence[Prompt]) -> tuple[list[ImageTable], Tensor, Tensor]:
         """Each prompt's images, their features and which are blank; encoded once: this rank encodes its share."""
@@ -178,7 +205,7 @@ class Answerer:
         tables = []
         for prompt in prompts:
             sizes = [(image.shape[2], image.shape[1]) for image in prompt.images]
-            tables.append(ImageTable.of(vision, [sizes or [vision.blank_size] * without]))
+            tables.append(ImageTable.of(vision, [sizes or [vision.blank_size] * without], [prompt.places or (0,) * without]))
         table = ImageTable.joined(tables)
         images = [image for p in prompts for image in (p.images or (None,) * without)]
         blank = torch.tensor([image is None for image in images], dtype=torch.bool)
@@ -197,8 +224,7 @@ class Answerer:
 
         def take(number: int, logits_BSW: Tensor) -> Tensor:
             part = parts[number]
-            last = torch.tensor([len(texts[row]) - 1 if part.given.cache is None else 0 for row in part.rows])
-            own = logits_BSW[torch.arange(len(last)), last]
+            own = logits_BSW[torch.arange(len(part.last), device=part.last.device), part.last]
             drawn = torch.tensor([draws[row].random() for row in part.rows], dtype=torch.float64)
             return self._choose(own.float().contiguous(), sampling, drawn.to(own.device))
 

@@ -66,6 +66,19 @@ class HiMixLayer(TransformerLayer):  # type: ignore[misc]
         hidden_states = add(update_and_bias, hidden_states, self.hidden_dropout)
         return hidden_states, context
 
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        """megatron-core's sharded state, in which all layers' tensors of one name are one tensor; but what only some layers
+        have has the layer's number in its key."""
+        state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.vision is None or self.vision.is_everywhere:
+            return state
+        alone: dict[str, Any] = super().sharded_state_dict(prefix, (), metadata)
+        for name in (name for name in state if "vision_" in name):
+            state[name] = alone[name]
+            # The block takes the prefix, with the layer's number in its chunk, off every key.
+            state[name].key = f"{prefix}{self.layer_number - 1}.{name.removeprefix(prefix)}"
+        return state
+
     def _input_norm(self) -> Tensor:
         """float[H]: the weight of the norm before attention, for this rank's heads of the vision."""
         fused = self.self_attention.linear_qkv

@@ -47,6 +47,8 @@ class LayerVision:
     num_levels: int
     is_frozen: bool
     """Whether the context needs no gradient."""
+    is_everywhere: bool
+    """Whether all decoder layers inject."""
 
     @staticmethod
     def of(config: Config, layer: int, *, is_frozen: bool) -> LayerVision | None:
@@ -62,6 +64,7 @@ class LayerVision:
             injection.level(layer, num_layers, num_levels),
             num_levels,
             is_frozen,
+            len(injection.injecting_layers(num_layers)) == num_layers,
         )
 
     def own_level(self, context_TX: Tensor) -> Tensor:

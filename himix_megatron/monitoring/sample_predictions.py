@@ -139,8 +139,8 @@ def choose(config: Config, plan: SamplingPlan) -> Iterator[Question]:
             logger.warning("%s cannot be shown: %s", dataset.key(number), error.detail)
             continue
         question, expected = chat_template.turns_of(conversation)[0]
-        ids = chat_template.prompt(conversation, tokenizer, data.template)
-        yield Question(dataset.key(number), question, expected, Prompt(ids, images))
+        text = chat_template.prompt(conversation, tokenizer, data.template)
+        yield Question(dataset.key(number), question, expected, Prompt(text.ids, images, text.image_places))
 
 
 def _side_by_side(images: tuple[image_file.Pixels, ...]) -> Image.Image | None:

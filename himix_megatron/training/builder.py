@@ -21,7 +21,7 @@ from ..model.feature_prefetch import FeaturePrefetcher
 from ..model.himix_model import build_model_chunks, finalize_gradients
 from ..model.micro_batch_graphs import MicroBatchGraphs
 from ..model.towers import build_tower
-from ..model.vision_encoder import ShardedVisionEncoder, encoder_share
+from ..model.vision_encoder import ShardedVisionEncoder, encoder_share, feature_ranks
 from ..monitoring.pipeline_timers import ScheduleTimers
 from .data_setup import RunInputs
 from .optimizer import build_optimizer
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 class TrainingComponents:
     """What training works with on this rank."""
 
+    config: Config
     topology: Topology
     model_chunks: list[DistributedDataParallel]
     """One model chunk, or several with an interleaved pipeline."""
@@ -70,6 +71,7 @@ def build_components(
         syncs = [model_chunk.no_sync for model_chunk in model_chunks]
         mcore_config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
     return TrainingComponents(
+        config=config,
         topology=topology,
         model_chunks=model_chunks,
         encoder=ShardedVisionEncoder(
@@ -78,7 +80,8 @@ def build_components(
             trainable=trainable,
             dtype=params_dtype(config),
             device=topology.device,
-            place=encoder_share(config.vision.encoder_placement, topology),
+            place=encoder_share(config, topology),
+            receivers=feature_ranks(config),
         ),
         prefetcher=FeaturePrefetcher(topology.device, enabled=config.vision.prefetch_features),
         optimizer=optimizer,

@@ -159,7 +159,7 @@ def training_length(config: Config, plan: SamplingPlan | Stream) -> TrainingLeng
 
 def reads_of(config: Config, topology: Topology) -> ReadSpec:
     """Which samples and images this rank reads."""
-    image_rank, image_size = encoder_share(config.vision.encoder_placement, topology)
+    image_rank, image_size = encoder_share(config, topology)
     return ReadSpec(
         data_rank=topology.data_rank,
         data_size=topology.data_size,

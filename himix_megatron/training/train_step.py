@@ -98,7 +98,7 @@ def run_schedule(run: TrainingComponents, batch: StepBatch, images: Tensor, *, f
 
     Returns: for each micro-batch what `loss.answer_loss` reports, on the last stage; elsewhere nothing.
     """
-    inputs = stage_inputs(batch, images, run.topology.device)
+    inputs = stage_inputs(batch, images, run.config, run.topology.device)
     return run_losses(run.model_chunks, inputs, forward_only=forward_only, graphs=run.graphs)
 
 

@@ -84,7 +84,7 @@ def test_the_chat_template_spells_what_training_does(family: Any, folders: Any, 
         values = [QUESTIONS[k % 5] if k % 2 == 0 else f" An ànswer {k}" for k in range(2 * number)]
         talk = {"conversations": [{"from": ("human", "gpt")[k % 2], "value": value} for k, value in enumerate(values)]}
         messages = [{"role": ("user", "assistant")[k % 2], "content": value} for k, value in enumerate(values)]
-        wanted = chat_template.prompt(talk, ours, template, number - 1)
+        wanted = chat_template.prompt(talk, ours, template, number - 1).ids
         asked = processor.apply_chat_template(messages[:-1], add_generation_prompt=True)
         assert processor.encode(asked) == wanted.tolist()
         whole = processor.encode(processor.apply_chat_template(messages))
@@ -115,7 +115,8 @@ def test_hostile_texts_get_the_same_ids_in_training_serving_and_export(family: A
             processor(conversation=asked, images=images),
             processor.apply_chat_template(asked, processor_kwargs={"images": images}, **options),
         ):
-            assert found["input_ids"][0].tolist() == chat_template.prompt(talk, ours, template, len(asked) // 2).tolist(), talk
+            ids = chat_template.prompt(talk, ours, template, len(asked) // 2).ids
+            assert found["input_ids"][0].tolist() == ids.tolist(), talk
             assert found["num_images"].tolist() == [marks]
         # Whoever hands the prompt to the tokenizer alone gets invisible characters, but no turn that a message made up.
         control = set(map(processor.tokenizer.convert_tokens_to_ids, processor.control_tokens))

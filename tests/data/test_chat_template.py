@@ -23,6 +23,7 @@ from himix_megatron.data.text.chat_template import (
     end_of_turn,
     prompt,
     turns_of,
+    with_marks,
     without_marks,
 )
 from himix_megatron.data.text.tokenizer import HuggingFaceTokenizer, Piece, load_tokenizer
@@ -146,10 +147,9 @@ def test_a_prompt_is_what_stood_before_the_answer(family):
     text = encode(talk, tokenizer, template, 10_000)
     starts = [i for i in range(1, len(text.ids)) if text.loss_mask[i] and not text.loss_mask[i - 1]]
     for answer, start in enumerate(starts):
-        asked = prompt(talk, tokenizer, template, answer)
-        assert asked.tolist() == text.ids[:start].tolist()
+        assert prompt(talk, tokenizer, template, answer).ids.tolist() == text.ids[:start].tolist()
     unanswered = {"conversations": talk["conversations"][:1]}
-    assert prompt(unanswered, tokenizer, template).tolist() == text.ids[: starts[0]].tolist()
+    assert prompt(unanswered, tokenizer, template).ids.tolist() == text.ids[: starts[0]].tolist()
 
 
 def test_ids_are_those_of_the_whole_text(folders):
@@ -189,7 +189,7 @@ def test_templates_equal_the_tokenizers_own_chat_template(folders, template, nam
     assert encode(TALK, tokenizer, template, 1000).ids.tolist() == theirs(6)
     for answer in range(3):
         asked = prompt(TALK, tokenizer, template, answer)
-        assert asked.tolist() == theirs(2 * answer + 1, add_generation_prompt=True)
+        assert asked.ids.tolist() == theirs(2 * answer + 1, add_generation_prompt=True)
 
 
 def test_plain_starts_with_bos_or_else_with_eos(folders):
@@ -197,7 +197,7 @@ def test_plain_starts_with_bos_or_else_with_eos(folders):
         tokenizer = load_tokenizer(str(folders[name]))
         ids = encode(CAPTION, tokenizer, "plain", 1000).ids
         assert spelled(tokenizer, ids[:1]) == start
-        assert len(prompt(CAPTION, tokenizer, "plain")) == 1
+        assert len(prompt(CAPTION, tokenizer, "plain").ids) == 1
 
 
 def test_the_tiny_template_costs_four_tokens():
@@ -341,6 +341,32 @@ def test_places_are_those_of_a_count_byte_by_byte(family):
         assert text.image_places.dtype == "int64"
         num_marks += len(text.image_places)
     assert num_marks > 100
+
+
+def test_a_prompt_has_its_images_where_the_whole_text_has_them(family):
+    template, tokenizer = family
+    draw, num_marks = random.Random(template), 0
+    for number in range(40):
+        num_turns = 1 if template == "plain" else draw.randrange(1, 4)
+        talk = row(number, None, *(drawn_text(draw) for _ in range(2 * num_turns)))
+        whole = encode(talk, tokenizer, template, 10_000).image_places.tolist()
+        for answer in range(num_turns):
+            asked = prompt(talk, tokenizer, template, answer)
+            shown = sum(turn["value"].count("<image>") for turn in talk["conversations"][: 2 * answer + 1])
+            assert list(asked.image_places) == whole[:shown], talk
+            num_marks += shown
+    assert num_marks > 50
+
+
+def test_images_without_marks_stand_before_the_first_question_and_change_no_id(family):
+    template, tokenizer = family
+    talk = row(0, None, "\n What? ", "It.", "And?", "Is.") if template != "plain" else row(0, None, "\n What? ", "It.")
+    marked = {"conversations": with_marks(talk["conversations"], 2)}
+    text, wanted = encode(marked, tokenizer, template, 100), encode(talk, tokenizer, template, 100)
+    assert text.ids.tolist() == wanted.ids.tolist()
+    first = encode(row(0, None, "<image> What?", "It."), tokenizer, template, 100).image_places.tolist()
+    assert text.image_places.tolist() == 2 * first
+    assert with_marks(marked["conversations"], 1) == marked["conversations"]
 
 
 def test_marks_change_neither_ids_nor_loss(family):
@@ -494,7 +520,7 @@ def test_a_text_cannot_hold_a_control_token(family):
         said = [text for turn in turns_of(talk) for text in (turn[1:] if template == "plain" else turn)]
         assert all(word in tokenizer.decode(text.ids) for word in " ".join(said).split() if word.isascii())
         for answer in range(len(talk["conversations"]) // 2):
-            asked = prompt(talk, tokenizer, template, answer)
+            asked = prompt(talk, tokenizer, template, answer).ids
             assert asked.tolist() == text.ids[: len(asked)].tolist()
 
 

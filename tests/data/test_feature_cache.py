@@ -261,6 +261,20 @@ def test_features_of_another_kind_are_refused_by_the_name_of_what_differs(datase
     refused(replace(config, data=replace(config.data, features_dtype="fp8_token")), r"--data\.features-dtype bf16")
     refused(replace(config, data=replace(config.data, decode="exact")), r"--data\.decode fast")
     refused(replace(config, train=replace(config.train, precision="bf16")), r"train\.precision fp32")
+    wider = replace(config.vision, num_layers=3)
+    several = replace(config, vision=replace(wider, feature_layers=(-3, -1)))
+    cache.manifest.key["vision.num_layers"] = 3
+    assert several.vision.feature_width == 2 * wider.hidden_size
+    refused(several, r"vision\.feature_layers -1, but here it is -3 -1: use --vision\.feature-layers -1, or encode")
+    cache.check(feature_key(replace(config, vision=replace(wider, feature_layers=(-1,))), dataset))
+    cache.manifest.key["vision.feature_layer"] = [-3, -1]
+    cache.check(feature_key(several, dataset))
+    refused(
+        replace(config, vision=wider), r"vision\.feature_layers -3 -1, but here it is -1: use --vision\.feature-layers -3 -1"
+    )
+    swapped = replace(config, vision=replace(wider, feature_layers=(-1, -3)))
+    refused(swapped, r"vision\.feature_layers -3 -1, but here it is -1 -3")
+    cache.manifest.key.update({"vision.num_layers": config.vision.num_layers, "vision.feature_layer": -1})
     refused(config, r"by a tower with other weights \(tower aaaaaaaaaaaa, here bbbbbbbbbbbb\)", tower="b" * 64)
     other = mixed(tmp_path / "other", num_rows=12)
     with pytest.raises(ValueError, match="was made of another dataset"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from himix_megatron.config import Config, VisionConfig
+from himix_megatron.config import Config, InjectionConfig, VisionConfig
 from himix_megatron.data.text.tokenizer import load_tokenizer
 from himix_megatron.inference.sampling import Sampling, choose
 from himix_megatron.inference.text_stream import TextStream
@@ -27,6 +27,16 @@ STOPS = tuple(range(0, 260, 13))
 """One token in thirteen, so that the answers of a batch end at different steps."""
 KINDS = ("qwen2", "llama", "native")
 """native: images of different sizes, in their own aspect."""
+IN_TEXT = InjectionConfig(
+    fusion="tokens", adapter="shared", keys_values="text", norm="input", key_norm="shared", position="rotary",
+    visibility="earlier",
+)  # fmt: skip
+INJECTIONS = {
+    "in text": IN_TEXT,
+    "in text, fewer": replace(IN_TEXT, reduce="pool"),
+    "one stage": InjectionConfig(layers=(1,), position="rotary", visibility="earlier", adapter="shared"),
+}
+NATIVE = ("native", "in text, fewer", "one stage")
 
 
 def config_for(kind: str, **layout: Any) -> Config:
@@ -39,22 +49,26 @@ def config_for(kind: str, **layout: Any) -> Config:
         "rope_scaling_factor": 8.0,
     }
     changes = other if kind == "llama" else {"tie_embeddings": True}
-    vision = replace(config.vision, tower="tiny_native", image_size=32) if kind == "native" else config.vision
-    return replace(config, model=replace(config.model, init_std=0.3, **changes), vision=vision)
+    vision = replace(config.vision, tower="tiny_native", image_size=32) if kind in NATIVE else config.vision
+    injection = INJECTIONS.get(kind, config.injection)
+    return replace(config, model=replace(config.model, init_std=0.3, **changes), vision=vision, injection=injection)
 
 
 def random_prompts(draw: np.random.Generator, number: int, vision: VisionConfig) -> list[Any]:
-    """1 to 20 random tokens each; no image, one or two."""
+    """1 to 20 random tokens each; no image, one or two, most of them somewhere in the text."""
     from himix_megatron.inference.generator import Prompt
 
     def image() -> np.ndarray[Any, Any]:
         width, height = vision.blank_size if vision.has_fixed_size else vision.input_size(*draw.integers(4, 60, 2).tolist())
         return draw.integers(0, 256, (3, height, width), dtype=np.uint8)
 
-    return [
-        Prompt(draw.integers(0, 260, draw.integers(1, 21)), tuple(image() for _ in range(draw.integers(0, 3))))
-        for _ in range(number)
-    ]
+    prompts = []
+    for _ in range(number):
+        ids, images = draw.integers(0, 260, draw.integers(1, 21)), tuple(image() for _ in range(draw.integers(0, 3)))
+        spare = np.random.default_rng(ids)  # what else is drawn stays as it is
+        places = tuple(sorted(spare.integers(0, len(ids) + 1, len(images)).tolist()))
+        prompts.append(Prompt(ids, images, places if spare.random() < 0.8 else ()))
+    return prompts
 
 
 def noting_answerer(config: Config, topology: Any) -> Any:
@@ -82,12 +96,14 @@ def noting_answerer(config: Config, topology: Any) -> Any:
     return answerer
 
 
-def with_answerers(layout: dict[str, int], *questions: Callable[[Any], Any]) -> dict[str, list[Any]]:
+def with_answerers(
+    layout: dict[str, int], *questions: Callable[[Any], Any], kinds: Sequence[str] = KINDS
+) -> dict[str, list[Any]]:
     """On this rank: what each of the functions finds, given an Answerer of each kind."""
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
 
-    configs = {kind: config_for(kind, **layout) for kind in KINDS}
-    topology = init_distributed(configs[KINDS[0]].parallel, seed=3)
+    configs = {kind: config_for(kind, **layout) for kind in kinds}
+    topology = init_distributed(configs[kinds[0]].parallel, seed=3)
     found = {kind: [ask(noting_answerer(config, topology)) for ask in questions] for kind, config in configs.items()}
     shutdown_distributed()
     return found
@@ -136,6 +152,53 @@ def test_cached_answers_are_the_recomputed_ones(size: int) -> None:
         print(f"tensor {size}, {kind}: {len(answers)} answers, {len(found['differing'])} differ;", end=" ")
         print(f"{found['tokens']} tokens, {found['ties']} ties")
     assert all(result == results[0] for result in results)
+
+
+def laid_out(answerer: Any) -> list[Any]:
+    """For some prompts in two parts of a schedule: each row's ids and which vision token of the part each token is."""
+    prompts = random_prompts(np.random.default_rng(7), 12, answerer.config.vision)
+    found = []
+    for part in answerer._parts(prompts, 2, None):
+        flat = torch.full((part.given.text_ids.numel(),), -1)
+        rows = part.given.vision_rows
+        flat[rows] = torch.arange(len(rows))
+        found.append((part.given.text_ids.tolist(), flat.view(part.given.text_ids.shape).tolist(), part.last.tolist()))
+    return found
+
+
+def test_prompts_are_laid_out_as_a_loop_would() -> None:
+    kinds = ("in text", "in text, fewer")
+    (found,) = run_ranks(partial(with_answerers, kinds=kinds), 1, {}, laid_out, start_gloo=False)
+    for kind in kinds:
+        config = config_for(kind)
+        prompts = random_prompts(np.random.default_rng(7), 12, config.vision)
+        for own, (ids, numbers, last) in zip((prompts[:6], prompts[6:]), found[kind][0], strict=True):
+            vision = 0
+            for prompt, row_ids, row_numbers, row_last in zip(own, ids, numbers, last, strict=True):
+                wanted = []
+                places = prompt.image_places or (0,) * len(prompt.images)
+                for i in range(len(prompt.ids) + 1):
+                    for image, place in zip(prompt.images, places, strict=True):
+                        if place == i:
+                            rows, columns = (side // config.vision.patch_size for side in image.shape[1:])
+                            count = rows * columns if kind == "in text" else -(-rows // 2) * -(-columns // 2)
+                            wanted += [(0, vision + n) for n in range(count)]
+                            vision += count
+                    wanted += [(int(token), -1) for token in prompt.ids[i : i + 1]]
+                assert row_last == len(wanted) - 1
+                wanted += [(0, -1)] * (len(row_ids) - len(wanted))
+                assert list(zip(row_ids, row_numbers, strict=True)) == wanted
+
+
+@pytest.mark.parametrize("layout", [{}, {"tensor": 2, "pipeline": 2}, {"pipeline": 2, "virtual_pipeline": 2}], ids=str)
+def test_cached_answers_are_the_recomputed_ones_where_vision_is_in_the_text_or_in_one_stage(layout: dict[str, int]) -> None:
+    size = layout.get("tensor", 1) * layout.get("pipeline", 1)
+    results = run_ranks(partial(with_answerers, kinds=tuple(INJECTIONS)), size, layout, greedy_few, start_gloo=False)
+    for kind in INJECTIONS:
+        found = results[-1][kind][0]
+        assert all(margin < TIE for margin, _, _ in found["differing"]), found["differing"]
+        assert all(result[kind][0]["answers"] == found["answers"] for result in results)
+        assert len({tuple(answer) for answer in found["answers"]}) > 12
 
 
 @pytest.mark.parametrize("layout", [{"pipeline": 2, "virtual_pipeline": 2}, {"tensor": 2, "pipeline": 2}], ids=str)

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from himix_megatron.data.loading.image_table import ImageTable
 from himix_megatron.distributed import cpu_backend
 
 cpu_backend.activate_if_needed()
 
 
 from himix_megatron.model.attention.backends import TorchMixtureAttention  # noqa: E402
-from himix_megatron.model.himix_model import arrange_features  # noqa: E402
+from himix_megatron.model.attention.kv_cache import KVCache  # noqa: E402
 
 HEADS, GROUPS, DIM, TEXT = 4, 2, 8, 5
 
@@ -101,22 +102,24 @@ def test_generation_in_bf16_on_a_gpu_is_the_formula(vision_counts: list[int]) ->
 
 
 def test_features_are_laid_out_by_sample() -> None:
-    features = torch.arange(7 * 3, dtype=torch.float32).view(7, 3).requires_grad_()
-    vision, padding = arrange_features(features, (2, 0, 4, 1))
+    features = torch.arange(7 * 3, dtype=torch.float32).view(7, 3)
+    cache = KVCache(ImageTable.of_features([[2], [], [3, 1], [1]]), torch.tensor([1, 1, 1, 1]), 1, 2)
+    cache.take_context(features)
+    vision = cache.context_NBX
+    assert vision is not None
     assert vision.shape == (4, 4, 3)
-    assert padding is not None
-    assert padding.tolist() == [[False] * 2 + [True] * 2, [True] * 4, [False] * 4, [False] + [True] * 3]
+    assert cache.padding is not None
+    assert cache.padding.tolist() == [[False] * 2 + [True] * 2, [True] * 4, [False] * 4, [False] + [True] * 3]
     assert torch.equal(vision[:2, 0], features[:2])
     assert torch.equal(vision[:, 2], features[2:6])
     assert torch.equal(vision[:1, 3], features[6:])
-    vision.sum().backward()
-    assert torch.equal(features.grad, torch.ones_like(features))
 
 
 def test_equal_counts_need_no_padding() -> None:
     features = torch.randn(8, 3)
-    vision, padding = arrange_features(features, (4, 4))
-    assert padding is None
-    assert torch.equal(vision[:, 1], features[4:])
-    empty, padding = arrange_features(torch.empty(0, 3), (0, 0))
-    assert (empty.shape, padding) == ((0, 2, 3), None)
+    cache = KVCache(ImageTable.of_features([[4], [4]]), torch.tensor([1, 1]), 1, 2)
+    cache.take_context(features)
+    assert cache.padding is None
+    assert cache.context_NBX is not None
+    assert torch.equal(cache.context_NBX[:, 1], features[4:])
+    assert KVCache(ImageTable.of_features([[], []]), torch.tensor([1, 1]), 1, 2).num_vision == 0

@@ -10,11 +10,16 @@ from typing import Any
 import pytest
 import torch
 
+from himix_megatron.config import METHODS, Config
+from himix_megatron.data.loading.batch import StepBatch
 from himix_megatron.data.loading.loader import ReadSpec, StepReader
 from himix_megatron.data.loading.plan import Datasets, SamplingPlan, TrainingLength
 from himix_megatron.data.shards.reader import ShardDataset
+from himix_megatron.data.text import chat_template
+from himix_megatron.data.text.tokenizer import load_tokenizer
 from himix_megatron.distributed import cpu_backend
 from tests.support.data_fixtures import VISION, data_config, encoded, make, picture, row
+from tests.support.small_runs import small_config
 
 cpu_backend.activate_if_needed()
 
@@ -52,8 +57,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(folder / "shards", folder / "rows.json", folder / "images").path
 
 
-def layouts(folder: Path, vision: Any, packing: dict[str, int], texts: bool, without: int) -> dict[int, list[ImageInText]]:
-    """Each row's images as a stage's layouts have them, of one step over the whole set."""
+def config_of(vision: Any, **choices: Any) -> Config:
+    config = small_config(Path("unused"), Path("unused"), parts=("vision_kv",))
+    return replace(config, vision=vision, injection=replace(config.injection, **choices))
+
+
+def whole_set(folder: Path, vision: Any, packing: dict[str, int], texts: bool, without: int = 0) -> StepBatch:
+    """One step over all rows."""
     config = data_config(max_text_tokens=CUT, **packing)
     datasets = Datasets([ShardDataset(folder)], config, vision)
     packs = len(SamplingPlan(datasets, config, seed=5, global_batch=1, images_without=without).window(0, 0))
@@ -61,9 +71,17 @@ def layouts(folder: Path, vision: Any, packing: dict[str, int], texts: bool, wit
     reader = StepReader(plan, vision_config=vision, micro_batch=1 if packing else 3, reads=ReadSpec(texts=texts))
     batch = reader[next(plan.steps(TrainingLength(1, None)))]
     assert not batch.bad_keys
+    return batch
+
+
+def layouts(folder: Path, vision: Any, packing: dict[str, int], texts: bool, without: int) -> dict[int, list[ImageInText]]:
+    """Each row's images as a stage's layouts have them, of one step over the whole set."""
+    batch = whole_set(folder, vision, packing, texts, without)
     features = torch.zeros(sum(batch.images.tokens), 8)
+    inputs = stage_inputs(batch, features, config_of(vision), torch.device("cpu"))
     found: dict[int, list[ImageInText]] = {}
-    for micro_batch, given in zip(batch.micro_batches, stage_inputs(batch, features, torch.device("cpu")), strict=True):
+    for micro_batch, given in zip(batch.micro_batches, inputs, strict=True):
+        assert given.vision_rows is None
         layout = make_layout(given.text_ids, given.packed_lengths, given.image_table, lambda n: torch.zeros(n, 1, 1, 4))
         assert layout.vision_lengths == tuple(given.image_table.sample_tokens())
         for sample, key in enumerate(micro_batch.keys):
@@ -86,3 +104,100 @@ def test_images_arrive_with_sample_order_and_place(folder: Path, vision: Any, pa
 def test_the_image_that_stands_for_none_is_before_the_text(folder: Path) -> None:
     found = layouts(folder, NATIVE, {"pack_max_text_tokens": 90, "pack_max_vision_tokens": 32}, texts=True, without=1)
     assert [(image.order, image.place, image.num_tokens) for image in found[len(CASES) - 1]] == [(0, 0, 16)]
+
+
+# ---- vision in the text's sequence -------------------------------------------------------------------------------------
+
+PACKED = {"pack_max_text_tokens": 90, "pack_max_vision_tokens": 32}
+TOKENS_AFTER = {"none": TOKENS, "pool": {"a.jpg": 1, "b.jpg": 4, "c.jpg": 2}}
+"""Of 2x2, 1x8 and 3x1 patches."""
+
+
+def by_hand(number: int, tokens: dict[str, int], first: int) -> list[tuple[int, int, int]]:
+    """Of one row (id or 0, label, which vision token of the micro-batch or -1), one entry a token of its sequence."""
+    names, turns, places = CASES[number]
+    text = chat_template.encode(row(number, None, *turns), load_tokenizer("bytes"), "tiny", CUT)
+    sequence: list[tuple[int, int, int]] = []
+    for i in range(len(text.ids) + 1):
+        for name, place in zip(names, places, strict=True):
+            if place == i:
+                for _ in range(tokens[name]):
+                    sequence.append((0, -100, first))
+                    first += 1
+        if i < len(text.ids):
+            if text.loss_mask[i]:
+                last_id, _, last_vision = sequence.pop()
+                sequence.append((last_id, int(text.ids[i]), last_vision))
+            sequence.append((int(text.ids[i]), -100, -1))
+    return sequence
+
+
+@pytest.mark.parametrize("packing", [{}, PACKED], ids=["rows", "packed"])
+@pytest.mark.parametrize(("vision", "reduce"), [(VISION, "none"), (NATIVE, "none"), (NATIVE, "pool")])
+def test_vision_stands_in_the_text_where_a_loop_puts_it(
+    folder: Path, vision: Any, reduce: str, packing: dict[str, int]
+) -> None:
+    config = config_of(vision)
+    config = replace(config, injection=replace(METHODS["tokens"](config.model), reduce=reduce))
+    config = replace(config, parallel=replace(config.parallel, tensor=2, sequence=True))
+    tokens = dict.fromkeys(TOKENS, 4) if vision is VISION else TOKENS_AFTER[reduce]
+    batch = whole_set(folder, vision, packing, texts=True)
+    sources = [tuple(int(key[-9:]) % 3 for key in part.keys) for part in batch.micro_batches]
+    micro_batches = tuple(replace(part, sources=own) for part, own in zip(batch.micro_batches, sources, strict=True))
+    batch = replace(batch, num_sources=3, micro_batches=micro_batches)
+    features = torch.arange(float(sum(batch.images.tokens)))[:, None].expand(-1, 8)
+    inputs = stage_inputs(batch, features, config, torch.device("cpu"))
+    width, num_labels = inputs[0].text_ids.shape[1], 0
+    assert width % 2 == 0
+    assert torch.equal(torch.cat([given.images for given in inputs]), features)
+    for micro_batch, given in zip(batch.micro_batches, inputs, strict=True):
+        rows: list[list[tuple[int, int, int]]] = []
+        wanted_sources: list[list[int]] = []
+        for key, source in zip(micro_batch.keys, micro_batch.sources, strict=True):
+            first = sum(entry[2] >= 0 for row in rows for entry in row)
+            sequence = by_hand(int(key[-9:]), tokens, first)
+            # In a row of its own a sample's padding belongs to it; a pack's to nobody.
+            lasting = len(sequence) if packing else width
+            if packing and rows:
+                rows[0] += sequence
+                wanted_sources[0] += [source] * lasting
+            else:
+                rows.append(sequence)
+                wanted_sources.append([source] * lasting)
+        lengths = [len(by_hand(int(key[-9:]), tokens, 0)) for key in micro_batch.keys]
+        assert given.packed_lengths == (tuple(lengths) if packing else None)
+        padded = [row + [(0, -100, -1)] * (width - len(row)) for row in rows]
+        flat = [entry for row in padded for entry in row]
+        assert given.text_ids.tolist() == [[entry[0] for entry in row] for row in padded]
+        assert given.labels is not None
+        assert given.labels.tolist() == [[entry[1] for entry in row] for row in padded]
+        assert given.labelled is not None
+        assert given.labelled.tolist() == [at for at, entry in enumerate(flat) if entry[1] >= 0]
+        at = {entry[2]: place for place, entry in enumerate(flat) if entry[2] >= 0}
+        assert given.vision_rows is not None
+        assert given.vision_rows.tolist() == [at[number] for number in range(len(at))]
+        assert given.token_sources is not None
+        assert given.token_sources.tolist() == [row + [0] * (width - len(row)) for row in wanted_sources]
+        num_labels += len(given.labelled)
+        assert given.image_table == micro_batch.images
+    assert num_labels == sum(sum(micro_batch.answer_tokens()) for micro_batch in batch.micro_batches)
+    # Somewhere a vision token predicts the answer behind it.
+    predicts = [(given.labels.flatten()[given.vision_rows] >= 0).any() for given in inputs if given.labels is not None]
+    assert any(predicts)
+
+
+@pytest.mark.parametrize("packing", [{}, PACKED], ids=["rows", "packed"])
+def test_a_stage_without_text_knows_where_vision_stands_in_it(folder: Path, packing: dict[str, int]) -> None:
+    config = config_of(NATIVE)
+    config = replace(config, injection=METHODS["tokens"](config.model))
+    found = []
+    for texts in (True, False):
+        batch = whole_set(folder, NATIVE, packing, texts)
+        found.append(stage_inputs(batch, torch.empty(0, 8), config, torch.device("cpu")))  # no features either
+    for with_text, without in zip(*found, strict=True):
+        assert (with_text.text_ids.shape, with_text.packed_lengths) == (without.text_ids.shape, without.packed_lengths)
+        assert with_text.vision_rows is not None
+        assert without.vision_rows is not None
+        assert torch.equal(with_text.vision_rows, without.vision_rows)
+        assert not without.text_ids.any()
+        assert len(without.images) == 0

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from himix_megatron.config import Config, VisionConfig
+from himix_megatron.config import Config, InjectionConfig, VisionConfig
 from himix_megatron.data.loading.image_table import ImageTable, blank_pixels, image_share
 from himix_megatron.model.feature_prefetch import FeaturePrefetcher
 from himix_megatron.model.towers import build_tower
-from himix_megatron.model.vision_encoder import ShardedVisionEncoder
+from himix_megatron.model.vision_encoder import ShardedVisionEncoder, feature_ranks
 from tests.support.ranks import run_ranks
 from tests.support.small_runs import history, native, small_config, train
 
@@ -44,7 +44,12 @@ def _images(num_images: int) -> ImageTable:
     return ImageTable.of(TOWER, [[TOWER.blank_size]] * num_images)
 
 
-def _encode(num_images: int, trainable: bool, dtype: torch.dtype, num_encoders: int | None) -> torch.Tensor:
+Ranks = tuple[int, ...]
+
+
+def _encode(
+    num_images: int, trainable: bool, dtype: torch.dtype, num_encoders: int | None, receivers: Ranks | None
+) -> torch.Tensor:
     """What one rank of the replica gets; alone when no group exists."""
     world = torch.distributed.is_initialized()
     rank, size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if world else (0, 1)
@@ -57,17 +62,15 @@ def _encode(num_images: int, trainable: bool, dtype: torch.dtype, num_encoders: 
         trainable,
         dtype,
         place=place,
+        receivers=receivers if world else None,
         max_images_per_forward=2,
     )
     return encoder.encode(_pixels(num_images)[share], torch.arange(num_images) % 3 == 1, images)
 
 
-def _encode_all(num_encoders: int | None) -> list[torch.Tensor]:
-    frozen = [_encode(num_images, False, torch.float32, num_encoders) for num_images in (7, 4, 1, 0)]
-    others = [
-        _encode(5, trainable, dtype, num_encoders) for trainable, dtype in ((False, torch.bfloat16), (True, torch.float32))
-    ]
-    return [*frozen, *others]
+def _encode_all(num_encoders: int | None, receivers: Ranks | None = None) -> list[torch.Tensor]:
+    given = [(images, False, torch.float32) for images in (7, 4, 1, 0)] + [(5, False, torch.bfloat16), (5, True, torch.float32)]
+    return [_encode(*case, num_encoders, receivers) for case in given]
 
 
 @pytest.mark.parametrize(("world_size", "num_encoders"), [(2, None), (3, None), (3, 2), (2, 1)])
@@ -83,7 +86,21 @@ def test_a_shared_tower_gives_every_rank_what_one_rank_alone_computes(world_size
             assert torch.allclose(got.float(), wanted.float(), atol=1e-2 if got.dtype == torch.bfloat16 else 1e-6)
 
 
-def _encode_shapes(trainable: bool) -> torch.Tensor:
+def _encode_for(cases: list[tuple[int | None, Ranks | None]]) -> list[list[torch.Tensor]]:
+    return [_encode_all(*case) for case in cases]
+
+
+def test_ranks_of_stages_without_vision_encode_and_receive_nothing() -> None:
+    """Of two tensor ranks on each of two stages: all encode, or those of the first stage alone."""
+    cases = [(encoders, receivers) for encoders in (None, 2) for receivers in (None, (0, 1), (2, 3), (1,))]
+    for rank, found in enumerate(run_ranks(_encode_for, 4, cases)):
+        for (encoders, receivers), of_case in zip(cases, found, strict=True):
+            for got, wanted in zip(of_case, found[0 if encoders is None else 4], strict=True):
+                assert got.dtype == wanted.dtype
+                assert torch.equal(got, wanted if receivers is None or rank in receivers else wanted[:0])
+
+
+def _encode_shapes(trainable: bool, receivers: Ranks | None = None) -> torch.Tensor:
     """What one rank gets of nine images of different sizes, one of them blank; alone when no group exists."""
     draw, world = np.random.default_rng(0), torch.distributed.is_initialized()
     images = ImageTable.of(NATIVE, [[NATIVE.input_size(*draw.integers(4, 90, 2).tolist()) for _ in range(9)]])
@@ -94,7 +111,9 @@ def _encode_shapes(trainable: bool) -> torch.Tensor:
     share = torch.cat([part for k, part in enumerate(torch.split(pixels, rows)) if k in image_share(images, NATIVE, *place)])
     tower = build_tower(NATIVE, seed=3, dtype=torch.float32)
     group = torch.distributed.group.WORLD if world else None
-    encoder = ShardedVisionEncoder(tower, group, trainable, torch.float32, place=place, max_images_per_forward=1)
+    encoder = ShardedVisionEncoder(
+        tower, group, trainable, torch.float32, place=place, receivers=receivers if world else None, max_images_per_forward=1
+    )
     return encoder.encode(share, torch.arange(9) == 4, images)
 
 
@@ -104,6 +123,24 @@ def test_images_of_different_sizes_come_back_in_their_order(trainable: bool) -> 
     for found in run_ranks(_encode_shapes, 3, trainable):
         assert found.dtype == alone.dtype
         assert torch.allclose(found.float(), alone.float(), atol=1e-6)
+    for rank, found in enumerate(run_ranks(_encode_shapes, 3, trainable, (0, 2))):
+        assert torch.allclose(found.float(), (alone[:0] if rank == 1 else alone).float(), atol=1e-6)
+
+
+def test_the_ranks_of_stages_with_an_injecting_layer_receive() -> None:
+    config = small_config(Path("unused"), Path("unused"), parts=("vision_kv",), tensor=2, pipeline=2)
+    assert config.model.num_layers == 4
+
+    def receiving(interleaved: int = 1, **choices: Any) -> Ranks:
+        parallel = replace(config.parallel, virtual_pipeline=interleaved)
+        return feature_ranks(replace(config, parallel=parallel, injection=InjectionConfig(**choices)))
+
+    assert receiving() == receiving(every_layers=2) == receiving(layers=(1, 2)) == (0, 1, 2, 3)
+    assert receiving(layers=(1,)) == (0, 1)
+    assert receiving(layers=(2,)) == receiving(every_layers=4) == (2, 3)
+    # Stage 0 has layers 0 and 2 here, stage 1 has 1 and 3.
+    assert receiving(2, layers=(0, 2)) == (0, 1)
+    assert receiving(2, every_layers=2) == (2, 3)
 
 
 # ---- ahead of the training ---------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def answers_of(run: Path, picture: Path | None, talks: list[list[str]], stops: t
     found = []
     for talk in talks:
         asked = {"conversations": [{"from": "human", "value": text} for text in talk]}
-        ids = chat_template.prompt(asked, job.tokenizer, "tiny", len(talk) // 2)
+        ids = chat_template.prompt(asked, job.tokenizer, "tiny", len(talk) // 2).ids
         answer = answerer.answer([Prompt(ids, images)], (259,), 8, cached=False)[0]
         text = job.tokenizer.decode(answer).lstrip()
         found.append(min((text.split(stop)[0] for stop in stops), key=len) if stops else text)

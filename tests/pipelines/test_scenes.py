@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import subprocess
@@ -13,19 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.scenes import (
-    COLOURS,
-    IMAGE_SIZE,
-    PLACES,
-    QUESTIONS,
-    SHAPES,
-    Scene,
-    SceneSettings,
-    ensure_scene_data,
-    render,
-    scenes,
-    write_corpus,
-)
+from himix_megatron.data.shards.reader import ShardDataset
+from pipelines.scenes import SceneSettings, ensure_scene_data, write_corpus
+from pipelines.worlds.drawing import COLOURS
+from pipelines.worlds.shapes import IMAGE_SIZE, PLACES, QUESTIONS, SHAPES, Scene, pictures
 from tests.support import ROOT
 
 SMALL = SceneSettings(num_train=40, num_heldout=9)
@@ -43,15 +35,39 @@ def test_the_same_settings_give_the_same_bytes_and_another_seed_others(tmp_path:
     assert _files(tmp_path / "a") != _files(tmp_path / "c")
 
 
+def test_shapes_are_what_they_were_before_there_were_other_worlds(tmp_path: Path) -> None:
+    """Else folders that were rendered long ago would be made again, and figures would no longer compare."""
+    folder = ensure_scene_data(tmp_path / "scenes", SceneSettings(num_train=12, num_heldout=3))
+    rows = b"".join((folder / "corpus" / f"{split}.json").read_bytes() for split in ("align", "instruct", "heldout"))
+    pixels = b"".join(np.asarray(scene.render(f"{number}")).tobytes() for number, scene in enumerate(pictures(5, "x", False)))
+    assert hashlib.sha256(rows).hexdigest()[:16] == "6d1d1265a8177d5f"
+    assert hashlib.sha256(pixels).hexdigest()[:16] == "b253595b7ef83adf"
+    assert (folder / "scenes.json").read_text() == '{"format": 1, "num_train": 12, "num_heldout": 3, "seed": 0}\n'
+
+
+def test_another_world_has_a_folder_of_its_own_and_rows_that_say_what_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = SceneSettings(num_train=4, num_heldout=8, world="text")
+    folder = ensure_scene_data(settings=settings)
+    assert folder == tmp_path / "data" / "scenes-text"
+    rows = json.loads((folder / "corpus" / "heldout.json").read_text())
+    assert {row["id"].split("/")[1].split("-")[0] for row in rows} == {"place", "left", "right", "largest"}
+    assert [ShardDataset(folder / "heldout").text(number)["id"] for number in range(8)] == [row["id"] for row in rows]
+    with pytest.raises(ValueError, match=r"holds scenes made with .*'world': 'text'"):
+        ensure_scene_data(folder, SceneSettings(num_train=4, num_heldout=8))
+
+
 def test_every_combination_comes_equally_often() -> None:
-    counts = Counter(scenes(2 * EVERY, "x"))
+    counts = Counter(pictures(2 * EVERY, "x", False))
     assert set(counts.values()) == {2}
     assert len(counts) == EVERY == 360
 
 
 def test_no_answer_can_be_guessed_from_question_or_prevalence() -> None:
     for values, what in ((COLOURS, "colour"), (SHAPES, "shape"), (PLACES, "place")):
-        counts = Counter(getattr(scene, what) for scene in scenes(EVERY, "x"))
+        counts = Counter(getattr(scene, what) for scene in pictures(EVERY, "x", False))
         assert max(counts.values()) / EVERY <= 1 / len(values) + 1e-9
 
 
@@ -82,7 +98,7 @@ def test_the_shape_has_its_colour_and_is_at_its_place(shape: str) -> None:
     third = IMAGE_SIZE / 3
     for number, place in enumerate(PLACES):
         for colour, rgb in COLOURS.items():
-            picture = np.asarray(render(Scene(colour, shape, place), f"{number}")).astype(float)
+            picture = np.asarray(Scene(colour, shape, place).render(f"{number}")).astype(float)
             painted = np.abs(picture - np.array(rgb)).sum(-1) < 90
             assert painted.sum() > 20
             row, column = (np.mean(index) // third for index in painted.nonzero())
@@ -94,9 +110,9 @@ def test_an_image_is_a_plain_jpeg_that_varies_in_size_position_and_ground(tmp_pa
     with Image.open(tmp_path / "images" / "train-00000.jpg") as picture:
         assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", (IMAGE_SIZE, IMAGE_SIZE))
     scene = Scene("red", "circle", "centre")
-    pictures = [np.asarray(render(scene, seed)) for seed in "abcd"]
-    assert len({picture.tobytes() for picture in pictures}) == 4
-    assert len({(picture[..., 0] > 180).sum() for picture in pictures}) > 1
+    varied = [np.asarray(scene.render(seed)) for seed in "abcd"]
+    assert len({picture.tobytes() for picture in varied}) == 4
+    assert len({(picture[..., 0] > 180).sum() for picture in varied}) > 1
 
 
 def test_datasets_are_made_once_and_hold_every_row(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def inputs_of(packs: Packs, config: Config, device: torch.device) -> list[Any]:
 
     batch = step_batch(packs, config.model.vocab_size)
     shape = (sum(batch.images.tokens), config.vision.hidden_size)
-    return stage_inputs(batch, torch.randn(shape, dtype=params_dtype(config), device=device), device)
+    return stage_inputs(batch, torch.randn(shape, dtype=params_dtype(config), device=device), config, device)
 
 
 class Decoder:

@@ -64,6 +64,8 @@ def feature_key(config: Config, dataset: ShardDataset, tower: str | None = None)
     """Everything that decides the features, by the names of the settings. `tower`: hash of its weights, where it is known."""
     key: dict[str, Any] = {"dataset": dataset.fingerprint}
     key |= {f"vision.{name}": getattr(config.vision, name) for name in _VISION}
+    if levels := config.vision.feature_layers:
+        key["vision.feature_layer"] = levels if len(levels) > 1 else levels[0]
     key |= {"data.decode": config.data.decode, "data.features_dtype": config.data.features_dtype}
     key["train.precision"] = config.train.precision  # the tower runs in it
     return json.loads(json.dumps(key | ({"tower": tower} if tower else {})))  # type: ignore[no-any-return]
@@ -236,6 +238,8 @@ class FeatureCache:
                     f"data.features: {self.folder} was made {what} ({name} {str(found)[:12]}, here {str(wanted)[:12]}): encode "
                     "this one with python -m pipelines.encode"
                 )
+            if name == "vision.feature_layer" and (isinstance(found, list) or isinstance(wanted, list)):
+                name = "vision.feature_layers"  # takes one or several
             raise ValueError(
                 f"data.features: {self.folder} was made with {name} {_said(found)}, but here it is {_said(wanted)}: use "
                 f"--{name.replace('_', '-')} {_said(found)}, or encode again with python -m pipelines.encode"

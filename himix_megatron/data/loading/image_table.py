@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -107,6 +109,41 @@ def reduced_tokens(images: ImageTable, config: Config) -> tuple[int, ...]:
     if config.injection.reduce == "none":
         return images.tokens
     return tuple(rows * columns for rows, columns in (config.injection.reduced_grid(*grid) for grid in grids(images, config)))
+
+
+def in_sequence(images: ImageTable, config: Config) -> ImageTable:
+    """The same images with the tokens of each that stand in its sample's text: none, unless `injection.in_sequence`."""
+    tokens = reduced_tokens(images, config) if config.injection.in_sequence else (0,) * len(images)
+    return replace(images, tokens=tokens)
+
+
+def rows_in_text(
+    text_lengths: Sequence[int], images: ImageTable, width: int | None
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Where tokens lie when each image stands in its sample's text, before the token that it came before.
+
+    Args:
+        text_lengths: of each of the n samples; an image whose place is beyond its text's end stands there.
+        width: of rows that hold a sample each; None: one row, a sample after the other.
+    Returns: flat numbers of the text tokens, int64[sum(text_lengths)], and of the vision tokens, int64[T].
+    """
+    lengths, counts = np.asarray(text_lengths, np.int64), np.asarray(images.tokens, np.int64)
+    sample = np.repeat(np.arange(len(lengths)), images.per_sample)
+    # All samples' texts as one: an image at the end of one text comes before the first of the next.
+    before = (np.cumsum(lengths) - lengths)[sample] + np.minimum(images.places or 0, lengths[sample])
+    order = np.argsort(before, kind="stable")
+    earlier = np.concatenate(([0], np.cumsum(counts[order])))
+    text = np.arange(lengths.sum())
+    text += earlier[np.searchsorted(before[order], text, side="right")]
+    begins = np.empty_like(before)
+    begins[order] = before[order] + earlier[:-1]
+    vision = np.repeat(begins - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+    if width is not None:
+        whole = lengths + np.bincount(sample, counts, len(lengths)).astype(np.int64)
+        shift = np.arange(len(lengths)) * width - (np.cumsum(whole) - whole)
+        text += np.repeat(shift, lengths)
+        vision += np.repeat(shift[sample], counts)
+    return text, vision
 
 
 def token_batches(tokens: Sequence[int], budget: int) -> list[slice]:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,15 @@ class EncodedText:
     """Tokens beyond the limit were dropped."""
     image_places: npt.NDArray[np.int64]
     """int64[images], 0 to T: the text tokens before each `<image>` mark, in the marks' order."""
+
+
+class EncodedPrompt(NamedTuple):
+    """What generation starts from."""
+
+    ids: npt.NDArray[np.int64]
+    """int64[T]."""
+    image_places: tuple[int, ...]
+    """0 to T: the text tokens before each `<image>` mark, in the marks' order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +159,12 @@ def _said(text: str, prefix: str = "", *, loss: bool = False) -> Piece:
     return Piece(prefix + said, loss=loss, marks=tuple(len(prefix) + offset for offset in offsets))
 
 
+def with_marks(turns: Sequence[Mapping[str, str]], num_images: int) -> list[dict[str, str]]:
+    """Turns as most datasets have them: with a mark for each image before the first question, if there are no marks yet."""
+    marks = IMAGE_MARK * num_images * all(IMAGE_MARK not in turn["value"] for turn in turns)
+    return [{**turn, "value": (marks if number == 0 else "") + turn["value"]} for number, turn in enumerate(turns)]
+
+
 def turns_of(conversation: Conversation) -> list[tuple[str, str]]:
     """(question, answer) of each turn, marks removed; the last answer is empty where the last turn is a question."""
     return [(without_marks(question), without_marks(answer)) for question, answer in _marked_turns(conversation)]
@@ -188,16 +203,16 @@ def encode(conversation: Conversation, tokenizer: Tokenizer, template: str, max_
     )
 
 
-def prompt(conversation: Conversation, tokenizer: Tokenizer, template: str, answer: int = 0) -> npt.NDArray[np.int64]:
-    """The ids before answer number `answer`, its header included: what generation starts from.
+def prompt(conversation: Conversation, tokenizer: Tokenizer, template: str, answer: int = 0) -> EncodedPrompt:
+    """The ids before answer number `answer`, its header included: a prefix of `encode`'s.
 
     Earlier answers are the conversation's own; the asked one and all after it are not looked at.
-    Returns: int64[T], a prefix of `encode`'s ids.
     """
     form = template_of(template, tokenizer)
     turns = _marked_turns(conversation)
     pieces = _render(form, turns[:answer]) + (list(form.between) if answer else []) + _ask(form, turns[answer][0])
-    return np.array(tokenizer.encode(pieces).ids, np.int64)
+    tokens = tokenizer.encode(pieces)
+    return EncodedPrompt(np.array(tokens.ids, np.int64), tuple(tokens.image_places))
 
 
 def end_of_turn(tokenizer: Tokenizer, template: str) -> tuple[int, ...]:

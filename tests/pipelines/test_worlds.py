@@ -1,0 +1,189 @@
+"""Worlds are about what is in the image: true, balanced, with combinations that training never shows, and always the same."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+
+from pipelines.scenes import WORLDS
+from pipelines.worlds import counting, relations, text
+from pipelines.worlds.drawing import COLOURS, LETTERS, PLAIN_SHAPES, Picture, Question, written
+
+NAMES = [name for name in WORLDS if name != "shapes"]
+
+
+def _asked(pictures: Iterable[Picture]) -> list[Question]:
+    return [question for picture in pictures for question in picture.questions]
+
+
+def _guessed(known: list[Question], asked: list[Question]) -> float:
+    """Share answered right by whoever gives each question's most frequent answer."""
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    for question in known:
+        answers[question.text][question.answer] += 1
+    return sum(q.text in answers and answers[q.text].most_common(1)[0][0] == q.answer for q in asked) / len(asked)
+
+
+def _painted(pixels: np.ndarray, colour: str) -> np.ndarray:
+    """Where a shade of a colour is: bool[height, width]."""
+    full = np.array(COLOURS[colour], dtype=float)
+    shade = (pixels @ full / (full @ full)).clip(0.88, 1)
+    return np.asarray(np.abs(pixels - shade[..., None] * full).max(-1) < 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "digest"), [("relations", "e3ce1855f12bb784"), ("counting", "8bf0bbf11968acaa"), ("text", "a5df31bc8ca50517")]
+)
+def test_a_world_is_the_same_everywhere(name: str, digest: str) -> None:
+    found = hashlib.sha256()
+    for heldout in (False, True):
+        for number, picture in enumerate(WORLDS[name](6, "x", heldout)):
+            found.update(repr((picture.caption, picture.questions)).encode())
+            found.update(np.asarray(picture.render(f"{number}")).tobytes())
+    assert found.hexdigest()[:16] == digest
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nobody_can_guess_from_the_question(name: str) -> None:
+    """Neither who knows the training set, nor who knows the held-out one; of each kind of answer apart."""
+    chances = {"colour": 1 / 7, "shape": 2 / 7, "how": 1 / 10, "number": 1 / 9, "word": 1 / 9}
+    train, heldout = WORLDS[name](3000, "train", False), WORLDS[name](3000, "heldout", True)
+    for known, asked in ((train[:2000], train[2000:]), (train, heldout), (heldout[:1500], heldout[1500:])):
+        by_kind = defaultdict(list)
+        for question in _asked(asked):
+            words = question.text.lower().split()
+            kind = next((word for word in words[:2] if word in chances), "number" if question.answer.isdigit() else "word")
+            by_kind[kind].append(question)
+        for kind, questions in by_kind.items():
+            margin = 4 * (chances[kind] / len(questions)) ** 0.5
+            assert _guessed(_asked(known), questions) < chances[kind] + margin, (kind, len(questions))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_held_out_questions_are_of_each_kind_alike(name: str) -> None:
+    counts = Counter(question.kind.split("-")[0] for question in _asked(WORLDS[name](360, "x", True)))
+    assert len(counts) == {"relations": 6, "counting": 2, "text": 4}[name]
+    assert len(set(counts.values())) == 1
+
+
+def test_training_shows_other_pairs_than_the_held_out_images() -> None:
+    for world, things_of in (
+        (relations, lambda picture: [(thing.colour, thing.shape) for thing in picture.things]),
+        (counting, lambda picture: list(picture.things.values())),
+    ):
+        seen, kept = (
+            {pair for picture in world.pictures(600, "x", heldout) for pair in things_of(picture)} for heldout in (False, True)
+        )
+        assert not seen & kept
+        assert seen | kept == {(colour, shape) for colour in COLOURS for shape in PLAIN_SHAPES}
+        # All parts are known: each colour is kept with one shape, each shape with two colours.
+        assert Counter(shape for _, shape in kept) == dict.fromkeys(PLAIN_SHAPES, 2)
+        assert {colour for colour, _ in kept} == set(COLOURS)
+
+
+def test_training_shows_other_words_and_numbers_than_the_held_out_images_made_of_the_same_letters() -> None:
+    seen, kept = (
+        {item for picture in text.pictures(3000, "x", heldout) for line in picture.lines for item in line.items}
+        for heldout in (False, True)
+    )
+    assert not seen & kept
+    assert len(seen | kept) == 720 + 90
+    for length in (2, 3):
+        for place in range(length):
+            letters = [{item[place] for item in items if len(item) == length} for items in (seen, kept)]
+            assert letters[0] == letters[1]
+
+
+def _stands(kind: str, x: float, y: float, told: str, anchor: tuple[float, float] | None) -> bool:
+    """Whether what is at x, y is where the question says."""
+    if kind == "place":
+        return told == f"at the {'top' if y < 32 else 'bottom'} {'left' if x < 32 else 'right'}"
+    if anchor is None:
+        return False
+    right, down = x - anchor[0], y - anchor[1]
+    steps = {"left": -right, "right": right, "above": -down, "below": down}
+    return steps[kind] > 16 and abs(down if kind in ("left", "right") else right) < 16
+
+
+def test_relations_hold_in_the_picture() -> None:
+    for number, picture in enumerate(relations.pictures(60, "x", False)):
+        pixels = np.asarray(picture.render(f"{number}")).astype(float)
+        where = {}
+        for thing in picture.things:
+            rows, columns = _painted(pixels, thing.colour).nonzero()
+            where[thing.colour] = (columns.mean(), rows.mean())
+        shapes = {thing.colour: thing.shape for thing in picture.things}
+        for question in picture.questions:
+            what, told = re.fullmatch(r"What (colour|shape) is (.*)\?", question.text).groups()  # type: ignore[union-attr]
+            near = [
+                colour for colour, (x, y) in where.items() if _stands(question.kind, x, y, told, where.get(told.split()[-2]))
+            ]
+            if question.kind == "largest":
+                near = [max(picture.things, key=lambda thing: thing.radius).colour]
+            assert [question.answer] == (near if what == "colour" else [shapes[colour] for colour in near])
+
+
+def test_the_largest_is_clearly_larger_than_the_rest() -> None:
+    for picture in relations.pictures(200, "x", False):
+        second, largest = sorted(thing.radius for thing in picture.things)[-2:]
+        assert second < 0.76 * largest
+
+
+def test_counts_are_those_of_the_picture_and_tell_nothing_of_each_other() -> None:
+    answers = []
+    for number, picture in enumerate(counting.pictures(3000, "x", False)):
+        colour, shape = picture.questions
+        answers.append((colour.answer, shape.answer, len(picture.things)))
+        assert sum(other in shape.text for _, other in picture.things.values()) == int(shape.answer)
+        if number < 40:
+            cells = _painted(np.asarray(picture.render("x")).astype(float), colour.text.split()[-1].rstrip("?"))
+            assert (cells.reshape(4, 16, 4, 16).sum((1, 3)) > 15).sum() == int(colour.answer)
+    for known in (1, 2):
+        pairs = [Question(str(row[known]), row[0]) for row in answers]
+        assert _guessed(pairs[:2000], pairs[2000:]) < 0.1 + 4 * (0.1 / 1000) ** 0.5
+
+
+def test_documents_hold_what_is_asked_and_are_written_as_they_say() -> None:
+    for number, picture in enumerate(text.pictures(30, "x", False)):
+        pixels = np.asarray(picture.render(f"{number}")).astype(float).min(-1)
+        for line in picture.lines:
+            for column, item in enumerate(line.items):
+                ink = written(item, line.half_pixels)
+                cell = pixels[line.place * 32 : line.place * 32 + 32, column * 48 : column * 48 + 48]
+                views = np.lib.stride_tricks.sliding_window_view(cell, ink.shape)
+                assert (((views > 200) >= (ink == 1)) & ((views < 180) | (ink > 0))).all((2, 3)).sum() == 1, item
+        for question in picture.questions:
+            told = question.text.rstrip("?").split()[-1]
+            kind = question.kind.split("-")[0]
+            expected = {
+                "left": [line.items[0] for line in picture.lines if line.items[1] == told],
+                "right": [line.items[1] for line in picture.lines if line.items[0] == told],
+                "largest": [str(max(int(item) for line in picture.lines for item in line.items if item.isdigit()))],
+                "place": [
+                    item
+                    for line in picture.lines
+                    for item in line.items
+                    if text.PLACES[line.place] == told and item.isdigit() == ("number" in question.text)
+                ],
+            }[kind]
+            assert [question.answer] == expected
+
+
+def test_letters_are_dots_of_five_by_seven_and_all_differ() -> None:
+    drawn = ["".join(" #"[int(dot)] for dot in row) for row in written("K7", 2)]
+    assert drawn == [
+        "#   # #####",
+        "#  #      #",
+        "# #      # ",
+        "##      #  ",
+        "# #    #   ",
+        "#  #   #   ",
+        "#   #  #   ",
+    ]
+    assert len({written(letter, 2).tobytes() for letter in LETTERS}) == 36
+    assert [written("AB", half_pixels).shape for half_pixels in text.HEIGHTS] == [(7, 11), (11, 17), (14, 22)]
