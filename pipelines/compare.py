@@ -91,7 +91,7 @@ class Settings:
 
     experiment: Annotated[str, Word("EXPERIMENT")]
     """Name of the comparison."""
-    methods: tuple[str, ...] = ("himix", "saisa", "vica", "mplug_owl3", "casa", "tokens")
+    methods: tuple[str, ...] = ("himix", "saisa", "vica", "mplug_owl3", "latest_window", "tokens")
     """Methods, each by its name or as NAME:field=value,field=value (a list as 0+2+4)."""
     worlds: tuple[str, ...] = ("shapes", "relations", "text")
     """Rendered worlds: shapes, relations, counting, text."""
@@ -261,7 +261,7 @@ def run(settings: Settings, arms: Sequence[Planned], chosen: Sequence[int]) -> i
     """Run the arms of these numbers on this machine. Returns: the exit code."""
     for world, data in {arms[number].facts["world"]: arms[number].data for number in chosen}.items():
         if world != GIVEN:
-            ensure_scene_data(scene_folder(world), SceneSettings())
+            ensure_scene_data(scene_folder(world), SceneSettings(world=world))  # type: ignore[arg-type]
         for path in (*data.datasets, str(data.validation_path)):
             ShardDataset(path)  # a mistake is told here, before anything starts
     request = StopRequest(COMMAND_STOP_SIGNALS, on_request=lambda _: None)  # `watch` sees it, and lets the arms save first

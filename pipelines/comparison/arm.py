@@ -168,8 +168,8 @@ def answer_speeds(config: Config, answerer: Answerer, dataset: ShardDataset, ite
 
     tokenizer, prompts = load_tokenizer(config.data.tokenizer), []
     for question in items[:BATCH_QUESTIONS]:
-        ids = chat_template.prompt(dataset.text(question.sample), tokenizer, config.data.template, question.turn)
-        prompts.append(Prompt(ids, pictures_of(dataset, question.sample, config.vision) or ()))
+        text = chat_template.prompt(dataset.text(question.sample), tokenizer, config.data.template, question.turn)
+        prompts.append(Prompt(text.ids, pictures_of(dataset, question.sample, config.vision) or (), text.image_places))
 
     def seconds(asked: Sequence[Prompt], new_tokens: int) -> float:
         started = time.perf_counter()
