@@ -138,8 +138,9 @@ def planned(*words: str) -> list[compare.Planned]:
 
 
 def test_arms_differ_in_their_method_alone_and_a_seed_is_complete_before_the_next_begins() -> None:
-    arms = planned("trial", "--methods", "himix", "himix:position=rotary,visibility=earlier", "latest_window:local_text=False", "tokens",
-                   "--worlds", "shapes", "text", "--seeds", "2", "--optimizer.learning-rate", "5e-4")  # fmt: skip
+    methods = ("himix", "himix:position=rotary,visibility=earlier", "latest_window:local_text=False", "tokens")
+    arms = planned("trial", "--methods", *methods, "--worlds", "shapes", "text", "--seeds", "2", "--optimizer.learning-rate",
+                   "5e-4")  # fmt: skip
     assert [one.file.stem for one in arms[:5]] == [
         "shapes-himix-128-1234", "shapes-himix-position-rotary-visibility-earlier-128-1234",
         "shapes-latest_window-local_text-False-128-1234", "shapes-tokens-128-1234", "text-himix-128-1234",
