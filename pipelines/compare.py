@@ -35,17 +35,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-from himix_megatron.config import (
-    METHODS,
-    Config,
-    Count,
-    CountOrZero,
-    DataConfig,
-    InjectionConfig,
-    ModelConfig,
-    check_known,
-    check_ranks,
-)
+from himix_megatron.config import METHODS, Config, Count, CountOrZero, InjectionConfig, ModelConfig, check_known, check_ranks
 from himix_megatron.data.shards.reader import ShardDataset
 from himix_megatron.runtime.log import clock
 from himix_megatron.runtime.stop_signals import COMMAND_STOP_SIGNALS, EXIT_REQUEUE, StopRequest
@@ -142,7 +132,8 @@ class Planned:
     """The fields of its Arm that are known beforehand."""
     words: tuple[str, ...]
     """What its process takes."""
-    data: DataConfig
+    datasets: tuple[str, ...]
+    """What it trains on and is asked."""
     run_dir: Path
     file: Path
     """Its JSON."""
@@ -214,12 +205,12 @@ def with_seeds(settings: Settings, flags: Sequence[str], recipe: Config, size: i
         raise ValueError(f"{name}: {error}") from error
     for flag in ("checkpoint.interval-steps", "checkpoint.keep-every", "log.validation-interval-steps"):
         words += [f"--{flag}", str(-(-config.train.steps // settings.points))]
-    arms = []
+    arms, datasets = [], (*config.data.datasets, str(config.data.validation_path))
     for seed in range(recipe.train.seed, recipe.train.seed + settings.seeds):
-        run_dir = settings.runs / settings.experiment / f"{name}-{seed}"
+        run_dir, file = settings.runs / settings.experiment / f"{name}-{seed}", settings.folder / "arms" / f"{name}-{seed}.json"
         facts = {"method": method, "world": world, "size": size, "seed": seed, "settings": shlex.join(alike)}
         own = ("--train.seed", str(seed), "--run.dir", str(run_dir))
-        arms.append(Planned(facts, (*words, *own), config.data, run_dir, settings.folder / "arms" / f"{name}-{seed}.json"))
+        arms.append(Planned(facts, (*words, *own), datasets, run_dir, file))
     return arms
 
 
@@ -259,10 +250,10 @@ def scene_folder(world: str) -> Path:
 
 def run(settings: Settings, arms: Sequence[Planned], chosen: Sequence[int]) -> int:
     """Run the arms of these numbers on this machine. Returns: the exit code."""
-    for world, data in {arms[number].facts["world"]: arms[number].data for number in chosen}.items():
+    for world, datasets in {arms[number].facts["world"]: arms[number].datasets for number in chosen}.items():
         if world != GIVEN:
-            ensure_scene_data(scene_folder(world), SceneSettings(world=world))  # type: ignore[arg-type]
-        for path in (*data.datasets, str(data.validation_path)):
+            ensure_scene_data(scene_folder(world), SceneSettings(world=world))
+        for path in datasets:
             ShardDataset(path)  # a mistake is told here, before anything starts
     request = StopRequest(COMMAND_STOP_SIGNALS, on_request=lambda _: None)  # `watch` sees it, and lets the arms save first
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // settings.arms_at_once)))
