@@ -143,9 +143,12 @@ class Planned:
         """Whether its file is there. Raises: ValueError if other settings made that."""
         if not self.file.is_file():
             return False
-        if (found := read(Arm, self.file).settings) != self.facts["settings"]:
-            raise ValueError(f"{self.file} was made with {found}; now it would be {self.facts['settings']}: use the same "
-                             "settings, or another EXPERIMENT")  # fmt: skip
+        old, new = read(Arm, self.file).settings.split(), self.facts["settings"].split()
+        if old != new:
+            same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(old, new, strict=False)))
+            shown = (" ".join(words[max(0, same - 1) :]) for words in (old, new))
+            raise ValueError(f"{self.file} was made with other settings (... {', now ... '.join(shown)}): use the same, or "
+                             "another EXPERIMENT")  # fmt: skip
         return True
 
 
