@@ -35,17 +35,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-from himix_megatron.config import (
-    METHODS,
-    Config,
-    Count,
-    CountOrZero,
-    DataConfig,
-    InjectionConfig,
-    ModelConfig,
-    check_known,
-    check_ranks,
-)
+from himix_megatron.config import METHODS, Config, Count, CountOrZero, InjectionConfig, ModelConfig, check_known, check_ranks
 from himix_megatron.data.shards.reader import ShardDataset
 from himix_megatron.runtime.log import clock
 from himix_megatron.runtime.stop_signals import COMMAND_STOP_SIGNALS, EXIT_REQUEUE, StopRequest
@@ -91,7 +81,7 @@ class Settings:
 
     experiment: Annotated[str, Word("EXPERIMENT")]
     """Name of the comparison."""
-    methods: tuple[str, ...] = ("himix", "saisa", "vica", "mplug_owl3", "casa", "tokens")
+    methods: tuple[str, ...] = ("himix", "saisa", "vica", "mplug_owl3", "latest_window", "tokens")
     """Methods, each by its name or as NAME:field=value,field=value (a list as 0+2+4)."""
     worlds: tuple[str, ...] = ("shapes", "relations", "text")
     """Rendered worlds: shapes, relations, counting, text."""
@@ -115,7 +105,7 @@ class Settings:
     report: bool = False
     """Only write the report, over the arms that are there."""
     arm: CountOrZero | None = None
-    """Only run the arm of this number, from 0, without a report: what a job of --submit does."""
+    """Only run the arm of this number, counted from 0, without a report: what a job of --submit does."""
     submit: bool = False
     """Submit the missing arms as one Slurm array of one task each instead of running them here."""
     sbatch: str = ""
@@ -142,7 +132,8 @@ class Planned:
     """The fields of its Arm that are known beforehand."""
     words: tuple[str, ...]
     """What its process takes."""
-    data: DataConfig
+    datasets: tuple[str, ...]
+    """What it trains on and is asked."""
     run_dir: Path
     file: Path
     """Its JSON."""
@@ -152,9 +143,12 @@ class Planned:
         """Whether its file is there. Raises: ValueError if other settings made that."""
         if not self.file.is_file():
             return False
-        if (found := read(Arm, self.file).settings) != self.facts["settings"]:
-            raise ValueError(f"{self.file} was made with {found}; now it would be {self.facts['settings']}: use the same "
-                             "settings, or another EXPERIMENT")  # fmt: skip
+        old, new = read(Arm, self.file).settings.split(), self.facts["settings"].split()
+        if old != new:
+            same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(old, new, strict=False)))
+            shown = (" ".join(words[max(0, same - 1) :]) for words in (old, new))
+            raise ValueError(f"{self.file} was made with other settings (... {', now ... '.join(shown)}): use the same, or "
+                             "another EXPERIMENT")  # fmt: skip
         return True
 
 
@@ -167,12 +161,10 @@ def main() -> int:
     missing = [number for number, arm in enumerate(arms) if not arm.finished]
     if settings.submit:
         return submit(settings, missing)
-    if settings.arm is not None:
-        if settings.arm >= len(arms):
-            raise ValueError(f"--arm is {settings.arm}, but there are {len(arms)} arms, and they count from 0")
-        return run(settings, arms, [number for number in missing if number == settings.arm])
-    code = run(settings, arms, missing)
-    return code if code == EXIT_REQUEUE or not any(arm.finished for arm in arms) else report(settings) or code
+    code = run(settings, arms, [number for number in missing if settings.arm in (None, number)])
+    if settings.arm is None and code != EXIT_REQUEUE and any(arm.finished for arm in arms):
+        report(settings)
+    return code
 
 
 # ---- what is to run ------------------------------------------------------------------------------------------------
@@ -216,12 +208,12 @@ def with_seeds(settings: Settings, flags: Sequence[str], recipe: Config, size: i
         raise ValueError(f"{name}: {error}") from error
     for flag in ("checkpoint.interval-steps", "checkpoint.keep-every", "log.validation-interval-steps"):
         words += [f"--{flag}", str(-(-config.train.steps // settings.points))]
-    arms = []
+    arms, datasets = [], (*config.data.datasets, str(config.data.validation_path))
     for seed in range(recipe.train.seed, recipe.train.seed + settings.seeds):
-        run_dir = settings.runs / settings.experiment / f"{name}-{seed}"
+        run_dir, file = settings.runs / settings.experiment / f"{name}-{seed}", settings.folder / "arms" / f"{name}-{seed}.json"
         facts = {"method": method, "world": world, "size": size, "seed": seed, "settings": shlex.join(alike)}
         own = ("--train.seed", str(seed), "--run.dir", str(run_dir))
-        arms.append(Planned(facts, (*words, *own), config.data, run_dir, settings.folder / "arms" / f"{name}-{seed}.json"))
+        arms.append(Planned(facts, (*words, *own), datasets, run_dir, file))
     return arms
 
 
@@ -243,15 +235,11 @@ def method_words(method: str) -> list[str]:
 
 def size_words(model: ModelConfig, width: int) -> list[str]:
     """The flags that make a model so wide, with heads as wide as before. Raises: ValueError."""
-    words = ["--model.hidden-size", str(width)]
-    for name in ("ffn_hidden_size", "num_attention_heads", "num_query_groups"):
-        number, rest = divmod(getattr(model, name) * width, model.hidden_size)
-        if rest or not number:
-            raise ValueError(
-                f"--sizes {width}: model.{name} is {getattr(model, name)} at width {model.hidden_size} and would be no whole "
-                f"number: use multiples of {model.hidden_size // math.gcd(model.num_attention_heads, model.num_query_groups)}"
-            )
-        words += [f"--model.{name.replace('_', '-')}", str(number)]
+    step, words = model.hidden_size // math.gcd(model.num_attention_heads, model.num_query_groups), []
+    if width % step:
+        raise ValueError(f"--sizes is {width}: wanted multiples of {step}, so that heads stay whole")
+    for name in ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"):
+        words += [f"--model.{name.replace('_', '-')}", str(getattr(model, name) * width // model.hidden_size)]
     return words if width != model.hidden_size else []
 
 
@@ -265,10 +253,10 @@ def scene_folder(world: str) -> Path:
 
 def run(settings: Settings, arms: Sequence[Planned], chosen: Sequence[int]) -> int:
     """Run the arms of these numbers on this machine. Returns: the exit code."""
-    for world, data in {arms[number].facts["world"]: arms[number].data for number in chosen}.items():
+    for world, datasets in {arms[number].facts["world"]: arms[number].datasets for number in chosen}.items():
         if world != GIVEN:
-            ensure_scene_data(scene_folder(world), SceneSettings())
-        for path in (*data.datasets, str(data.validation_path)):
+            ensure_scene_data(scene_folder(world), SceneSettings(world=world))
+        for path in datasets:
             ShardDataset(path)  # a mistake is told here, before anything starts
     request = StopRequest(COMMAND_STOP_SIGNALS, on_request=lambda _: None)  # `watch` sees it, and lets the arms save first
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // settings.arms_at_once)))

@@ -154,7 +154,7 @@ def _sample_work(text: float, images: Images, causal: bool) -> tuple[float, ...]
         return tokens * (tokens + 1) / 2 if causal else tokens * tokens
 
     at: dict[float, float] = {}
-    for place, tokens in images:
+    for place, tokens in ((min(place, text), tokens) for place, tokens in images):
         at[place] = at.get(place, 0.0) + tokens
     vision, earlier, latest, local = sum(at.values()), 0.0, 0.0, 0.0
     for place, end in itertools.pairwise([*sorted(at), text]):
@@ -270,7 +270,7 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
-class _Trains:
+class Trains:
     """Which gradients are wanted."""
 
     language: bool
@@ -281,16 +281,16 @@ class _Trains:
     """Those of what comes out of the adapter; without one, of the features."""
 
     @staticmethod
-    def of(config: Config) -> _Trains:
+    def of(config: Config) -> Trains:
         injection, parts = config.injection, config.train.trainable_parts
         vision = "vision_kv" in parts
         features = "tower" in parts or (vision and injection.position == "learned")
-        return _Trains("language" in parts, vision, features, features or (vision and injection.adapter != "none"))
+        return Trains("language" in parts, vision, features, features or (vision and injection.adapter != "none"))
 
 
 def adapter_products(config: Config, work: Work) -> tuple[Product, ...]:
     """Of one adapter on one of the tower's hidden states."""
-    width, hidden, trains = config.injection.feature_width(config.vision), config.model.hidden_size, _Trains.of(config)
+    width, hidden, trains = config.injection.feature_width(config.vision), config.model.hidden_size, Trains.of(config)
     return (
         Product(work.vision_tokens, width, hidden, trains.vision, trains.features),
         Product(work.vision_tokens, hidden, hidden, trains.vision, trains.adapted, "inner"),
@@ -308,7 +308,7 @@ def decoder_layers(config: Config, work: Work, *, inputs_train: bool = False) ->
 
     Args: inputs_train: something in front of the decoder trains though no part of ours says so (LLaVA's projector).
     """
-    injection, num_layers, trains = config.injection, config.model.num_layers, _Trains.of(config)
+    injection, num_layers, trains = config.injection, config.model.num_layers, Trains.of(config)
     injecting = set(injection.injecting_layers(num_layers))
     below = inputs_train or trains.language or (injection.in_sequence and trains.adapted)
     kinds: dict[tuple[bool, bool], Layer] = {}
@@ -321,7 +321,7 @@ def decoder_layers(config: Config, work: Work, *, inputs_train: bool = False) ->
     return layers
 
 
-def _layer(config: Config, work: Work, trains: _Trains, injects: bool, below: bool) -> Layer:
+def _layer(config: Config, work: Work, trains: Trains, injects: bool, below: bool) -> Layer:
     """`below`: whether the text that comes in needs a gradient, as it does wherever the language model trains."""
     model, injection = config.model, config.injection
     hidden, text = model.hidden_size, work.text_tokens
@@ -361,7 +361,7 @@ def _layer(config: Config, work: Work, trains: _Trains, injects: bool, below: bo
     return Layer(products, (*attention, Attention(pairs, query, below, below)), text, has_block, joins)
 
 
-def _vision_products(config: Config, work: Work, trains: _Trains) -> tuple[Product, ...]:
+def _vision_products(config: Config, work: Work, trains: Trains) -> tuple[Product, ...]:
     """The layer's own adapter, and its vision's keys and values."""
     injection, model = config.injection, config.model
     weight = trains.vision if injection.keys_values == "own" else trains.language

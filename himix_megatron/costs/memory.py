@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 from ..config import Config
 from ..config.families import FAMILIES
 from ..config.towers import TOWERS
-from .flops import chunk_layers, patches_of, tower_layers, vision_chunks
+from .flops import Trains, chunk_layers, decoder_tokens, patches_of, tower_layers, vision_chunks
 
 GIB = 2**30
 VOCAB_MULTIPLE = 128
@@ -81,6 +81,7 @@ class MicroBatch:
 
     text_tokens: float
     vision_tokens: float
+    """As the tower gives them."""
     rows: float = 1.0
     """Of text; a pack is one."""
     labelled_tokens: float | None = None
@@ -185,21 +186,60 @@ def rank_parameters(config: Config, stage: int) -> Parameters:
     return Parameters(language, vision, replicas * tower_parameters(config))
 
 
-def layer_activations(config: Config, micro_batch: MicroBatch) -> float:
+def layer_activations(config: Config, micro_batch: MicroBatch, *, injects: bool = True) -> float:
     """Numbers that one layer keeps of a micro-batch, on one tensor rank."""
-    model, parallel = config.model, config.parallel
+    model, parallel, injection = config.model, config.parallel, config.injection
     query, key_value = (heads * model.channels_per_head for heads in (model.num_attention_heads, model.num_query_groups))
-    text, sequence = micro_batch.text_tokens, parallel.tensor if parallel.sequence else 1
+    vision, sequence = decoder_tokens(config, micro_batch.vision_tokens), parallel.tensor if parallel.sequence else 1
+    text = micro_batch.text_tokens + vision * injection.in_sequence
     trains, plain = "language" in config.train.trainable_parts, model.layer_spec == "torch"
     # The two norms' inputs; where weights train also what comes out of them, and in 16 bits torch's norm keeps what it scales.
     scaled = plain and config.train.precision == "bf16"
     whole = text * model.hidden_size * (2 + (2 + 2 * scaled) * trains) / sequence
-    # Queries, keys and values, and what they mix to; torch's backend keeps the projection's output beside turned copies of it.
-    heads = (3 * query + 3 * key_value) if plain else (2 * query + 2 * key_value)
-    attention = (text * heads + micro_batch.vision_tokens * 2 * key_value) / parallel.tensor
-    angles = 4 * model.channels_per_head * text / micro_batch.rows
+    # Queries, keys and values, and what they mix to; torch's backend keeps the projection's output beside turned copies of it;
+    # where it picks the keys that a text sees, what they mix to in two orders.
+    picks = injects and injection.fusion == "joint" and injection.visibility != "all"
+    heads = (2 + plain * (trains if picks else 1)) * query + (2 + (plain and not picks)) * key_value
+    shared_angles = micro_batch.rows if injection.position in ("none", "learned") else 1
+    angles = 4 * model.channels_per_head * text / shared_angles
     # The MLP's two halves; where weights train, what they activate to.
-    return whole + attention + angles + text * model.ffn_hidden_size * (2 + trains) / parallel.tensor
+    mlp = text * model.ffn_hidden_size * (2 + trains) / parallel.tensor
+    added = _vision_activations(config, text, vision) if injects and not injection.in_sequence else 0.0
+    return whole + text * heads / parallel.tensor + angles + mlp + added
+
+
+def _vision_activations(config: Config, text: float, vision: float) -> float:
+    """What an injecting layer keeps besides."""
+    model, injection, tensor, trains = config.model, config.injection, config.parallel.tensor, Trains.of(config)
+    hidden, head, sequence = model.hidden_size, model.channels_per_head, tensor if config.parallel.sequence else 1
+    query, key_value = model.num_attention_heads * head, model.num_query_groups * head
+    of_text = injection.keys_values == "text"
+    found = vision * 2 * key_value / tensor
+    if injection.position in ("rotary", "rotary_image"):
+        found += vision * 2 * head
+    if injection.adapter == "per_layer":  # between its two products, behind them, and normed
+        found += vision * hidden * (2 / tensor + 1 + (trains.language if of_text else trains.vision))
+    if injection.norm != "none":  # weights times the norm's, where what they project needs a gradient
+        folded = 2 * key_value * injection.vision_width(model, config.vision) / tensor
+        found += folded * (trains.adapted + (of_text and trains.language))
+    if injection.fusion == "separate":
+        found += text * (2 * key_value * injection.local_text + 3 * query) / tensor
+        found += text * query * (injection.gate == "tanh" and trains.language) / tensor
+    if injection.fusion == "block":
+        found += text * (6 * hidden / sequence + (5 * query + 3 * model.ffn_hidden_size) / tensor)
+        found += vision * 3 * key_value / tensor  # keys before and behind their norm
+    return found
+
+
+def input_activations(config: Config, micro_batch: MicroBatch) -> float:
+    """Numbers that a chunk that takes vision keeps of a micro-batch in front of its layers, the tower's features left out."""
+    injection, vision, tensor = config.injection, config.vision, config.parallel.tensor
+    hidden, features = config.model.hidden_size, injection.feature_width(vision)
+    made = injection.position == "learned" or (injection.reduce != "none" and injection.adapter != "none")
+    width: float = features * made + injection.vision_width(config.model, vision) * (injection.adapter != "per_layer")
+    if injection.adapter == "shared":  # between its two products, and behind them
+        width += hidden * (2 / tensor + (not injection.in_sequence))
+    return decoder_tokens(config, micro_batch.vision_tokens) * len(vision.levels) * width
 
 
 def chunks_under_way(config: Config, stage: int, num_micro_batches: int) -> int:
@@ -223,15 +263,20 @@ def rank_memory(
     trained = own.trained(config)
     states = (12 if size == 2 else 8) * trained / (data_size if parallel.distributed_optimizer else 1)
     num_micro_batches = config.global_batch // (data_size * config.micro_batch)
-    layers = sum(chunk_layers(config)[stage :: parallel.pipeline]) / parallel.virtual_pipeline
-    layer = layer_activations(config, micro_batch)
+    injecting, others = _injecting(config, _stage_layers(config, stage))
+    layer, other = (layer_activations(config, micro_batch, injects=injects) for injects in (True, False))
     text = micro_batch.text_tokens * config.model.hidden_size
-    kept = layer if train.recompute != "full" else text / (parallel.tensor if parallel.sequence else 1)
-    normalised = micro_batch.vision_tokens * vision.hidden_size
-    under_way = chunks_under_way(config, stage, num_micro_batches) * (layers * kept + normalised)
+    if config.injection.in_sequence:
+        text += decoder_tokens(config, micro_batch.vision_tokens) * config.model.hidden_size
+    taking = sum(vision_chunks(config)[stage :: parallel.pipeline])
+    kept = injecting * layer + others * other
+    if train.recompute == "full":
+        kept = (injecting + others) * text / (parallel.tensor if parallel.sequence else 1)
+    kept += taking * input_activations(config, micro_batch)
+    under_way = chunks_under_way(config, stage, num_micro_batches) * kept / parallel.virtual_pipeline
     if train.cuda_graphs == "on":
         under_way *= 2  # the graphs' pool, and beside it micro-batches of a size that is not recorded yet
-    again = layer if train.recompute == "full" else 0.0
+    again = (layer if injecting else other) if train.recompute == "full" else 0.0
     logits = 0.0
     if stage == parallel.pipeline - 1:
         rows = padded_vocab(config) / parallel.tensor
@@ -243,7 +288,7 @@ def rank_memory(
             kept = size * (chunk + ("language" in train.trainable_parts) * rows * config.model.hidden_size)
             logits = kept if config.model.layer_spec != "torch" else max(logits, kept)
         logits += 3 * size * text
-    features = 2 * vision_tokens_per_step * vision.hidden_size * size
+    features = 2 * vision_tokens_per_step * vision.feature_width * size if taking else 0.0
     if not config.data.features:
         share = vision_tokens_per_step / (parallel.tensor * parallel.pipeline)
         patches = patches_of(vision, min(IMAGES_PER_FORWARD * vision.max_tokens_per_image, share))

@@ -69,9 +69,7 @@ def main() -> int:
 
 def measured_steps(config: Config) -> list[int]:
     """The steps whose checkpoints are measured."""
-    last, every = config.train.steps, config.checkpoint.keep_every
-    assert last is not None
-    assert every is not None
+    last, every = config.train.steps or 0, config.checkpoint.keep_every or 1
     return [*range(every, last, every), last]
 
 
@@ -105,17 +103,10 @@ def measure(trained: Config) -> Measured:
             correct[kind] += str(int(is_right))
         runner.to_tensorboard(run_dir, "heldout", step, {"answer_accuracy": fmean(right)})
         before = curve[-1].step if curve else 0
-        curve.append(
-            Point(
-                step=step,
-                decoder_flops=1e12 * float((decoder * seconds)[:step].sum()),
-                total_flops=1e12 * float((total * seconds)[:step].sum()),
-                seconds=step * step_seconds,
-                loss=float(loss[before:step].mean()),
-                heldout_loss=validation_loss(folder),
-                correct=correct,
-            )
-        )
+        spent = (1e12 * float((rate * seconds)[:step].sum()) for rate in (decoder, total))
+        curve.append(Point(step=step, decoder_flops=next(spent), total_flops=next(spent), seconds=step * step_seconds,
+                           loss=float(loss[before:step].mean()), heldout_loss=validation_loss(folder),
+                           correct=correct))  # fmt: skip
     weights = {id(weight): weight.numel() for part in (*answerer.model_chunks, answerer.tower) for weight in part.parameters()}
     return Measured(
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads",
@@ -168,8 +159,8 @@ def answer_speeds(config: Config, answerer: Answerer, dataset: ShardDataset, ite
 
     tokenizer, prompts = load_tokenizer(config.data.tokenizer), []
     for question in items[:BATCH_QUESTIONS]:
-        ids = chat_template.prompt(dataset.text(question.sample), tokenizer, config.data.template, question.turn)
-        prompts.append(Prompt(ids, pictures_of(dataset, question.sample, config.vision) or ()))
+        text = chat_template.prompt(dataset.text(question.sample), tokenizer, config.data.template, question.turn)
+        prompts.append(Prompt(text.ids, pictures_of(dataset, question.sample, config.vision) or (), text.image_places))
 
     def seconds(asked: Sequence[Prompt], new_tokens: int) -> float:
         started = time.perf_counter()

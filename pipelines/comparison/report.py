@@ -117,22 +117,19 @@ def summary(runs: Mapping[int, Arm]) -> dict[str, Any]:
 
 def notes_on(world: str, methods: Methods) -> list[str]:
     """What is not alike among arms. Raises: ValueError where they were asked different questions."""
-    arms = [arm for runs in methods.values() for arm in runs.values()]
+    arms, notes = [arm for runs in methods.values() for arm in runs.values()], []
     if len({arm.measured.heldout for arm in arms}) > 1:
         raise ValueError(f"arms of {world} were asked different held-out questions: use another EXPERIMENT for other data")
-    seeds: dict[int, set[str]] = {}
-    for arm in arms:
-        seeds.setdefault(arm.seed, set()).add(arm.measured.samples)
-    lost = sum(arm.measured.lost_points for arm in arms)
-    notes = [f"with seed {seed}, methods saw different samples" for seed, digests in seeds.items() if len(digests) > 1]
-    notes += [f"kills took the numbers of {lost} steps; the mean of the others stands in"] if lost else []
     for what, values in {
+        "seeds; pairs are of those that both have": {" ".join(map(str, sorted(runs))) for runs in methods.values()},
         "settings": {arm.settings for arm in arms},
         "devices, so seconds differ with them": {arm.measured.device for arm in arms},
-        "seeds; pairs are of those that both have": {" ".join(map(str, sorted(runs))) for runs in methods.values()},
-    }.items():
+        **{f"samples with seed {seed}": {arm.measured.samples[:12] for arm in arms if arm.seed == seed}
+           for seed in sorted({arm.seed for arm in arms})},
+    }.items():  # fmt: skip
         notes += [f"different {what}: {'; '.join(sorted(values))}"] if len(values) > 1 else []
-    return notes
+    lost = sum(arm.measured.lost_points for arm in arms)
+    return [*notes, *([f"kills took the numbers of {lost} steps; the mean of the others stands in"] if lost else [])]
 
 
 # ---- Markdown --------------------------------------------------------------------------------------------------------
