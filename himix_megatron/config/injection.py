@@ -50,7 +50,7 @@ class InjectionConfig:
     """Gate of what separate and block add. tanh: times the tanh of a learned number that starts at 0; zero (separate only): an
     output projection of its own that starts at 0."""
     local_text: bool = False
-    """Whether a separate softmax also sees the sample's text since the latest image."""
+    """Whether a separate softmax also sees the sample's text since the latest image; before the first image, all of it."""
     reduce: Literal["none", "merge", "pool"] = "none"
     """Reduction of each 2x2 neighbouring vision tokens to one. merge: side by side, four times as wide; pool: their mean. At an
     odd edge merge fills up with zeros, and pool takes those that there are."""
