@@ -211,7 +211,13 @@ def with_seeds(settings: Settings, flags: Sequence[str], recipe: Config, size: i
     arms, datasets = [], (*config.data.datasets, str(config.data.validation_path))
     for seed in range(recipe.train.seed, recipe.train.seed + settings.seeds):
         run_dir, file = settings.runs / settings.experiment / f"{name}-{seed}", settings.folder / "arms" / f"{name}-{seed}.json"
-        facts = {"method": method, "world": world, "size": size, "seed": seed, "settings": shlex.join(alike)}
+        facts = {
+            "method": method,
+            "world": world,
+            "size": size,
+            "seed": seed,
+            "settings": shlex.join([*alike, "--points", str(settings.points)]),
+        }
         own = ("--train.seed", str(seed), "--run.dir", str(run_dir))
         arms.append(Planned(facts, (*words, *own), datasets, run_dir, file))
     return arms

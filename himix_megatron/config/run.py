@@ -69,10 +69,11 @@ class Config:
                 "data.features were made by a tower as it was, but here the tower trains: leave --data.features out, or tower "
                 "out of --train.trainable-parts"
             )
-        if parallel.overlap == "on" and "tower" in self.train.trainable_parts:
+        if parallel.overlap == "on" and self.sums_replicas:
+            what = "the tower trains: its" if "tower" in self.train.trainable_parts else "vision's shared parts train: their"
             raise ValueError(
-                "parallel.overlap is on, but the tower trains: its gradients are summed over pipeline stages before they are "
-                "over data-parallel ranks, so leave --parallel.overlap auto"
+                f"parallel.overlap is on, but {what} gradients are summed over pipeline stages before they are over "
+                "data-parallel ranks, so leave --parallel.overlap auto"
             )
         if self.train.cuda_graphs == "on":
             self._check_graphs()
@@ -101,6 +102,12 @@ class Config:
         ):
             if not found:
                 raise ValueError(f"train.cuda_graphs is on, which {field_name} does not allow: it needs {wanted}")
+
+    @property
+    def sums_replicas(self) -> bool:
+        """Whether gradients are summed over parts of the model that several model chunks have."""
+        parts, num_chunks = self.train.trainable_parts, self.parallel.pipeline * self.parallel.virtual_pipeline
+        return "tower" in parts or ("vision_kv" in parts and self.injection.has_shared_parameters and num_chunks > 1)
 
     @property
     def _has_plain_attention(self) -> bool:

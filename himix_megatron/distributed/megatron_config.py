@@ -14,7 +14,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.transformer import TransformerConfig
 
 from ..config import Config, ModelConfig
-from ..costs.flops import chunk_layers
+from ..costs.flops import chunk_layers, vision_chunks
 from ..costs.memory import padded_vocab
 from .fused_kernels import Kernels, has_variable_length
 
@@ -67,6 +67,18 @@ def check_graphs(config: Config, kernels: Kernels) -> None:
     if attention_core(config, kernels) == "flash" and not has_variable_length():
         raise ValueError(
             f"train.cuda_graphs is on, but torch {torch.__version__} attends sample by sample: use torch 2.11 or later"
+        )
+
+
+def check_optimizer(config: Config) -> None:
+    """Raises: ValueError for a distributed optimizer with a pipeline stage that has nothing for it."""
+    parts, pipeline, takes = config.train.trainable_parts, config.parallel.pipeline, vision_chunks(config)
+    if not config.parallel.distributed_optimizer or parts != ("vision_kv",):
+        return
+    if idle := [stage for stage in range(pipeline) if not any(takes[stage::pipeline])]:
+        raise ValueError(
+            f"parallel.distributed_optimizer is on, but nothing trains on pipeline stage {idle[0]}, which takes up no vision: "
+            "use --parallel.no-distributed-optimizer, another --parallel.pipeline, or let more parts train"
         )
 
 
@@ -144,7 +156,7 @@ def text_multiple(config: Config) -> int:
 def overlaps(config: Config) -> bool:
     """Whether data-parallel communication overlaps the passes."""
     if config.parallel.overlap == "auto":
-        return torch.cuda.is_available() and "tower" not in config.train.trainable_parts and config.train.cuda_graphs == "off"
+        return torch.cuda.is_available() and not config.sums_replicas and config.train.cuda_graphs == "off"
     return config.parallel.overlap == "on"
 
 
