@@ -82,7 +82,7 @@ class InjectionConfig:
 
     @property
     def has_shared_parameters(self) -> bool:
-        """Whether something in front of all layers has parameters: every model chunk that takes vision has a replica of them."""
+        """Whether something in front of all layers has parameters: every chunk that takes vision has a replica of them."""
         return self.adapter == "shared" or self.position == "learned"
 
     def injecting_layers(self, num_layers: int) -> tuple[int, ...]:
