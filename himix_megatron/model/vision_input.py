@@ -25,7 +25,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import Config, InjectionConfig
+from ..config import Config, InjectionConfig, VisionConfig
 from ..data.loading.image_table import ImageTable, grids, reduced_tokens
 from .initialization import draw_by_name
 
@@ -125,7 +125,7 @@ class VisionInput(MegatronModule):  # type: ignore[misc]
         injection, vision = config.injection, config.vision
         device = "cpu" if mcore_config.use_cpu_initialization else torch.cuda.current_device()
         if injection.position == "learned":
-            rows, columns = max_grid(config)
+            rows, columns = max_grid(injection, vision)
             for name, number in (("row", rows), ("column", columns), ("image", NUM_IMAGE_POSITIONS)):
                 width = self.num_levels * injection.feature_width(vision)
                 table = torch.zeros(number, width, dtype=mcore_config.params_dtype, device=device)
@@ -210,11 +210,10 @@ def reduced(images: ImageTable, config: Config) -> ImageTable:
     return dataclasses.replace(images, tokens=reduced_tokens(images, config))
 
 
-def max_grid(config: Config) -> tuple[int, int]:
+def max_grid(injection: InjectionConfig, vision: VisionConfig) -> tuple[int, int]:
     """Rows and columns that an image's vision tokens have at most, after `reduce`."""
-    vision = config.vision
     most = vision.image_size // vision.patch_size if vision.has_fixed_size else vision.max_patches_per_image
-    return config.injection.reduced_grid(most, most)
+    return injection.reduced_grid(most, most)
 
 
 def shared_parameters(config: Config) -> int:
@@ -223,7 +222,7 @@ def shared_parameters(config: Config) -> int:
     hidden, ranks = config.model.hidden_size, config.parallel.tensor
     found = 0
     if injection.position == "learned":
-        found += (sum(max_grid(config)) + NUM_IMAGE_POSITIONS) * width * len(config.vision.levels)
+        found += (sum(max_grid(injection, config.vision)) + NUM_IMAGE_POSITIONS) * width * len(config.vision.levels)
     if injection.adapter == "shared":
         found += (width + 1 + hidden) * hidden // ranks + hidden
     return found
