@@ -28,7 +28,7 @@ find_python = $(shell for python in $(1); do \
     "$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, $(2)))' 2>/dev/null && echo "$$python" && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help newcomer setup quickstart test test-fast lint test-py312 python-py312 campaign-convert-7b campaign-data campaign-faults campaign-hostile campaign-saves bench-checkpoint bench-data bench-model bench-pipeline tensorboard clean campaign-slurm gpu-check docs docs-serve
+.PHONY: help newcomer setup quickstart test test-fast lint test-py312 python-py312 campaign-convert-7b campaign-data campaign-faults campaign-hostile campaign-injection campaign-saves bench-checkpoint bench-data bench-model bench-pipeline tensorboard clean campaign-slurm gpu-check docs docs-serve
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -72,6 +72,10 @@ campaign-faults: $(VENV)/complete ## Let random real faults happen to runs, each
 campaign-hostile: $(VENV)/complete ## Hostile files and requests, drawn by a seed, for every entry (SEED=1 MINUTES=10; CASE=123 repeats one)
 	SEED="$(SEED)" MINUTES="$(MINUTES)" CASE="$(CASE)" ONLY="$(ONLY)" REPORT="$(REPORT)" $(VENV)/bin/python -m pytest -m campaign -s \
 	    --show-capture=no tests/campaigns/test_hostile.py $(PYTEST_ARGS)
+
+campaign-injection: $(VENV)/complete ## Random choices of how vision enters the decoder, each against its equations (SEED=1 NUMBER=40; CASE=17 repeats one)
+	SEED="$(SEED)" NUMBER="$(NUMBER)" CASE="$(CASE)" REPORT="$(REPORT)" $(VENV)/bin/python -m pytest -m campaign -s \
+	    --show-capture=no tests/campaigns/test_injection.py $(PYTEST_ARGS)
 
 campaign-saves: $(VENV)/complete ## Kill ranks at every point of a save, and damage every file of one (288 kills, 1,300 damages; 5 minutes)
 	LAYOUTS="$(LAYOUTS)" FLIPS="$(FLIPS)" CUTS="$(CUTS)" SEED="$(SEED)" $(VENV)/bin/python -m pytest -m campaign -s \

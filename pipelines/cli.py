@@ -16,7 +16,7 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 from himix_megatron.config import METHODS, Config, check_known
@@ -25,7 +25,7 @@ from himix_megatron.runtime.untrusted_files import printable
 from pipelines.flags import parse_settings, prose, read_flags, split_flags, with_changes
 from pipelines.recipes import RECIPES
 
-__all__ = ["load_recipe", "parse", "parse_settings", "run_main", "split_recipe_flags"]
+__all__ = ["load_recipe", "parse", "parse_settings", "refuse_own", "run_main", "split_recipe_flags"]
 
 log = logging.getLogger(__name__)
 
@@ -131,6 +131,14 @@ def split_recipe_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """A command's words for `parse` (the recipe, --method, flags with a dot in their name), and for its own settings."""
     groups = split_flags(words, lambda name: name in ("", METHOD) or "." in name)
     return groups.get(True, []), groups.get(False, [])
+
+
+def refuse_own(flags: Sequence[str], own: Mapping[str, str], whose: str) -> None:
+    """Raises: ValueError for a flag that a command gives its runs itself. `own`: by name, what says it there."""
+    for flag in flags:
+        name = flag.removeprefix("--").split("=", 1)[0].replace("-", "_") if flag.startswith("--") else ""
+        if name in own:
+            raise ValueError(f"--{name.replace('_', '-')} is {whose} own: give {own[name]}")
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:

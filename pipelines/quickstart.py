@@ -27,7 +27,7 @@ from typing import Any, Literal
 from himix_megatron.config import check_ranks
 from himix_megatron.data.shards.shard_format import manifest_path
 from himix_megatron.runtime import typed_json
-from pipelines.cli import parse, parse_settings, run_main, split_recipe_flags
+from pipelines.cli import parse, parse_settings, refuse_own, run_main, split_recipe_flags
 from pipelines.scenes import SceneSettings, write_corpus
 
 PARTS = ("vision_kv", "language", "tower")
@@ -79,10 +79,7 @@ def arguments(argv: Sequence[str]) -> tuple[Settings, list[str]]:
 
 def plan(settings: Settings, flags: Sequence[str], num_gpus: int, has_ray: bool) -> Job:
     """What to run here. Raises: ValueError for settings that do not fit each other or the machine."""
-    for flag in flags:
-        name = flag.removeprefix("--").split("=", 1)[0].replace("-", "_") if flag.startswith("--") else ""
-        if name in OWN:
-            raise ValueError(f"--{name.replace('_', '-')} is the quickstart's own: give {OWN[name]}")
+    refuse_own(flags, OWN, "the quickstart's")
     if settings.engine == "ray" and not has_ray:
         raise ValueError("--engine is ray, which cannot be imported here: install it, or use --engine local")
     tensor = (min(2, num_gpus) if num_gpus else 2) if settings.tensor is None else settings.tensor

@@ -53,7 +53,7 @@ class Settings:
     runs: Path = Path("runs")
     """Folder that holds the run folders."""
     name: str | None = None
-    """Name of the series. None: RECIPE-MODE. Series with different settings need different names."""
+    """Name of the series. None: RECIPE-MODE, or RECIPE-METHOD-MODE. Series with different settings need different names."""
     submit: bool = False
     """Submit each run with sbatch instead of starting its ranks on this machine."""
     gpus_per_node: Count = 8
@@ -111,7 +111,7 @@ class Series:
     """series.json: the runs of a series and how each ended. Written after every change."""
 
     def __init__(self, settings: Settings, recipe: str, flags: Sequence[str]):
-        self.name = settings.name or f"{recipe.replace(':', '.')}-{settings.mode}"
+        self.name = series_name(settings, recipe, flags)
         self.folder = settings.runs / self.name
         self.file = self.folder / "series.json"
         self.content: dict[str, Any] = {"recipe": recipe, "mode": settings.mode, "flags": list(flags), "runs": {}}
@@ -173,6 +173,13 @@ def arguments(argv: Sequence[str]) -> tuple[Settings, str, list[str]]:
     return settings, recipe, flags
 
 
+def series_name(settings: Settings, recipe: str, flags: Sequence[str]) -> str:
+    """`--name`, or RECIPE-METHOD-MODE, so that series of two methods have folders of their own."""
+    words = " ".join(flags).replace("=", " ").split()
+    method = [words[words.index("--method") + 1]] if "--method" in words[:-1] else []
+    return settings.name or "-".join([recipe.replace(":", "."), *method, settings.mode])
+
+
 def plan(settings: Settings, recipe: str, flags: Sequence[str]) -> list[Member]:
     """The members, smallest first. Raises: ValueError for a setting that does not fit."""
     for flag in flags:
@@ -184,7 +191,7 @@ def plan(settings: Settings, recipe: str, flags: Sequence[str]) -> list[Member]:
             f"{given.recipe} runs for {given.train.epochs:g} epochs, and every size of the series would: give --train.steps, "
             "e.g. 60"
         )
-    sizes, name = sorted(settings.world_sizes), settings.name or f"{given.recipe.replace(':', '.')}-{settings.mode}"
+    sizes, name = sorted(settings.world_sizes), series_name(settings, given.recipe, flags)
     batch_flag = f"--{given.batch_flags[0].replace('_', '-')}"
     members = []
     for size in sizes:
@@ -320,10 +327,7 @@ class Progress:
 
 def submit(settings: Settings, series: Series, members: Sequence[Member]) -> int:
     """Submit one job per size, with nodes and GPUs computed. Returns: the exit code."""
-    if shutil.which("sbatch") is None:
-        raise ValueError("sbatch is not installed here: leave --submit out to run on this machine, or go to a login node")
-    if not BATCH_SCRIPT.is_file():
-        raise ValueError(f"{BATCH_SCRIPT} is not here: submit from the root of himix-megatron")
+    check_sbatch(BATCH_SCRIPT)
     failed = 0
     for number, member in enumerate(members, 1):
         title = f"[{number}/{len(members)}] {member}"
@@ -336,6 +340,14 @@ def submit(settings: Settings, series: Series, members: Sequence[Member]) -> int
             failed += not submit_one(settings, series, member, title)
     print(f"report, once they run: python -m tools.scaling_report {series.folder}", flush=True)
     return 1 if failed else 0
+
+
+def check_sbatch(script: Path) -> None:
+    """Raises: ValueError if a batch script cannot be submitted from here."""
+    if shutil.which("sbatch") is None:
+        raise ValueError("sbatch is not installed here: leave --submit out to run on this machine, or go to a login node")
+    if not script.is_file():
+        raise ValueError(f"{script} is not here: submit from the root of himix-megatron")
 
 
 def submit_one(settings: Settings, series: Series, member: Member, title: str) -> bool:

@@ -25,7 +25,7 @@ LEFT_OUT_OF_FAST = {
     *("campaigns", "checkpoint", "conversion", "costs", "distributed", "docs", "inference", "integration", "monitoring"),
     *("pipelines", "resilience", "slurm", "tools"),
     *("test_hostile.py", "test_preprocess.py", "test_preprocess_kills.py", "test_s3.py", "test_sources.py"),
-    *("test_rehearsal.py", "test_training_attention.py", "test_triton_attention.py"),
+    *("test_rehearsal.py", "test_second_sources.py", "test_training_attention.py", "test_triton_attention.py"),
 }
 """Folders and files that `--fast` does not even import: nearly all of their tests start ranks, jobs, servers or commands."""
 

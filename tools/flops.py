@@ -3,37 +3,54 @@
     python -m tools.flops --paper                          the paper's five models, one line each
     python -m tools.flops qwen2_0_5b_align                 a recipe's table, for a sample of its usual length
     python -m tools.flops qwen2_0_5b_align --text-tokens 300 --images 2 --plot flops.png
+    python -m tools.flops qwen2_0_5b_align --methods       every method of the family on the recipe's model, one line each
+    python -m tools.flops qwen2_0_5b_align --method vica --injection.reduce merge      another way in for vision
     python -m tools.flops --layers 12 --hidden 768 --ffn 2048 --heads 12 --groups 4 --vocab 32000
 
 Vanilla is the same decoder with the vision tokens in its text, as in LLaVA. The paper counts the forward pass, attention as
 full rectangles, and the LM head on every token, vision tokens included. In the honest count text sees only what precedes it,
 and the head runs on text alone (in training: on labelled tokens). `step` is the forward and backward pass of one sample.
+A recipe's fields are changed by the same flags as in pipelines.pretrain.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, TypeVar
 
 from himix_megatron.config import (
+    METHODS,
     Config,
     Count,
     CountOrZero,
     DataConfig,
+    InjectionConfig,
     ModelConfig,
     OptimizerConfig,
     Positive,
     TrainConfig,
     VisionConfig,
 )
-from himix_megatron.costs.flops import StepFlops, Work, forward_flops, image_flops, patches_of, step_flops
+from himix_megatron.costs.flops import (
+    StepFlops,
+    Work,
+    decoder_tokens,
+    forward_flops,
+    head_flops,
+    image_flops,
+    kv_cache_bytes,
+    patches_of,
+    step_flops,
+)
 from himix_megatron.costs.memory import GIB, MicroBatch, RankMemory, model_parameters, rank_memory
-from pipelines.cli import load_recipe, parse_settings, run_main
-from pipelines.flags import Word
+from pipelines.cli import METHOD, parse, parse_settings, run_main
+from pipelines.flags import Word, split_flags
 from pipelines.recipes import RECIPES, clip_large_336, siglip_so400m_384
+
+Given = TypeVar("Given")
 
 PAPER = {
     "Qwen2-0.5B": ("qwen2_0_5b_align", (837, 78)),
@@ -44,6 +61,9 @@ PAPER = {
 }
 """Recipe, and the published GFLOP of the decoder, vanilla and HiMix, where the text at hand has them."""
 PAPER_TEXT_TOKENS = 64
+METHODS_TEXT_TOKENS = (64, 314)
+"""The paper's, and the mean of mix665k's conversations."""
+PROGRAM = "python -m tools.flops"
 TOWERS = {"siglip": siglip_so400m_384, "clip": clip_large_336}
 SIZES = {
     "layers": "num_layers",
@@ -62,6 +82,8 @@ class Arguments:
 
     recipe: Annotated[str | None, Word("RECIPE")] = None
     """Recipe; the sizes below override its own."""
+    methods: bool = False
+    """Print every method of the family instead: at 64 and 314 text tokens, or at --text-tokens."""
     paper: bool = False
     """Print only the paper's five models, at 64 text tokens and one image."""
     text_tokens: Count | None = None
@@ -93,24 +115,32 @@ class Arguments:
     """PNG file to write: FLOPs over text length and over the number of images."""
 
 
-def config_of(arguments: Arguments) -> Config:
-    """The recipe with the sizes given, or the sizes alone. Raises: ValueError."""
+def read_words(cls: type[Given], program: str, description: str | None) -> tuple[Given, list[str]]:
+    """The command line: a tool's own settings, and the flags that change fields of its recipe. Raises: ValueError."""
+    words = split_flags(sys.argv[1:], lambda name: name == METHOD or "." in name)
+    return parse_settings(cls, words.get(False, []), program, description), words.get(True, [])
+
+
+def config_of(arguments: Arguments, flags: Sequence[str] = ()) -> Config:
+    """The recipe with the fields and sizes given, or the sizes alone. Raises: ValueError."""
     given = {name: getattr(arguments, name) for name in SIZES if getattr(arguments, name) is not None}
     if arguments.recipe is None:
+        if flags:
+            raise ValueError(f"{flags[0]} changes a field of a recipe: name one ({', '.join(RECIPES)})")
         missing = [f"--{name}" for name in SIZES if name not in given]
         if missing:
             raise ValueError(
                 f"name a recipe ({', '.join(RECIPES)}), or give all sizes: {', '.join(missing)} missing; or --paper"
             )
-        config = _bare(given)
+        config = bare_config(ModelConfig(family="llama", **{field: given[name] for name, field in SIZES.items()}))
     else:
-        config = load_recipe(arguments.recipe)()
+        config = parse([arguments.recipe, *flags], PROGRAM)
         config = replace(config, model=replace(config.model, **{SIZES[name]: value for name, value in given.items()}))
     return config if arguments.tower is None else replace(config, vision=TOWERS[arguments.tower]())
 
 
-def _bare(sizes: dict[str, Any]) -> Config:
-    model = ModelConfig(family="llama", **{field: sizes[name] for name, field in SIZES.items()})
+def bare_config(model: ModelConfig) -> Config:
+    """A decoder of these sizes on one GPU."""
     return Config(
         recipe="sizes",
         model=model,
@@ -132,7 +162,7 @@ def mean_vision_tokens(vision: VisionConfig, given: float | None) -> float:
 
 @dataclass(frozen=True)
 class Comparison:
-    """HiMix and vanilla on one sample."""
+    """A configuration and vanilla on one sample."""
 
     paper: tuple[float, float]
     """Forward of the decoder and its head, FLOPs."""
@@ -145,23 +175,50 @@ def compare(config: Config, text: float, images: float, labels: float, each: flo
     """The four counts. `labels`: tokens that go through the head in a training step; `each`: as `mean_vision_tokens`."""
     each = mean_vision_tokens(config.vision, each)
     vision, encoding = images * each, Work.encoding([patches_of(config.vision, each)]) * images
-    lengths = ([text], [vision])
-    full = (
-        Work.of(*lengths, head_tokens=text, causal=False),
-        Work.concatenated(*lengths, head_tokens=text + vision, causal=False),
-    )
-    causal = Work.of(*lengths, head_tokens=text), Work.concatenated(*lengths, head_tokens=text)
+    ours, theirs, plain = ([text], [decoder_tokens(config, vision)]), ([text], [vision]), vanilla(config)
     tower = forward_flops(config, encoding).tower
-    trained = [
-        work + encoding for work in (Work.of(*lengths, head_tokens=labels), Work.concatenated(*lengths, head_tokens=labels))
-    ]
-    himix, vanilla = (forward_flops(config, work).language for work in causal)
+
+    def forward(head: float, head_of_vanilla: float, causal: bool) -> tuple[float, float]:
+        own = Work.of(*ours, head_tokens=head, causal=causal)
+        other = Work.concatenated(*theirs, head_tokens=head_of_vanilla, causal=causal)
+        return forward_flops(config, own).language, forward_flops(plain, other).language
+
+    own, other = forward(text, text, causal=True)
+    trained = Work.of(*ours, head_tokens=labels), Work.concatenated(*theirs, head_tokens=labels)
     return Comparison(
-        paper=tuple(forward_flops(config, work).language for work in full),  # type: ignore[arg-type]
-        honest=(himix, vanilla),
-        with_tower=(himix + tower, vanilla + tower),
-        step=(step_flops(config, trained[0]), step_flops(config, trained[1], inputs_train=True)),
+        paper=forward(text, text + vision, causal=False),
+        honest=(own, other),
+        with_tower=(own + tower, other + tower),
+        step=(step_flops(config, trained[0] + encoding), step_flops(plain, trained[1] + encoding, inputs_train=True)),
     )
+
+
+def vanilla(config: Config) -> Config:
+    """The configuration of which a count without vision tokens is that of the plain decoder."""
+    return replace(config, injection=InjectionConfig())
+
+
+def method_lines(config: Config, text: int, each: float, label_share: float) -> Iterator[str]:
+    """One line for each method on one sample with an image of `each` tokens; and one for the settings' own if they are none."""
+    points = {name: make(config.model) for name, make in METHODS.items()}
+    points |= {} if config.injection in points.values() else {"as given": config.injection}
+    yield f"{f'{text} text tokens':<18}{'forward, GFLOP':^30}{'step, GFLOP':^20}{'first token':>12}{'KV cache, MiB':^22}"
+    yield (
+        f"{'':<18}{'decoder':>10}{'tower':>10}{'total':>10}{'decoder':>10}{'total':>10}{'GFLOP':>12}{'an image':>11}"
+        f"{'sample':>11}"
+    )
+    for name, injection in points.items():
+        try:
+            own = replace(config, injection=injection)
+        except ValueError as error:
+            yield f"{name:<18}{error}"
+            continue
+        found = compare(own, text, 1, label_share * text, each)
+        step, forward, total = found.step[0], found.honest[0], found.with_tower[0]
+        first = total - head_flops(own.model, text_tokens=text - 1)
+        flops = "".join(f"{number / 1e9:>10.1f}" for number in (forward, total - forward, total, step.language, step.model))
+        cache = "".join(f"{kv_cache_bytes(own, tokens, each) / 2**20:>11.2f}" for tokens in (0, text))
+        yield f"{name:<18}{flops}{first / 1e9:>12.1f}{cache}"
 
 
 def paper_lines() -> Iterator[str]:
@@ -191,10 +248,10 @@ def table(config: Config, text: int, images: int, each: float, label_share: floa
         f"parameters: {_count(own.total)}: language {_count(own.language)}, vision K/V {_count(own.vision_kv)}, tower "
         f"{_count(own.tower)}; trained {_count(own.trained(config))}"
     )
-    found = compare(config, text, images, label_share * text, each)
-    yield f"{'GFLOP of one sample':<44}{'HiMix':>10}{'vanilla':>10}{'ratio':>7}"
+    found, name = compare(config, text, images, label_share * text, each), name_of(config)
+    yield f"{'GFLOP of one sample':<44}{name:>10}{'vanilla':>10}{'ratio':>7}"
     steps = found.step
-    for what, himix, vanilla in (
+    for what, ours, theirs in (
         ("forward, decoder, the paper's way", *found.paper),
         ("forward, decoder, honest", *found.honest),
         ("forward, with the tower, honest", *found.with_tower),
@@ -202,7 +259,9 @@ def table(config: Config, text: int, images: int, each: float, label_share: floa
         ("step, with the tower: model FLOPs", steps[0].model, steps[1].model),
         ("step, with what is recomputed: hardware FLOPs", steps[0].hardware, steps[1].hardware),
     ):
-        yield f"{what:<44}{himix / 1e9:>10.1f}{vanilla / 1e9:>10.1f}{vanilla / himix:>7.1f}"
+        yield f"{what:<44}{ours / 1e9:>10.1f}{theirs / 1e9:>10.1f}{theirs / ours:>7.1f}"
+    caches = kv_cache_bytes(config, 0, each), kv_cache_bytes(vanilla(config), each, 0)
+    yield f"{'MiB of KV cache for one image':<44}{caches[0] / 2**20:>10.2f}{caches[1] / 2**20:>10.2f}{_ratio(caches):>7.1f}"
     yield from _memory(config, text, images * each, micro_batch)
 
 
@@ -213,18 +272,25 @@ def _memory(config: Config, text: int, vision: float, micro_batch: int) -> Itera
         parallel=replace(config.parallel, tensor=1, pipeline=1, virtual_pipeline=1, sequence=False),
         train=replace(config.train, global_batch_samples=micro_batch, micro_batch_samples=micro_batch),
     )
-    himix, vanilla = (
+    own, other = (
         rank_memory(
-            single, 0, data_size=1, vision_tokens_per_step=vision * micro_batch,
+            held, 0, data_size=1, vision_tokens_per_step=vision * micro_batch,
             micro_batch=MicroBatch(text_tokens=micro_batch * s, vision_tokens=micro_batch * n, rows=micro_batch),
         )
-        for s, n in ((text, vision), (text + vision, 0))
+        for held, s, n in ((single, text, vision), (vanilla(single), text + vision, 0))
     )  # fmt: skip
-    yield f"{f'GiB on one GPU, micro-batch of {micro_batch}':<44}{'HiMix':>10}{'vanilla':>10}{'ratio':>7}"
+    yield f"{f'GiB on one GPU, micro-batch of {micro_batch}':<44}{name_of(config):>10}{'vanilla':>10}{'ratio':>7}"
     for what in (*RankMemory.__dataclass_fields__, "total"):
-        ours, theirs = getattr(himix, what), getattr(vanilla, what)
+        ours, theirs = getattr(own, what), getattr(other, what)
         ratio = f"{theirs / ours:>7.1f}" if ours else ""
         yield f"{what:<44}{ours / GIB:>10.2f}{theirs / GIB:>10.2f}{ratio}"
+
+
+def name_of(config: Config) -> str:
+    """HiMix, or what its way in for vision is called."""
+    if config.injection == InjectionConfig():
+        return "HiMix"
+    return next((name for name, make in METHODS.items() if make(config.model) == config.injection), "as given")
 
 
 def _count(number: float) -> str:
@@ -248,7 +314,7 @@ def plot(config: Config, text: int, images: int, each: float, path: Path) -> Non
     ):
         found = [compare(config, s, k, s, each) for s, k in samples]
         for way, style in (("paper", "--"), ("honest", "-")):
-            for which, name, colour in ((1, "vanilla", "tab:red"), (0, "HiMix", "tab:blue")):
+            for which, name, colour in ((1, "vanilla", "tab:red"), (0, name_of(config), "tab:blue")):
                 values = [getattr(item, way)[which] / 1e9 for item in found]
                 label = f"{name}, {'honest' if way == 'honest' else 'the way of the paper'}"
                 axis.plot(places, values, style, color=colour, label=label)
@@ -271,21 +337,28 @@ def check(arguments: Arguments) -> None:
         raise ValueError(f"--label-share is {arguments.label_share}: wanted above 0, at most 1")
     if arguments.paper and arguments.recipe is not None:
         raise ValueError(f"--paper has its own models: leave {arguments.recipe} out, or --paper")
+    if arguments.methods and (arguments.paper or arguments.plot is not None or arguments.images != 1):
+        raise ValueError("--methods compares samples of one image: leave --paper, --plot and --images out")
     if arguments.plot is not None and not arguments.plot.parent.is_dir():
         raise ValueError(f"--plot {arguments.plot}: there is no folder {arguments.plot.parent}")
 
 
 def main() -> int:
     """The command line."""
-    arguments = parse_settings(Arguments, sys.argv[1:], "python -m tools.flops", __doc__)
+    arguments, flags = read_words(Arguments, PROGRAM, __doc__)
     check(arguments)
     if arguments.paper:
         print(*paper_lines(), sep="\n")
         return 0
-    config = config_of(arguments)
+    config = config_of(arguments, flags)
     text = arguments.text_tokens or (config.parallel.split_text_tokens if arguments.recipe else PAPER_TEXT_TOKENS)
     micro_batch = arguments.micro_batch or config.micro_batch
     each = mean_vision_tokens(config.vision, arguments.vision_tokens)
+    if arguments.methods:
+        print(f"{config.recipe}: one image of {each:g} tokens, trains {', '.join(config.train.trainable_parts)}")
+        for number in [arguments.text_tokens] if arguments.text_tokens else METHODS_TEXT_TOKENS:
+            print(*method_lines(config, number, each, arguments.label_share), sep="\n")
+        return 0
     print(*table(config, text, arguments.images, each, arguments.label_share, micro_batch), sep="\n")
     if arguments.plot is not None:
         plot(config, text, arguments.images, each, arguments.plot)

@@ -172,9 +172,9 @@ def saisa(model: ModelConfig) -> InjectionConfig:
     """SAISA, arXiv 2502.02458: an MLP per layer into that layer's own input space, then the text's norm and K/V projections, at
     the positions that the image has in the text.
 
-    Exact against the authors' code, which takes one image, or several side by side, at one place of all samples of a batch.
-    Initial values of the MLPs are not published. Claim: inference FLOPs -66 %, training budget -26 %, accuracy above
-    LLaVA-1.5's.
+    Exact against the authors' code for one image a text; theirs takes several only side by side, and at one place of all texts
+    of a batch. Initial values of the MLPs are not published. Claim: inference FLOPs -66 %, training budget -26 %, accuracy
+    above LLaVA-1.5's.
     """
     return InjectionConfig(adapter="per_layer", keys_values="text", norm="input", key_norm="shared", position="rotary",
                            visibility="earlier")  # fmt: skip
@@ -218,9 +218,10 @@ def llama3_2_vision(model: ModelConfig) -> InjectionConfig:
     """Llama-3.2-Vision (Flamingo and NVLM-X resemble it): before every fourth layer a block with queries, K/V, output and MLP
     of its own, and tanh gates that start at 0.
 
-    Exact against transformers' Mllama text model where every token that stands before the first image is masked. Differs: there
-    the features go through one linear layer first, and attention of text that sees no image is not 0 (Meta's own code has it
-    so). Claim of its kind: cheap with many tiles, weaker than insertion on text in images.
+    Exact against transformers' Mllama text model where the first token sees an image. Text before the first image attends to
+    all images there, and only its MLP is 0 (in Meta's own code both are, as here). Further differences: there the features go
+    through one linear layer first, and a token of the text stands for each image, of which one does not yet see the image of a
+    neighbour behind it. Claim of its kind: cheap with many tiles, weaker than insertion on text in images.
     """
     return InjectionConfig(fusion="block", gate="tanh", every_layers=min(4, model.num_layers), norm="none", visibility="latest")
 
@@ -228,7 +229,7 @@ def llama3_2_vision(model: ModelConfig) -> InjectionConfig:
 def tokens(model: ModelConfig) -> InjectionConfig:
     """LLaVA, arXiv 2304.08485: an MLP makes tokens of the features, which stand in the text where the image does.
 
-    The baseline of all others. Exact against transformers' Llava.
+    The baseline of all others. Exact against transformers' Llava, from pixels to gradients.
     """
     return InjectionConfig(fusion="tokens", adapter="shared", keys_values="text", norm="input", key_norm="shared",
                            position="rotary", visibility="earlier")  # fmt: skip

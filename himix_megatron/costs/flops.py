@@ -1,9 +1,12 @@
 """Floating-point operations by arithmetic: of a training step; and layers split so that stages cost alike.
 
 Flows in: the sizes of a configuration and what samples amount to; out: operations, 2 for each multiply-add. Two conventions
-for attention: `causal`, what is needed (a text token over all vision of its sample, and over the text up to itself), and full
+for attention: `causal`, what is needed (a text token over the vision that it sees, and over the text up to itself), and full
 rectangles, the paper's way (at 64 text and 729 vision tokens, with the head on every token, they give its 78, 161 and 192
 GFLOP for Qwen2-0.5B, TinyLlama-1.1B and Llama-3.2-1B to 0.6 %). No torch.
+
+`Work` says what samples amount to, whatever the method; `decoder_layers` what each layer multiplies, by `config.injection`. An
+adapter that all layers share is counted once in a step's FLOPs, though each model chunk that takes vision runs its own copy.
 
 A step's model FLOPs are the products that forward and backward cannot do without: work whose result nobody needs, and what is
 computed a second time to save memory, is not in them (`StepFlops.recomputed` has the latter). Norms, activations, softmax and
@@ -13,10 +16,11 @@ the optimizer are not counted, as is the custom.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal
 
-from ..config import Config, ModelConfig, Part, VisionConfig
+from ..config import Config, InjectionConfig, ModelConfig, VisionConfig
 from ..config.towers import TOWERS
 
 
@@ -35,19 +39,34 @@ def patches_of(vision: VisionConfig, vision_tokens: float) -> float:
     return vision_tokens * vision.max_patches_per_image / vision.max_tokens_per_image
 
 
+def decoder_tokens(config: Config, vision_tokens: float) -> float:
+    """Vision tokens that the decoder gets of so many of the tower's, at the ratio of its largest image."""
+    side = config.vision.image_size // config.vision.patch_size
+    rows, columns = config.injection.reduced_grid(side, side)
+    return vision_tokens * rows * columns / side**2
+
+
+def tower_layers(vision: VisionConfig) -> int:
+    """Layers of the tower that run: those up to the deepest hidden state that is taken."""
+    return vision.num_layers + 1 + max(vision.levels)
+
+
 def _tower_flops(vision: VisionConfig, *, images: float, patches: float, patch_pairs: float) -> float:
-    """Up to the layer whose output is taken (class tokens counted)."""
+    """Up to the last layer whose output is taken (class tokens counted)."""
     width, extra = vision.hidden_size, TOWERS[vision.tower].class_tokens
     tokens, pairs = patches + extra * images, patch_pairs + 2 * extra * patches + extra**2 * images
     layer = 2 * tokens * (4 * width**2 + 2 * width * vision.ffn_hidden_size) + 4 * pairs * width
-    return float(layer * (vision.num_layers + 1 + vision.feature_layer) + _patch_flops(vision, patches))
+    return float(layer * tower_layers(vision) + _patch_flops(vision, patches))
 
 
 def _patch_flops(vision: VisionConfig, patches: float) -> float:
     return 2 * patches * 3 * vision.patch_size**2 * vision.hidden_size
 
 
-# ---- a training step ---------------------------------------------------------------------------------------------------
+# ---- what samples amount to --------------------------------------------------------------------------------------------
+
+Images = Sequence[tuple[float, float]]
+"""Of a sample: of each image the number of text tokens before it, and its vision tokens as the decoder gets them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +75,19 @@ class Work:
 
     text_tokens: float = 0.0
     vision_tokens: float = 0.0
+    """As the decoder gets them: after `injection.reduce`."""
     text_pairs: float = 0.0
     """Text queries times the text keys each of them sees."""
     vision_pairs: float = 0.0
-    """Text queries times the vision keys each of them sees."""
+    """Text queries times the vision keys each of them sees, where it sees all of its sample."""
+    earlier_pairs: float = 0.0
+    """The same where it sees the images before it."""
+    latest_pairs: float = 0.0
+    """The same where it sees the latest of these."""
+    local_pairs: float = 0.0
+    """Text queries behind an image times the text keys since the latest image."""
+    sequence_pairs: float = 0.0
+    """Queries times keys where vision stands in the text's sequence."""
     head_tokens: float = 0.0
     """Tokens that go through the LM head: those with a label in training."""
     images: float = 0.0
@@ -87,19 +115,20 @@ class Work:
     @staticmethod
     def of(
         text_lengths: Sequence[float],
-        vision_lengths: Sequence[float],
+        vision_lengths: Sequence[float | Images],
         *,
         head_tokens: float,
         causal: bool = True,
     ) -> Work:
-        """Of samples with these numbers of text and vision tokens; padding belongs to no sample, so leave it out."""
-        return Work(
-            text_tokens=float(sum(text_lengths)),
-            vision_tokens=float(sum(vision_lengths)),
-            text_pairs=float(sum(s * (s + 1) / 2 if causal else s * s for s in text_lengths)),
-            vision_pairs=float(sum(s * n for s, n in zip(text_lengths, vision_lengths, strict=True))),
-            head_tokens=float(head_tokens),
-        )
+        """Of samples with these numbers of text and vision tokens; padding belongs to no sample, so leave it out.
+
+        Args: vision_lengths: of each sample its images; or their tokens alone, where they all stand before the text.
+        """
+        rows = [
+            _sample_work(text, images if isinstance(images, Sequence) else [(0, images)][: bool(images)], causal)
+            for text, images in zip(text_lengths, vision_lengths, strict=True)
+        ]
+        return replace(Work(*(float(sum(column)) for column in zip(*rows, strict=True))), head_tokens=float(head_tokens))
 
     @staticmethod
     def concatenated(
@@ -109,9 +138,33 @@ class Work:
         head_tokens: float,
         causal: bool = True,
     ) -> Work:
-        """Of the same samples where vision tokens are part of the text, as in LLaVA: what HiMix is compared with."""
+        """Of the same samples where vision tokens are part of the text, without a projector: what HiMix is compared with."""
         both = [s + n for s, n in zip(text_lengths, vision_lengths, strict=True)]
         return Work.of(both, [0.0] * len(both), head_tokens=head_tokens, causal=causal)
+
+    def seen_pairs(self, injection: InjectionConfig) -> float:
+        """Text queries times the vision keys each of them sees."""
+        return {"all": self.vision_pairs, "earlier": self.earlier_pairs, "latest": self.latest_pairs}[injection.visibility]
+
+
+def _sample_work(text: float, images: Images, causal: bool) -> tuple[float, ...]:
+    """The fields of Work of one sample, up to the head's. Between two places of images text tokens see alike."""
+
+    def among(tokens: float) -> float:
+        return tokens * (tokens + 1) / 2 if causal else tokens * tokens
+
+    at: dict[float, float] = {}
+    for place, tokens in ((min(place, text), tokens) for place, tokens in images):
+        at[place] = at.get(place, 0.0) + tokens
+    vision, earlier, latest, local = sum(at.values()), 0.0, 0.0, 0.0
+    for place, end in itertools.pairwise([*sorted(at), text]):
+        earlier += at[place] * (text - place)
+        latest += at[place] * (end - place)
+        local += among(end - place)
+    return text, vision, among(text), text * vision, earlier, latest, local, among(text + vision)
+
+
+# ---- a training step ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,14 +172,14 @@ class StepFlops:
     """Of forward and backward over some work."""
 
     decoder: float
-    """Layers."""
+    """Layers, and the adapter in front of them."""
     head: float
     """LM head."""
     tower: float
     recomputed: float
     """Done beyond them: logits a second time (always counted, though Transformer Engine's loss does without), attention or
-    whole layers as train.recompute says (which also takes the gradient of the first layer's text where nothing in front of it
-    trains)."""
+    whole layers as train.recompute says (which also takes the gradient of the text that enters the layers where nothing in
+    front of them trains)."""
 
     @property
     def language(self) -> float:
@@ -145,37 +198,185 @@ class StepFlops:
 
 
 @dataclass(frozen=True, slots=True)
-class _Products:
-    """Forward FLOPs of one layer, by what differs in the backward pass."""
+class Product:
+    """Rows of activations times a weight of inner x columns, and which gradients are wanted of it."""
 
-    qkv: float
-    rest: float
-    """Output projection and MLP."""
-    vision: float
-    text_attention: float
-    vision_attention: float
+    rows: float
+    inner: int
+    columns: int
+    weight: bool
+    """The weight's."""
+    below: bool
+    """That of what goes in."""
+    split: Literal["columns", "inner"] = "columns"
+    """The side of the weight that tensor ranks share."""
 
     @property
-    def total(self) -> float:
-        return self.qkv + self.rest + self.vision + self.text_attention + self.vision_attention
+    def forward(self) -> float:
+        """FLOPs."""
+        return 2.0 * self.rows * self.inner * self.columns
+
+    @property
+    def backward(self) -> float:
+        """FLOPs."""
+        return self.forward * (self.weight + self.below)
 
 
-def _products(model: ModelConfig, vision_width: int, work: Work) -> _Products:
-    query, key_value = (heads * model.channels_per_head for heads in (model.num_attention_heads, model.num_query_groups))
-    return _Products(
-        qkv=2 * work.text_tokens * model.hidden_size * (query + 2 * key_value),
-        rest=2 * work.text_tokens * model.hidden_size * (query + 3 * model.ffn_hidden_size),
-        vision=2 * work.vision_tokens * vision_width * 2 * key_value,
-        text_attention=4 * work.text_pairs * query,
-        vision_attention=4 * work.vision_pairs * query,
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Scores and mixing over pairs of queries and keys, and whose gradients are wanted: the queries', the keys' and values'."""
+
+    pairs: float
+    width: int
+    """Channels of all query heads."""
+    queries: bool
+    keys: bool
+
+    @property
+    def forward(self) -> float:
+        """FLOPs."""
+        return 4.0 * self.pairs * self.width
+
+    @property
+    def backward(self) -> float:
+        """FLOPs: the forward is two products; of the same size are one for values, one for keys, one for queries, and one for
+        the weights, which both queries and keys want."""
+        return self.forward / 2 * ((self.queries or self.keys) + self.queries + 2 * self.keys)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What one decoder layer multiplies."""
+
+    products: tuple[Product, ...]
+    attention: tuple[Attention, ...]
+    """That of the text itself is the last one."""
+    tokens: float
+    """Tokens that go through it: the text's, and those of vision where it stands in the sequence."""
+    has_block: bool
+    """Whether a block of its own takes up vision before it."""
+    joins: bool
+    """Whether keys and values of vision and text are put together."""
+
+    @property
+    def forward(self) -> float:
+        """FLOPs."""
+        return sum(item.forward for item in self.products) + sum(item.forward for item in self.attention)
+
+    @property
+    def backward(self) -> float:
+        """FLOPs."""
+        return sum(item.backward for item in self.products) + sum(item.backward for item in self.attention)
+
+
+@dataclass(frozen=True, slots=True)
+class Trains:
+    """Which gradients are wanted."""
+
+    language: bool
+    vision: bool
+    features: bool
+    """Those of the features, with what is added to them."""
+    adapted: bool
+    """Those of what comes out of the adapter; without one, of the features."""
+
+    @staticmethod
+    def of(config: Config) -> Trains:
+        injection, parts = config.injection, config.train.trainable_parts
+        vision = "vision_kv" in parts
+        features = "tower" in parts or (vision and injection.position == "learned")
+        return Trains("language" in parts, vision, features, features or (vision and injection.adapter != "none"))
+
+
+def adapter_products(config: Config, work: Work) -> tuple[Product, ...]:
+    """Of one adapter on one of the tower's hidden states."""
+    width, hidden, trains = config.injection.feature_width(config.vision), config.model.hidden_size, Trains.of(config)
+    return (
+        Product(work.vision_tokens, width, hidden, trains.vision, trains.features),
+        Product(work.vision_tokens, hidden, hidden, trains.vision, trains.adapted, "inner"),
     )
+
+
+def shared_adapter(config: Config, work: Work) -> tuple[Product, ...]:
+    """Of the adapter in front of all layers, on each of the tower's hidden states; of none where there is none."""
+    return adapter_products(config, work) * len(config.vision.levels) if config.injection.adapter == "shared" else ()
+
+
+def decoder_layers(config: Config, work: Work, *, inputs_train: bool = False) -> list[Layer]:
+    """What each layer multiplies, and which gradients are wanted by what trains: what is frozen gets no weight gradients, and
+    no gradient flows where nothing in front of it trains.
+
+    Args: inputs_train: something in front of the decoder trains though no part of ours says so (LLaVA's projector).
+    """
+    injection, num_layers, trains = config.injection, config.model.num_layers, Trains.of(config)
+    injecting = set(injection.injecting_layers(num_layers))
+    below = inputs_train or trains.language or (injection.in_sequence and trains.adapted)
+    kinds: dict[tuple[bool, bool], Layer] = {}
+    layers = []
+    for injects in (number in injecting for number in range(num_layers)):
+        if (injects, below) not in kinds:
+            kinds[injects, below] = _layer(config, work, trains, injects, below)
+        layers.append(kinds[injects, below])
+        below = below or (injects and (trains.vision or trains.features))
+    return layers
+
+
+def _layer(config: Config, work: Work, trains: Trains, injects: bool, below: bool) -> Layer:
+    """`below`: whether the text that comes in needs a gradient, as it does wherever the language model trains."""
+    model, injection = config.model, config.injection
+    hidden, text = model.hidden_size, work.text_tokens
+    query, key_value = (heads * model.channels_per_head for heads in (model.num_attention_heads, model.num_query_groups))
+    pairs = work.text_pairs
+    if injection.in_sequence:
+        text, pairs = text + work.vision_tokens, work.sequence_pairs
+    products = _vision_products(config, work, trains) if injects else ()
+    vision_keys = injects and (products[-1].weight or products[-1].below)
+    passed = below or vision_keys  # behind the vision
+    attention: tuple[Attention, ...] = ()
+
+    def mlp(weights: bool) -> tuple[Product, Product]:
+        inner = model.ffn_hidden_size
+        return Product(text, hidden, 2 * inner, weights, passed), Product(text, inner, hidden, weights, passed, "inner")
+
+    has_block = injects and injection.fusion == "block"
+    if has_block:
+        # The norm before its queries trains with it, and gets its gradient through them.
+        queries = below or trains.vision
+        products += Product(text, hidden, query, trains.vision, queries), *mlp(trains.vision)
+        products += (Product(text, query, hidden, trains.vision, passed, "inner"),)
+        attention += (Attention(work.seen_pairs(injection), query, queries, vision_keys),)
+        below = passed
+    elif injects:
+        attention += (Attention(work.seen_pairs(injection), query, below, vision_keys),)
+        attention += (Attention(work.local_pairs, query, below, below),) if injection.local_text else ()
+    apart = injects and injection.gate == "zero"
+    if apart:
+        products += (Product(text, query, hidden, trains.vision, passed, "inner"),)
+    products += (
+        Product(text, hidden, query + 2 * key_value, trains.language, below),
+        Product(text, query, hidden, trains.language, below if apart else passed, "inner"),
+        *mlp(trains.language),
+    )
+    joins = injects and (injection.fusion == "joint" or injection.local_text)
+    return Layer(products, (*attention, Attention(pairs, query, below, below)), text, has_block, joins)
+
+
+def _vision_products(config: Config, work: Work, trains: Trains) -> tuple[Product, ...]:
+    """The layer's own adapter, and its vision's keys and values."""
+    injection, model = config.injection, config.model
+    weight = trains.vision if injection.keys_values == "own" else trains.language
+    # The norm's weight is folded into the projection's: one product makes the gradients of both, or of either.
+    norm = {"own": trains.vision, "input": trains.language, "none": False}[injection.norm]
+    width, columns = injection.vision_width(model, config.vision), 2 * model.num_query_groups * model.channels_per_head
+    adapter = adapter_products(config, work) if injection.adapter == "per_layer" else ()
+    return *adapter, Product(work.vision_tokens, width, columns, weight or norm, trains.adapted)
 
 
 def forward_flops(config: Config, work: Work) -> StepFlops:
     """The forward pass alone."""
-    layer = _products(config.model, config.vision.hidden_size, work)
+    layers, adapter = decoder_layers(config, work), shared_adapter(config, work)
     return StepFlops(
-        decoder=config.model.num_layers * layer.total,
+        decoder=sum(layer.forward for layer in layers) + sum(product.forward for product in adapter),
         head=head_flops(config.model, text_tokens=work.head_tokens),
         tower=_tower_flops(config.vision, images=work.images, patches=work.patches, patch_pairs=work.patch_pairs),
         recomputed=0.0,
@@ -183,37 +384,35 @@ def forward_flops(config: Config, work: Work) -> StepFlops:
 
 
 def step_flops(config: Config, work: Work, *, inputs_train: bool = False) -> StepFlops:
-    """Forward and backward, by what trains (`trainable_parts`): what is frozen gets no weight gradients, and no gradient flows
-    where nothing in front of it trains.
-
-    Args: inputs_train: something in front of the decoder trains though no part of ours says so (LLaVA's projector).
-    """
-    parts, forward = config.train.trainable_parts, forward_flops(config, work)
-    layer = _products(config.model, config.vision.hidden_size, work)
-    first = layer_backward(layer, parts, text_below="language" in parts or inputs_train)
-    others = layer_backward(layer, parts, text_below=True)
-    again = {"none": 0.0, "selective": layer.text_attention + layer.vision_attention, "full": layer.total}
-    beyond = others - first if config.train.recompute == "full" else 0.0
+    """Forward and backward, by what trains (`trainable_parts`). `inputs_train`: as in `decoder_layers`."""
+    parts, recompute, forward = config.train.trainable_parts, config.train.recompute, forward_flops(config, work)
+    layers, adapter = decoder_layers(config, work, inputs_train=inputs_train), shared_adapter(config, work)
+    backward = sum(layer.backward for layer in layers)
+    again = 0.0
+    if recompute == "selective":
+        again = sum(item.forward for layer in layers for item in layer.attention)
+    elif recompute == "full":
+        recomputed = decoder_layers(config, work, inputs_train=True)
+        again = sum(layer.forward + layer.backward for layer in recomputed) - backward
     frozen_tower = "tower" not in parts
     return StepFlops(
-        decoder=forward.decoder + first + (config.model.num_layers - 1) * others,
+        decoder=forward.decoder + backward + sum(product.backward for product in adapter),
         head=forward.head * (3 if "language" in parts else 2),
         tower=forward.tower if frozen_tower else 3 * forward.tower - _patch_flops(config.vision, work.patches),
-        recomputed=config.model.num_layers * again[config.train.recompute] + beyond + forward.head,
+        recomputed=again + forward.head,
     )
 
 
-def layer_backward(layer: _Products, parts: tuple[Part, ...], *, text_below: bool) -> float:
-    """Backward FLOPs of one layer. `text_below`: whether the text that comes into it needs a gradient."""
-    weights = "language" in parts
-    vision_weights, vision_states = "vision_kv" in parts, "tower" in parts
-    text = layer.rest * (1 + weights) + layer.qkv * (text_below + weights)
-    vision = layer.vision * (vision_weights + vision_states)
-    # Attention's forward is two products; its backward four of the same size: for values, weights, queries and keys. Those for
-    # values and keys are wanted by the projections behind them, those for queries by the text, those for weights by both.
-    text_attention = layer.text_attention / 2 * (4 if text_below or weights else 0)
-    wanted = 1 + (text_below or weights) + 2 * (vision_weights or vision_states)
-    return text + vision + text_attention + layer.vision_attention / 2 * wanted
+def kv_cache_bytes(config: Config, text_tokens: float, vision_tokens: float) -> float:
+    """Keys and values that generation keeps of so many tokens, in the run's precision: of text in every layer, of vision in
+    those that inject; where it stands in the text's sequence, in every layer too.
+
+    Args: vision_tokens: as the tower gives them.
+    """
+    model, injection = config.model, config.injection
+    holding = model.num_layers if injection.in_sequence else len(injection.injecting_layers(model.num_layers))
+    each = 2 * model.num_query_groups * model.channels_per_head * (2 if config.train.precision == "bf16" else 4)
+    return each * (model.num_layers * text_tokens + holding * decoder_tokens(config, vision_tokens))
 
 
 # ---- pipeline stages ---------------------------------------------------------------------------------------------------
@@ -226,31 +425,62 @@ def chunk_layers(config: Config) -> tuple[int, ...]:
     if parallel.split == "even":
         return (num_layers // num_chunks,) * num_chunks
     # A stage without a layer has nothing to train but the head.
-    layers = [1] * (num_chunks - 1) + [0 if "language" in config.train.trainable_parts else 1]
-    # A layer at a time, to the stage that has least to do, there to its cheapest chunk: layers are alike, so none is better.
+    least = [1] * (num_chunks - 1) + [0 if "language" in config.train.trainable_parts else 1]
+    layers, costs_of = least.copy(), _chunk_costs(config)
+    # A layer at a time, to the stage that has least to do, there to its cheapest chunk.
     for _ in range(num_layers - sum(layers)):
-        costs = _chunk_costs(config, layers)
+        costs = costs_of(layers)
         stage = min(range(parallel.pipeline), key=lambda s: sum(costs[s :: parallel.pipeline]))
         layers[min(range(stage, num_chunks, parallel.pipeline), key=lambda chunk: costs[chunk])] += 1
-    return tuple(layers)
+
+    def slowest_first(split: list[int]) -> list[float]:
+        costs = costs_of(split)
+        stages = (sum(costs[stage :: parallel.pipeline]) for stage in range(parallel.pipeline))
+        return sorted((round(cost / sum(costs), 9) for cost in stages), reverse=True)
+
+    # Where layers are alike, no split is better. Where they differ, one goes from chunk to chunk while that helps.
+    while True:
+        moved = [
+            [number - (chunk == source) + (chunk == target) for chunk, number in enumerate(layers)]
+            for source, target in itertools.permutations(range(num_chunks), 2)
+            if layers[source] > least[source]
+        ]
+        best = min(moved, key=slowest_first, default=layers)
+        if slowest_first(best) >= slowest_first(layers):
+            return tuple(layers)
+        layers = best
 
 
 def vision_chunks(config: Config) -> tuple[bool, ...]:
     """Whether each model chunk takes vision features, in the order of `chunk_layers`: those with a layer that injects; where
     vision stands in the text's sequence, the first alone."""
-    layers = chunk_layers(config)
+    return _takes_vision(config, chunk_layers(config))
+
+
+def _takes_vision(config: Config, layers: Sequence[int]) -> tuple[bool, ...]:
     if config.injection.in_sequence:
         return tuple(chunk == 0 for chunk in range(len(layers)))
-    ends = list(itertools.accumulate(layers, initial=0))
+    ends = itertools.accumulate(layers, initial=0)
     injecting = config.injection.injecting_layers(config.model.num_layers)
     return tuple(any(start <= layer < end for layer in injecting) for start, end in itertools.pairwise(ends))
 
 
-def _chunk_costs(config: Config, layers: tuple[int, ...] | list[int]) -> list[float]:
-    """Of each model chunk on a sample of `parallel.split_text_tokens` and one largest image, forward, the head counted."""
-    vision, text_tokens = config.vision, config.parallel.split_text_tokens
-    work = Work.of([text_tokens], [vision.max_tokens_per_image], head_tokens=text_tokens, causal=False)
-    each = _products(config.model, vision.hidden_size, work).total
-    costs = [each * number for number in layers]
-    costs[-1] += head_flops(config.model, text_tokens=text_tokens)
-    return costs
+def _chunk_costs(config: Config) -> Callable[[Sequence[int]], list[float]]:
+    """What each model chunk costs, by its number of layers: on a sample of `parallel.split_text_tokens` and one largest image,
+    forward, the adapter of a chunk that takes vision and the head counted."""
+    text_tokens = config.parallel.split_text_tokens
+    vision_tokens = decoder_tokens(config, config.vision.max_tokens_per_image)
+    work = Work.of([text_tokens], [vision_tokens], head_tokens=text_tokens, causal=False)
+    before = list(itertools.accumulate((layer.forward for layer in decoder_layers(config, work)), initial=0.0))
+    adapter = sum(product.forward for product in shared_adapter(config, work))
+    head = head_flops(config.model, text_tokens=text_tokens)
+
+    def costs_of(layers: Sequence[int]) -> list[float]:
+        ends = itertools.accumulate(layers, initial=0)
+        costs = [before[end] - before[start] for start, end in itertools.pairwise(ends)]
+        if adapter:
+            costs = [cost + adapter * takes for cost, takes in zip(costs, _takes_vision(config, layers), strict=True)]
+        costs[-1] += head
+        return costs
+
+    return costs_of

@@ -128,7 +128,9 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
             assert context is not None
             embedded = self._embed(text_ids, context, vision_rows)
         if cache is not None:
-            return self._continue(text_ids, cache, embedded, context, reduced(image_table, self.settings))
+            if context is not None:
+                cache.take_context(context)
+            return self._continue(text_ids, cache, embedded)
         if layout is None:
             seen = reduced(image_table, self.settings)
             if self.injection.in_sequence:
@@ -168,12 +170,8 @@ class HiMixModel(GPTModel):  # type: ignore[misc]
             is_vision = is_vision.chunk(group.size())[group.rank()]
         return torch.where(is_vision, vision_SBH, text_SBH)
 
-    def _continue(
-        self, text_ids: Tensor, cache: KVCache, embedded: Tensor | None, context: Tensor | None, images: ImageTable
-    ) -> Tensor:
+    def _continue(self, text_ids: Tensor, cache: KVCache, embedded: Tensor | None) -> Tensor:
         """Logits of each sample's last token, or hidden states, of text that goes on where the cache ends."""
-        if context is not None and cache.context_NBX is None and not self.injection.in_sequence:
-            cache.context_NBX = torch.nn.utils.rnn.pad_sequence(list(torch.split(context, images.sample_tokens())))
         cache.begin_pass(self.rotary_pos_emb)
         with self._head_on(cache.last):
             output: Tensor = super().forward(

@@ -15,6 +15,7 @@ import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from ..config import Config
 from ..costs.flops import Work, step_flops
 from ..costs.hardware import device_of
 from ..data.loading.batch import StepBatch
+from ..data.loading.image_table import ImageTable, reduced_tokens
 from ..distributed.topology import Topology
 from ..model.micro_batch_graphs import padded_sizes
 from ..runtime.log import clock
@@ -75,6 +77,8 @@ class RankSums:
     """Squared gradient norm of each part in the interval's last step."""
     positions: float = 0.0
     """Positions for text tokens: the packs' budget, or rows including padding."""
+    tower_tokens: float = 0.0
+    """Vision tokens as the tower gives them."""
     computed_tokens: float = 0.0
     """Text and vision tokens of the decoder's tensors, padding included."""
     work: Work = field(default_factory=Work)
@@ -85,15 +89,27 @@ class RankSums:
         real = [] if config.data.features else (~batch.blank).nonzero()[:, 0].tolist()
         sizes = batch.images.sizes
         self.work += Work.encoding([config.vision.num_patches(sizes[image]) for image in real])
+        longest = 0
         for micro_batch in batch.micro_batches:
-            texts = micro_batch.text_lengths.tolist()
-            visions = micro_batch.images.sample_tokens()
-            self.work += Work.of(texts, visions, head_tokens=float((micro_batch.labels >= 0).sum()))
+            texts, images = micro_batch.text_lengths.tolist(), _in_text(config, micro_batch.images)
+            visions = [sum(tokens for _, tokens in own) for own in images]
+            self.work += Work.of(texts, images, head_tokens=float((micro_batch.labels >= 0).sum()))
+            self.tower_tokens += sum(micro_batch.images.tokens)
             num_text, num_vision = micro_batch.text_ids.numel(), sum(visions)
             self.positions += config.data.pack_max_text_tokens or num_text
             if config.train.cuda_graphs == "on":
                 num_text, num_vision = padded_sizes(config, num_text, num_vision)
-            self.computed_tokens += num_text + num_vision
+            self.computed_tokens += 0 if config.injection.in_sequence else num_text + num_vision
+            whole = [text + vision for text, vision in zip(texts, visions, strict=True)]
+            longest = max(longest, sum(whole) if micro_batch.packed else max(whole))
+        if config.injection.in_sequence:  # all rows of the step have the length of the longest
+            self.computed_tokens += longest * sum(len(micro_batch.text_ids) for micro_batch in batch.micro_batches)
+
+
+def _in_text(config: Config, table: ImageTable) -> list[list[tuple[int, int]]]:
+    """Of each sample its images: the text tokens before each (0 where that is not known), and its tokens in the decoder."""
+    images = zip(table.places or (0,) * len(table), reduced_tokens(table, config), strict=True)
+    return [list(islice(images, count)) for count in table.per_sample]
 
 
 @dataclass(slots=True)
@@ -326,7 +342,8 @@ def fill_points(config: Config, ranks: Sequence[RankSums], packs: int) -> dict[s
     real = work.text_tokens + work.vision_tokens
     points["compute/padding_fraction"] = 1 - real / sum(rank.computed_tokens for rank in ranks)
     if config.data.pack_max_vision_tokens is not None:
-        points["data/vision_packing_efficiency"] = work.vision_tokens / (packs * config.data.pack_max_vision_tokens)
+        filled = sum(rank.tower_tokens for rank in ranks)
+        points["data/vision_packing_efficiency"] = filled / (packs * config.data.pack_max_vision_tokens)
     return points
 
 

@@ -22,6 +22,8 @@ COLOURS = {
     "purple": (150, 30, 200),
     "white": (255, 255, 255),
 }
+IMAGE_SIZE = 64
+"""Pixels on a side of an image with shapes; the tiny tower resizes to 48."""
 OVERSAMPLING = 4
 """Shapes are drawn this much larger and reduced, so that their edges are smooth."""
 PLAIN_SHAPES = ("square", "triangle", "plus", "ring")
@@ -81,8 +83,39 @@ def background(rng: random.Random, size: int) -> Image.Image:
     return Image.fromarray(image.clip(0, 255).astype(np.uint8))
 
 
+@dataclass(frozen=True, slots=True)
+class Thing:
+    """A coloured shape in a cell of a grid; radius: share of the image."""
+
+    colour: str
+    shape: str
+    row: int
+    column: int
+    radius: float
+
+
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """Several shapes on a square grid, and what is told and asked about them."""
+
+    grid: int
+    things: list[Thing]
+    caption: str
+    questions: list[Question]
+
+    def render(self, seed: str) -> Image.Image:
+        """The picture on a background of its own; positions vary a little."""
+        rng = random.Random(seed)
+        canvas, size = background(rng, IMAGE_SIZE), IMAGE_SIZE * OVERSAMPLING
+        for thing in self.things:
+            x, y = (size * (index + 0.5 + rng.uniform(-0.04, 0.04)) / self.grid for index in (thing.column, thing.row))
+            paint(canvas, rng, thing.shape, thing.colour, x, y, size * thing.radius)
+        return canvas
+
+
 def paint(canvas: Image.Image, rng: random.Random, shape: str, colour: str, x: float, y: float, radius: float) -> None:
     """One shape in a shade of its colour. x, y, radius: in 1/OVERSAMPLING pixels."""
+    # On a mask of the whole image: on a part of it, Pillow rounds some ellipses otherwise, and shapes would change.
     mask = Image.new("L", (canvas.width * OVERSAMPLING, canvas.height * OVERSAMPLING), 0)
     _draw(ImageDraw.Draw(mask), shape, x, y, radius)
     shade = rng.uniform(0.88, 1.0)
@@ -108,10 +141,9 @@ def _draw(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: flo
         draw.ellipse(box, outline=255, width=round(radius * 0.42))
 
 
-def written(text: str, half_pixels: int) -> np.ndarray:
-    """Capital letters and digits as ink from 0 to 1, float[height, width]. half_pixels: width of a dot, in half pixels."""
+def written(text: str, dot_pixels: int) -> np.ndarray:
+    """Capital letters and digits as ink, bool[8 * dot_pixels, 8 * dot_pixels * letters]: one cell of 8x8 dots for each."""
     glyphs = [[int(row, 32) for row in FONT[7 * i : 7 * i + 7]] for i in map(LETTERS.index, text)]
-    dots = [[glyph[y] >> (4 - x) & 1 if x < 5 else 0 for glyph in glyphs for x in range(6)] for y in range(7)]
-    ink = np.kron(np.array(dots, dtype=np.float64)[:, :-1], np.ones((half_pixels, half_pixels)))
-    ink = np.pad(ink, [(0, length % 2) for length in ink.shape])
-    return ink.reshape(ink.shape[0] // 2, 2, ink.shape[1] // 2, 2).mean((1, 3))
+    dots = np.array([[glyph[y] >> (4 - x) & 1 for glyph in glyphs for x in range(5)] for y in range(7)], dtype=bool)
+    cells = np.pad(dots.reshape(7, len(text), 5), [(0, 1), (0, 0), (1, 2)]).reshape(8, -1)
+    return np.kron(cells, np.ones((dot_pixels, dot_pixels), dtype=bool))

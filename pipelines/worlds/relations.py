@@ -9,55 +9,11 @@ largest.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 
-from PIL import Image
+from pipelines.worlds.drawing import COLOURS, Arrangement, Question, Thing, colour_shape_pairs
 
-from pipelines.worlds.drawing import COLOURS, OVERSAMPLING, Question, background, colour_shape_pairs, paint
-
-IMAGE_SIZE = 64
-PLACES = ("at the top left", "at the top right", "at the bottom left", "at the bottom right")
-SIDES = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
-
-
-@dataclass(frozen=True, slots=True)
-class Thing:
-    """One shape; place: 0 to 3, row by row; radius: share of the image."""
-
-    colour: str
-    shape: str
-    place: int
-    radius: float
-
-
-def beside(things: list[Thing], side: str, anchor: Thing) -> Thing | None:
-    """What stands on a side of another thing, in its row or column."""
-    place = anchor.place ^ (1 if side in ("left", "right") else 2)
-    right_of_it = place > anchor.place
-    return next((t for t in things if t.place == place and right_of_it == (side in ("right", "below"))), None)
-
-
-@dataclass(frozen=True, slots=True)
-class Arrangement:
-    """Several shapes, and what is asked about them."""
-
-    things: list[Thing]
-    questions: list[Question]
-
-    @property
-    def caption(self) -> str:
-        """Row by row, e.g. `red ring at the top left, white plus at the bottom left`."""
-        return ", ".join(f"{thing.colour} {thing.shape} {PLACES[thing.place]}" for thing in self.things)
-
-    def render(self, seed: str) -> Image.Image:
-        """The picture on a background of its own; positions vary a little."""
-        rng = random.Random(seed)
-        canvas, size = background(rng, IMAGE_SIZE), IMAGE_SIZE * OVERSAMPLING
-        for thing in self.things:
-            row, column = divmod(thing.place, 2)
-            x, y = (size * ((index + 0.5) / 2 + rng.uniform(-0.02, 0.02)) for index in (column, row))
-            paint(canvas, rng, thing.shape, thing.colour, x, y, size * thing.radius)
-        return canvas
+SIDES = {"left": ("left of", 0, -1), "right": ("right of", 0, 1), "above": ("above", -1, 0), "below": ("below", 1, 0)}
+"""In words, in rows, in columns."""
 
 
 def pictures(num: int, seed: str, heldout: bool) -> list[Arrangement]:
@@ -69,18 +25,26 @@ def pictures(num: int, seed: str, heldout: bool) -> list[Arrangement]:
         asked = [kinds[len(made) % len(kinds)]] if heldout else ["place", "largest", *rng.sample(list(SIDES), len(SIDES))]
         questions = [question for kind in asked if (question := _question(rng, things, kind))]
         if questions and (heldout or len(questions) > 2):
-            made.append(Arrangement(things, questions[:4]))
+            caption = ", ".join(f"{thing.colour} {thing.shape} {_place(thing)}" for thing in things)
+            made.append(Arrangement(2, things, caption, questions[:4]))
     return made
 
 
 def _things(rng: random.Random, heldout: bool) -> list[Thing]:
-    pairs, num = colour_shape_pairs(heldout), rng.randint(2, len(PLACES))
+    pairs, num = colour_shape_pairs(heldout), rng.randint(2, 4)
     largest = rng.uniform(0.17, 0.21)
     radii = [largest, *(largest * rng.uniform(0.6, 0.75) for _ in range(num - 1))]
     colours = rng.sample(list(COLOURS), num)
     shapes = [rng.choice([shape for own, shape in pairs if own == colour]) for colour in colours]
-    places = sorted(rng.sample(range(len(PLACES)), num))
-    return [Thing(*thing) for thing in zip(colours, shapes, places, rng.sample(radii, num), strict=True)]
+    cells = sorted(rng.sample(range(4), num))
+    return [
+        Thing(colour, shape, *divmod(cell, 2), radius)
+        for colour, shape, cell, radius in zip(colours, shapes, cells, rng.sample(radii, num), strict=True)
+    ]
+
+
+def _place(thing: Thing) -> str:
+    return f"at the {('top', 'bottom')[thing.row]} {('left', 'right')[thing.column]}"
 
 
 def _question(rng: random.Random, things: list[Thing], kind: str) -> Question | None:
@@ -90,9 +54,10 @@ def _question(rng: random.Random, things: list[Thing], kind: str) -> Question | 
         return Question(f"What {what} is the largest one?", getattr(max(things, key=lambda t: t.radius), what), kind)
     if kind == "place":
         thing = rng.choice(things)
-        return Question(f"What {what} is {PLACES[thing.place]}?", getattr(thing, what), kind)
-    found = [(anchor, thing) for anchor in things if (thing := beside(things, kind, anchor))]
+        return Question(f"What {what} is {_place(thing)}?", getattr(thing, what), kind)
+    words, down, right = SIDES[kind]
+    found = [(a, b) for a in things for b in things if (b.row, b.column) == (a.row + down, a.column + right)]
     if not found:
         return None
     anchor, thing = rng.choice(found)
-    return Question(f"What {what} is {SIDES[kind]} the {anchor.colour} one?", getattr(thing, what), kind)
+    return Question(f"What {what} is {words} the {anchor.colour} one?", getattr(thing, what), kind)

@@ -11,13 +11,11 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from pipelines.worlds.drawing import COLOURS, OVERSAMPLING, Question, background, paint
+from pipelines.worlds.drawing import COLOURS, IMAGE_SIZE, OVERSAMPLING, Question, background, paint
 
 SHAPES = ("circle", "square", "triangle", "plus", "ring")
 PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 QUESTIONS = {"colour": "What colour is it?", "shape": "What shape is it?", "place": "Where is it?"}
-IMAGE_SIZE = 64
-"""Pixels on a side; the tiny tower resizes to 48."""
 
 
 @dataclass(frozen=True, slots=True)

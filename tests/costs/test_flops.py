@@ -18,6 +18,7 @@ from himix_megatron.costs.flops import (
     StepFlops,
     Work,
     chunk_layers,
+    decoder_tokens,
     forward_flops,
     image_flops,
     step_flops,
@@ -41,16 +42,24 @@ def test_a_decoder_costs_what_the_paper_says(family: str, gigaflops: float) -> N
 
 # ---- a step's operations are those that torch counts -------------------------------------------------------------------
 
-TEXTS, IMAGES = (24, 40, 17), (1, 2, 0)
+TEXTS, IMAGES = (16, 28, 12), (1, 2, 0)
 """Of each sample; an image has 400 tokens here. Padded, all texts are as long as the longest."""
 STAGES = {"align": ("vision_kv",), "instruct": ("language", "vision_kv"), "all": ("language", "vision_kv", "tower")}
 
 
-def counted_config(parts: Any, recompute: str = "none") -> Config:
-    """4 layers whose vocabulary needs no padding."""
+def counted_config(parts: Any, recompute: str = "none", levels: tuple[int, ...] = (), **choices: Any) -> Config:
+    """4 layers whose vocabulary needs no padding. `choices`: of injection."""
     config = small_config(Path("unused"), Path("unused"), parts=parts, recompute=recompute)
-    vision = replace(config.vision, image_size=160, hidden_size=48, num_layers=2, ffn_hidden_size=96)
-    return replace(config, model=replace(config.model, vocab_size=384), vision=vision)
+    vision = replace(
+        config.vision, image_size=160, hidden_size=48, num_layers=3, ffn_hidden_size=96, feature_layer=-2, feature_layers=levels
+    )
+    model = replace(config.model, vocab_size=384)
+    return replace(config, model=model, vision=vision, injection=InjectionConfig(**choices))
+
+
+def of_method(stage: str, method: str) -> Config:
+    config = counted_config(STAGES[stage])
+    return replace(config, injection=METHODS[method](config.model))
 
 
 def added_in_place(_: Any, left: Any, right: Any, **__: Any) -> int:
@@ -62,56 +71,117 @@ def counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added_in_place})
 
 
-def counted_step(config: Config, packed: bool) -> tuple[int, int]:
-    """What torch counts in forward and backward of the real model, and the labels there were.
+def counted_steps(cases: list[tuple[Config, bool]]) -> list[tuple[int, int]]:
+    """Of each configuration, with padded or packed texts, what torch counts in forward and backward of the real model, and the
+    labels there were.
 
     Attention by plain products over full rectangles: the counter sees nothing in the fused kernels of a CPU.
     """
-    from himix_megatron.distributed.fused_kernels import detect
     from himix_megatron.distributed.topology import init_distributed, shutdown_distributed
     from himix_megatron.model.attention import backends
-    from himix_megatron.model.himix_model import build_model_chunks, unwrap_model
-    from himix_megatron.model.towers import build_tower
 
     def by_products(*given: Any) -> torch.Tensor:
         with sdpa_kernel(SDPBackend.MATH):
-            return backends._one_by_one(*given).unflatten(2, (config.model.num_attention_heads, -1))
+            return backends._one_by_one(*given).unflatten(2, (4, -1))
 
     backends.cpu_flash_attention = by_products
-    topology = init_distributed(config.parallel, seed=1)
+    topology = init_distributed(cases[0][0].parallel, seed=1)
+    found = [counted_step(config, topology, packed) for config, packed in cases]
+    shutdown_distributed()
+    return found
+
+
+def counted_step(config: Config, topology: Any, packed: bool) -> tuple[int, int]:
+    from himix_megatron.distributed.fused_kernels import detect
+    from himix_megatron.model.himix_model import build_model_chunks, unwrap_model
+    from himix_megatron.model.towers import build_tower
+
     tower = build_tower(config.vision, seed=0, dtype=torch.float32)
     stages = build_model_chunks(config, detect(), topology, tower)
     stages[0].zero_grad_buffer()
-    rows, length = (1, sum(TEXTS)) if packed else (len(TEXTS), max(TEXTS))
+    lengths = row_lengths(config, packed)
+    rows, length = (1, sum(lengths)) if packed else (len(lengths), max(lengths))
     ids = torch.randint(384, (rows, length), generator=torch.Generator().manual_seed(0))
     labels = ids.roll(-1, 1)
     labels[:, ::3] = -100
     pixels = torch.zeros(sum(IMAGES), 3, 160, 160, dtype=torch.uint8)
     blank = torch.zeros(len(pixels), dtype=torch.bool)
     trains = "tower" in config.train.trainable_parts
-    table = ImageTable.of(config.vision, [[config.vision.blank_size] * count for count in IMAGES])
-    images = pixels if trains else torch.randn(sum(table.tokens), config.vision.hidden_size)
+    sizes = [[config.vision.blank_size] * count for count in IMAGES]
+    table = ImageTable.of(config.vision, sizes, [[0] * count for count in IMAGES])
+    images = pixels if trains else torch.randn(sum(table.tokens), config.vision.feature_width)
+    inside = None
+    if config.injection.in_sequence:  # each sample's vision in front of its text
+        begins = itertools.accumulate(lengths[:-1], initial=0)
+        inside = torch.cat([begin + torch.arange(n) for begin, n in zip(begins, table.sample_tokens(), strict=True)])
     with counter() as counted, sdpa_kernel(SDPBackend.MATH):
-        losses = unwrap_model(stages[0])(ids, images, blank, table, labels=labels, packed_lengths=TEXTS if packed else None)
+        losses = unwrap_model(stages[0])(
+            ids, images, blank, table, labels=labels, packed_lengths=lengths if packed else None, vision_rows=inside
+        )
         losses.sum().backward()
-    shutdown_distributed()
     return int(counted.get_total_flops()), int((labels >= 0).sum())
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize(
-    ("stage", "recompute"), [("align", "none"), ("instruct", "none"), ("all", "none"), ("align", "full"), ("instruct", "full")]
-)
-def test_a_steps_operations_are_those_that_torch_counts(stage: str, recompute: str, packed: bool) -> None:
-    config = counted_config(STAGES[stage], recompute)
-    [(counted, labels)] = run_ranks(counted_step, 1, config, packed, start_gloo=False)
-    texts = TEXTS if packed else [max(TEXTS)] * len(TEXTS)
-    visions = [count * config.vision.max_tokens_per_image for count in IMAGES]
+def row_lengths(config: Config, packed: bool) -> list[int]:
+    """Tokens of each sample in the text, padding included."""
+    inside = config.vision.max_tokens_per_image if config.injection.in_sequence else 0
+    lengths = [text + count * inside for text, count in zip(TEXTS, IMAGES, strict=True)]
+    return lengths if packed else [max(lengths)] * len(lengths)
+
+
+def expected_step(config: Config, packed: bool, labels: int) -> StepFlops:
+    visions = [count * decoder_tokens(config, config.vision.max_tokens_per_image) for count in IMAGES]
+    texts = [n - vision * config.injection.in_sequence for n, vision in zip(row_lengths(config, packed), visions, strict=True)]
     images = sum(IMAGES) if "tower" in config.train.trainable_parts else 0  # elsewhere the features were given
     encoding = Work.encoding([config.vision.max_patches_per_image] * images)
-    found = step_flops(config, Work.of(texts, visions, head_tokens=labels, causal=False) + encoding)
-    assert found.hardware == pytest.approx(counted, rel=0.01)
-    assert found.model < counted
+    return step_flops(config, Work.of(texts, visions, head_tokens=labels, causal=False) + encoding)
+
+
+def assert_counted(cases: dict[str, tuple[Config, bool]]) -> None:
+    [counts] = run_ranks(counted_steps, 1, list(cases.values()), start_gloo=False)
+    for (name, case), (counted, labels) in zip(cases.items(), counts, strict=True):
+        found = expected_step(*case, labels)
+        assert found.hardware == pytest.approx(counted, rel=0.01), name
+        assert found.model < counted, name
+
+
+def test_a_steps_operations_are_those_that_torch_counts() -> None:
+    steps = [*((stage, "none") for stage in STAGES), ("align", "full"), ("instruct", "full")]
+    assert_counted(
+        {
+            f"{stage}, {recompute} recompute, packed {packed}": (counted_config(STAGES[stage], recompute), packed)
+            for stage, recompute in steps
+            for packed in (False, True)
+        }
+    )
+
+
+def test_every_methods_operations_are_those_that_torch_counts() -> None:
+    methods = itertools.product([method for method in METHODS if method != "himix"], ("align", "instruct"))
+    assert_counted({f"{method}, {stage}": (of_method(stage, method), stage == "instruct") for method, stage in methods})
+
+
+POINTS: dict[str, dict[str, Any]] = {
+    "merged levels, an adapter in each layer": {
+        "levels": (-1, -3), "reduce": "merge", "adapter": "per_layer", "position": "learned", "layers": (1, 2)
+    },
+    "pooled, text projections, a norm of its own": {"reduce": "pool", "adapter": "shared", "keys_values": "text"},
+    "a gated softmax of both": {"fusion": "separate", "gate": "tanh", "local_text": True, "visibility": "latest"},
+    "blocks behind one adapter on two levels": {
+        "fusion": "block", "gate": "tanh", "adapter": "shared", "levels": (-2, -3), "every_layers": 2
+    },
+}  # fmt: skip
+
+
+def test_other_points_operations_are_those_that_torch_counts() -> None:
+    assert_counted(
+        {
+            f"{name}, {stage}, {recompute} recompute": (counted_config(STAGES[stage], recompute, **choices), True)
+            for name, choices in POINTS.items()
+            for stage, recompute in (("align", "none"), ("all", "none"), ("align", "full"))
+            if recompute == "none" or "levels" not in choices  # torch's counter breaks on a slice of what a layer recomputes
+        }
+    )
 
 
 @pytest.mark.parametrize("kind", ["siglip", "clip", "tiny", "tiny_native"])
@@ -177,6 +247,29 @@ def test_the_mask_shows_as_many_pairs_as_are_counted() -> None:
     masks = [TorchMixtureAttention.mixture_mask(s, n, None, torch.device("cpu")) for s, n in ((7, 5), (1, 0), (12, 30))]
     work = Work.of([7, 1, 12], [5, 0, 30], head_tokens=0)
     assert work.text_pairs + work.vision_pairs == sum(int(mask.sum()) for mask in masks)
+
+
+@pytest.mark.parametrize("visibility", ["all", "earlier", "latest"])
+@pytest.mark.parametrize("fusion", ["joint", "separate"])
+def test_text_sees_as_many_pairs_as_are_counted(visibility: Any, fusion: Any) -> None:
+    from himix_megatron.model.attention.attention_view import make_view
+    from himix_megatron.model.attention.packed_layout import make_layout
+
+    apart = {"gate": "tanh", "local_text": True} if fusion == "separate" else {}
+    injection = InjectionConfig(fusion=fusion, visibility=visibility, **apart)
+    texts, images = [9, 4, 6], [[(0, 5), (3, 2), (3, 4), (9, 3)], [], [(0, 7)]]
+    flat = [image for own in images for image in own]
+    table = ImageTable(tuple(map(len, images)), ((1, 1),) * len(flat), *zip(*[(n, place) for place, n in flat], strict=True))
+    layout = make_layout(torch.zeros(1, 19, dtype=torch.int64), texts, table, lambda number: torch.zeros(number, 1, 1, 4))
+    view, seen = make_view(layout, 19, injection, torch.device("cpu")), 0
+    for group in view.groups:
+        whole = len(group.queries) * len(group.keys) // group.num_segments
+        seen += whole if group.mask is None else int(group.mask.sum()) * group.num_segments
+    work = Work.of(texts, images, head_tokens=0)
+    assert seen == work.seen_pairs(injection) + (work.text_pairs if fusion == "joint" else work.local_pairs)
+    # The last image of the first sample stands behind its text: no token of it comes after.
+    assert work.sequence_pairs == 23 * 24 / 2 + 4 * 5 / 2 + 13 * 14 / 2
+    assert (work.earlier_pairs, work.latest_pairs) == (5 * 9 + 6 * 6 + 7 * 6, 5 * 3 + 6 * 6 + 7 * 6)
 
 
 def test_work_of_parts_adds_up() -> None:

@@ -81,6 +81,6 @@ def test_a_documented_command_has_these_flags(module: str, first: str, flags: li
     own = help_of(module, first)
     for flag in flags:
         name = re.sub("--(align|instruct)\\.", "--", flag).replace("_", "-")
-        passes_on = module in ("slurm.submit", "pipelines.scaling", "pipelines.encode") and "." in name
+        passes_on = module in ("slurm.submit", "pipelines.scaling", "pipelines.encode", "pipelines.compare") and "." in name
         known = own + help_of("pipelines.pretrain", "tiny_align") if passes_on else own
         assert flag == "--help" or re.search(rf"{re.escape(name)}\b", known), f"{flag} is no flag of {module} {first}"

@@ -39,6 +39,7 @@ def edits(section: str) -> dict[str, list[re.Match[str]]]:
 
 SECTIONS = {
     "A language family": 2,
+    "A method": 1,
     "A vision tower": 2,
     "A data source": 1,
     "A recipe": 1,
@@ -97,7 +98,7 @@ def play() -> None:
 
     cpu_backend.activate_if_needed()
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        found = {"tower": see(), "counting": count(), "source": preprocess_tables(), **convert_qwen3()}
+        found = {"tower": see(), "method": take_method(), "counting": count(), "source": preprocess_tables(), **convert_qwen3()}
         found["recipe"] = train()
     print(json.dumps(found | {"printed": printed.getvalue()}))
 
@@ -118,6 +119,14 @@ def see() -> list[int]:
     assert len({tuple(row) for row in tower.position[0].tolist()}) == features.shape[1], "two patches share a position"
     sizes = [config.vision.max_tokens_per_image, config.vision.hidden_size]
     return [*features.shape, *sizes, sum(p.numel() for p in tower.parameters()), tower_parameters(config)]
+
+
+def take_method() -> list[object]:
+    """What the new method's flag gives: the layers that inject, and what a token sees."""
+    from pipelines.cli import parse
+
+    config = parse(["tiny_align", "--method", "sparse_himix"])
+    return [*config.injection.injecting_layers(config.model.num_layers), config.injection.visibility]
 
 
 def convert_qwen3() -> dict[str, object]:
@@ -193,6 +202,10 @@ def test_a_family_of_the_page_computes_what_transformers_computes(played: dict[s
     assert played["norms"] == 4, "each layer's key norm is converted"
     published, counted = played["parameters"]  # type: ignore[misc]
     assert published == counted
+
+
+def test_a_method_of_the_page_is_chosen_by_its_name(played: dict[str, object]) -> None:
+    assert played["method"] == [1, 3, "earlier"]
 
 
 def test_a_tower_of_the_page_gives_as_many_tokens_as_its_configuration_says(played: dict[str, object]) -> None:

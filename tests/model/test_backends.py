@@ -10,13 +10,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from himix_megatron.config import InjectionConfig
+from himix_megatron.data.loading.image_table import ImageTable
 from himix_megatron.distributed import cpu_backend
 
 cpu_backend.activate_if_needed()
 
 
-from himix_megatron.model.attention.backends import TorchMixtureAttention  # noqa: E402
-from himix_megatron.model.himix_model import arrange_features  # noqa: E402
+from himix_megatron.model.attention.backends import (  # noqa: E402
+    TorchMixtureAttention,
+    TransformerEngineMixtureAttention,
+)
+from himix_megatron.model.attention.kv_cache import KVCache  # noqa: E402
+from himix_megatron.model.attention.packed_layout import make_layout  # noqa: E402
 
 HEADS, GROUPS, DIM, TEXT = 4, 2, 8, 5
 
@@ -65,27 +71,29 @@ def test_torch_backend_is_the_formula(vision_counts: list[int]) -> None:
 class SpelledOutKernel(nn.Module):
     """What Transformer Engine's kernels compute for the calls we make, in plain torch; stands for them where no GPU is."""
 
-    PACKED = "padding_causal_bottom_right"
+    PACKED, FULL = "padding_causal_bottom_right", "padding"
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, *, qkv_format: str, attn_mask_type: str, **lengths: Any
     ) -> Tensor:
-        assert (qkv_format, attn_mask_type) == ("thd", self.PACKED)
+        assert qkv_format == "thd"
+        assert attn_mask_type in (self.PACKED, self.FULL)
         ends_q, ends_kv = lengths["cu_seqlens_q"].tolist(), lengths["cu_seqlens_kv"].tolist()
         assert lengths["max_seqlen_q"] >= max(b - a for a, b in itertools.pairwise(ends_q))
         assert lengths["max_seqlen_kv"] >= max(b - a for a, b in itertools.pairwise(ends_kv))
         assert (ends_q[-1], ends_kv[-1]) == (len(query), len(key)) == (len(query), len(value))
         spans = zip(ends_q, ends_q[1:], ends_kv, ends_kv[1:], strict=False)
-        return torch.cat([self.one(query[a:b], key[c:d], value[c:d]) for a, b, c, d in spans])
+        causal = attn_mask_type == self.PACKED
+        return torch.cat([self.one(query[a:b], key[c:d], value[c:d], causal=causal) for a, b, c, d in spans])
 
     @staticmethod
-    def one(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """One sample, causal from the bottom right."""
+    def one(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
+        """One sample, causal from the bottom right or seeing all."""
         num_query, num_key = len(query), len(key)
         key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
         scores = torch.einsum("qhd,khd->hqk", query, key) / math.sqrt(DIM)
         hidden = torch.ones(num_query, num_key, dtype=torch.bool).triu(num_key - num_query + 1)
-        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        weights = (scores.masked_fill(hidden, -torch.inf) if causal else scores).softmax(-1)
         return torch.einsum("hqk,khd->qhd", weights, value).flatten(1)
 
 
@@ -101,22 +109,55 @@ def test_generation_in_bf16_on_a_gpu_is_the_formula(vision_counts: list[int]) ->
 
 
 def test_features_are_laid_out_by_sample() -> None:
-    features = torch.arange(7 * 3, dtype=torch.float32).view(7, 3).requires_grad_()
-    vision, padding = arrange_features(features, (2, 0, 4, 1))
+    features = torch.arange(7 * 3, dtype=torch.float32).view(7, 3)
+    cache = KVCache(ImageTable.of_features([[2], [], [3, 1], [1]]), torch.tensor([1, 1, 1, 1]), 1, 2)
+    cache.take_context(features)
+    vision = cache.context_NBX
+    assert vision is not None
     assert vision.shape == (4, 4, 3)
-    assert padding is not None
-    assert padding.tolist() == [[False] * 2 + [True] * 2, [True] * 4, [False] * 4, [False] + [True] * 3]
+    assert cache.padding is not None
+    assert cache.padding.tolist() == [[False] * 2 + [True] * 2, [True] * 4, [False] * 4, [False] + [True] * 3]
     assert torch.equal(vision[:2, 0], features[:2])
     assert torch.equal(vision[:, 2], features[2:6])
     assert torch.equal(vision[:1, 3], features[6:])
-    vision.sum().backward()
-    assert torch.equal(features.grad, torch.ones_like(features))
 
 
 def test_equal_counts_need_no_padding() -> None:
     features = torch.randn(8, 3)
-    vision, padding = arrange_features(features, (4, 4))
-    assert padding is None
-    assert torch.equal(vision[:, 1], features[4:])
-    empty, padding = arrange_features(torch.empty(0, 3), (0, 0))
-    assert (empty.shape, padding) == ((0, 2, 3), None)
+    cache = KVCache(ImageTable.of_features([[4], [4]]), torch.tensor([1, 1]), 1, 2)
+    cache.take_context(features)
+    assert cache.padding is None
+    assert cache.context_NBX is not None
+    assert torch.equal(cache.context_NBX[:, 1], features[4:])
+    assert KVCache(ImageTable.of_features([[], []]), torch.tensor([1, 1]), 1, 2).num_vision == 0
+
+
+CHOICES = {
+    "joint, earlier": InjectionConfig(visibility="earlier"),
+    "joint, latest": InjectionConfig(visibility="latest"),
+    "block": InjectionConfig(fusion="block", gate="tanh", norm="none", visibility="latest"),
+    "separate": InjectionConfig(fusion="separate", gate="tanh", visibility="earlier"),
+    "local text": InjectionConfig(fusion="separate", gate="zero", local_text=True, visibility="latest"),
+}
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("injection", CHOICES.values(), ids=CHOICES)
+def test_segments_give_fused_kernels_what_they_give_torch(injection: InjectionConfig, packed: bool) -> None:
+    """Keys, ends and masks as Transformer Engine and flash attention get them, against attention group by group."""
+    images = ImageTable((2, 0, 1), ((0, 0),) * 3, (3, 2, 4), places=(0, 4, 2))
+    lengths = [6, 4, 5] if packed else [6, 6, 6]
+    ids = torch.zeros((1, 18) if packed else (3, 6), dtype=torch.int64)
+    layout = make_layout(ids, lengths if packed else None, images, lambda n: torch.zeros(n, 1, 1, DIM), injection=injection)
+    assert layout.view is not None
+    torch.manual_seed(0)
+    query = torch.randn(ids.shape[1], ids.shape[0], HEADS, DIM, dtype=torch.float64)
+    rows = layout.num_vision_rows + ids.numel()
+    key, value = (torch.randn(rows, GROUPS, DIM, dtype=torch.float64) for _ in range(2))
+    attend = TransformerEngineMixtureAttention.__new__(TransformerEngineMixtureAttention)
+    nn.Module.__init__(attend)
+    attend.core, attend.scale = SpelledOutKernel(), 1 / math.sqrt(DIM)
+    wanted = TorchMixtureAttention(Sizes).attend(query, key, value, layout, layout.view)
+    found = attend.attend_fused(query, key, value, layout, layout.view)
+    assert wanted.abs().sum() > 0
+    assert torch.allclose(found, wanted, atol=1e-12)

@@ -92,8 +92,8 @@ def _count(config: Any, topology: Any) -> Counter[str]:
     from torch.profiler import ProfilerActivity, profile
 
     from himix_megatron.data.loading.image_table import ImageTable
-    from himix_megatron.model.attention.mixture_attention import normalise
     from himix_megatron.model.attention.packed_layout import make_layout
+    from himix_megatron.model.vision_input import normalise
     from tools.bench.decoder_setup import build
 
     model = build(config, topology)

@@ -239,6 +239,14 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
 }
 
 
+LAST_STAGE = InjectionConfig(layers=(2, 3), reduce="pool")
+FIRST_STAGE = InjectionConfig(
+    fusion="tokens", adapter="shared", keys_values="text", norm="input", key_norm="shared", position="rotary",
+    visibility="earlier",
+)  # fmt: skip
+"""What makes only these take vision."""
+
+
 def _train_each(config: Config, folder: Path) -> None:
     """A run in each placement, and the default one."""
     for name, changes in {"replica_sharded": {}, **PLACEMENTS}.items():
@@ -249,6 +257,8 @@ def _train_each(config: Config, folder: Path) -> None:
     ("world_size", "parts", "layout", "packed", "shape"),
     [
         (2, ("vision_kv",), {"pipeline": 2}, False, "fixed"),
+        (2, ("vision_kv",), {"pipeline": 2, "injection": LAST_STAGE}, True, "native"),
+        (2, ("tower", "vision_kv"), {"pipeline": 2, "injection": FIRST_STAGE}, False, "native"),
         (2, ("vision_kv",), {"pipeline": 2}, True, "fixed"),
         (4, ("language", "vision_kv"), {"tensor": 2, "pipeline": 2}, True, "fixed"),
         (2, ("tower", "vision_kv"), {"pipeline": 2}, False, "fixed"),
@@ -268,8 +278,10 @@ def test_every_placement_trains_alike(
 ) -> None:
     data = mixed_dataset if shape == "fixed" else shapes_dataset
     steps = 4 if shape == "fixed" else 2
+    choices = {"injection": layout["injection"]} if "injection" in layout else {}
+    layout = {name: value for name, value in layout.items() if name != "injection"}
     config = small_config(data, tmp_path, parts=parts, text_only_vision="zero_image", steps=steps, **layout)
-    config = config if shape == "fixed" else native(config)
+    config = replace(config if shape == "fixed" else native(config), **choices)
     if packed:
         config = replace(
             config,

@@ -77,7 +77,7 @@ def test_normalised_features_are_stored_once_for_all_layers() -> None:
 def folded_and_plain() -> list[tuple[Tensor, Tensor]]:
     """A layer's vision keys and values and its two gradients, beside the formula's: RMSNorm, then the projection."""
     from himix_megatron.distributed.topology import shutdown_distributed
-    from himix_megatron.model.attention.mixture_attention import normalise
+    from himix_megatron.model.vision_input import normalise
 
     model, (config, _) = build(("language", "vision_kv"))
     attention = model.decoder.layers[1].self_attention

@@ -14,7 +14,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, ScalarEvent
 
-from himix_megatron.config import Config, ParallelConfig
+from himix_megatron.config import METHODS, Config, ParallelConfig
+from himix_megatron.costs.flops import decoder_layers
 from himix_megatron.data.loading.batch import MicroBatch
 from himix_megatron.data.loading.image_table import ImageTable
 from himix_megatron.data.shards.reader import ShardDataset
@@ -123,6 +124,30 @@ def test_padding_is_what_is_computed_for_nobody(watched_run: Config, graphs: Any
     found = fill_points(config, [sums, RankSums()], packs=1)["compute/padding_fraction"]
     assert found == pytest.approx(1 - (150 + 66) / (text + vision))
     assert (sums.work.images, sums.work.patches, sums.work.patch_pairs) == (2, 36 + 18, 36**2 + 18**2)
+
+
+@pytest.mark.parametrize("method", ["himix", "latest_window", "tokens"])
+def test_flops_are_those_of_the_method(watched_run: Config, method: str) -> None:
+    """Images of 36, 12 and 18 tokens, the second sample's behind 20 and 50 of its 50 text tokens: merged, 9, 4 and 6."""
+    train = replace(watched_run.train, trainable_parts=("language",), recompute="none")
+    injection = replace(METHODS[method](watched_run.model), reduce="pool")
+    vision = replace(watched_run.vision, tower="tiny_native")
+    config = replace(watched_run, parallel=ParallelConfig(), train=train, vision=vision, injection=injection)
+    row = torch.zeros(1, 200, dtype=torch.int64)
+    images = ImageTable.of(config.vision, [[(48, 48)], [(24, 32), (48, 24)]], [[0], [20, 50]])
+    pack = MicroBatch(row, row - 1, torch.tensor([100, 50]), images, ("s/a", "s/b"), packed=True)
+    sums = RankSums()
+    sums.add_batch(config, SimpleNamespace(micro_batches=(pack,), images=images, blank=torch.ones(3) > 0))  # type: ignore[arg-type]
+    pairs = {
+        "himix": 100 * 101 / 2 + 50 * 51 / 2 + 100 * 9 + 50 * 10,
+        "latest_window": 100 * 101 / 2 * 2 + 50 * 51 / 2 + 30 * 31 / 2 + 100 * 9 + 30 * 4,
+        "tokens": 109 * 110 / 2 + 60 * 61 / 2,
+    }[method]
+    layers = decoder_layers(config, sums.work)
+    assert [sum(attention.pairs for attention in layer.attention) for layer in layers] == [pairs] * len(layers)
+    found = fill_points(config, [sums], packs=1)
+    assert found["data/vision_packing_efficiency"] == 66 / 216
+    assert found["compute/padding_fraction"] == pytest.approx(0 if method == "tokens" else 1 - 169 / 219)
 
 
 def test_losses_of_the_datasets_make_up_the_loss(watched_run: Config, run_dir: Path) -> None:

@@ -256,14 +256,14 @@ def test_help_into_a_closed_pipe_is_no_error() -> None:
 
 COMMANDS = """
 pipelines.pretrain pipelines.evaluate pipelines.generate pipelines.serve pipelines.encode pipelines.preprocess pipelines.scaling
-pipelines.quickstart pipelines.scenes slurm.submit tools.convert tools.flops tools.plan tools.doctor.__main__ tools.dev_slurm
-tools.inspect_shards.__main__ tools.scaling_report.__main__ tools.gpu_check.__main__
+pipelines.compare pipelines.quickstart pipelines.scenes slurm.submit tools.convert tools.flops tools.plan tools.doctor.__main__
+tools.dev_slurm tools.inspect_shards.__main__ tools.scaling_report.__main__ tools.gpu_check.__main__
 """
 SAY_WHAT_IS_IMPORTED = """
 import contextlib, importlib, io, sys
 large = ("torch", "ray", "megatron", "transformers", "tensorboard", "pyarrow", "submitit", "matplotlib")
 first = {"tools.convert": ["hf-to-himix"], "slurm.submit": ["tiny"]}
-first |= dict.fromkeys(("pipelines.pretrain", "pipelines.encode", "pipelines.scaling"), ["tiny_align"])
+first |= dict.fromkeys(("pipelines.pretrain", "pipelines.encode", "pipelines.scaling", "pipelines.compare"), ["tiny_align"])
 for command in sys.argv[1:]:
     module = importlib.import_module(command)
     for words in (["--help"], ["--no-such-flag", "1"]):

@@ -39,9 +39,9 @@ def test_shapes_are_what_they_were_before_there_were_other_worlds(tmp_path: Path
     """Else folders that were rendered long ago would be made again, and figures would no longer compare."""
     folder = ensure_scene_data(tmp_path / "scenes", SceneSettings(num_train=12, num_heldout=3))
     rows = b"".join((folder / "corpus" / f"{split}.json").read_bytes() for split in ("align", "instruct", "heldout"))
-    pixels = b"".join(np.asarray(scene.render(f"{number}")).tobytes() for number, scene in enumerate(pictures(5, "x", False)))
+    pixels = b"".join(np.asarray(scene.render(f"{number}")).tobytes() for number, scene in enumerate(pictures(60, "x", False)))
     assert hashlib.sha256(rows).hexdigest()[:16] == "6d1d1265a8177d5f"
-    assert hashlib.sha256(pixels).hexdigest()[:16] == "b253595b7ef83adf"
+    assert hashlib.sha256(pixels).hexdigest()[:16] == "9f28367daac66b42"
     assert (folder / "scenes.json").read_text() == '{"format": 1, "num_train": 12, "num_heldout": 3, "seed": 0}\n'
 
 

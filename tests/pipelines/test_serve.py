@@ -23,7 +23,9 @@ from typing import Any
 
 import pytest
 
+from himix_megatron.data.text.chat_template import without_marks
 from pipelines import serve
+from pipelines.chat_request import read_content
 from tests.support import ROOT
 
 from .hostile_clients import asks, png, request, shows
@@ -89,6 +91,13 @@ def about(path: Path, question: str, **options: Any) -> Ask:
     url = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
     return {"messages": [{"role": "user", "content": content}], **options}
+
+
+def test_an_image_stands_where_its_part_of_the_message_does() -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    text, images = read_content([{"type": "text", "text": "Is this"}, image, {"type": "text", "text": "red?"}])
+    assert (text, len(images)) == ("Is this\n<image>\nred?", 1)
+    assert without_marks(text) == "Is this\nred?"
 
 
 def test_an_answer_is_that_of_the_command(run: Path, picture: Path, address: str) -> None:  # noqa: F811

@@ -119,13 +119,13 @@ def test_answers_are_made_of_what_lies_on_the_models_device(monkeypatch: pytest.
     class Answering(Elsewhere):
         embedding = nn.Identity()
 
-        def forward(self, text_ids: Tensor, *_: Any, **__: Any) -> Tensor:
-            given.append(text_ids)
+        def forward(self, text_ids: Tensor, features_TV: Tensor, *_: Any, **__: Any) -> Tensor:
+            given.extend([text_ids, features_TV])
             return torch.zeros(len(text_ids), 1, 7, device=text_ids.device)
 
-    def cache(vision_NBV: Tensor, _: Any, lengths: Tensor, *__: Any) -> Any:
-        given.extend([vision_NBV, lengths])
-        return SimpleNamespace(advance=lambda: None)
+    def cache(_: Any, lengths: Tensor, *__: Any) -> Any:
+        given.append(lengths)
+        return SimpleNamespace(advance=lambda: None, is_new=True)
 
     monkeypatch.setattr("himix_megatron.model.himix_model.build_model_chunks", lambda *_, **__: [Answering()])
     monkeypatch.setattr("himix_megatron.model.himix_model.unwrap_model", lambda stage: stage)
@@ -133,5 +133,5 @@ def test_answers_are_made_of_what_lies_on_the_models_device(monkeypatch: pytest.
     arguments = generation.Arguments(images=2, text_tokens=3, vision_tokens=4, new_tokens=1)
     for kind in (generation.Himix, generation.Concatenating):
         kind(generation.sizes(arguments), arguments, SimpleNamespace()).answer()  # type: ignore[arg-type]
-    assert len(given) == 2 * 4
+    assert len(given) == 2 * 5
     assert {tensor.device for tensor in given} == {META}

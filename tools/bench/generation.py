@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from himix_megatron.config import Config, Count
+from himix_megatron.config import METHODS, Config, Count
+from himix_megatron.data.loading.image_table import ImageTable
 from himix_megatron.distributed.topology import Topology, init_distributed, shutdown_distributed
 from pipelines.cli import load_recipe, parse_settings, run_main
 from tools.bench.decoder_setup import precision
@@ -84,15 +85,17 @@ class Himix:
         ).eval()
         self.own = next(self.model.parameters())
         self.text_ids = torch.randint(config.model.vocab_size, (arguments.images, arguments.text_tokens)).to(self.own.device)
-        self.vision_NBV = torch.randn(arguments.vision_tokens, arguments.images, config.vision.hidden_size).to(self.own)
+        self.features_TV = torch.randn(arguments.vision_tokens * arguments.images, config.vision.hidden_size).to(self.own)
+        self.images = ImageTable.of_features([[arguments.vision_tokens]] * arguments.images)
+        self.vision_rows: Tensor | None = None
 
     def cache(self) -> Any:
-        """A cache for one answer; it holds the images' features."""
+        """A cache for one answer."""
         from himix_megatron.model.attention.kv_cache import KVCache
 
         num_prompt = self.text_ids.shape[1]
         lengths = torch.full((self.arguments.images,), num_prompt, device=self.own.device)
-        return KVCache(self.vision_NBV, None, lengths, num_prompt, self.arguments.new_tokens + 1)
+        return KVCache(self.images, lengths, num_prompt, self.arguments.new_tokens + 1, self.config.injection)
 
     @torch.no_grad()
     def answer(self) -> tuple[float, float]:
@@ -106,30 +109,23 @@ class Himix:
         return first - begun, (_now() - first) / self.arguments.new_tokens
 
     def _next(self, text_ids: Tensor, cache: Any) -> Tensor:
-        logits_B1W: Tensor = self.model(text_ids, None, None, None, cache=cache)
+        rows = self.vision_rows if cache.is_new else None
+        logits_B1W: Tensor = self.model(text_ids, self.features_TV, None, self.images, cache=cache, vision_rows=rows)
         cache.advance()
         return logits_B1W.argmax(-1)
 
 
 class Concatenating(Himix):
-    """The same layers without vision beside the text: each image's tokens are embeddings in front of its prompt."""
+    """The same decoder with each image's tokens in front of its prompt, in the sequence."""
 
     name = "concatenating"
 
     def __init__(self, config: Config, arguments: Arguments, topology: Topology):
-        super().__init__(config, arguments, topology)
-        self.vision_NBV = self.vision_NBV[:0]  # the whole prompt goes through the layers
-        shape = (arguments.vision_tokens, arguments.images, config.model.hidden_size)
-        image_NBH = (torch.randn(shape) * config.model.init_std).to(self.own)
+        super().__init__(dataclasses.replace(config, injection=METHODS["tokens"](config.model)), arguments, topology)
         places = self.text_ids.new_zeros(arguments.images, arguments.vision_tokens)
         self.text_ids = torch.cat((places, self.text_ids), dim=1)
-
-        def put_in_front(_: Any, given: Any, embedded_SBH: Tensor) -> Tensor:
-            if len(embedded_SBH) > 1:
-                embedded_SBH[: len(image_NBH)] = image_NBH
-            return embedded_SBH
-
-        self.model.embedding.register_forward_hook(put_in_front)
+        self.vision_rows = torch.arange(self.text_ids.numel(), device=self.own.device).view_as(self.text_ids)
+        self.vision_rows = self.vision_rows[:, : arguments.vision_tokens].flatten()
 
 
 def measure(models: list[Himix], repetitions: int) -> dict[str, list[float]]:

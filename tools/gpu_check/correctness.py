@@ -305,7 +305,9 @@ def layer_model(config: Config, topology: Topology) -> tuple[HiMixModel, dict[st
     """A model of one layer, and its weights in float64 by stored name."""
     model = HiMixModel(config, kernels(), topology, chunk=None, tower=None).to(topology.device)
     for layer in model.decoder.layers:
-        layer.vision_is_frozen = False  # what a trainable tower asks for: the features' gradient
+        layer.vision = dataclasses.replace(
+            layer.vision, is_frozen=False
+        )  # what a trainable tower asks for: the features' gradient
     weights = {}
     with torch.no_grad():
         for name, parameter in model.named_parameters():

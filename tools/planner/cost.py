@@ -7,10 +7,11 @@ are in docs/planner.md, in the order of this file. No torch, no measurement: ari
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from typing import Literal
 
 from himix_megatron.config import ModelConfig, Part
-from himix_megatron.costs.flops import Work
+from himix_megatron.costs.flops import Layer, Product, Work
 from tools.planner.machine import Machine
 
 LOGIT_BYTES = 12
@@ -32,6 +33,8 @@ class Layout:
     recompute: Literal["none", "selective", "full"]
     chunk_layers: tuple[int, ...]
     """Layers of each model chunk, in the order of the network."""
+    vision_chunks: tuple[bool, ...]
+    """Whether each of them takes vision."""
     distributed_optimizer: bool = True
     overlap_data: bool = True
     """Gradients are summed while the last backward pass runs."""
@@ -51,10 +54,13 @@ class Job:
     """What one replica computes in a step."""
 
     model: ModelConfig
-    vision_width: int
     parts: tuple[Part, ...]
     micro_batch: Work
     """The work as computed, padding included, attention causal."""
+    layers: tuple[Layer, ...]
+    """What each decoder layer does with it."""
+    adapter: tuple[Product, ...] = ()
+    """What each chunk that takes vision does in front of its layers."""
     num_micro_batches: int
     number_bytes: int = 2
     """Bytes of a weight or activation."""
@@ -117,51 +123,57 @@ def product_seconds(
     return max(flops / machine.product_flops, traffic / machine.memory_bytes_per_second)
 
 
-def layer_pass(machine: Machine, layout: Layout, job: Job, *, first: bool = False) -> _Pass:
-    """One decoder layer. `first`: the text that comes in may need no gradient."""
-    model, work, size, ranks = job.model, job.micro_batch, job.number_bytes, layout.tensor
+def layer_pass(machine: Machine, layout: Layout, job: Job, layer: Layer) -> _Pass:
+    """One decoder layer."""
+    model, size, ranks, text = job.model, job.number_bytes, layout.tensor, layer.tokens
     query, key_value = (heads * model.channels_per_head for heads in (model.num_attention_heads, model.num_query_groups))
-    text, hidden, inner = work.text_tokens, model.hidden_size, model.ffn_hidden_size
-    weights, sequence = "language" in job.parts, ranks if layout.sequence else 1
-    text_below = weights or not first
-    shapes = (
-        (text, hidden, (query + 2 * key_value) / ranks, text_below, weights),
-        (text, query / ranks, hidden, True, weights),
-        (text, hidden, 2 * inner / ranks, True, weights),
-        (text, inner / ranks, hidden, True, weights),
-        (work.vision_tokens, job.vision_width, 2 * key_value / ranks, "tower" in job.parts, "vision_kv" in job.parts),
-    )
-    forward = sum(product_seconds(machine, rows, k, n, size) for rows, k, n, _, _ in shapes)
-    backward = sum(product_seconds(machine, rows, n, k, size) for rows, k, n, down, _ in shapes if down)
-    # Weight gradients are added to a sum in fp32: read and written.
-    backward += sum(product_seconds(machine, k, rows, n, size, written=8) for rows, k, n, _, own in shapes if own)
-    mixing = _attention(machine, job, ranks)
-    elements = 10 * text * hidden / sequence + text * (6 * (query + key_value) + 3 * inner) / ranks
-    passing = size * elements / machine.passing
+    sequence = ranks if layout.sequence else 1
+    products = products_pass(machine, layout, job, layer.products)
+    mixing = _attention(machine, job, layer, ranks)
+    elements = 10 * text * model.hidden_size / sequence + text * (6 * (query + key_value) + 3 * model.ffn_hidden_size) / ranks
+    passing = size * elements * (1 + layer.has_block) / machine.passing
     # Keys and values of vision and text are put together for each sample, and their gradients taken apart; measured attention
     # has that in it.
-    joins = work.vision_tokens and not machine.attention
-    joined = size * 4 * (text + work.vision_tokens) * key_value / ranks / machine.passing if joins else 0.0
+    vision = job.micro_batch.vision_tokens
+    joins = layer.joins and vision and not machine.attention
+    joined = size * 4 * (text + vision) * key_value / ranks / machine.passing if joins else 0.0
     # The host starts the kernels beside them: a pass takes at least what that takes.
-    forward = max(forward + mixing.forward + passing + joined, machine.layer_seconds)
+    least = machine.layer_seconds * (1 + layer.has_block)
+    forward = max(products.forward + mixing.forward + passing + joined, least)
     again = {"none": 0.0, "selective": mixing.forward, "full": forward}[layout.recompute]
-    backward = max(backward + mixing.backward + 2 * passing + joined, machine.layer_seconds) + again
-    message = _all_reduce(machine, size * text * hidden, ranks) * (1 - layout.overlap_tensor)
+    backward = max(products.backward + mixing.backward + 2 * passing + joined, least) + again
     # Under sequence parallelism the inputs of weight gradients are gathered again.
-    once_more = 1.5 if layout.sequence and weights else 1.0
-    return _Pass(forward, backward, 2 * message, 2 * message * (once_more + (layout.recompute == "full")))
+    once_more = 1.5 if layout.sequence and "language" in job.parts else 1.0
+    message = products.tensor_forward
+    return _Pass(forward, backward, message, message * (once_more + (layout.recompute == "full")))
 
 
-def _attention(machine: Machine, job: Job, ranks: int) -> _Pass:
-    model, work = job.model, job.micro_batch
+def products_pass(machine: Machine, layout: Layout, job: Job, products: tuple[Product, ...]) -> _Pass:
+    """Products with weights, and what tensor ranks add up: the outcome of those that share the inner side."""
+    size, forward, backward, message = job.number_bytes, 0.0, 0.0, 0.0
+    for product in products:
+        inner, columns = product.inner, product.columns
+        k, n = (inner / layout.tensor, columns) if product.split == "inner" else (inner, columns / layout.tensor)
+        forward += product_seconds(machine, product.rows, k, n, size)
+        if product.below:
+            backward += product_seconds(machine, product.rows, n, k, size)
+        if product.weight:  # added to a sum in fp32: read and written
+            backward += product_seconds(machine, k, product.rows, n, size, written=8)
+        if product.split == "inner" and product.rows:
+            message += _all_reduce(machine, size * product.rows * columns, layout.tensor) * (1 - layout.overlap_tensor)
+    return _Pass(forward, backward, message, message)
+
+
+def _attention(machine: Machine, job: Job, layer: Layer, ranks: int) -> _Pass:
+    model, text_pairs = job.model, layer.attention[-1].pairs
     heads, width = model.num_attention_heads / ranks, model.channels_per_head
     if job.fused_attention:
-        flops = 4 * (work.text_pairs + work.vision_pairs) * heads * width
+        flops = 4 * sum(attention.pairs for attention in layer.attention) * heads * width
         # Pairs of a causal text of s tokens are s (s + 1) / 2: what an average token's sample is long.
-        length = max(1.0, 2 * work.text_pairs / work.text_tokens - 1) if work.text_tokens else 1.0
+        length = max(1.0, 2 * text_pairs / layer.tokens - 1) if layer.tokens else 1.0
         forward, backward = machine.attention_rates(heads, width, length)
         return _Pass(flops / forward, 2.5 * flops / backward)  # scores are computed again
-    pairs = 2 * work.text_pairs  # a causal half is computed like the other
+    pairs = 2 * text_pairs  # a causal half is computed like the other
     products = 4 * pairs * heads * width / machine.product_flops
     # Written, scaled and masked to a softmax, dropped out with a mask, read: 13 bytes a score in 16 bits.
     passing = 13 * pairs * heads / machine.memory_bytes_per_second
@@ -199,17 +211,21 @@ def embedding_seconds(machine: Machine, layout: Layout, job: Job) -> float:
 
 def step_time(machine: Machine, layout: Layout, job: Job) -> StepTime:
     """One step of all replicas, which work alike."""
-    usual, first = (layer_pass(machine, layout, job, first=first) for first in (False, True))
-    head = head_pass(machine, layout, job)
+    passes = {layer: layer_pass(machine, layout, job, layer) for layer in dict.fromkeys(job.layers)}
+    head, adapter = head_pass(machine, layout, job), products_pass(machine, layout, job, job.adapter)
     stages, count = range(layout.pipeline), job.num_micro_batches
-    layers = [sum(layout.chunk_layers[stage :: layout.pipeline]) for stage in stages]
-    compute = [layers[stage] * usual.compute for stage in stages]
-    tensor = [layers[stage] * usual.tensor for stage in stages]
-    compute[0] += first.compute - usual.compute + embedding_seconds(machine, layout, job)
+    ends = list(accumulate(layout.chunk_layers, initial=0))
+    chunks = [
+        [passes[layer] for layer in job.layers[ends[chunk] : ends[chunk + 1]]] + [adapter] * takes
+        for chunk, takes in enumerate(layout.vision_chunks)
+    ]
+    own = [[done for chunk in chunks[stage :: layout.pipeline] for done in chunk] for stage in stages]
+    compute = [sum(done.compute for done in own[stage]) for stage in stages]
+    tensor = [sum(done.tensor for done in own[stage]) for stage in stages]
+    compute[0] += embedding_seconds(machine, layout, job)
     compute[-1], tensor[-1] = compute[-1] + head.compute, tensor[-1] + head.tensor
     slowest = max(stages, key=lambda stage: compute[stage] + tensor[stage])
-    own = compute[slowest] + tensor[slowest]
-    others = sum(compute) + sum(tensor) - own
+    others = sum(compute[stage] + tensor[stage] for stage in stages if stage != slowest)
     hop = _hop_seconds(machine, layout, job)
     # A micro-batch crosses each chunk's border forward and backward; plain schedules wait for it, interleaved ones in the fill.
     crossings = 0.0 if layout.pipeline == 1 else 2.0 * (count if layout.virtual_pipeline == 1 else layout.pipeline)
@@ -229,7 +245,7 @@ def step_time(machine: Machine, layout: Layout, job: Job) -> StepTime:
 
 def _hop_seconds(machine: Machine, layout: Layout, job: Job) -> float:
     shares = layout.tensor if layout.sequence or layout.split_hops else 1
-    size = job.number_bytes * job.micro_batch.text_tokens * job.model.hidden_size / shares
+    size = job.number_bytes * job.layers[0].tokens * job.model.hidden_size / shares
     # megatron-core puts data-parallel ranks next to each other and stages far apart.
     within = layout.ranks <= machine.node_size
     return size / (machine.link_bytes_per_second if within else machine.network_bytes_per_second) + machine.latency_seconds

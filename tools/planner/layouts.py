@@ -11,7 +11,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from himix_megatron.config import Config, check_ranks
-from himix_megatron.costs.flops import StepFlops, Work, chunk_layers, forward_flops, patches_of, step_flops
+from himix_megatron.costs.flops import (
+    StepFlops,
+    Work,
+    chunk_layers,
+    decoder_layers,
+    decoder_tokens,
+    forward_flops,
+    patches_of,
+    shared_adapter,
+    step_flops,
+    vision_chunks,
+)
 from himix_megatron.costs.memory import GIB, MicroBatch, RankMemory, padded_vocab, rank_memory, rank_parameters
 from tools.planner.cost import Job, Layout, StepTime, step_time
 from tools.planner.machine import Machine
@@ -122,7 +133,7 @@ def plan_of(config: Config, machine: Machine, data_size: int, sample: Sample) ->
         vision_tokens=config.data.pack_max_vision_tokens or largest_images,
         rows=config.micro_batch,
     )
-    vision_tokens = count * real.vision_tokens
+    vision_tokens = count * samples * sample.images * sample.vision_tokens
     memory = tuple(
         rank_memory(config, stage, data_size=data_size, micro_batch=largest, vision_tokens_per_step=vision_tokens)
         for stage in range(parallel.pipeline)
@@ -149,6 +160,7 @@ def layout_of(config: Config, data_size: int) -> Layout:
         sequence=parallel.sequence,
         recompute=config.train.recompute,
         chunk_layers=chunk_layers(config),
+        vision_chunks=vision_chunks(config),
         distributed_optimizer=parallel.distributed_optimizer,
         overlap_data="tower" not in config.train.trainable_parts,
     )
@@ -158,9 +170,10 @@ def job_of(config: Config, work: Work, count: int, tower: float) -> Job:
     """A configuration's step in the cost model's terms."""
     return Job(
         model=config.model,
-        vision_width=config.vision.hidden_size,
         parts=config.train.trainable_parts,
         micro_batch=work,
+        layers=tuple(decoder_layers(config, work)),
+        adapter=shared_adapter(config, work),
         num_micro_batches=count,
         number_bytes=2 if config.train.precision == "bf16" else 4,
         tower_flops=tower,
@@ -176,14 +189,15 @@ def micro_batch_work(config: Config, sample: Sample) -> tuple[Work, Work, float]
         samples = PACK_FILL * config.data.pack_max_text_tokens / text
         if vision:
             samples = min(samples, config.data.pack_max_vision_tokens / vision)
-        real = _one(text, vision, sample) * samples
+        real = _one(config, text, sample) * samples
         return replace(real, text_tokens=float(config.data.pack_max_text_tokens)), real, samples
     samples = float(config.micro_batch)
-    real = _one(text, vision, sample) * samples
+    real = _one(config, text, sample) * samples
     padded = min(text * (1 + LONGER * math.log2(samples)), max(text, sample.longest_text))
-    computed = replace(_one(padded, vision, sample) * samples, head_tokens=real.head_tokens)
+    computed = replace(_one(config, padded, sample) * samples, head_tokens=real.head_tokens)
     return computed, real, samples
 
 
-def _one(text: float, vision: float, sample: Sample) -> Work:
+def _one(config: Config, text: float, sample: Sample) -> Work:
+    vision = decoder_tokens(config, sample.images * sample.vision_tokens)
     return Work.of([text], [vision], head_tokens=sample.label_share * text)

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from himix_megatron.config import ModelConfig
-from himix_megatron.costs.flops import Work
+from himix_megatron.costs.flops import Work, decoder_layers
+from tools.flops import bare_config
 from tools.planner.cost import Job, Layout, StepTime, step_time
 from tools.planner.machine import EFFICIENCY, Machine, machine_named
 
@@ -144,14 +145,14 @@ def predict(row: Row, machine: Machine) -> StepTime:
     chunks = row.pipeline * row.virtual
     layout = Layout(
         tensor=row.tensor, pipeline=row.pipeline, virtual_pipeline=row.virtual, data=replicas, sequence=not row.old,
-        recompute="full" if row.old else "none", chunk_layers=(row.layers // chunks,) * chunks,
+        recompute="full" if row.old else "none", chunk_layers=(row.layers // chunks,) * chunks, vision_chunks=(False,) * chunks,
         distributed_optimizer=not row.old, overlap_data=not row.old, split_hops=True,
         overlap_tensor=0.0 if row.old else 0.5,
     )  # fmt: skip
     grouped = 2 * (row.groups or row.heads) / row.heads
     parameters = row.layers / row.pipeline * (10 + grouped) * row.hidden**2 / row.tensor + row.vocab * row.hidden / row.tensor
     job = Job(
-        model=model, vision_width=1, parts=("language",), micro_batch=work,
+        model=model, parts=("language",), micro_batch=work, layers=tuple(decoder_layers(bare_config(model), work)),
         num_micro_batches=row.batch // (replicas * row.micro_batch), vocab_size=row.vocab, trained_parameters=parameters,
         fused_attention=not row.old,
     )  # fmt: skip

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from .base import Tally
 
@@ -54,6 +55,19 @@ def with_intervals(
         for name, value in of(np.bincount(drawn, minlength=len(tallies)).astype(float)).items():
             found[name].append(value)
     return {name: Interval(value, *_central(found[name], value)) for name, value in whole.items()}
+
+
+def crossed_interval(values: npt.NDArray[np.float64], *, resamples: int = 1000, seed: int = 0) -> Interval:
+    """The mean of float[seeds, questions], with its percentiles over resamples of both the seeds and the questions.
+
+    Of pairs, give the differences. With few seeds it is narrow: of 3, one in 9 resamples has all three the same.
+    Source: Owen, "The pigeonhole bootstrap", 2007.
+    """
+    draw, (seeds, questions) = np.random.default_rng(seed), values.shape
+    weights = (draw.integers(seeds, size=(resamples, seeds, 1)) == np.arange(seeds)).mean(axis=1)
+    found = np.take_along_axis(weights @ values, draw.integers(questions, size=(resamples, questions)), axis=1).mean(axis=1)
+    mean = float(values.mean())
+    return Interval(mean, *_central(found.tolist(), mean))
 
 
 def _central(values: Sequence[float], otherwise: float) -> tuple[float, float]:

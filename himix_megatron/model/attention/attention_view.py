@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -55,17 +56,14 @@ class ViewGroup:
     """bool[n, l], True where a key is seen; None: all are."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AttentionView:
     """The segments of a micro-batch, as the kernels want them."""
 
     has_text: bool
     """Whether the keys end with the segment's own text; then it is seen causally."""
-    groups: tuple[ViewGroup, ...]
-    """For attention group by group: segments with keys; empty on a GPU."""
-    order: Tensor
-    """int64[M]: which row of the groups' outcomes, one after the other and then one of zeros, is each text token's; on a GPU
-    empty."""
+    segments: list[tuple[slice, Numbers]]
+    """Of each its text rows, and its rows of keys."""
     key_rows: Tensor
     """int64[L]: the rows of keys of all segments, one after the other. A segment without any has one of zeros, or as many as
     text, which lies behind all others."""
@@ -78,6 +76,13 @@ class AttentionView:
     """bool[M, 1]: whether the text token sees vision."""
     has_blind: bool
     """Whether some attend to nothing: their outcome is 0."""
+
+    @cached_property
+    def groups(self) -> tuple[tuple[ViewGroup, ...], Tensor]:
+        """For attention group by group: segments of equal sizes together; and int64[M], which row of their outcomes, one after
+        the other and then one of zeros, is each text token's."""
+        groups, order = _groups(self.segments, self.has_text, self.sees.device)
+        return groups, torch.from_numpy(order).to(self.sees.device)
 
 
 def make_view(layout: PackedLayout, num_rows: int, injection: InjectionConfig, device: torch.device) -> AttentionView:
@@ -166,16 +171,14 @@ def _as_tensors(
         for number, (_, keys, _) in zip(num_text, found, strict=True)
     ]
     ends = [np.concatenate(([0], np.cumsum(lengths))) for lengths in (num_text, [len(keys) for keys in filled])]
-    groups, order = _groups(found, has_text) if device.type == "cpu" else ((), np.zeros(0, np.int64))
-    arrays = [np.concatenate(filled), *ends, sees.astype(np.int64), order]
+    arrays = [np.concatenate(filled), *ends, sees.astype(np.int64)]
     joined = torch.from_numpy(np.concatenate(arrays).astype(np.int64))
     if device.type != "cpu":
         joined = joined.pin_memory().to(device, non_blocking=True)
-    key_rows, ends_q, ends_kv, seen, in_order = torch.split(joined, [len(array) for array in arrays])
+    key_rows, ends_q, ends_kv, seen = torch.split(joined, [len(array) for array in arrays])
     return AttentionView(
         has_text=has_text,
-        groups=groups,
-        order=in_order,
+        segments=[(rows, keys) for rows, keys, _ in found],
         key_rows=key_rows,
         cu_seqlens_q=ends_q.int(),
         cu_seqlens_kv=ends_kv.int(),
@@ -186,10 +189,10 @@ def _as_tensors(
     )
 
 
-def _groups(found: list[tuple[slice, Numbers, bool]], has_text: bool) -> tuple[tuple[ViewGroup, ...], Numbers]:
+def _groups(found: list[tuple[slice, Numbers]], has_text: bool, device: torch.device) -> tuple[tuple[ViewGroup, ...], Numbers]:
     """Segments of equal sizes together, and where each text row is found among their outcomes."""
     alike: dict[tuple[int, int], list[tuple[slice, Numbers]]] = defaultdict(list)
-    for rows, own, _ in found:
+    for rows, own in found:
         if len(own):
             alike[rows.stop - rows.start, len(own)].append((rows, own))
     groups, taken = [], []
@@ -197,10 +200,11 @@ def _groups(found: list[tuple[slice, Numbers, bool]], has_text: bool) -> tuple[t
         queries = np.concatenate([np.arange(rows.start, rows.stop) for rows, _ in segments])
         keys = np.concatenate([own for _, own in segments])
         mask = torch.ones(n, num_keys, dtype=torch.bool).tril(num_keys - n) if has_text and n > 1 else None
-        groups.append(ViewGroup(torch.from_numpy(queries), torch.from_numpy(keys), len(segments), mask))
+        rows_q, rows_k = (torch.from_numpy(array).to(device) for array in (queries, keys))
+        groups.append(ViewGroup(rows_q, rows_k, len(segments), None if mask is None else mask.to(device)))
         taken.append(queries)
     computed = _joined(taken)
-    order = np.full(max((rows.stop for rows, _, _ in found), default=0), len(computed))
+    order = np.full(max((rows.stop for rows, _ in found), default=0), len(computed))
     order[computed] = np.arange(len(computed))
     return tuple(groups), order
 
@@ -209,8 +213,9 @@ def attend_by_groups(query_MQD: Tensor, key_RGD: Tensor, value_RGD: Tensor, view
     """float[M, Q, D], zeros where nothing is seen: one call of torch's attention for each size of segment. All query heads that
     share a key head go through together, as more rows: no key is written out twice."""
     num_groups = key_RGD.shape[1]
+    groups, order = view.groups
     found = []
-    for group in view.groups:
+    for group in groups:
         query_bnQD = _by_segment(query_MQD, group.queries, group)
         query_bGrD = _heads_first(query_bnQD, num_groups)
         key, value = (_by_segment(rows, group.keys, group).transpose(1, 2) for rows in (key_RGD, value_RGD))
@@ -219,7 +224,7 @@ def attend_by_groups(query_MQD: Tensor, key_RGD: Tensor, value_RGD: Tensor, view
         by_head = torch.unflatten(mixed, 2, (-1, query_bnQD.shape[1]))  # [b, G, Q / G, n, D]
         found.append(by_head.permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1))
     zeros = query_MQD.new_zeros(1, *query_MQD.shape[1:])
-    return torch.cat([*found, zeros]).index_select(0, view.order)
+    return torch.cat([*found, zeros]).index_select(0, order)
 
 
 def _heads_first(query_bnQD: Tensor, num_groups: int) -> Tensor:

@@ -56,15 +56,21 @@ class TorchMixtureAttention(torch.nn.Module):
         self, query_SBQD: Tensor, key_RGD: Tensor, value_RGD: Tensor, layout: PackedLayout, view: AttentionView
     ) -> Tensor:
         """float[S, B, Q*D] of what the view lets text see, 0 where that is nothing. Rows of keys: as the view's."""
-        query_MQD = layout.flatten_text(query_SBQD)
-        if query_MQD.is_cpu or query_MQD.dtype not in (torch.bfloat16, torch.float16) or not has_variable_length():
-            mixed_MX = attend_by_groups(query_MQD, key_RGD, value_RGD, view, self.scale).flatten(1)
-        else:
-            # What a segment without any key attends to.
-            keys, values = (F.pad(x, (0, 0, 0, 0, 0, 1)).index_select(0, view.key_rows) for x in (key_RGD, value_RGD))
-            mixed_MX = self.attend_segments(query_MQD.contiguous(), keys, values, view).flatten(1)
-            mixed_MX = mixed_MX.masked_fill(~view.sees, 0.0) if view.has_blind else mixed_MX
-        return layout.unflatten_text(mixed_MX, len(query_SBQD))
+        is_16_bit = query_SBQD.dtype in (torch.bfloat16, torch.float16)
+        if not query_SBQD.is_cpu and is_16_bit and has_variable_length():
+            return self.attend_fused(query_SBQD, key_RGD, value_RGD, layout, view)
+        mixed_MQD = attend_by_groups(layout.flatten_text(query_SBQD), key_RGD, value_RGD, view, self.scale)
+        return layout.unflatten_text(mixed_MQD.flatten(1), len(query_SBQD))
+
+    def attend_fused(
+        self, query_SBQD: Tensor, key_RGD: Tensor, value_RGD: Tensor, layout: PackedLayout, view: AttentionView
+    ) -> Tensor:
+        """The same by the fused kernels of a GPU."""
+        # A row of zeros is what a segment without any key attends to.
+        keys, values = (F.pad(x, (0, 0, 0, 0, 0, 1)).index_select(0, view.key_rows) for x in (key_RGD, value_RGD))
+        mixed_MQD = self.attend_segments(layout.flatten_text(query_SBQD).contiguous(), keys, values, view)
+        mixed_MX = mixed_MQD.flatten(1)
+        return layout.unflatten_text(mixed_MX.masked_fill(~view.sees, 0.0) if view.has_blind else mixed_MX, len(query_SBQD))
 
     def attend_segments(self, query_MQD: Tensor, key_LGD: Tensor, value_LGD: Tensor, view: AttentionView) -> Tensor:
         """float[M, Q, D], on a GPU in 16 bits. Keys: of all segments, one after the other."""

@@ -72,7 +72,7 @@ class KVCache:
         self.num_earlier = self.num_vision
         """E: slots filled before this pass."""
         self.context_NBX: Tensor | None = None
-        """What vision_input.py made of the features, by sample; its first chunk that needs it sets it."""
+        """What vision_input.py made of the features, by sample."""
         self.angles_SB1D: Tensor
         """RoPE angles of this pass's text, float[S, B or 1, 1, D]; made by `begin_pass`, as are the next two."""
         self.masks: Masks
@@ -116,6 +116,11 @@ class KVCache:
     def last(self) -> Tensor:
         """int64[B]: which of this pass's S tokens is each sample's last."""
         return self._lengths_B - 1 if self.is_new else torch.zeros_like(self._lengths_B)
+
+    def take_context(self, context_TX: Tensor) -> None:
+        """What vision_input.py made of the features, float[T, X]: kept by sample. Chunks of one stage make the same."""
+        if self.context_NBX is None and not self.injection.in_sequence:
+            self.context_NBX = torch.nn.utils.rnn.pad_sequence(list(torch.split(context_TX, self.sample_tokens)))
 
     def begin_pass(self, rotary: Callable[[int], Tensor]) -> None:
         """Find what all layers share in this pass: the angles of its text, and what it sees. `rotary`: RoPE angles float[n, 1,
