@@ -37,6 +37,7 @@ from himix_megatron.config import (
     TrainConfig,
     VisionConfig,
     check_known,
+    differences,
 )
 from himix_megatron.config.families import FAMILIES
 from himix_megatron.conversion.authors_folder import read_authors, write_authors
@@ -76,16 +77,14 @@ def hf_to_himix(arguments: HfToHimix) -> None:
     model = read_language(arguments.language)
     text = language_weights(arguments.language, model)
     vision, tower = _read_tower(arguments.vision, arguments.feature_layer, recipe)
-    config = _config(model, vision, recipe, _injection(arguments.method, model, recipe), arguments.language, _dtype(text))
+    config = _config(model, vision, recipe, _injection(arguments.method, model, recipe), arguments.language, text)
     new = NewVisionWeights(text, config, arguments.vision_kv_init, arguments.seed)
     weights: Mapping[str, Tensor] = ChainMap(new, text)  # type: ignore[arg-type]
     with _output(arguments.out) as beside, one_rank() as topology:
         _say(f"language: {model.family}, {model.num_layers} layers of width {model.hidden_size}, {len(text)} tensors")
         _say(f"tower: {vision.tower}, {vision.num_layers} layers of width {vision.hidden_size}, {len(tower)} tensors used")
-        numbers = config.injection.injecting_layers(model.num_layers)
-        everywhere = len(numbers) == model.num_layers
-        layers = f"in each of {len(numbers)} layers" if everywhere else f"layers {' '.join(map(str, numbers)) or 'none'} inject"
-        _say(f"new, {arguments.vision_kv_init}: {len(new)} tensors, {layers}")
+        number = len(config.injection.injecting_layers(model.num_layers))
+        _say(f"new, {arguments.vision_kv_init}: {len(new)} tensors; {number} of {model.num_layers} layers inject")
         for name, shape in {re.sub(r"\d+", "*", name, count=1): new.shapes[name] for name in new}.items():
             _say(f"  {name} {list(shape)}")
         checkpoint = write_run(beside, config, weights, tower, _say)
@@ -110,7 +109,7 @@ def authors_to_himix(arguments: AuthorsToHimix) -> None:
             f"--vision: the tower's width is {vision.hidden_size}, but {arguments.weights} was made for {source.vision_width}"
         )
     folder = arguments.weights if arguments.weights.is_dir() else arguments.weights.parent
-    config = _config(source.model, vision, recipe, HIMIX, folder, _dtype(source.weights))
+    config = _config(source.model, vision, recipe, HIMIX, folder, source.weights)
     with _output(arguments.out) as beside, one_rank() as topology:
         checkpoint = write_run(beside, config, source.weights, tower, _say)
         _say_compared(check_authors(checkpoint, source.weights, topology))
@@ -123,11 +122,9 @@ def authors_to_himix(arguments: AuthorsToHimix) -> None:
 def himix_to_authors(arguments: HimixToAuthors) -> None:
     """Raises: ValueError if there is no checkpoint, or it is not HiMix's; DiffersError if the outcome is not what was read."""
     checkpoint, config = _read_checkpoint(arguments.checkpoint)
-    for item in dataclasses.fields(HIMIX):
-        if (found := getattr(config.injection, item.name)) != getattr(HIMIX, item.name):
-            raise ValueError(
-                f"injection.{item.name} is {found}: the published implementation, whose layout it is, has HiMix alone"
-            )
+    plain = dataclasses.replace(config, injection=HIMIX, vision=dataclasses.replace(config.vision, feature_layers=()))
+    if others := differences(plain, config):
+        raise ValueError(f"{others[0][0]} is {others[0][2]}: the published implementation, whose layout it is, has HiMix alone")
     with _output(arguments.out) as beside, one_rank() as topology:
         weights, tower = by_authors(checkpoint, config), StoredWeights(checkpoint, config).tower(config)
         beside.mkdir()
@@ -166,10 +163,6 @@ def _injection(method: str | None, model: ModelConfig, recipe: Config | None) ->
     return METHODS[method](model)
 
 
-def _dtype(weights: Mapping[str, Tensor]) -> torch.dtype:
-    return weights["model.norm.weight"].dtype
-
-
 def _read_tower(folder: Path, feature_layer: int | None, recipe: Config | None) -> tuple[VisionConfig, dict[str, Tensor]]:
     """A tower's configuration, no longer tied to the folder, and its weights."""
     if feature_layer is None:
@@ -188,9 +181,10 @@ def _config(
     recipe: Config | None,
     injection: InjectionConfig,
     folder: Path,
-    dtype: torch.dtype,
+    weights: Mapping[str, Tensor],
 ) -> Config:
     """The settings that go into the run folder."""
+    dtype = weights["model.norm.weight"].dtype
     tokenizer = str(folder.resolve()) if any((folder / name).is_file() for name in _TOKENIZER_FILES) else None
     if recipe is None:
         made = _plain_config(model, vision, injection, _template(model) if tokenizer else "tiny", dtype)

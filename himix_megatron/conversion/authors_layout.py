@@ -62,14 +62,10 @@ def _vision_parts(model: ModelConfig, injection: InjectionConfig) -> dict[str, P
     if injection.adapter == "per_layer":
         plain |= {f"{ours}vision_adapter.{own}": f"{beside}vision_adapter.{name}" for own, name in _ADAPTER.items()}
     if has_block:
-        plain |= {f"{ours}{name}.weight": f"{ours}{name}.weight" for name in ("input_layernorm", "q_norm", "k_norm")}
+        as_text = ((own.removeprefix("self_attention."), name.removeprefix("self_attn.")) for own, name in _PLAIN.items())
+        plain |= {ours + own: ours + name for own, name in as_text}
+        plain |= {ours + name: ours + name for name in ("q_norm.weight", "k_norm.weight", "attention_gate", "mlp_gate")}
         plain |= {f"{ours}linear_q.{kind}": f"{ours}q_proj.{kind}" for kind in _kinds(model)}
-        plain |= {
-            f"{ours}linear_proj.weight": f"{ours}o_proj.weight",
-            f"{ours}mlp.linear_fc2.weight": f"{ours}mlp.down_proj.weight",
-        }
-        plain[f"{ours}pre_mlp_layernorm.weight"] = f"{ours}post_attention_layernorm.weight"
-        plain |= {f"{ours}{name}_gate": f"{ours}{name}_gate" for name in ("attention", "mlp")}
     elif injection.gate == "tanh":
         plain[f"{ours}vision_gate"] = f"{theirs}vision_gate"
     elif injection.gate == "zero":

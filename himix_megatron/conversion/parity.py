@@ -29,7 +29,7 @@ from ..model.stage_input import StageInput
 from ..model.towers import build_tower
 from .authors_layout import HIMIX, AsAuthors, is_new, layout, shapes
 from .checkpoint_io import StoredWeights, read_config
-from .export.parity import fixed_input, himix_logits, parity
+from .export.parity import fixed_input, himix_outcome, parity
 from .huggingface import same_bits
 from .reference_model import plain_logits
 from .safetensors_io import NamedTensors, open_folder
@@ -285,10 +285,12 @@ def check_export(checkpoint: Path, folder: Path, topology: Topology, export: Cal
             export(ChainMap(own, excerpt_weights(weights, excerpt)), excerpt.config, compared)  # type: ignore[arg-type]
         answerer = open_excerpt(checkpoint, excerpt, topology, with_tower=True)
         given = fixed_input(answerer.config)
-        ours = himix_logits(answerer, given)
+        logits, answers = himix_outcome(answerer, given)
         del answerer
-        difference, largest = parity(compared, config, given, ours), float(ours.abs().max())
-    yield check_difference(f"logits of {excerpt} on 3 samples with images, compared with transformers", difference, largest)
+        difference, preference = parity(compared, config, given, logits, answers)
+    what, largest = f"{excerpt} on 3 samples with images, compared with transformers", float(logits.abs().max())
+    yield check_difference(f"logits of {what}", difference, largest)
+    yield check_difference(f"answers of {what} (preference of another token)", preference, largest)
 
 
 @torch.no_grad()

@@ -209,7 +209,7 @@ def test_from_text_copies_where_widths_are_equal(tmp_path: Path, capsys: pytest.
         weights = stored(out)
     assert all(same_bits(t, weights[n.replace("_img.", ".")]) for n, t in weights.items() if is_new(n))
     said = capsys.readouterr().out
-    assert "new, from-text: 20 tensors, in each of 4 layers" in said
+    assert "new, from-text: 20 tensors; 4 of 4 layers inject" in said
     assert "model.layers.*.self_attn.k_proj_img.bias [24]" in said
 
 

@@ -13,11 +13,14 @@ from torch import Tensor
 
 from himix_megatron.checkpoint.manifest import find_checkpoint
 from himix_megatron.config import METHODS, Config, InjectionConfig
-from himix_megatron.conversion.authors_layout import is_new
+from himix_megatron.conversion.authors_layout import is_new, layout, shapes
 from himix_megatron.conversion.checkpoint_io import StoredWeights, read_config, write_run
 from himix_megatron.conversion.huggingface import NewVisionWeights, language_weights, same_bits
 from himix_megatron.conversion.parity import by_authors
+from himix_megatron.conversion.sharding import TE_NAMES
 from tests.conversion.test_conversion import described, save_again
+from tests.support.injection_points import point_case
+from tests.support.injection_reference import weight_shapes
 from tests.support.model_folders import LANGUAGE, make_language, make_tower
 from tests.support.ranks import run_ranks
 from tools import conversions, convert
@@ -97,6 +100,24 @@ def test_a_saved_models_weights_are_read_without_a_model(runs: dict[str, Path], 
     assert all(same_bits(first[n], again[n]) for n in first)
 
 
+def test_names_and_shapes_of_random_points_are_those_of_the_equations() -> None:
+    """Written out a second time, for any family; the disk's names of the norms before attention and MLP are fused ones."""
+    for number in range(60):
+        config = point_case(7, number).config
+        published = shapes(config.model, config.vision, config.injection)
+        found = {}
+        for ours, parts in layout(config.model, config.injection).items():
+            first, *others = (published[name] for name, _ in parts)
+            found[ours] = (first[0] + sum(shape[0] for shape in others), *first[1:])
+        wanted = weight_shapes(config)
+        for fused, plain in TE_NAMES.items():
+            wanted = {name.replace(fused, plain): shape for name, shape in wanted.items()}
+        assert found == wanted, number
+        assert {ours for ours, parts in layout(config.model, config.injection).items() if is_new(parts[0][0])} == {
+            name for name in wanted if "vision_" in name
+        }
+
+
 def new_weights(folders: tuple[Path, Path], injection: InjectionConfig, init: conversions.VisionInit) -> dict[str, Tensor]:
     return dict(NewVisionWeights(*given(folders, injection), init, seed=1))
 
@@ -104,8 +125,8 @@ def new_weights(folders: tuple[Path, Path], injection: InjectionConfig, init: co
 def given(folders: tuple[Path, Path], injection: InjectionConfig) -> tuple[dict[str, Tensor], Config]:
     model = conversions.read_language(folders[0])
     vision, _ = conversions._read_tower(folders[1], None, None)
-    config = conversions._config(model, vision, None, injection, folders[0], torch.float32)
-    return dict(language_weights(folders[0], model)), config
+    text = dict(language_weights(folders[0], model))
+    return text, conversions._config(model, vision, None, injection, folders[0], text)
 
 
 def test_what_could_disturb_the_text_starts_at_zero_and_norms_at_one(folders: tuple[Path, Path]) -> None:
@@ -169,4 +190,23 @@ def test_a_large_models_excerpt_has_a_layer_that_injects(
     said = capsys.readouterr().out
     assert "logits of layers 3 to 3 and 100 rows of the vocabulary on 48 tokens, compared with transformers" in said
     assert "vision is not compared" in said
-    assert "layers 3 inject" in said
+    assert "1 of 4 layers inject" in said
+
+
+@pytest.mark.parametrize("method", ["saisa", "vica", "mplug_owl3"])
+@pytest.mark.parametrize("parameters", [600_000_000, 90_000])
+def test_a_start_is_exported_and_compared(
+    runs: dict[str, Path],
+    method: str,
+    parameters: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("himix_megatron.conversion.parity.WHOLE_MODEL_PARAMETERS", parameters)
+    conversions.himix_to_hf(convert.HimixToHf(checkpoint=runs[method], out=tmp_path / "hf"))
+    said = capsys.readouterr().out
+    compared = "the whole model" if parameters > 1e6 else "rows of the vocabulary"
+    assert f"{compared} on 3 samples with images, compared with transformers: largest difference" in said
+    assert "(preference of another token): largest difference 0.00e+00" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
