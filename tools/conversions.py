@@ -11,6 +11,7 @@ import dataclasses
 import glob
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections import ChainMap
@@ -25,18 +26,22 @@ from torch import Tensor
 from himix_megatron.checkpoint.description import architecture, check_architecture
 from himix_megatron.checkpoint.manifest import find_checkpoint, verify_checkpoint
 from himix_megatron.config import (
+    METHODS,
     Config,
     DataConfig,
+    InjectionConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     RunConfig,
     TrainConfig,
     VisionConfig,
+    check_known,
+    differences,
 )
 from himix_megatron.config.families import FAMILIES
 from himix_megatron.conversion.authors_folder import read_authors, write_authors
-from himix_megatron.conversion.authors_layout import AsAuthors
+from himix_megatron.conversion.authors_layout import HIMIX
 from himix_megatron.conversion.checkpoint_io import StoredWeights, read_config, write_run
 from himix_megatron.conversion.huggingface import (
     NewVisionWeights,
@@ -46,6 +51,7 @@ from himix_megatron.conversion.huggingface import (
     tower_dtype,
 )
 from himix_megatron.conversion.parity import (
+    by_authors,
     check_authors,
     check_bits,
     check_export,
@@ -71,18 +77,19 @@ def hf_to_himix(arguments: HfToHimix) -> None:
     model = read_language(arguments.language)
     text = language_weights(arguments.language, model)
     vision, tower = _read_tower(arguments.vision, arguments.feature_layer, recipe)
-    new = NewVisionWeights(text, model, vision.hidden_size, arguments.vision_kv_init, arguments.seed)
-    config = _config(model, vision, recipe, arguments.language, text["model.norm.weight"].dtype)
+    config = _config(model, vision, recipe, _injection(arguments.method, model, recipe), arguments.language, text)
+    new = NewVisionWeights(text, config, arguments.vision_kv_init, arguments.seed)
     weights: Mapping[str, Tensor] = ChainMap(new, text)  # type: ignore[arg-type]
     with _output(arguments.out) as beside, one_rank() as topology:
         _say(f"language: {model.family}, {model.num_layers} layers of width {model.hidden_size}, {len(text)} tensors")
         _say(f"tower: {vision.tower}, {vision.num_layers} layers of width {vision.hidden_size}, {len(tower)} tensors used")
-        _say(f"new, {arguments.vision_kv_init}: {len(new)} tensors, in each of {model.num_layers} layers")
-        for name in (name for name in new if name.startswith("model.layers.0.")):
-            _say(f"  {name.replace('layers.0.', 'layers.*.')} {list(new[name].shape)}")
+        number = len(config.injection.injecting_layers(model.num_layers))
+        _say(f"new, {arguments.vision_kv_init}: {len(new)} tensors; {number} of {model.num_layers} layers inject")
+        for name, shape in {re.sub(r"\d+", "*", name, count=1): new.shapes[name] for name in new}.items():
+            _say(f"  {name} {list(shape)}")
         checkpoint = write_run(beside, config, weights, tower, _say)
         del tower
-        _say_compared(check_language(checkpoint, arguments.language, weights, vision.hidden_size, topology))
+        _say_compared(check_language(checkpoint, arguments.language, weights, topology))
         _say(check_tower(checkpoint, arguments.vision))
 
 
@@ -102,27 +109,29 @@ def authors_to_himix(arguments: AuthorsToHimix) -> None:
             f"--vision: the tower's width is {vision.hidden_size}, but {arguments.weights} was made for {source.vision_width}"
         )
     folder = arguments.weights if arguments.weights.is_dir() else arguments.weights.parent
-    config = _config(source.model, vision, recipe, folder, source.weights["model.norm.weight"].dtype)
+    config = _config(source.model, vision, recipe, HIMIX, folder, source.weights)
     with _output(arguments.out) as beside, one_rank() as topology:
         checkpoint = write_run(beside, config, source.weights, tower, _say)
-        _say_compared(check_authors(checkpoint, source.weights, vision.hidden_size, topology))
+        _say_compared(check_authors(checkpoint, source.weights, topology))
         if arguments.vision is not None:
             _say(check_tower(checkpoint, arguments.vision))
         else:
-            _say(f"tower: {check_bits(StoredWeights(checkpoint, config.model).tower(config), tower)}")
+            _say(f"tower: {check_bits(StoredWeights(checkpoint, config).tower(config), tower)}")
 
 
 def himix_to_authors(arguments: HimixToAuthors) -> None:
-    """Raises: ValueError if there is no checkpoint, DiffersError if the outcome is not what was read."""
+    """Raises: ValueError if there is no checkpoint, or it is not HiMix's; DiffersError if the outcome is not what was read."""
     checkpoint, config = _read_checkpoint(arguments.checkpoint)
+    plain = dataclasses.replace(config, injection=HIMIX, vision=dataclasses.replace(config.vision, feature_layers=()))
+    if others := differences(plain, config):
+        raise ValueError(f"{others[0][0]} is {others[0][2]}: the published implementation, whose layout it is, has HiMix alone")
     with _output(arguments.out) as beside, one_rank() as topology:
-        stored = StoredWeights(checkpoint, config.model)
-        tower = stored.tower(config)
+        weights, tower = by_authors(checkpoint, config), StoredWeights(checkpoint, config).tower(config)
         beside.mkdir()
-        _say(f"writing {len(AsAuthors(stored, config.model))} tensors and {len(tower)} of the tower")
-        write_authors(beside, config.model, config.vision, AsAuthors(stored, config.model), tower)
+        _say(f"writing {len(weights)} tensors and {len(tower)} of the tower")
+        write_authors(beside, config.model, config.vision, weights, tower)
         written = read_authors(beside)
-        _say_compared(check_authors(checkpoint, written.weights, config.vision.hidden_size, topology))
+        _say_compared(check_authors(checkpoint, written.weights, topology))
         _say(f"tower: {check_bits(written.tower, tower)}")
 
 
@@ -132,9 +141,8 @@ def himix_to_hf(arguments: HimixToHf) -> None:
 
     checkpoint, config = _read_checkpoint(arguments.checkpoint)
     with _output(arguments.out) as beside, one_rank() as topology:
-        stored = StoredWeights(checkpoint, config.model)
-        tower = {f"vision_tower.{name}": tensor for name, tensor in stored.tower(config).items()}
-        weights = ChainMap(tower, AsAuthors(stored, config.model))  # type: ignore[arg-type]
+        tower = {f"vision_tower.{n}": tensor for n, tensor in StoredWeights(checkpoint, config).tower(config).items()}
+        weights = ChainMap(tower, by_authors(checkpoint, config))  # type: ignore[arg-type]
         _say(f"writing {len(weights)} tensors")
         make = partial(export, tokenizer=arguments.tokenizer)
         make(weights, config, beside)
@@ -148,25 +156,42 @@ def _recipe(name: str | None) -> Config | None:
     return None if name is None else load_recipe(name)()
 
 
+def _injection(method: str | None, model: ModelConfig, recipe: Config | None) -> InjectionConfig:
+    if method is None:
+        return recipe.injection if recipe else HIMIX
+    check_known("--method", method, METHODS)
+    return METHODS[method](model)
+
+
 def _read_tower(folder: Path, feature_layer: int | None, recipe: Config | None) -> tuple[VisionConfig, dict[str, Tensor]]:
     """A tower's configuration, no longer tied to the folder, and its weights."""
     if feature_layer is None:
         feature_layer = recipe.vision.feature_layer if recipe else -2
     vision = read_tower_config(folder, feature_layer)
-    weights = build_tower(vision, seed=0, dtype=tower_dtype(folder)).state_dict()
     if recipe is not None:
-        vision = dataclasses.replace(vision, resize=recipe.vision.resize, interpolation=recipe.vision.interpolation)
+        kept = {name: getattr(recipe.vision, name) for name in ("resize", "interpolation", "feature_layers")}
+        vision = dataclasses.replace(vision, **kept)
+    weights = build_tower(vision, seed=0, dtype=tower_dtype(folder)).state_dict()
     return dataclasses.replace(vision, path=None), weights
 
 
-def _config(model: ModelConfig, vision: VisionConfig, recipe: Config | None, folder: Path, dtype: torch.dtype) -> Config:
+def _config(
+    model: ModelConfig,
+    vision: VisionConfig,
+    recipe: Config | None,
+    injection: InjectionConfig,
+    folder: Path,
+    weights: Mapping[str, Tensor],
+) -> Config:
     """The settings that go into the run folder."""
+    dtype = weights["model.norm.weight"].dtype
     tokenizer = str(folder.resolve()) if any((folder / name).is_file() for name in _TOKENIZER_FILES) else None
     if recipe is None:
-        made = _plain_config(model, vision, _template(model) if tokenizer else "tiny", dtype)
+        made = _plain_config(model, vision, injection, _template(model) if tokenizer else "tiny", dtype)
     else:
         kept = {name: getattr(recipe.model, name) for name in ("layer_spec", "attention_core", "text_only_vision")}
-        made = dataclasses.replace(recipe, model=dataclasses.replace(model, **kept), vision=vision)
+        made = dataclasses.replace(recipe, model=dataclasses.replace(model, **kept), vision=vision, injection=injection)
+        recipe = dataclasses.replace(recipe, injection=injection)
         for name, wanted in architecture(recipe).items():
             if architecture(made)[name] != wanted:
                 raise ValueError(f"{folder}: {name} is {architecture(made)[name]}, but recipe {recipe.recipe} has {wanted}")
@@ -180,12 +205,15 @@ def _template(model: ModelConfig) -> ChatTemplate:
     return FAMILIES[model.family].template
 
 
-def _plain_config(model: ModelConfig, vision: VisionConfig, template: ChatTemplate, dtype: torch.dtype) -> Config:
+def _plain_config(
+    model: ModelConfig, vision: VisionConfig, injection: InjectionConfig, template: ChatTemplate, dtype: torch.dtype
+) -> Config:
     """Enough to evaluate and generate; a recipe has its own."""
     return Config(
         recipe="converted",
         model=model,
         vision=vision,
+        injection=injection,
         data=DataConfig(template=template, max_text_tokens=2048),
         train=TrainConfig(
             trainable_parts=("vision_kv",),

@@ -37,13 +37,16 @@ class HfToHimix:
     vision_kv_init: Literal["random", "from-text"] = "random"
     """Start of the vision norms and K/V projections. `random`: norms 1, projections normal with the model's own deviation.
     `from-text`: each layer's own norm and K/V, as if features were text states; a narrower tower takes the first columns,
-    scaled by the root of the widths' ratio to keep the length of keys and values; a wider one is refused."""
+    scaled by the root of the widths' ratio to keep the length of keys and values; a wider one is refused. Adapters, blocks and
+    all else that a method adds start in one way: gates and positions 0, the rest as in `random`."""
+    method: str | None = None
+    """Published method whose start it is: a name as training's --method takes it. None: the recipe's choices, or HiMix."""
     recipe: str | None = None
     """Recipe for all settings but the sizes, which must be these. None: plain settings, enough to evaluate and generate."""
     feature_layer: int | None = None
     """Hidden state of the tower to use as features. None: the recipe's, or -2."""
     seed: int = 1234
-    """Seed of the random vision projections."""
+    """Seed of what starts at random."""
 
 
 @dataclass(frozen=True, kw_only=True)

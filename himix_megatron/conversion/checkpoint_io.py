@@ -21,7 +21,7 @@ from ..checkpoint.description import Position, check_architecture, write_descrip
 from ..checkpoint.frozen_tower import read_tower, store_tower
 from ..checkpoint.manifest import LATEST, sync_and_digest, write_manifest
 from ..checkpoint.snapshot import describe_state, load_state, opened, own_files, write
-from ..config import Config, ModelConfig, to_json
+from ..config import Config, to_json
 from ..config import read_config as config_in
 from ..data.loading.plan import START
 from ..distributed.control_group import ControlGroup
@@ -33,10 +33,17 @@ from .sharding import TE_NAMES
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
 
 
-def _disk_key(name: str) -> tuple[str, int | None]:
-    """A tensor's key on disk, and its layer (None: it is in none). All layers share a key: on disk they are one tensor."""
+def _layer_of(name: str) -> int | None:
+    """The decoder layer that a tensor belongs to; None: to none."""
     layer = _LAYER.fullmatch(name)
-    if layer is None:
+    return None if layer is None else int(layer[1])
+
+
+def _disk_key(name: str, config: Config) -> tuple[str, int | None]:
+    """A tensor's key on disk, and its number along the layers' axis (None: it has no such axis). What all layers have is one
+    tensor there; what only some have, as vision where not all inject, has its layer's number in its key."""
+    layer, num_layers = _LAYER.fullmatch(name), config.model.num_layers
+    if layer is None or ("vision_" in name and len(config.injection.injecting_layers(num_layers)) < num_layers):
         return name, None
     inner = layer[2]
     for on_disk, plain in TE_NAMES.items():
@@ -45,15 +52,15 @@ def _disk_key(name: str) -> tuple[str, int | None]:
     return f"decoder.layers.{inner}", int(layer[1])
 
 
-def _describe(name: str, tensor: Tensor, model: ModelConfig, part: int = 0, num_parts: int = 1) -> ShardedTensor:
+def _describe(name: str, tensor: Tensor, config: Config, part: int = 0, num_parts: int = 1) -> ShardedTensor:
     """Megatron-core's description of a tensor of ours, or of its part number `part` of `num_parts` equal ones along the rows:
     which key it has on disk, and where in the tensor of that key it lies."""
-    key, layer = _disk_key(name)
+    key, number = _disk_key(name, config)
     # The layers' axis is made part of the tensor: megatron-core cannot read a single layer where it is only declared.
-    offsets = [] if layer is None else [(0, layer, model.num_layers)]
+    offsets = [] if number is None else [(0, number, config.model.num_layers)]
     if num_parts > 1:
         offsets.append((len(offsets), part, num_parts))
-    return ShardedTensor.from_rank_offsets(key, tensor if layer is None else tensor[None], *offsets)
+    return ShardedTensor.from_rank_offsets(key, tensor if number is None else tensor[None], *offsets)
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
@@ -74,10 +81,11 @@ def write_run(
     writing = checkpoint.with_name(f"{checkpoint.name}.writing")
     writing.mkdir(parents=True)
     state: dict[str, Any] = {}
-    for number, (ours, parts) in enumerate(layout(config.model).items()):
+    places = layout(config.model, config.injection)
+    for number, (ours, parts) in enumerate(places.items()):
         if number % 80 == 0:
-            progress(f"arranging tensor {number + 1} of {len(layout(config.model))}")
-        state |= _describe_parts(ours, [weights[name] for name, _ in parts], [heads for _, heads in parts], config.model, out)
+            progress(f"arranging tensor {number + 1} of {len(places)}")
+        state |= _describe_parts(ours, [weights[name] for name, _ in parts], [heads for _, heads in parts], config, out)
     progress("writing the checkpoint")
     write(describe_state({"model0": state}, validate=True), writing, ControlGroup(config.checkpoint.timeout_seconds))
     # Nothing has trained: a run that would resume in this folder is refused, and must start a new one from it.
@@ -89,17 +97,17 @@ def write_run(
     return checkpoint
 
 
-def _describe_parts(name: str, parts: list[Tensor], heads: list[int], model: ModelConfig, scratch: Path) -> dict[str, Any]:
+def _describe_parts(name: str, parts: list[Tensor], heads: list[int], config: Config, scratch: Path) -> dict[str, Any]:
     """A tensor of ours out of the authors' parts of it, described for the writer.
 
     Args: heads: as `layout` gives them; scratch: a folder on whose disk a tensor whose parts interleave is put together.
     """
     if not any(heads):
         # Parts that follow each other are written from where they are.
-        return {f"{name}.{i}": _describe(name, part, model, i, len(parts)) for i, part in enumerate(parts)}
+        return {f"{name}.{i}": _describe(name, part, config, i, len(parts)) for i, part in enumerate(parts)}
     rows = sum(part.shape[0] for part in parts)
-    fused = join(parts, heads, model, out=empty_on_disk(scratch, (rows, *parts[0].shape[1:]), parts[0].dtype))
-    return {name: _describe(name, fused, model)}
+    fused = join(parts, heads, config.model, out=empty_on_disk(scratch, (rows, *parts[0].shape[1:]), parts[0].dtype))
+    return {name: _describe(name, fused, config)}
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
@@ -108,24 +116,24 @@ def _describe_parts(name: str, parts: list[Tensor], heads: list[int], model: Mod
 class StoredWeights(NamedTensors):
     """The whole tensors of a checkpoint by our names, at the published size of the vocabulary; one layer is kept in memory."""
 
-    def __init__(self, checkpoint: Path, model: ModelConfig):
+    def __init__(self, checkpoint: Path, config: Config):
         """Raises: ValueError if a tensor of the model is not in it."""
-        self.checkpoint, self.model = checkpoint, model
-        self.names = list(layout(model))
+        self.checkpoint, self.config = checkpoint, config
+        self.names = list(layout(config.model, config.injection))
         with opened(checkpoint):
             self._stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
-        missing = [name for name in self.names if _disk_key(name)[0] not in self._stored]
+        missing = [name for name in self.names if _disk_key(name, config)[0] not in self._stored]
         if missing:
             raise ValueError(f"checkpoint {checkpoint} lacks {', '.join(missing[:4])}")
         self._held: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
-        layer = _disk_key(name)[1]
+        layer = _layer_of(name)
         if name not in self._held:
             self._held = {}  # before the next is read: two layers are never in memory
-            self._held = self._read([name] if layer is None else [n for n in self.names if _disk_key(n)[1] == layer])
+            self._held = self._read([name] if layer is None else [n for n in self.names if _layer_of(n) == layer])
         tensor = self._held[name]
-        return tensor[: self.model.vocab_size] if layer is None and tensor.dim() == 2 else tensor
+        return tensor[: self.config.model.vocab_size] if name.startswith(("embedding.", "output_layer.")) else tensor
 
     def tower(self, config: Config) -> dict[str, Tensor]:
         """The run's tower by the names of `build_tower`'s module, whether it trained and is therefore in the checkpoint or not.
@@ -147,9 +155,9 @@ class StoredWeights(NamedTensors):
 
     def _read(self, names: list[str]) -> dict[str, Tensor]:
         """These tensors: memory is described as if it was to be written, and loading fills it."""
-        keys = {name: _disk_key(name) for name in names}
-        empty = {name: self._empty(key, one_layer=layer is not None) for name, (key, layer) in keys.items()}
-        self._load({name: _describe(name, tensor, self.model) for name, tensor in empty.items()})
+        keys = {name: _disk_key(name, self.config) for name in names}
+        empty = {name: self._empty(key, one_layer=number is not None) for name, (key, number) in keys.items()}
+        self._load({name: _describe(name, tensor, self.config) for name, tensor in empty.items()})
         return empty
 
     def _load(self, state: dict[str, Any]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..config import ModelConfig, VisionConfig
+from ..config import Config, ModelConfig, VisionConfig
 from ..config.families import FAMILIES
 from ..config.towers import TOWERS
 from ..model.towers.base import SIZES
@@ -191,44 +191,59 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8))
 
 
-# ---- what HiMix adds -----------------------------------------------------------------------------------------------
+# ---- what vision adds ----------------------------------------------------------------------------------------------
+
+_ZEROS = ("bias", "_positions", "_gate", "o_proj_img.weight")
+"""What starts at 0, so that the text is as it was."""
+_BLOCK_OUTPUTS = ("vision_block.o_proj.weight", "vision_block.mlp.down_proj.weight")
 
 
 class NewVisionWeights(NamedTensors):
-    """Vision norms and vision K/V projections for a language model that has none; each is made when it is asked for.
+    """What vision adds to a language model that has none; each tensor is made when it is asked for.
 
-    random: projections normal with the model's `init_std`, a function of seed and name; biases 0; norms 1.
-    from-text: a vision feature is treated as a text state: norm, K and V are the layer's own, biases too. A tower of
-    V channels on a model of H > V takes the first V columns, times sqrt(H / V), which keeps the expected length of keys and
-    values and leaves them in the space that the text's span. A tower wider than the model is refused: V - H of its channels
-    would have nothing to start from.
+    random: matrices normal with the model's `init_std` (a block's outputs smaller, as initialization.py has it), a function of
+    seed and name; biases, gates, positions and a second output projection 0; norms 1.
+    from-text: what the vision K/V projections take is treated as a text state: norm, K and V are the layer's own, biases too;
+    the rest as in random. A tower of V channels on a model of H > V takes the first V columns, times sqrt(H / V), which keeps
+    the expected length of keys and values and leaves them in the space that the text's span. A tower wider than the model is
+    refused: V - H of its channels would have nothing to start from.
     """
 
-    def __init__(self, text: Mapping[str, Tensor], model: ModelConfig, vision_width: int, init: VisionInit, seed: int):
-        """Raises: ValueError if the widths do not allow `from-text`."""
-        if init == "from-text" and vision_width > model.hidden_size:
+    def __init__(self, text: Mapping[str, Tensor], config: Config, init: VisionInit, seed: int):
+        """Raises: ValueError if widths or choices do not allow `from-text`."""
+        model, injection = config.model, config.injection
+        self._width = injection.vision_width(model, config.vision)
+        if init == "from-text" and injection.keys_values != "own":
             raise ValueError(
-                f"--vision-kv-init from-text needs a tower no wider than the language model: {vision_width} is above "
+                f"--vision-kv-init from-text is for vision K/V projections of their own, but injection.keys_values is "
+                f"{injection.keys_values}; use --vision-kv-init random"
+            )
+        if init == "from-text" and self._width > model.hidden_size:
+            raise ValueError(
+                f"--vision-kv-init from-text needs a tower no wider than the language model: {self._width} is above "
                 f"{model.hidden_size}; use --vision-kv-init random"
             )
-        self._text, self._model, self._width, self._init, self._seed = text, model, vision_width, init, seed
-        self.names = self._shapes = {name: shape for name, shape in shapes(model, vision_width).items() if is_new(name)}
+        self._text, self._model, self._init, self._seed = text, model, init, seed
+        known = shapes(model, config.vision, injection)
+        self.names = self.shapes = {name: shape for name, shape in known.items() if is_new(name)}
 
     def __getitem__(self, name: str) -> Tensor:
-        shape, dtype = self._shapes[name], self._text["model.norm.weight"].dtype
-        if self._init == "from-text":
-            source = self._text[name.replace("_img.", ".")]
+        shape, dtype = self.shapes[name], self._text["model.norm.weight"].dtype
+        if self._init == "from-text" and "_img." in name and "o_proj" not in name:
+            of_text = name.replace("vision_block.input_", "input_").replace("vision_block.", "self_attn.")
+            source = self._text[of_text.replace("_img.", ".")]
             if name.endswith("bias"):
                 return source.clone()
-            scale = 1.0 if "layernorm" in name else math.sqrt(self._model.hidden_size / self._width)
+            scale = 1.0 if "norm" in name else math.sqrt(self._model.hidden_size / self._width)
             return (source[..., : self._width].float() * scale).to(dtype)
-        if name.endswith("bias"):
+        if name.endswith(_ZEROS):
             return torch.zeros(shape, dtype=dtype)
-        if "layernorm" in name:
+        if "norm" in name:
             return torch.ones(shape, dtype=dtype)
         digest = hashlib.sha256(f"{self._seed} {name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-        return (torch.randn(shape, generator=generator) * self._model.init_std).to(dtype)
+        smaller = math.sqrt(2 * self._model.num_layers) if name.endswith(_BLOCK_OUTPUTS) else 1.0
+        return (torch.randn(shape, generator=generator) * (self._model.init_std / smaller)).to(dtype)
 
 
 # ---- the tower -----------------------------------------------------------------------------------------------------

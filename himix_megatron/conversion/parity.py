@@ -7,9 +7,10 @@ Flows in: a checkpoint of ours and the weights that it is compared with; out: th
 from __future__ import annotations
 
 import dataclasses
+import re
 import tempfile
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import Config, ModelConfig
+from ..config import Config, ModelConfig, ParallelConfig
 from ..config.towers import TOWERS
 from ..data.loading.image_table import ImageTable
 from ..distributed.fused_kernels import detect
@@ -26,9 +27,9 @@ from ..inference.generator import Answerer, whole_vocabulary
 from ..model.schedule import run_logits
 from ..model.stage_input import StageInput
 from ..model.towers import build_tower
-from .authors_layout import AsAuthors, is_new, shapes
+from .authors_layout import HIMIX, AsAuthors, is_new, layout, shapes
 from .checkpoint_io import StoredWeights, read_config
-from .export.parity import fixed_input, himix_logits, parity
+from .export.parity import fixed_input, himix_outcome, parity
 from .huggingface import same_bits
 from .reference_model import plain_logits
 from .safetensors_io import NamedTensors, open_folder
@@ -47,52 +48,83 @@ _NUM_SAMPLES, _LENGTH, _NUM_VISION = 2, 24, 9
 class Excerpt:
     """What of a model is compared: all of it, or its first layers and the first rows of its vocabulary."""
 
-    model: ModelConfig
+    config: Config
+    """Of its layers alone."""
+    first: int
+    """The whole model's layer that is its first."""
     whole: bool
 
     @classmethod
-    def of(cls, model: ModelConfig, vision_width: int) -> Excerpt:
-        """As much as `WHOLE_MODEL_PARAMETERS` allow, at least a layer."""
-        if _num_parameters(model, vision_width) <= WHOLE_MODEL_PARAMETERS:
-            return cls(model, whole=True)
-        cut = dataclasses.replace(model, vocab_size=min(model.vocab_size, _CUT_VOCABULARY))
-        while cut.num_layers > 1 and _num_parameters(cut, vision_width) > WHOLE_MODEL_PARAMETERS:
-            cut = dataclasses.replace(cut, num_layers=cut.num_layers - 1)
-        return cls(cut, whole=False)
+    def of(cls, config: Config) -> Excerpt:
+        """As much as `WHOLE_MODEL_PARAMETERS` allow, at least a layer: the first ones, or up to the first that injects."""
+        config = checking_config(config)
+        if _num_parameters(config) <= WHOLE_MODEL_PARAMETERS:
+            return cls(config, 0, whole=True)
+        vocabulary = min(config.model.vocab_size, _CUT_VOCABULARY)
+        for number in range(config.model.num_layers, 0, -1):
+            cut, first = _cut(config, number, vocabulary)
+            if _num_parameters(cut) <= WHOLE_MODEL_PARAMETERS:
+                break
+        return cls(cut, first, whole=False)
+
+    @property
+    def model(self) -> ModelConfig:
+        """Of its layers alone."""
+        return self.config.model
 
     def __str__(self) -> str:
         if self.whole:
             return "the whole model"
-        return f"the first {self.model.num_layers} layers and {self.model.vocab_size} rows of the vocabulary"
+        layers = f"layers {self.first} to {self.first + self.model.num_layers - 1}"
+        layers = layers if self.first else f"the first {self.model.num_layers} layers"
+        return f"{layers} and {self.model.vocab_size} rows of the vocabulary"
 
     def text_ids(self) -> Tensor:
         """int64[B, S], always the same."""
         generator = torch.Generator().manual_seed(1)
         return torch.randint(self.model.vocab_size, (_NUM_SAMPLES, _LENGTH), generator=generator)
 
-    def features(self, vision_width: int) -> Tensor:
+    def features(self) -> Tensor:
         """float[B, N, V], always the same."""
-        return torch.randn(_NUM_SAMPLES, _NUM_VISION, vision_width, generator=torch.Generator().manual_seed(2))
+        width = self.config.vision.feature_width
+        return torch.randn(_NUM_SAMPLES, _NUM_VISION, width, generator=torch.Generator().manual_seed(2))
 
 
-def _num_parameters(model: ModelConfig, vision_width: int) -> int:
-    return sum(torch.Size(shape).numel() for shape in shapes(model, vision_width).values())
+def _num_parameters(config: Config) -> int:
+    return sum(torch.Size(shape).numel() for shape in shapes(config.model, config.vision, config.injection).values())
+
+
+def _cut(config: Config, num_layers: int, vocab_size: int) -> tuple[Config, int]:
+    """The settings of some layers with one hidden state of the tower, and the first of them."""
+    injecting = config.injection.injecting_layers(config.model.num_layers)
+    first = max(0, injecting[0] - num_layers + 1) if injecting else 0
+    inside = tuple(layer - first for layer in injecting if 0 <= layer - first < num_layers)
+    model = dataclasses.replace(config.model, num_layers=num_layers, vocab_size=vocab_size)
+    layers = inside if len(inside) < num_layers else ()
+    injection = dataclasses.replace(config.injection, layers=layers, every_layers=1)
+    vision = dataclasses.replace(config.vision, feature_layer=config.vision.levels[0], feature_layers=())
+    return dataclasses.replace(config, model=model, injection=injection, vision=vision), first
 
 
 class _Cut(NamedTensors):
-    """Tensors of a model with the vocabulary's first rows only; what the excerpt has no layer for is not asked for."""
+    """An excerpt's tensors out of a whole model's: the layers by their numbers in the excerpt, the vocabulary's first rows."""
 
-    def __init__(self, weights: Mapping[str, Tensor], names: list[str], rows: int):
-        self._weights, self.names, self._rows = weights, names, rows
+    def __init__(self, weights: Mapping[str, Tensor], names: Iterable[str], excerpt: Excerpt):
+        self._weights, self._excerpt = weights, excerpt
+        self.names = list(names)
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self._weights[name]
-        return tensor[: self._rows] if "embed" in name or "lm_head" in name or "output_layer" in name else tensor
+        config, first = self._excerpt.config, self._excerpt.first
+        tensor = self._weights[re.sub(r"layers\.(\d+)", lambda found: f"layers.{int(found[1]) + first}", name)]
+        if "_positions" in name:
+            return tensor[:, : config.injection.feature_width(config.vision) * len(config.vision.levels)]
+        return tensor[: config.model.vocab_size] if "embed" in name or "lm_head" in name or "output_layer" in name else tensor
 
 
 def excerpt_weights(weights: Mapping[str, Tensor], excerpt: Excerpt) -> Mapping[str, Tensor]:
     """The excerpt's tensors out of a whole model's, both by the authors' names."""
-    return _Cut(weights, list(shapes(excerpt.model, 1)), excerpt.model.vocab_size)
+    names = shapes(excerpt.model, excerpt.config.vision, excerpt.config.injection)
+    return _Cut(weights, names, excerpt)
 
 
 # ---- the two sides -------------------------------------------------------------------------------------------------
@@ -125,6 +157,7 @@ def checking_config(config: Config) -> Config:
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, layer_spec="torch", attention_core="auto"),
+        parallel=ParallelConfig(),
         vision=dataclasses.replace(config.vision, path=None),
         train=train,
     )
@@ -132,15 +165,13 @@ def checking_config(config: Config) -> Config:
 
 def open_excerpt(checkpoint: Path, excerpt: Excerpt, topology: Topology, *, with_tower: bool) -> Answerer:
     """The excerpt's model out of a checkpoint on disk: loaded as a run loads it if it is compared as a whole."""
-    config = checking_config(read_config(checkpoint))
+    answerer = Answerer(excerpt.config, detect(), topology)
     if excerpt.whole:
-        answerer = Answerer(config, detect(), topology)
         answerer.load(checkpoint)
         return answerer
-    stored = StoredWeights(checkpoint, config.model)
-    cut = dataclasses.replace(config, model=dataclasses.replace(excerpt.model, layer_spec="torch", attention_core="auto"))
-    answerer = Answerer(cut, detect(), topology)
-    scatter(answerer.model_chunks, _Cut(stored, list(stored), excerpt.model.vocab_size), topology)
+    config = read_config(checkpoint)
+    stored = StoredWeights(checkpoint, config)
+    scatter(answerer.model_chunks, _Cut(stored, layout(excerpt.model, excerpt.config.injection), excerpt), topology)
     if with_tower:
         answerer.tower.load_state_dict(stored.tower(config), strict=True)
     return answerer
@@ -164,7 +195,7 @@ def transformers_logits(folder: Path, weights: Mapping[str, Tensor], excerpt: Ex
         settings.num_hidden_layers, settings.vocab_size = excerpt.model.num_layers, excerpt.model.vocab_size
         settings.pad_token_id = None
         if getattr(settings, "layer_types", None):
-            settings.layer_types = settings.layer_types[: excerpt.model.num_layers]
+            settings.layer_types = settings.layer_types[excerpt.first :][: excerpt.model.num_layers]
         model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
         cut = excerpt_weights(weights, excerpt)
         own = {name: cut[name].float() for name in cut if not is_new(name)}
@@ -204,25 +235,31 @@ def check_bits(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str
     return f"all {len(wanted)} tensors read back bit for bit"
 
 
-def check_language(
-    checkpoint: Path, folder: Path, weights: Mapping[str, Tensor], vision_width: int, topology: Topology
-) -> Iterator[str]:
-    """Compare a converted checkpoint with transformers' own language model: a line per comparison. Raises: DiffersError."""
-    model = read_config(checkpoint).model
-    yield check_bits(AsAuthors(StoredWeights(checkpoint, model), model), weights)
-    excerpt = Excerpt.of(model, vision_width)
+def by_authors(checkpoint: Path, config: Config) -> AsAuthors:
+    """A checkpoint's tensors by the authors' names."""
+    return AsAuthors(StoredWeights(checkpoint, config), config.model, config.injection)
+
+
+def check_language(checkpoint: Path, folder: Path, weights: Mapping[str, Tensor], topology: Topology) -> Iterator[str]:
+    """Compare a converted checkpoint with transformers' own language model, on text alone (an image that nobody shows changes
+    nothing, whatever the method): a line per comparison. Raises: DiffersError."""
+    config = read_config(checkpoint)
+    yield check_bits(by_authors(checkpoint, config), weights)
+    excerpt = Excerpt.of(config)
     ids = excerpt.text_ids()
     wanted = transformers_logits(folder, weights, excerpt, ids)
-    found = stored_logits(checkpoint, excerpt, topology, ids, torch.empty(len(ids), 0, vision_width))
+    found = stored_logits(checkpoint, excerpt, topology, ids, excerpt.features()[:, :0])
     yield check_logits(f"logits of {excerpt} on {ids.numel()} tokens, compared with transformers", found, wanted)
+    if config.injection != HIMIX:
+        yield "vision is not compared: no other program has these weights"
 
 
-def check_authors(checkpoint: Path, weights: Mapping[str, Tensor], vision_width: int, topology: Topology) -> Iterator[str]:
+def check_authors(checkpoint: Path, weights: Mapping[str, Tensor], topology: Topology) -> Iterator[str]:
     """Compare a checkpoint with weights in the authors' layout, by plain torch on text and features. Raises: DiffersError."""
-    model = read_config(checkpoint).model
-    yield check_bits(AsAuthors(StoredWeights(checkpoint, model), model), weights)
-    excerpt = Excerpt.of(model, vision_width)
-    ids, features = excerpt.text_ids(), excerpt.features(vision_width)
+    config = read_config(checkpoint)
+    yield check_bits(by_authors(checkpoint, config), weights)
+    excerpt = Excerpt.of(config)
+    ids, features = excerpt.text_ids(), excerpt.features()
     wanted = plain_logits(excerpt_weights(weights, excerpt), excerpt.model, ids, features)
     found = stored_logits(checkpoint, excerpt, topology, ids, features)
     what = f"logits of {excerpt} on {ids.numel()} tokens and {features.shape[0]} images, compared with HiMix in plain torch"
@@ -236,23 +273,24 @@ def check_export(checkpoint: Path, folder: Path, topology: Topology, export: Cal
     Raises: DiffersError.
     """
     config = read_config(checkpoint)
-    stored = StoredWeights(checkpoint, config.model)
-    weights, tower = AsAuthors(stored, config.model), stored.tower(config)
+    weights, tower = by_authors(checkpoint, config), StoredWeights(checkpoint, config).tower(config)
     wanted = ChainMap({f"vision_tower.{name}": tensor for name, tensor in tower.items()}, weights)  # type: ignore[arg-type]
     yield check_bits(open_folder(folder), wanted)
-    excerpt = Excerpt.of(config.model, config.vision.hidden_size)
+    excerpt = Excerpt.of(config)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.excerpt-") as room:
         compared = folder
         if not excerpt.whole:
-            compared, cut = Path(room) / "excerpt", dataclasses.replace(config, model=excerpt.model)
+            compared = Path(room) / "excerpt"
             own = {name: tensor for name, tensor in wanted.items() if name.startswith("vision_tower.")}
-            export(ChainMap(own, excerpt_weights(weights, excerpt)), cut, compared)  # type: ignore[arg-type]
+            export(ChainMap(own, excerpt_weights(weights, excerpt)), excerpt.config, compared)  # type: ignore[arg-type]
         answerer = open_excerpt(checkpoint, excerpt, topology, with_tower=True)
         given = fixed_input(answerer.config)
-        ours = himix_logits(answerer, given)
+        logits, answers = himix_outcome(answerer, given)
         del answerer
-        difference, largest = parity(compared, config, given, ours), float(ours.abs().max())
-    yield check_difference(f"logits of {excerpt} on 3 samples with images, compared with transformers", difference, largest)
+        difference, preference = parity(compared, config, given, logits, answers)
+    what, largest = f"{excerpt} on 3 samples with images, compared with transformers", float(logits.abs().max())
+    yield check_difference(f"logits of {what}", difference, largest)
+    yield check_difference(f"answers of {what} (preference of another token)", preference, largest)
 
 
 @torch.no_grad()
@@ -269,11 +307,10 @@ def check_tower(checkpoint: Path, folder: Path) -> str:
     settings = AutoConfig.from_pretrained(str(folder), **_LOCAL)
     peer: Any = AutoModel.from_pretrained(str(folder), dtype=torch.float32, **_LOCAL).eval()
     peer = peer.vision_model if hasattr(settings, "vision_config") else peer
-    hidden = peer((pixels / 255 - mean) / std, output_hidden_states=True).hidden_states[vision.feature_layer]
+    hidden = peer((pixels / 255 - mean) / std, output_hidden_states=True).hidden_states
     del peer
     tower = build_tower(vision, seed=0, dtype=torch.float32)
-    tower.load_state_dict(StoredWeights(checkpoint, config.model).tower(config), strict=True)
-    wanted = hidden[:, TOWERS[vision.tower].class_tokens :]
-    return check_logits(
-        "tower's features of one image, compared with transformers", tower(pixels, torch.tensor([False])), wanted
-    )
+    tower.load_state_dict(StoredWeights(checkpoint, config).tower(config), strict=True)
+    wanted = torch.cat([hidden[level] for level in vision.levels], dim=-1)[:, TOWERS[vision.tower].class_tokens :]
+    found = tower(pixels, torch.tensor([False]))
+    return check_logits("tower's features of one image, compared with transformers", found, wanted)

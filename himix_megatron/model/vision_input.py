@@ -123,7 +123,7 @@ class VisionInput(MegatronModule):  # type: ignore[misc]
         injection, vision = config.injection, config.vision
         device = "cpu" if mcore_config.use_cpu_initialization else torch.cuda.current_device()
         if injection.position == "learned":
-            longest, width = longest_side(config), self.num_levels * injection.feature_width(vision)
+            longest, width = longest_side(injection, vision), self.num_levels * injection.feature_width(vision)
             for name, number in (("row", longest), ("column", longest), ("image", IMAGE_NUMBERS)):
                 table = torch.zeros(number, width, dtype=mcore_config.params_dtype, device=device)
                 self.register_parameter(f"{name}_positions", nn.Parameter(table))

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from himix_megatron.checkpoint.manifest import find_checkpoint
-from himix_megatron.config import ParallelConfig
-from himix_megatron.conversion.authors_layout import AsAuthors, is_new
-from himix_megatron.conversion.checkpoint_io import StoredWeights, read_config
+from himix_megatron.config import METHODS, ParallelConfig
+from himix_megatron.conversion.authors_layout import is_new
+from himix_megatron.conversion.checkpoint_io import read_config
 from himix_megatron.conversion.huggingface import same_bits
-from himix_megatron.conversion.parity import DiffersError, Excerpt, check_logits, our_logits
+from himix_megatron.conversion.parity import DiffersError, Excerpt, by_authors, check_logits, our_logits
 from himix_megatron.conversion.reference_model import plain_logits
 from himix_megatron.conversion.safetensors_io import open_file, open_folder, write_folder
 from himix_megatron.data.loading.plan import START
@@ -197,8 +197,7 @@ def test_a_folder_of_the_authors_layout_brings_its_tower(pairs: dict[str, tuple[
 def stored(run: Path) -> dict[str, Tensor]:
     """A run's weights by the authors' names, in a world of one."""
     checkpoint = find_checkpoint(str(run))
-    model = read_config(checkpoint).model
-    return dict(AsAuthors(StoredWeights(checkpoint, model), model))
+    return dict(by_authors(checkpoint, read_config(checkpoint)))
 
 
 def test_from_text_copies_where_widths_are_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,7 +209,7 @@ def test_from_text_copies_where_widths_are_equal(tmp_path: Path, capsys: pytest.
         weights = stored(out)
     assert all(same_bits(t, weights[n.replace("_img.", ".")]) for n, t in weights.items() if is_new(n))
     said = capsys.readouterr().out
-    assert "new, from-text: 20 tensors, in each of 4 layers" in said
+    assert "new, from-text: 20 tensors; 4 of 4 layers inject" in said
     assert "model.layers.*.self_attn.k_proj_img.bias [24]" in said
 
 
@@ -280,10 +279,15 @@ def test_a_large_model_is_compared_by_its_first_layers(
 
 
 def test_excerpts_of_the_recipes_fit_their_bound() -> None:
-    from pipelines.recipes import LLAMA3_2_3B, QWEN2_0_5B, VICUNA_7B
+    from pipelines.recipes import llama3_2_3b_align, qwen2_0_5b_align, vicuna_7b_align
 
-    assert Excerpt.of(QWEN2_0_5B, 1152).whole
-    assert (Excerpt.of(VICUNA_7B, 1152).model.num_layers, Excerpt.of(LLAMA3_2_3B, 1152).model.num_layers) == (2, 5)
+    assert Excerpt.of(qwen2_0_5b_align()).whole
+    assert Excerpt.of(llama3_2_3b_align()).model.num_layers == 5
+    vicuna = vicuna_7b_align()
+    assert Excerpt.of(vicuna).model.num_layers == 2
+    late = Excerpt.of(dataclasses.replace(vicuna, injection=METHODS["mplug_owl3"](vicuna.model)))
+    assert (late.first, late.config.injection.layers) == (5, (1,))
+    assert str(late) == "layers 5 to 6 and 4096 rows of the vocabulary"
 
 
 def test_comparison_refuses_what_is_no_number() -> None:

@@ -73,9 +73,8 @@ def make_siglip(folder: Path) -> Path:
 def stream(folder: Path, out: Path) -> None:
     """Write a checkpoint of 0.9 GB and read it back, as a conversion does; nothing is computed."""
     from himix_megatron.checkpoint.manifest import find_checkpoint
-    from himix_megatron.conversion.authors_layout import AsAuthors
-    from himix_megatron.conversion.checkpoint_io import StoredWeights, write_run
-    from himix_megatron.conversion.parity import check_bits
+    from himix_megatron.conversion.checkpoint_io import write_run
+    from himix_megatron.conversion.parity import by_authors, check_bits
     from himix_megatron.conversion.safetensors_io import open_folder
     from pipelines.recipes import vicuna_7b_align
     from tools.conversions import one_rank
@@ -83,8 +82,9 @@ def stream(folder: Path, out: Path) -> None:
     weights, recipe = open_folder(folder), vicuna_7b_align()
     started = anonymous_bytes(os.getpid())
     with one_rank():
-        write_run(out, dataclasses.replace(recipe, model=SMALL), weights, {"weight": torch.zeros(1)}, print)
-        check_bits(AsAuthors(StoredWeights(find_checkpoint(str(out)), SMALL), SMALL), weights)
+        config = dataclasses.replace(recipe, model=SMALL)
+        write_run(out, config, weights, {"weight": torch.zeros(1)}, print)
+        check_bits(by_authors(find_checkpoint(str(out)), config), weights)
     print("started with", started)
 
 

@@ -5,24 +5,30 @@ Mixture Attention (HiMix, arXiv 2501.10318): in every decoder layer the text att
 and values come from the tower's features through the layer's own norm and projections, carry no position, and are computed once
 per image: the cache holds them with the text's. No image token is in the text; `<image>` marks are removed.
 
+The entry `injection` of config.json changes this for methods of the same kind: fewer layers, an MLP from the features to the
+text's width, the text's own norm and projections, rotary angles of vision keys, images that only later text sees. Where it
+matters at which place of the text an image stood, its mark says so: `image_places`.
+
     model = AutoModelForImageTextToText.from_pretrained(DIR, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(DIR, trust_remote_code=True)
     inputs = processor(conversation=[{"role": "user", "content": "What is this?"}], images=[image])
     print(processor.answers(model.generate(**inputs), inputs))
 
 Shape letters: B samples, S text tokens given, T text tokens so far, I images of a sample (padded), n tokens of an image,
-N = I * n, V width of the features, Q query heads, G key/value heads, D width of a head.
+N = I * n, V width of the features, X what layers take of them, Q query heads, G key/value heads, D width of a head.
 """
 
 from __future__ import annotations
 
 import functools
 import io
+import math
 import os
 import re
 import secrets
 import struct
 import zlib
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +67,14 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.utils import can_return_tuple
 
+HIMIX = {
+    "layers": None, "adapter": "none", "keys_values": "own", "norm": "own", "position": "none", "visibility": "all",
+    "reduce": "none",
+}  # fmt: skip
+"""How vision enters, where config.json does not say. layers: decoder layers that inject, from 0; None: all."""
+NUM_IMAGE_POSITIONS = 64
+"""Learned positions of an image's number in its sample; later images share the last one."""
+
 
 class HiMixConfig(LlamaConfig):  # type: ignore[misc]
     """Llama's settings for the decoder, and the tower's. `attention_bias` is of q, k and v, not of the output."""
@@ -69,12 +83,39 @@ class HiMixConfig(LlamaConfig):  # type: ignore[misc]
     base_model_tp_plan = None
     base_model_pp_plan = None
 
-    def __init__(self, vision_config: Mapping[str, Any] | None = None, text_only_vision: str = "none", **kwargs: Any):
+    def __init__(self, vision_config: Any = None, text_only_vision: str = "none", injection: Any = None, **kwargs: Any):
         """Args: vision_config: kind (`tower`: siglip, clip or tiny), sizes and `feature_layer`; text_only_vision: what a sample
-        without an image attends to, `zero_image` (the features of an all-zero image) or `none`."""
+        without an image attends to, `zero_image` (the features of an all-zero image) or `none`; injection: as HIMIX."""
         self.vision_config = dict(vision_config or {})
         self.text_only_vision = text_only_vision
+        self.injection = {**HIMIX, **(injection or {})}
         super().__init__(**kwargs)
+
+    @property
+    def injecting_layers(self) -> list[int]:
+        """The decoder layers that take up vision."""
+        layers = self.injection["layers"]
+        return list(range(self.num_hidden_layers)) if layers is None else list(layers)
+
+    @property
+    def feature_width(self) -> int:
+        """Channels of a vision token in front of an adapter."""
+        return int(self.vision_config["hidden_size"]) * (4 if self.injection["reduce"] == "merge" else 1)
+
+    @property
+    def vision_width(self) -> int:
+        """Channels of what a layer's vision norm and projections take."""
+        return self.feature_width if self.injection["adapter"] == "none" else int(self.hidden_size)
+
+    @property
+    def side(self) -> int:
+        """Vision tokens of an image in a row and in a column, as the tower gives them."""
+        return int(self.vision_config["image_size"] // self.vision_config["patch_size"])
+
+    @property
+    def reduced_side(self) -> int:
+        """The same after `reduce`."""
+        return self.side if self.injection["reduce"] == "none" else -(-self.side // 2)
 
     def validate_architecture(self) -> None:
         """Llama wants hidden_size to divide by the heads; with a head_dim of its own it need not."""
@@ -158,12 +199,12 @@ class HiMixTinyTowerLayer(nn.Module):
 class VisionLayer(DynamicLayer):  # type: ignore[misc]
     """One decoder layer's vision keys and values in a cache: written once, the same for all steps."""
 
-    present: Tensor | None = None
-    """bool[B, N], False where a sample has fewer images than others."""
+    places: Tensor | None = None
+    """`Vision.places`."""
 
-    def hold(self, keys: Tensor, values: Tensor, present: Tensor) -> None:
+    def hold(self, keys: Tensor, values: Tensor, places: Tensor) -> None:
         self.lazy_initialization(keys, values)
-        self.keys, self.values, self.present = keys, values, present
+        self.keys, self.values, self.places = keys, values, places
 
     def crop(self, *_: Any) -> None:
         """Forgetting text, as assisted generation does, forgets no image."""
@@ -178,22 +219,23 @@ class VisionLayer(DynamicLayer):  # type: ignore[misc]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        if self.present is not None:
-            self.present = self.present.repeat_interleave(repeats, dim=0)
+        if self.places is not None:
+            self.places = self.places.repeat_interleave(repeats, dim=0)
 
     def _pick(self, rows: Tensor) -> None:
-        if self.present is not None:
-            self.present = self.present[rows.to(self.present.device)]
+        if self.places is not None:
+            self.places = self.places[rows.to(self.places.device)]
 
 
-def vision_layers(cache: Cache, num_layers: int) -> list[VisionLayer]:
+def vision_layers(cache: Cache, config: HiMixConfig) -> list[VisionLayer]:
     """A cache's layers behind the text's, added at first use. Raises: ValueError for a cache of fixed size."""
-    if len(cache.layers) < 2 * num_layers:
+    num_layers, num_injecting = config.num_hidden_layers, len(config.injecting_layers)
+    if len(cache.layers) < num_layers + num_injecting:
         if getattr(cache, "is_compileable", False):
             raise ValueError("HiMix needs a cache that grows: leave cache_implementation out, or use 'dynamic' or 'offloaded'")
         while len(cache.layers) < num_layers:  # a DynamicCache made without a config adds its layers as they come
             cache.layers.append(cache.layer_class_to_replicate())
-        cache.layers.extend(VisionLayer() for _ in range(num_layers))
+        cache.layers.extend(VisionLayer() for _ in range(num_injecting))
     return list(cache.layers[num_layers:])
 
 
@@ -205,9 +247,22 @@ class Vision:
     """What the text of a batch sees."""
 
     features: Tensor
-    """float[B, N, V]."""
-    present: Tensor
-    """bool[B, N]."""
+    """float[B, N, X]."""
+    places: Tensor
+    """int64[B, N]: text tokens before the image that each vision token is of; -1 where a sample has fewer images."""
+
+
+class HiMixAdapter(nn.Module):
+    """Linear, GELU, linear: from the features to the text's width."""
+
+    def __init__(self, config: HiMixConfig):
+        super().__init__()
+        self.linear_1 = nn.Linear(config.feature_width, config.hidden_size)
+        self.linear_2 = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, features: Tensor) -> Tensor:
+        adapted: Tensor = self.linear_2(F.gelu(self.linear_1(features)))
+        return adapted
 
 
 class HiMixAttention(nn.Module):
@@ -220,23 +275,27 @@ class HiMixAttention(nn.Module):
         self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
-        width, vision_width, bias = config.hidden_size, config.vision_config["hidden_size"], config.attention_bias
+        width, vision_width, bias = config.hidden_size, config.vision_width, config.attention_bias
         query_width, key_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(width, query_width, bias=bias)
         self.k_proj = nn.Linear(width, key_width, bias=bias)
         self.v_proj = nn.Linear(width, key_width, bias=bias)
-        self.k_proj_img = nn.Linear(vision_width, key_width, bias=bias)
-        self.v_proj_img = nn.Linear(vision_width, key_width, bias=bias)
+        self.has_own = config.injection["keys_values"] == "own" and layer_idx in config.injecting_layers
+        if self.has_own:
+            self.k_proj_img = nn.Linear(vision_width, key_width, bias=bias)
+            self.v_proj_img = nn.Linear(vision_width, key_width, bias=bias)
         self.o_proj = nn.Linear(query_width, width, bias=False)
 
-    def project_vision(self, normed_BNV: Tensor) -> tuple[Tensor, Tensor]:
-        """Vision keys and values, each float[B, G, N, D]."""
-        return self._heads(self.k_proj_img(normed_BNV)), self._heads(self.v_proj_img(normed_BNV))
+    def project_vision(self, normed_BNX: Tensor, angles: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Vision keys and values, each float[B, G, N, D]; the keys are turned by the angles, if there are any."""
+        projections = (self.k_proj_img, self.v_proj_img) if self.has_own else (self.k_proj, self.v_proj)
+        key, value = (self._heads(proj(normed_BNX)) for proj in projections)
+        return key if angles is None else apply_rotary_pos_emb(key, key, *angles)[1], value
 
     def forward(
         self,
         normed_BSH: Tensor,
-        vision_key_value: tuple[Tensor, Tensor],
+        vision_key_value: tuple[Tensor, Tensor] | None,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor,
         past_key_values: Cache | None,
@@ -247,15 +306,17 @@ class HiMixAttention(nn.Module):
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        vision_key, vision_value = vision_key_value
+        if vision_key_value is not None:
+            vision_key, vision_value = vision_key_value
+            key, value = torch.cat((vision_key, key), dim=2), torch.cat((vision_value, value), dim=2)
         kind = self.config._attn_implementation
         attend = eager_attention_forward if kind == "eager" else ALL_ATTENTION_FUNCTIONS[kind]
         mixed, weights = attend(
             self,
             query,
-            torch.cat((vision_key, key), dim=2),
-            torch.cat((vision_value, value), dim=2),
-            attention_mask,
+            key,
+            value,
+            attention_mask[..., -key.shape[2] :],  # without vision where the layer takes up none
             dropout=0.0,
             scaling=self.scaling,
             **kwargs,
@@ -274,38 +335,77 @@ class HiMixDecoderLayer(GradientCheckpointingLayer):  # type: ignore[misc]
         self.self_attn = HiMixAttention(config, layer_idx)
         self.mlp = LlamaMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.input_layernorm_img = LlamaRMSNorm(config.vision_config["hidden_size"], eps=config.rms_norm_eps)
+        self.injects, self.norm_of_vision = layer_idx in config.injecting_layers, config.injection["norm"]
+        if self.injects and self.norm_of_vision == "own":
+            self.input_layernorm_img = LlamaRMSNorm(config.vision_width, eps=config.rms_norm_eps)
+        has_adapter = self.injects and config.injection["adapter"] == "per_layer"
+        self.vision_adapter = HiMixAdapter(config) if has_adapter else None
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def project_vision(self, features_BNV: Tensor) -> tuple[Tensor, Tensor]:
+    def project_vision(self, features_BNX: Tensor, angles: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """This layer's vision keys and values, each float[B, G, N, D]."""
-        return self.self_attn.project_vision(self.input_layernorm_img(features_BNV))
+        if self.vision_adapter is not None:
+            features_BNX = self.vision_adapter(features_BNX)
+        if self.norm_of_vision != "none":
+            norm = self.input_layernorm_img if self.norm_of_vision == "own" else self.input_layernorm
+            features_BNX = norm(features_BNX)
+        return self.self_attn.project_vision(features_BNX, angles)
 
     def forward(
         self,
         hidden_BSH: Tensor,
-        features_BNV: Tensor | None,
+        features_BNX: Tensor | None,
         vision_key_value: tuple[Tensor, Tensor] | None,
+        vision_angles: tuple[Tensor, Tensor] | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Text states and attention weights; the features are given, or what `project_vision` made of them."""
-        if vision_key_value is None:
-            assert features_BNV is not None
-            vision_key_value = self.project_vision(features_BNV)
+        """Text states and attention weights; the features are given, or what `project_vision` made of them; to a layer that
+        takes up no vision, neither."""
+        if features_BNX is not None and vision_key_value is None:
+            vision_key_value = self.project_vision(features_BNX, vision_angles)
         update, weights = self.self_attn(self.input_layernorm(hidden_BSH), vision_key_value, **kwargs)
         hidden_BSH = hidden_BSH + update
         return hidden_BSH + self.mlp(self.post_attention_layernorm(hidden_BSH)), weights
 
 
 class HiMixModel(nn.Module):
-    """Embedding, layers, final norm."""
+    """Embedding, what vision goes through in front of the layers, layers, final norm."""
 
     def __init__(self, config: HiMixConfig):
         super().__init__()
+        self.reduce, self.position = config.injection["reduce"], config.injection["position"]
+        self.vision_adapter = HiMixAdapter(config) if config.injection["adapter"] == "shared" else None
+        if self.position == "learned":
+            side, width = config.reduced_side, config.feature_width
+            self.vision_row_positions = nn.Parameter(torch.zeros(side, width))
+            self.vision_column_positions = nn.Parameter(torch.zeros(side, width))
+            self.vision_image_positions = nn.Parameter(torch.zeros(NUM_IMAGE_POSITIONS, width))
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(HiMixDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
+
+    def adapt(self, features_BInV: Tensor) -> Tensor:
+        """The tower's features to what all layers share of them, float[B, N, X]."""
+        if self.reduce != "none":
+            features_BInV = reduce_tokens(features_BInV, self.reduce)
+        if self.position == "learned":
+            numbers = torch.arange(features_BInV.shape[1], device=features_BInV.device).clamp(max=NUM_IMAGE_POSITIONS - 1)
+            within = (self.vision_row_positions[:, None] + self.vision_column_positions).flatten(0, 1)
+            features_BInV = features_BInV + (within + self.vision_image_positions[numbers, None])
+        if self.vision_adapter is not None:
+            features_BInV = self.vision_adapter(features_BInV)
+        return features_BInV.flatten(1, 2)
+
+    def _vision_angles(self, vision: Vision | None, hidden_BSH: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Of the vision keys: as if they stood in the text, or all of an image at its place; None: they are not turned."""
+        if vision is None or self.position not in ("rotary", "rotary_image"):
+            return None
+        positions = vision.places
+        if self.position == "rotary":
+            positions = positions + torch.arange(positions.shape[1], device=positions.device)
+        angles: tuple[Tensor, Tensor] = self.rotary_emb(hidden_BSH, position_ids=positions.clamp(min=0))
+        return angles
 
     def forward(
         self,
@@ -318,21 +418,23 @@ class HiMixModel(nn.Module):
     ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
         """Normed text states, the states before each layer and after the norm, and each layer's attention weights."""
         position_embeddings = self.rotary_emb(hidden_BSH, position_ids=position_ids)
-        states, weights = [], []
+        vision_angles = self._vision_angles(vision, hidden_BSH)
+        states, weights, holders = [], [], iter(cached or ())
         layer: Any
-        for number, layer in enumerate(self.layers):
+        for layer in self.layers:
             states.append(hidden_BSH)
             seen = None
-            if cached is not None:
-                held = cached[number]
+            if cached is not None and layer.injects:
+                held: VisionLayer = next(holders)
                 if vision is not None:
-                    keys, values = layer.project_vision(vision.features)
-                    held.hold(keys, values, vision.present)
+                    keys, values = layer.project_vision(vision.features, vision_angles)
+                    held.hold(keys, values, vision.places)
                 seen = (held.keys, held.values)
             hidden_BSH, layer_weights = layer(
                 hidden_BSH,
-                None if vision is None else vision.features,
+                None if vision is None or not layer.injects else vision.features,
                 seen,
+                vision_angles,
                 position_embeddings=position_embeddings,
                 attention_mask=attention_mask,
                 **kwargs,
@@ -342,16 +444,44 @@ class HiMixModel(nn.Module):
         return hidden_BSH, [*states, hidden_BSH], weights
 
 
-def mixture_mask(present_BN: Tensor, text_mask_BT: Tensor | None, num_new: int, num_text: int, dtype: torch.dtype) -> Tensor:
-    """What the last `num_new` of `num_text` text tokens see, to be added to the scores: float[B, 1, S, N + T].
+def reduce_tokens(features_BInV: Tensor, way: str) -> Tensor:
+    """Each 2x2 neighbouring tokens as one: `merge` puts them side by side in the channels, `pool` takes their mean."""
+    leading, width, side = features_BInV.shape[:2], features_BInV.shape[3], math.isqrt(features_BInV.shape[2])
+    up = -(-side // 2)
+    padding = (0, 2 * up - side, 0, 2 * up - side)
+    grid = F.pad(features_BInV.reshape(*leading, side, side, width), (0, 0, *padding))
+    squares = grid.view(*leading, up, 2, up, 2, width).transpose(3, 4).flatten(2, 3)  # [B, I, n, 2, 2, V]
+    if way == "merge":
+        return squares.flatten(3)
+    real = F.pad(features_BInV.new_ones(side, side), padding).view(up, 2, up, 2).sum((1, 3))
+    pooled: Tensor = squares.sum((3, 4)) / real.view(-1, 1)
+    return pooled
 
-    The sample's images, and its text up to the token itself. A padding token's row, which may see nothing, is finite.
+
+def seen_vision(places_BN: Tensor, numbers_BS: Tensor, visibility: str) -> Tensor:
+    """bool[B, S, N]: what of the vision text tokens of these numbers in their texts see: all; what stands before them; or of
+    that the latest image, with those at the same place."""
+    places_B1N, numbers_BS1 = places_BN[:, None], numbers_BS[..., None]
+    if visibility == "all":
+        return (places_B1N >= 0).expand(-1, numbers_BS.shape[1], -1)
+    seen_BSN = (places_B1N >= 0) & (places_B1N <= numbers_BS1)
+    if visibility == "earlier" or not places_BN.shape[1]:
+        return seen_BSN
+    return seen_BSN & (places_B1N == places_B1N.where(seen_BSN, -1).amax(-1, keepdim=True))
+
+
+def mixture_mask(vision_BSN: Tensor, text_mask_BT: Tensor | None, num_text: int, dtype: torch.dtype) -> Tensor:
+    """What the last S of `num_text` text tokens see, to be added to the scores: float[B, 1, S, N + T].
+
+    `vision_BSN` of the sample's images, and its text up to the token itself. A padding token's row, which may see nothing, is
+    finite.
     """
-    positions = torch.arange(num_text, device=present_BN.device)
-    text_BST = (positions <= positions[num_text - num_new :, None]).expand(present_BN.shape[0], -1, -1)
+    num_samples, num_new = vision_BSN.shape[:2]
+    positions = torch.arange(num_text, device=vision_BSN.device)
+    text_BST = (positions <= positions[num_text - num_new :, None]).expand(num_samples, -1, -1)
     if text_mask_BT is not None:
         text_BST = text_BST & text_mask_BT[:, None, :].bool()
-    seen = torch.cat((present_BN[:, None, :].expand(-1, num_new, -1), text_BST), dim=-1)
+    seen = torch.cat((vision_BSN, text_BST), dim=-1)
     hidden = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
     return hidden[:, None]
 
@@ -400,6 +530,7 @@ class HiMixForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: 
         pixel_values: Tensor | None = None,
         num_images: Tensor | None = None,
         image_features: Tensor | None = None,
+        image_places: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
@@ -412,9 +543,12 @@ class HiMixForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: 
         Args:
             input_ids: int64[B, S], the new tokens.
             attention_mask: [B, T], 0 for padding on either side, T counting the tokens in the cache.
+            position_ids: the number of each token in its text; what vision adds to it is added here.
             pixel_values: float[B, I, 3, H, W] as the processor gives them; not looked at once a cache holds the images.
             num_images: int64[B], how many of the I are a sample's own; None: all.
             image_features: float[B, I, n, V], the tower's output, in the place of pixel_values.
+            image_places: int64[B, I], how many of its text's tokens come before each image, padding not counted; None: all
+                images stand before the text. Only models that ask where an image stands look at it.
             labels: int64[B, S] as input_ids, -100 for no loss.
         Raises: ValueError for shapes or numbers that do not fit each other, or the images that a cache holds.
         """
@@ -437,21 +571,28 @@ class HiMixForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: 
         _check_shape("position_ids", position_ids, "samples", num_new)
         if pixel_values is not None and not pixel_values.is_floating_point():
             raise ValueError(f"pixel_values are {pixel_values.dtype}: wanted floats, as the processor normalises them")
-        cached = None if past_key_values is None else vision_layers(past_key_values, self.config.num_hidden_layers)
+        cached = None if past_key_values is None else vision_layers(past_key_values, self.config)
         images = pixel_values if image_features is None else image_features
+        _check_shape("image_places", image_places, num_samples, "images" if images is None else images.shape[1])
+        if image_places is not None and (image_places.dtype not in (torch.int64, torch.int32) or (image_places < 0).any()):
+            raise ValueError(f"image_places is {image_places.tolist()}: wanted whole numbers from 0 on")
         num_tokens = self._tokens_per_image(image_features)
-        if cached is not None and cached[0].present is not None:
-            self._check_same_images(cached[0].present, images, num_images, num_tokens)
-            vision, present = None, cached[0].present
+        if cached is not None and cached[0].places is not None:
+            vision, places = None, cached[0].places
+            self._check_same_images(places, images, num_images, num_tokens)
         else:
-            vision = self._see(self._counts(num_samples, images, num_images), num_tokens, pixel_values, image_features)
-            present = vision.present
+            counts = self._counts(num_samples, images, num_images)
+            vision = self._see(counts, num_tokens, pixel_values, image_features, image_places)
+            places = vision.places
         num_text = num_new + (0 if past_key_values is None else past_key_values.get_seq_length())
         _check_shape("attention_mask", attention_mask, num_samples, num_text)
-        if position_ids is None:
-            everything = torch.ones(1, num_text, device=hidden.device) if attention_mask is None else attention_mask
-            position_ids = (everything.long().cumsum(-1) - 1).clamp(min=0)[:, num_text - num_new :]
-        mask = mixture_mask(present, attention_mask, num_new, num_text, hidden.dtype)
+        everything = torch.ones(1, num_text, device=hidden.device) if attention_mask is None else attention_mask
+        numbers = (everything.long().cumsum(-1) - 1).clamp(min=0)[:, num_text - num_new :]
+        position_ids = numbers if position_ids is None else position_ids
+        if self.config.injection["position"] == "rotary":
+            position_ids = position_ids + seen_vision(places, numbers, "earlier").sum(-1)
+        seen = seen_vision(places, numbers, self.config.injection["visibility"])
+        mask = mixture_mask(seen, attention_mask, num_text, hidden.dtype)
         hidden, states, weights = self.model(
             hidden, position_ids, mask, vision, cached, past_key_values=past_key_values, **kwargs
         )
@@ -475,31 +616,39 @@ class HiMixForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: 
         return [max(count, int(self.config.text_only_vision == "zero_image")) for count in counts]
 
     def _tokens_per_image(self, image_features: Tensor | None) -> int:
-        grid = self.config.vision_config["image_size"] // self.config.vision_config["patch_size"]
-        return int(grid * grid) if image_features is None else image_features.shape[2]
+        """After `reduce`. Raises: ValueError for features of another number than the tower's where their grid matters."""
+        has_grid = self.config.injection["reduce"] != "none" or self.config.injection["position"] == "learned"
+        if has_grid:
+            _check_shape("image_features", image_features, "samples", "images", self.config.side**2, "channels")
+        return self.config.reduced_side**2 if image_features is None or has_grid else image_features.shape[2]
 
-    def _see(self, counts: list[int], num_tokens: int, pixel_values: Tensor | None, image_features: Tensor | None) -> Vision:
-        """Encode each image once, and lay the features out by sample."""
+    def _see(
+        self, counts: list[int], num_tokens: int, pixels: Tensor | None, given: Tensor | None, image_places: Tensor | None
+    ) -> Vision:
+        """Encode each image once, if its features are not given, and lay out by sample what layers take of it."""
         weight, most = next(self.vision_tower.parameters()), max(counts)
         real = (torch.arange(most)[None, :] < torch.tensor(counts)[:, None]).to(weight.device)
-        if image_features is not None:
-            features = image_features.to(weight.device, weight.dtype)
+        if given is not None:
+            features = given.to(weight.device, weight.dtype)
             features = F.pad(features, (0, 0, 0, 0, 0, most - features.shape[1]))
         else:
-            features = weight.new_zeros(len(counts), most, num_tokens, self.config.vision_config["hidden_size"])
+            features = weight.new_zeros(len(counts), most, self.config.side**2, self.config.vision_config["hidden_size"])
             if most:
                 side = self.config.vision_config["image_size"]
-                pixels = weight.new_zeros(len(counts), 0, 3, side, side) if pixel_values is None else pixel_values
+                pixels = weight.new_zeros(len(counts), 0, 3, side, side) if pixels is None else pixels
                 # A blank image is all zeros, as the slots of samples with fewer images are.
                 pixels = F.pad(pixels.to(weight.device), (0, 0, 0, 0, 0, 0, 0, most - pixels.shape[1]))
                 features = features.index_put((real,), self.get_image_features(pixels[real]))
-        return Vision(features.flatten(1, 2), real.repeat_interleave(num_tokens, dim=1))
+        places = torch.zeros(len(counts), most, dtype=torch.int64, device=weight.device)
+        if image_places is not None:
+            places = F.pad(image_places.to(weight.device).long(), (0, most - image_places.shape[1]))
+        return Vision(self.model.adapt(features), places.where(real, -1).repeat_interleave(num_tokens, dim=1))
 
-    def _check_same_images(self, present_BN: Tensor, images: Tensor | None, num_images: Tensor | None, num_tokens: int) -> None:
+    def _check_same_images(self, places_BN: Tensor, images: Tensor | None, num_images: Tensor | None, num_tokens: int) -> None:
         if images is None or (num_images is not None and not num_images.any()):  # a text alone adds to what is cached
             return
-        held = (present_BN.sum(1) // num_tokens).tolist()
-        counts = self._counts(present_BN.shape[0], images, num_images)
+        held = ((places_BN >= 0).sum(1) // num_tokens).tolist()
+        counts = self._counts(places_BN.shape[0], images, num_images)
         if held != counts:
             raise ValueError(f"past_key_values hold {held} images, and {counts} are given: new images need a new cache")
 
@@ -623,22 +772,27 @@ class HiMixProcessor(ProcessorMixin):  # type: ignore[misc]
     """Conversations and pictures to the model's input, and generated ids to answers."""
 
     def __init__(
-        self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None, control_tokens: Any = (), **_: Any
-    ):
-        """Args: control_tokens: those that the chat template writes; without any, all that the tokenizer has."""
-        self.control_tokens = list(control_tokens)
+        self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None, control_tokens: Any = (),
+        needs_places: bool = False, **_: Any,
+    ):  # fmt: skip
+        """Args: control_tokens: those that the chat template writes; without any, all that the tokenizer has. needs_places:
+        whether the model takes `image_places`."""
+        self.control_tokens, self.needs_places = list(control_tokens), needs_places
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def __call__(
         self, images: Any = None, text: Any = None, conversation: Any = None, return_tensors: str = "pt", **options: Any
     ) -> BatchFeature:
-        """input_ids and attention_mask int64[B, T], padded on the left, pixel_values and num_images.
+        """input_ids and attention_mask int64[B, T], padded on the left, pixel_values and num_images, and image_places where
+        the model takes them.
 
         Args:
             images: an image, a list with all images of the one sample or with one image for each sample, or a list per sample.
-            text: a prompt or a list of them, spelled by the chat template; `<image>` marks are removed.
+            text: a prompt or a list of them, spelled by the chat template; `<image>` marks are removed. Images of a text
+                without any mark stand before it.
             conversation: in the place of `text`: messages {"role": ..., "content": ...}, or a list of such conversations.
-                Images may be in the messages, but not their paths or URLs.
+                Images may be in the messages, but not their paths or URLs; those of a conversation that shows no place for
+                them stand before its first question.
             options: a tokenizer's `padding`, `padding_side`, `max_length` and `pad_to_multiple_of`. Prompts are not truncated.
         Raises: ValueError where images cannot be told apart between samples, or are fewer or more than `<image>` marks.
         """
@@ -648,24 +802,40 @@ class HiMixProcessor(ProcessorMixin):  # type: ignore[misc]
         if unknown := [name for name, value in options.items() if value is not None and value is not False]:
             raise ValueError(f"{', '.join(unknown)}: HiMix's processor has no such arguments")
         if conversation is not None:
-            text = self.apply_chat_template(conversation, add_generation_prompt=True)
+            text = self.apply_chat_template(conversation, add_generation_prompt=True, images=images)
         prompts, talks = ([text], [conversation]) if isinstance(text, str) else (text, conversation)
         if not prompts or not isinstance(prompts, list | tuple) or not all(map(_is_text, prompts)):
             raise ValueError("text holds something else than prompts: wanted a text or a list of texts")
         said = talks if conversation is not None else [[{"content": prompt}] for prompt in prompts]
-        pixels = self.image_processor(_images_of(said, images), return_tensors=return_tensors)
-        ids = {"input_ids": [self.encode(prompt) for prompt in prompts]}
-        padded = self.tokenizer.pad(ids, return_tensors=return_tensors, **padding)
-        return BatchFeature({name: padded[name] for name in ("input_ids", "attention_mask")} | pixels)
+        seen = _images_of(said, images)
+        pixels = self.image_processor(seen, return_tensors=return_tensors)
+        all_ids, all_places = zip(*map(self._encode, prompts), strict=True)
+        padded = self.tokenizer.pad({"input_ids": list(all_ids)}, return_tensors=return_tensors, **padding)
+        found = BatchFeature({name: padded[name] for name in ("input_ids", "attention_mask")} | pixels)
+        if not self.needs_places:
+            return found
+        for places, own in zip(all_places, seen, strict=True):
+            if len(places) not in (0, len(own)):
+                raise ValueError(f"{len(places)} <image> marks for {len(own)} images: wanted one for each, or none")
+        most = max([1, *map(len, seen)])
+        rows = [[*places, *[0] * (most - len(places))] for places in all_places]
+        return BatchFeature(found | BatchFeature({"image_places": rows}, tensor_type=return_tensors))
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
-        """As of all processors. Raises: ValueError for other messages than of texts and images, or images as in `__call__`."""
+        """As of all processors; `images` as in `__call__`. Raises: ValueError for other messages than of texts and images, or
+        images as there."""
         is_one = not isinstance(conversation, list | tuple) or not isinstance(next(iter(conversation), None), list | tuple)
         conversations = [conversation] if is_one else conversation
         for messages in conversations:
             _parts_of(messages)
-        if kwargs.get("tokenize"):
-            _images_of(conversations, (kwargs.get("processor_kwargs") or kwargs).get("images"))
+        given = (kwargs.get("processor_kwargs") or kwargs).get("images")
+        if kwargs.get("tokenize") or (given is not None and self.needs_places):
+            seen = _images_of(conversations, given)
+            if self.needs_places:
+                marked = [_with_marks(*pair) for pair in zip(conversations, map(len, seen), strict=True)]
+                conversation = marked[0] if is_one else marked
+        if not kwargs.get("tokenize"):
+            kwargs.pop("images", None)
         try:
             return super().apply_chat_template(conversation, *args, **kwargs)
         except TemplateError as error:  # roles that do not take turns, for one
@@ -674,17 +844,31 @@ class HiMixProcessor(ProcessorMixin):  # type: ignore[misc]
     def encode(self, prompt: str) -> list[int]:
         """The ids of a prompt, exactly as in training: control tokens at its start by their names, then the rest as one string
         (a tokenizer may join a space to the first word of a string). Names of control tokens in messages are text."""
+        return self._encode(prompt)[0]
+
+    def _encode(self, prompt: str) -> tuple[list[int], list[int]]:
+        """The ids, and how many of them come before each image; a token with characters on both sides of one comes after it."""
         rust, aliases, originals = _with_aliases(self.tokenizer, len(self.tokenizer))
         added = self.tokenizer.get_added_vocab()
         names = sorted(self.control_tokens or added, key=len, reverse=True)
-        parts = re.split(f"({'|'.join(map(re.escape, names))})", _MARK.sub("", prompt))
-        ids = []
-        while not parts[0] and len(parts) > 1:
-            ids.append(added[parts[1]])
-            parts = parts[2:]
-        parts[::2] = [_ESCAPE.sub(lambda found: _ESCAPED[found[0]], part) for part in parts[::2]]
-        parts[1::2] = [aliases[added[name]] for name in parts[1::2]]
-        return ids + [originals.get(token, token) for token in rust.encode("".join(parts), add_special_tokens=False).ids]
+        names += [_PLACE] * self.needs_places
+        parts = re.split(f"({'|'.join(map(re.escape, names))})", _MARK.sub(_PLACE if self.needs_places else "", prompt))
+        ids: list[int] = []
+        marks: list[tuple[int, int]] = []
+        text = ""
+        for number, part in enumerate(parts):
+            if number % 2 == 0:
+                text += _ESCAPE.sub(lambda found: _ESCAPED[found[0]], part)
+            elif part == _PLACE:
+                marks.append((len(ids), len(text)))
+            elif text:
+                text += aliases[added[part]]
+            else:
+                ids.append(added[part])
+        encoding = rust.encode(text, add_special_tokens=False)
+        ends = [max(end, begin + 1) for begin, end in encoding.offsets]  # as in training
+        places = [len(ids) + bisect_right(ends, offset) if offset else before for before, offset in marks]
+        return ids + [originals.get(token, token) for token in encoding.ids], places
 
     def answers(self, generated: Tensor, inputs: Mapping[str, Any]) -> list[str]:
         """What `generate` added to each prompt, as text."""
@@ -695,6 +879,8 @@ class HiMixProcessor(ProcessorMixin):  # type: ignore[misc]
 _PADDING = {"padding": True, "padding_side": "left", "max_length": None, "pad_to_multiple_of": None}
 _ESCAPED = {"\u2061a": "\u2060", "\u2061b": "\u2061", "\u2060": ""}  # see the ESCAPES of the chat template
 _ESCAPE = re.compile("|".join(_ESCAPED))
+_PLACE = "\u2061c"
+"""What the chat template of a model that needs the images' places leaves of a mark; no message can hold it."""
 
 
 @functools.lru_cache(maxsize=4)
@@ -728,6 +914,17 @@ def _parts_of(messages: Any) -> list[Any]:
         if kind != "image" and not (kind == "text" and _is_text(part.get("text"))):
             raise ValueError(f"a message has content of type {kind!r:.40}: wanted a text, or parts of type 'text' and 'image'")
     return parts
+
+
+def _with_marks(messages: Sequence[Any], num_images: int) -> Sequence[Any]:
+    """As in training: a conversation that shows no place for its images has them before its first question."""
+    parts = _parts_of(messages)
+    if any(part["type"] == "image" or "<image>" in part["text"] for part in parts):
+        return messages
+    first = {"type": "text", "text": "<image>" * num_images}
+    content = messages[0]["content"]
+    content = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return [{**messages[0], "content": [first, *content]}, *messages[1:]]
 
 
 def _images_of(conversations: Sequence[Any], given: Any) -> list[list[Any]]:

@@ -1,6 +1,6 @@
 """Does the exported folder compute what our model does? One fixed input through both.
 
-Flows in: the folder, and our logits on `fixed_input`; out: the largest difference.
+Flows in: the folder, and our logits and answers on `fixed_input`; out: the largest differences.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from torch import Tensor
 
 from ...config import Config
 from ...data.loading.image_table import ImageTable
-from ...inference.generator import Answerer
+from ...inference.generator import Answerer, Prompt
 from ...model.schedule import run_logits
 from ...model.stage_input import StageInput
+
+NUM_NEW_TOKENS = 8
+"""Of each answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,12 @@ class FixedInput:
     pixels: Tensor
     """uint8[K, 3, H, W], in the order of the samples."""
     images_per_sample: tuple[int, ...]
+    image_places: tuple[tuple[int, ...], ...] = ((4,), (0, 7), ())
+    """Of each sample: text tokens before each image."""
+
+    def pixels_of(self, sample: int) -> Tensor:
+        """uint8[images, 3, H, W]."""
+        return torch.split(self.pixels, list(self.images_per_sample))[sample]
 
 
 def fixed_input(config: Config) -> FixedInput:
@@ -44,39 +53,55 @@ def fixed_input(config: Config) -> FixedInput:
 
 
 @torch.no_grad()
-def himix_logits(answerer: Answerer, given: FixedInput) -> Tensor:
-    """Our own float[B, S, vocab], of a model that is whole on this rank."""
+def himix_outcome(answerer: Answerer, given: FixedInput) -> tuple[Tensor, list[list[int]]]:
+    """Our own logits, float[B, S, vocab], and answers, of a model that is whole on this rank."""
     model, device = answerer.config.model, answerer.topology.device
     counts = tuple(max(count, model.images_without) for count in given.images_per_sample)
     blank = torch.tensor([k >= own for own, all_ in zip(given.images_per_sample, counts, strict=True) for k in range(all_)])
     pixels = given.pixels.new_zeros(len(blank), *given.pixels.shape[1:])
     pixels[~blank] = given.pixels
     vision = answerer.config.vision
-    images = ImageTable.of(vision, [[vision.blank_size] * count for count in counts])
+    places = [own or (0,) * count for own, count in zip(given.image_places, counts, strict=True)]
+    images = ImageTable.of(vision, [[vision.blank_size] * count for count in counts], places)
     features = answerer.encoder.encode(pixels, blank, images)
     inputs = StageInput(given.text_ids.to(device), features, blank.to(device), images)
     (logits,) = run_logits(answerer.model_chunks, [inputs], lambda _, logits: logits)
-    return logits[..., : model.vocab_size].cpu()
+    prompts = [
+        Prompt(ids[:length].numpy(), tuple(given.pixels_of(sample).numpy()), given.image_places[sample])
+        for sample, (ids, length) in enumerate(zip(given.text_ids, given.text_lengths, strict=True))
+    ]
+    return logits[..., : model.vocab_size].cpu(), answerer.answer(prompts, (), NUM_NEW_TOKENS)
 
 
-def parity(out: Path, config: Config, given: FixedInput, logits: Tensor) -> float:
-    """The largest difference between our logits float[B, S, vocab] of a fixed input and the exported folder's.
+@torch.no_grad()
+def parity(out: Path, config: Config, given: FixedInput, logits: Tensor, answers: list[list[int]]) -> tuple[float, float]:
+    """The largest difference between our logits of a fixed input and the exported folder's; and by how much its logits prefer
+    another token than that of our answers, up to the first such token of each.
 
     The folder is loaded as a user would, by transformers with the code that lies in it; padding is compared nowhere.
     Raises: ValueError if the folder's weights are not those that its code wants.
     """
     model = load_exported(out).float()
-    pixels = torch.zeros(len(given.images_per_sample), max(given.images_per_sample), *given.pixels.shape[1:])
+    most = max(given.images_per_sample)
+    pixels = torch.zeros(len(given.images_per_sample), most, *given.pixels.shape[1:])
+    places = torch.tensor([[*own, *[0] * (most - len(own))] for own in given.image_places])
     mean, std = torch.tensor([config.vision.pixel_mean, config.vision.pixel_std]).view(2, 3, 1, 1)
-    first = 0
     for sample, count in enumerate(given.images_per_sample):
-        pixels[sample, :count] = (given.pixels[first : first + count].float() / 255 - mean) / std
-        first += count
+        pixels[sample, :count] = (given.pixels_of(sample).float() / 255 - mean) / std
     real = torch.arange(given.text_ids.shape[1]) < given.text_lengths[:, None]
-    with torch.no_grad():
-        numbers = torch.tensor(given.images_per_sample)
-        theirs = model(given.text_ids, attention_mask=real.long(), pixel_values=pixels, num_images=numbers).logits
-    return float((theirs.float() - logits.float().cpu())[real].abs().max())
+    images = {"pixel_values": pixels, "num_images": torch.tensor(given.images_per_sample), "image_places": places}
+    theirs = model(given.text_ids, attention_mask=real.long(), **images).logits
+    model.generation_config.eos_token_id = None  # as long as ours
+    preferred = [0.0]
+    for sample, (length, answer) in enumerate(zip(given.text_lengths.tolist(), answers, strict=True)):
+        own = {name: tensor[sample : sample + 1] for name, tensor in images.items()}
+        found = model.generate(
+            given.text_ids[sample : sample + 1, :length], **own, max_new_tokens=NUM_NEW_TOKENS, do_sample=False,
+            output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+        gaps = (float(step[0].max() - step[0, token]) for token, step in zip(answer, found.logits, strict=True))
+        preferred.append(next((gap for gap in gaps if gap != 0), 0.0))
+    return float((theirs.float() - logits.float().cpu())[real].abs().max()), max(preferred)
 
 
 def load_exported(out: Path) -> Any:

@@ -15,30 +15,52 @@ from ...data.text.chat_template import IMAGE_MARK, check_tokenizer, end_of_turn,
 from ...data.text.tokenizer import BYTE_SPECIAL, HuggingFaceTokenizer, Piece, Tokenizer, load_tokenizer
 
 _MACROS = r"""
+{%- set marked = namespace(any=false) -%}
 {%- macro text(content) -%}
     {%- if content is string -%}
         {{- content -}}
     {%- else -%}
-        {%- for part in content -%}{%- if part.type == 'text' -%}{{- part.text -}}{%- endif -%}{%- endfor -%}
+        {%- for part in content -%}
+            {%- if part.type == 'text' -%}{{- part.text -}}{%- elif PLACE and not marked.any -%}<image>{%- endif -%}
+        {%- endfor -%}
     {%- endif -%}
+{%- endmacro -%}
+{%- for message in messages -%}
+    {%- for part in ([{'text': message.content}] if message.content is string else message.content) -%}
+        {%- if '<image>' in (part.text or '') -%}{%- set marked.any = true -%}{%- endif -%}
+    {%- endfor -%}
+{%- endfor -%}
+{%- macro escaped(text) -%}
+    {%- set it = namespace(text=text) -%}
+    {%- for name, escaped in ESCAPES -%}{%- set it.text = it.text.replace(name, escaped) -%}{%- endfor -%}
+    {{- it.text -}}
 {%- endmacro -%}
 {%- macro said(content) -%}
     {%- set segments = text(content).split('<image>') -%}
-    {%- set said = namespace(all='', last=segments[0]) -%}
+    {%- set said = namespace(all='', last=segments[0], marks=[], begin=0) -%}
     {%- for segment in segments[1:] -%}
         {%- set ends = said.last.endswith('\n') -%}
         {%- set said.all = said.all ~ (said.last[:-1] if ends else said.last) -%}
+        {%- set said.marks = said.marks + ([said.all | length] if PLACE else []) -%}
         {%- set said.last = segment[1:] if segment.startswith('\n') and not ends else segment -%}
     {%- endfor -%}
-    {%- set said.all = (said.all ~ said.last) | trim -%}
-    {%- for name, escaped in ESCAPES -%}{%- set said.all = said.all.replace(name, escaped) -%}{%- endfor -%}
-    {{- said.all -}}
+    {%- set said.all = said.all ~ said.last -%}
+    {%- set stripped, lead = said.all | trim, (said.all | length) - (said.all.lstrip() | length) -%}
+    {%- for mark in said.marks -%}
+        {%- set end = [[mark - lead, 0] | max, stripped | length] | min -%}
+        {{- escaped(stripped[said.begin:end]) ~ PLACE -}}
+        {%- set said.begin = end -%}
+    {%- endfor -%}
+    {{- escaped(stripped[said.begin:]) -}}
 {%- endmacro -%}
 """
-"""`<image>` marks are removed as in `chat_template.without_marks`: each with one adjacent newline."""
+"""`<image>` marks are removed as in `chat_template.without_marks`: each with one adjacent newline. For a model that needs the
+images' places PLACE stands there instead, and where an image is among a message's parts."""
 _ESCAPES = [["\u2061", "\u2061b"], ["\u2060", "\u2061a"]]
 """In a message an invisible U+2060 goes behind each character of a control token's name, so that no tokenizer takes it for one.
 `HiMixProcessor.encode` removes it again, and so the texts' own U+2060 and U+2061 get another form."""
+_PLACE = "\u2061c"
+"""What no message can hold; `modeling_himix.py` has the same."""
 
 _TURNS = r"""
 {{- OPENING -}}
@@ -56,13 +78,16 @@ _TURNS = r"""
 {%- endif -%}
 """
 _ASK = "{%- if not loop.first -%}{{- BETWEEN -}}{%- endif -%}{{- BEFORE_QUESTION -}}{{- said(message.content) -}}"
-_ASK_CAPTION = "{%- if not loop.first -%}{{- raise_exception('this model captions: one turn only') -}}{%- endif -%}"
+_ASK_CAPTION = (
+    "{%- if not loop.first -%}{{- raise_exception('this model captions: one turn only') -}}{%- endif -%}"
+    "{%- for _ in text(message.content).split('<image>')[1:] -%}{{- PLACE -}}{%- endfor -%}"
+)
 
 _BYTE_NAMES = {256: "<bos>", 257: "<user>", 258: "<assistant>", 259: "<end>"}
 
 
-def chat_template(template: str, tokenizer: Tokenizer, spelling: dict[str, str]) -> str:
-    """The template in Jinja. `spelling`: how the tokenizer writes `bos` and `eos`."""
+def chat_template(template: str, tokenizer: Tokenizer, spelling: dict[str, str], *, with_places: bool = False) -> str:
+    """The template in Jinja. `spelling`: how the tokenizer writes `bos` and `eos`; with_places: leave the images' places."""
     form = template_of(template, tokenizer)
 
     def spelled(*pieces: Piece) -> str:
@@ -83,10 +108,11 @@ def chat_template(template: str, tokenizer: Tokenizer, spelling: dict[str, str])
         text = text.replace(name, value)
     names = [IMAGE_MARK, *(spelling.get(name, name) for name in form.needs)]
     escapes = json.dumps([*_ESCAPES, *([name, "".join(f"{letter}\u2060" for letter in name)] for name in names)])
-    return (_MACROS.replace("ESCAPES", escapes) + text).strip()
+    place = json.dumps(_PLACE if with_places else "")
+    return (_MACROS.replace("ESCAPES", escapes).replace("PLACE", place) + text.replace("PLACE", place)).strip()
 
 
-def write_tokenizer(name: str, template: str, out: Path) -> tuple[dict[str, Any], list[str]]:
+def write_tokenizer(name: str, template: str, out: Path, *, with_places: bool = False) -> tuple[dict[str, Any], list[str]]:
     """Write a tokenizer (`bytes`, or a folder) and its chat template into the folder.
 
     Returns: generation's `bos_token_id`, `eos_token_id` (whatever ends an answer) and `pad_token_id`; and the control tokens.
@@ -99,7 +125,7 @@ def write_tokenizer(name: str, template: str, out: Path) -> tuple[dict[str, Any]
         theirs.pad_token = theirs.eos_token or theirs.convert_ids_to_tokens(end_of_turn(ours, template)[0])
     theirs.padding_side = theirs.init_kwargs["padding_side"] = "left"  # the second is what is saved
     spelling = {"bos": str(theirs.bos_token), "eos": str(theirs.eos_token)}
-    theirs.chat_template = chat_template(template, ours, spelling)
+    theirs.chat_template = chat_template(template, ours, spelling, with_places=with_places)
     theirs.save_pretrained(str(out))
     ids = {"bos_token_id": theirs.bos_token_id, "pad_token_id": theirs.pad_token_id}
     control = [spelling.get(name, name) for name in template_of(template, ours).needs]
