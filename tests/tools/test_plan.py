@@ -174,9 +174,10 @@ def test_planned_seconds_follow_the_method() -> None:
         config = replace(config, injection=METHODS[method](config.model), parallel=parallel)
         return plan_of(config, machine_named("a100-80gb", None), 1, SAMPLE)
 
-    found = {method: plan(method) for method in METHODS}
-    order = sorted(METHODS, key=lambda method: found[method].time.compute + found[method].time.tensor)
-    assert order == sorted(METHODS, key=lambda method: found[method].flops.language)
+    found = {method: plan(method) for method in ("vica", "himix", "latest_window", "tokens")}
+    seconds = [plan.seconds for plan in found.values()]
+    assert seconds == sorted(seconds)
+    assert seconds[-1] > 2 * seconds[1]
     # ViCA's layers are all in the first half; the tower's own memory is on every stage.
     assert found["vica"].memory[1].features < found["vica"].memory[0].features == found["himix"].memory[1].features
 
