@@ -115,11 +115,7 @@ class Work:
 
     @staticmethod
     def of(
-        text_lengths: Sequence[float],
-        vision_lengths: Sequence[float | Images],
-        *,
-        head_tokens: float,
-        causal: bool = True,
+        text_lengths: Sequence[float], vision_lengths: Sequence[float | Images], *, head_tokens: float, causal: bool = True
     ) -> Work:
         """Of samples with these numbers of text and vision tokens; padding belongs to no sample, so leave it out.
 
@@ -133,11 +129,7 @@ class Work:
 
     @staticmethod
     def concatenated(
-        text_lengths: Sequence[float],
-        vision_lengths: Sequence[float],
-        *,
-        head_tokens: float,
-        causal: bool = True,
+        text_lengths: Sequence[float], vision_lengths: Sequence[float], *, head_tokens: float, causal: bool = True
     ) -> Work:
         """Of the same samples where vision tokens are part of the text, without a projector: what HiMix is compared with."""
         both = [s + n for s, n in zip(text_lengths, vision_lengths, strict=True)]
@@ -425,9 +417,16 @@ def chunk_layers(config: Config) -> tuple[int, ...]:
     num_chunks = parallel.pipeline * parallel.virtual_pipeline
     if parallel.split == "even":
         return (num_layers // num_chunks,) * num_chunks
+    # On a sample of usual text and one largest image, forward.
+    text_tokens, injecting = parallel.split_text_tokens, _injecting(config)
+    vision_tokens = decoder_tokens(config, config.vision.max_tokens_per_image)
+    work = Work.of([text_tokens], [vision_tokens], head_tokens=text_tokens, causal=False)
+    layers = tuple(layer.forward for layer in decoder_layers(config, work))
+    adapter = sum(product.forward for product in shared_adapter(config, work))
+    head = head_flops(config.model, text_tokens=text_tokens)
     # A stage without a layer has nothing to train but the head.
     least = (*[1] * (num_chunks - 1), 0 if "language" in config.train.trainable_parts else 1)
-    return _balanced(_ChunkCosts.of(config), least, parallel.pipeline)
+    return _balanced(layers, head, adapter, injecting, least, parallel.pipeline)
 
 
 def vision_chunks(config: Config) -> tuple[bool, ...]:
@@ -446,60 +445,35 @@ def _takes_vision(injecting: Sequence[int], layers: Sequence[int]) -> tuple[bool
     return tuple(any(start <= layer < end for layer in injecting) for start, end in itertools.pairwise(ends))
 
 
-@dataclass(frozen=True, slots=True)
-class _ChunkCosts:
-    """Of a sample of `parallel.split_text_tokens` and one largest image, forward."""
-
-    before: tuple[float, ...]
-    """Of the layers before each layer, and of all."""
-    head: float
-    adapter: float
-    """In each chunk that takes vision."""
-    injecting: tuple[int, ...]
-
-    @staticmethod
-    def of(config: Config) -> _ChunkCosts:
-        text_tokens = config.parallel.split_text_tokens
-        vision_tokens = decoder_tokens(config, config.vision.max_tokens_per_image)
-        work = Work.of([text_tokens], [vision_tokens], head_tokens=text_tokens, causal=False)
-        return _ChunkCosts(
-            before=tuple(itertools.accumulate((layer.forward for layer in decoder_layers(config, work)), initial=0.0)),
-            head=head_flops(config.model, text_tokens=text_tokens),
-            adapter=sum(product.forward for product in shared_adapter(config, work)),
-            injecting=_injecting(config),
-        )
-
-    def of_chunks(self, layers: Sequence[int]) -> list[float]:
-        """Of chunks of so many layers."""
-        costs = [
-            self.before[end] - self.before[end - number]
-            for number, end in zip(layers, itertools.accumulate(layers), strict=True)
-        ]
-        if self.adapter:
-            takes = _takes_vision(self.injecting, layers)
-            costs = [cost + self.adapter * taken for cost, taken in zip(costs, takes, strict=True)]
-        costs[-1] += self.head
-        return costs
-
-
 @functools.lru_cache(maxsize=64)
-def _balanced(costs: _ChunkCosts, least: tuple[int, ...], pipeline: int) -> tuple[int, ...]:
-    """Layers of each chunk such that stages cost alike. `least`: of each chunk."""
-    layers, num_layers = list(least), len(costs.before) - 1
+def _balanced(
+    each: tuple[float, ...], head: float, adapter: float, injecting: tuple[int, ...], least: tuple[int, ...], pipeline: int
+) -> tuple[int, ...]:
+    """Layers of each chunk, at least `least`, such that stages cost alike: by what each layer costs, the head, and the adapter of
+    each chunk that takes vision."""
+    layers, before = list(least), list(itertools.accumulate(each, initial=0.0))
+
+    def costs(split: Sequence[int]) -> list[float]:
+        ends = itertools.accumulate(split, initial=0)
+        found = [before[end] - before[begin] for begin, end in itertools.pairwise(ends)]
+        if adapter:
+            found = [cost + adapter * takes for cost, takes in zip(found, _takes_vision(injecting, split), strict=True)]
+        found[-1] += head
+        return found
+
     # A layer at a time, to the stage that has least to do, there to its cheapest chunk.
-    for _ in range(num_layers - sum(layers)):
-        found = costs.of_chunks(layers)
+    for _ in range(len(each) - sum(layers)):
+        found = costs(layers)
         stage = min(range(pipeline), key=lambda s: sum(found[s::pipeline]))
         layers[min(range(stage, len(layers), pipeline), key=lambda chunk: found[chunk])] += 1
 
     def slowest_first(split: Sequence[int]) -> list[float]:
-        found = costs.of_chunks(split)
+        found = costs(split)
         total = sum(found)
         return sorted((round(sum(found[stage::pipeline]) / total, 9) for stage in range(pipeline)), reverse=True)
 
     # Where layers are alike, no split is better. Where they differ, one goes from chunk to chunk while that helps.
-    differ = len({round(end - begin) for begin, end in itertools.pairwise(costs.before)}) > 1
-    while differ:
+    while len(set(each)) > 1:
         moved = [
             [number - (chunk == source) + (chunk == target) for chunk, number in enumerate(layers)]
             for source, target in itertools.permutations(range(len(layers)), 2)

@@ -154,7 +154,7 @@ def test_the_printed_command_is_one_that_a_run_accepts(recipe: str, gpus: int) -
     assert check_ranks(config, gpus) == plan.layout.data
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["vica", "latest_window", "tokens"])
 def test_every_method_is_planned_and_its_command_parses(method: str) -> None:
     flags = ["--method", method, "--parallel.split", "balanced"]
     config, sample = tool.settings(tool.Arguments(recipe="vicuna_7b_instruct", gpus=8), flags)
