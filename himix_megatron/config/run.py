@@ -96,7 +96,7 @@ class Config:
             ("train.recompute", train.recompute == "none", "--train.recompute none"),
             (
                 "injection",
-                self._has_plain_attention,
+                self.has_plain_injection,
                 "layers that all take up vision by one softmax over all images of a sample, as they are",
             ),
         ):
@@ -110,7 +110,8 @@ class Config:
         return "tower" in parts or ("vision_kv" in parts and self.injection.has_shared_parameters and num_chunks > 1)
 
     @property
-    def _has_plain_attention(self) -> bool:
+    def has_plain_injection(self) -> bool:
+        """Whether all layers take up vision by one softmax over all images of a sample, as the tower gives them."""
         injection = self.injection
         every = len(injection.injecting_layers(self.model.num_layers)) == self.model.num_layers
         is_flat = injection.reduce == "none" and injection.position == "none"

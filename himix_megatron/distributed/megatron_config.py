@@ -37,7 +37,7 @@ def attention_core(config: Config, kernels: Kernels) -> Literal["te", "flash", "
     Raises: ValueError for kernels that are asked for and cannot run here.
     """
     core, te = config.model.attention_core, chosen_layer_spec(config.model, kernels) == "te"
-    usable = torch.cuda.is_available() and kernels.triton and config.train.precision == "bf16"
+    usable = torch.cuda.is_available() and kernels.triton and config.train.precision == "bf16" and config.has_plain_injection
     if core == "auto":
         # As measured on a Hopper (docs/results.md): at width 64 Triton's is the fastest; at 128 Transformer Engine's is, then
         # Triton's. On other GPUs nothing is known of its tiles, not even that they fit.
@@ -50,8 +50,9 @@ def attention_core(config: Config, kernels: Kernels) -> Literal["te", "flash", "
         )
     if core == "triton" and not (usable and config.model.channels_per_head in TRITON_HEAD_DIMS):
         raise ValueError(
-            f"model.attention_core is triton, which needs a GPU, the package triton, train.precision bf16 and a head width of "
-            f"{' or '.join(map(str, TRITON_HEAD_DIMS))}: use --model.attention-core auto"
+            f"model.attention_core is triton, which needs a GPU, the package triton, train.precision bf16, a head width of "
+            f"{' or '.join(map(str, TRITON_HEAD_DIMS))}, and all layers to take up vision as HiMix's do: use "
+            "--model.attention-core auto"
         )
     return core
 
