@@ -67,7 +67,7 @@ def _patch_flops(vision: VisionConfig, patches: float) -> float:
 # ---- what samples amount to --------------------------------------------------------------------------------------------
 
 Images = Sequence[tuple[float, float]]
-"""Of a sample: of each image the number of text tokens before it, and its vision tokens as the decoder gets them."""
+"""Of a sample, in the order of the text: of each image the text tokens before it, and its vision tokens in the decoder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,14 +146,12 @@ def _sample_work(text: float, images: Images, causal: bool) -> tuple[float, ...]
     def among(tokens: float) -> float:
         return tokens * (tokens + 1) / 2 if causal else tokens * tokens
 
-    at: dict[float, float] = {}
-    for place, tokens in ((min(place, text), tokens) for place, tokens in images):
-        at[place] = at.get(place, 0.0) + tokens
-    vision, earlier, latest, local = sum(at.values()), 0.0, 0.0, 0.0
-    for place, end in itertools.pairwise([*sorted(at), text]):
-        earlier += at[place] * (text - place)
-        latest += at[place] * (end - place)
-        local += among(end - place)
+    vision = together = earlier = latest = local = 0.0
+    for (place, tokens), (following, _) in itertools.pairwise((*images, (text, 0.0))):
+        vision, together, place = vision + tokens, together + tokens, min(place, text)
+        earlier += tokens * (text - place)
+        if (until := min(following, text) - place) > 0:
+            latest, local, together = latest + together * until, local + among(until), 0.0
     return text, vision, among(text), text * vision, earlier, latest, local, among(text + vision)
 
 

@@ -204,8 +204,8 @@ def layer_activations(config: Config, micro_batch: MicroBatch, *, injects: bool 
     # where it picks the keys that a text sees, what they mix to in two orders.
     picks = injects and injection.fusion == "joint" and injection.visibility != "all"
     heads = (2 + plain * (trains if picks else 1)) * query + (2 + (plain and not picks)) * key_value
-    shared_angles = micro_batch.rows if injection.position in ("none", "learned") else 1
-    angles = 4 * model.channels_per_head * text / shared_angles
+    own_angles = injection.position in ("rotary", "rotary_image") and not injection.in_sequence  # of each row
+    angles = 4 * model.channels_per_head * text / (1 if own_angles else micro_batch.rows)
     # The MLP's two halves; where weights train, what they activate to.
     mlp = text * model.ffn_hidden_size * (2 + trains) / parallel.tensor
     added = _vision_activations(config, text, vision) if injects and not injection.in_sequence else 0.0

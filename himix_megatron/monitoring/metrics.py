@@ -89,23 +89,25 @@ class RankSums:
         """Count a step's samples."""
         real = [] if config.data.features else (~batch.blank).nonzero()[:, 0].tolist()
         sizes = batch.images.sizes
-        self.work += Work.encoding([config.vision.num_patches(sizes[image]) for image in real])
-        longest = 0
+        texts: list[float] = []
+        images: list[list[tuple[int, int]]] = []
+        whole: list[int] = []
+        labels = 0.0
         for micro_batch in batch.micro_batches:
-            texts, images = micro_batch.text_lengths.tolist(), _in_text(config, micro_batch.images)
-            visions = [sum(tokens for _, tokens in own) for own in images]
-            self.work += Work.of(texts, images, head_tokens=float((micro_batch.labels >= 0).sum()))
-            self.tower_tokens += sum(micro_batch.images.tokens)
+            own_texts, own_images = micro_batch.text_lengths.tolist(), _in_text(config, micro_batch.images)
+            visions = [sum(tokens for _, tokens in own) for own in own_images]
             num_text, num_vision = micro_batch.text_ids.numel(), sum(visions)
+            texts, images, labels = texts + own_texts, images + own_images, labels + float((micro_batch.labels >= 0).sum())
+            self.tower_tokens += sum(micro_batch.images.tokens)
             self.positions += config.data.pack_max_text_tokens or num_text
             if config.train.cuda_graphs == "on":
                 num_text, num_vision = padded_sizes(config, num_text, num_vision)
             self.computed_tokens += 0 if config.injection.in_sequence else num_text + num_vision
-            whole = [text + vision for text, vision in zip(texts, visions, strict=True)]
-            longest = max(longest, sum(whole) if micro_batch.packed else max(whole))
+            whole += [sum(own_texts) + num_vision] if micro_batch.packed else map(sum, zip(own_texts, visions, strict=True))
         if config.injection.in_sequence:  # all rows of the step have the length of the longest
-            width = -(-longest // (multiple := text_multiple(config))) * multiple
-            self.computed_tokens += width * sum(len(micro_batch.text_ids) for micro_batch in batch.micro_batches)
+            self.computed_tokens += len(whole) * -(-max(whole) // (multiple := text_multiple(config))) * multiple
+        self.work += Work.of(texts, images, head_tokens=labels)
+        self.work += Work.encoding([config.vision.num_patches(sizes[image]) for image in real])
 
 
 def _in_text(config: Config, table: ImageTable) -> list[list[tuple[int, int]]]:
