@@ -11,8 +11,8 @@ PYENV_PYTHONS = $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.1[2-9]*
 # What `make test` hands to pytest, e.g. PYTEST_ARGS="-k layouts"
 PYTEST_ARGS ?=
 # What `make test-py312` repeats: parity with the reference, the layouts, the layer specs. pytest refuses a path that is not there.
-PY312_TESTS ?= tests/model tests/checkpoint/test_layer_specs.py tests/inference/test_generator.py \
-    tests/distributed/test_topology.py tests/distributed/test_fused_kernels.py \
+PY312_TESTS ?= tests/model tests/checkpoint/test_layer_specs.py tests/inference \
+    tests/distributed/test_topology.py tests/distributed/test_fused_kernels.py tests/integration/test_injection.py \
     tests/integration/test_reference.py tests/integration/test_layouts.py tests/integration/test_packed_training.py
 # What `make bench-data` hands to tools/bench/data.py, e.g. BENCH_ARGS="--only read pack --scale 0.1"
 BENCH_ARGS ?=

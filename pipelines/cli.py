@@ -82,7 +82,11 @@ def parse(argv: Sequence[str], program: str = "python -m pipelines.pretrain") ->
     )
     if method is not None:
         model = with_changes(recipe.model, {name[6:]: value for name, value in given.items() if name.startswith("model.")})
-        given = {f"injection.{name}": value for name, value in dataclasses.asdict(METHODS[method](model)).items()} | given
+        filled = {f"injection.{name}": value for name, value in dataclasses.asdict(METHODS[method](model)).items()}
+        for one, other in (("injection.layers", "injection.every_layers"), ("injection.every_layers", "injection.layers")):
+            if one in given:
+                filled.pop(other)
+        given = filled | given
     changed: Config = with_changes(recipe, given)
     return changed
 

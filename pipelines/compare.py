@@ -143,9 +143,12 @@ class Planned:
         """Whether its file is there. Raises: ValueError if other settings made that."""
         if not self.file.is_file():
             return False
-        if (found := read(Arm, self.file).settings) != self.facts["settings"]:
-            raise ValueError(f"{self.file} was made with {found}; now it would be {self.facts['settings']}: use the same "
-                             "settings, or another EXPERIMENT")  # fmt: skip
+        old, new = read(Arm, self.file).settings.split(), self.facts["settings"].split()
+        if old != new:
+            same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(old, new, strict=False)))
+            shown = (" ".join(words[max(0, same - 1) :]) for words in (old, new))
+            raise ValueError(f"{self.file} was made with other settings (... {', now ... '.join(shown)}): use the same, or "
+                             "another EXPERIMENT")  # fmt: skip
         return True
 
 
@@ -208,7 +211,13 @@ def with_seeds(settings: Settings, flags: Sequence[str], recipe: Config, size: i
     arms, datasets = [], (*config.data.datasets, str(config.data.validation_path))
     for seed in range(recipe.train.seed, recipe.train.seed + settings.seeds):
         run_dir, file = settings.runs / settings.experiment / f"{name}-{seed}", settings.folder / "arms" / f"{name}-{seed}.json"
-        facts = {"method": method, "world": world, "size": size, "seed": seed, "settings": shlex.join(alike)}
+        facts = {
+            "method": method,
+            "world": world,
+            "size": size,
+            "seed": seed,
+            "settings": shlex.join([*alike, "--points", str(settings.points)]),
+        }
         own = ("--train.seed", str(seed), "--run.dir", str(run_dir))
         arms.append(Planned(facts, (*words, *own), datasets, run_dir, file))
     return arms

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from himix_megatron.config import Count, check_limits
+from himix_megatron.config import Count, check_known, check_limits
 from himix_megatron.data.shards.storage import locked
 from himix_megatron.runtime import typed_json
 from pipelines import preprocess
@@ -59,6 +59,7 @@ class SceneSettings:
 
     def __post_init__(self) -> None:
         check_limits(self, "scenes")
+        check_known("scenes.world", self.world, WORLDS)
 
 
 def write_corpus(folder: Path, settings: SceneSettings) -> None:

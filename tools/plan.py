@@ -2,6 +2,7 @@
 
     python -m tools.plan llama3_2_3b_instruct --gpus 64 --gpu h100-80gb --global-batch 128
     python -m tools.plan vicuna_7b_instruct --gpus 8 --gpu a100-80gb --price-per-gpu-hour 1.8
+    python -m tools.plan vicuna_7b_instruct --gpus 8 --method tokens    another way in for vision, or any field of the recipe
     python -m tools.plan vicuna_7b_instruct --gpus 8 --machine-file DIR/machine.json    at measured rates
     python -m tools.plan --compare published        predictions beside published speeds of text-only GPTs
 
@@ -11,7 +12,7 @@ that of a micro-batch of the longest texts, time that of usual texts.
 
 from __future__ import annotations
 
-import sys
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -19,13 +20,14 @@ from typing import Annotated, Literal
 
 from himix_megatron.config import Config, Count, Positive, ZeroOrMore
 from himix_megatron.costs.memory import GIB, RankMemory
-from pipelines.cli import load_recipe, parse_settings, run_main
+from pipelines.cli import parse, run_main
 from pipelines.flags import Word
 from pipelines.recipes import RECIPES
-from tools.flops import mean_vision_tokens
+from tools.flops import mean_vision_tokens, read_words
 from tools.planner.layouts import Plan, Sample, plans
 from tools.planner.machine import Machine, machine_named, machine_of_file
 
+PROGRAM = "python -m tools.plan"
 REMEDIES = {
     "weights": "more GPUs, so that tensor or pipeline parallelism may split them further",
     "gradients": "more GPUs, so that tensor or pipeline parallelism may split them further",
@@ -95,10 +97,10 @@ def check(arguments: Arguments) -> None:
         )
 
 
-def settings(arguments: Arguments) -> tuple[Config, Sample]:
-    """The recipe with the batch given, and what its samples are like."""
+def settings(arguments: Arguments, flags: Sequence[str] = ()) -> tuple[Config, Sample]:
+    """The recipe with the fields and the batch given, and what its samples are like."""
     assert arguments.recipe is not None
-    config = load_recipe(arguments.recipe)()
+    config = parse([arguments.recipe, *flags], PROGRAM)
     batch, data = arguments.global_batch, config.data
     if arguments.pack_max_text_tokens is not None:
         longest = min(data.max_text_tokens, arguments.pack_max_text_tokens)
@@ -187,8 +189,8 @@ def stages(plan: Plan) -> Iterator[str]:
         yield f"  stage {number}: {stage.total / GIB:.1f} GiB: {parts}"
 
 
-def command(plan: Plan, node_size: int) -> str:
-    """The command that runs it: torchrun on one node, sbatch on several."""
+def command(plan: Plan, node_size: int, given: Sequence[str] = ()) -> str:
+    """The command that runs it: torchrun on one node, sbatch on several. `given`: flags that it begins with."""
     config, layout, data = plan.config, plan.layout, plan.config.data
     packing = ("pack_max_text_tokens", "pack_max_vision_tokens", "max_text_tokens")
     values = {
@@ -207,10 +209,10 @@ def command(plan: Plan, node_size: int) -> str:
         start = f"torchrun --nproc-per-node {layout.ranks} -m pipelines.pretrain"
     else:
         start = f"sbatch --nodes {nodes} --ntasks-per-node {node_size} --gpus-per-node {node_size} slurm/pretrain_himix.sh"
-    return f"{start} {config.recipe} {' '.join(flags)}"
+    return f"{start} {config.recipe} {' '.join([*map(shlex.quote, given), *flags])}"
 
 
-def plan(arguments: Arguments) -> None:
+def plan(arguments: Arguments, flags: Sequence[str] = ()) -> None:
     """The list, the choice and its command."""
     check(arguments)
     assert arguments.gpus is not None
@@ -218,7 +220,7 @@ def plan(arguments: Arguments) -> None:
         machine = machine_of_file(arguments.machine_file, arguments.interconnect, arguments.gpus_per_node)
     else:
         machine = machine_named(arguments.gpu, arguments.interconnect, arguments.gpus_per_node)
-    config, sample = settings(arguments)
+    config, sample = settings(arguments, flags)
     found = choose(config, machine, arguments.gpus, sample)
     batch = f"{config.global_batch} {'packs' if config.data.packs else 'samples'}"
     print(
@@ -232,18 +234,18 @@ def plan(arguments: Arguments) -> None:
         f"best: {described(best)}: {best.samples / best.seconds:.1f} samples/s, {best.cost_per_million(price):.2f} for a "
         f"million samples at {price:g} a GPU hour"
     )
-    print(*stages(best), command(best, machine.node_size), sep="\n")
+    print(*stages(best), command(best, machine.node_size, flags), sep="\n")
 
 
 def main() -> int:
     """The command line."""
-    arguments = parse_settings(Arguments, sys.argv[1:], "python -m tools.plan", __doc__)
+    arguments, flags = read_words(Arguments, PROGRAM, __doc__)
     if arguments.compare == "published":
         from tools.planner.published import compared
 
         print(*compared(), sep="\n")
     else:
-        plan(arguments)
+        plan(arguments, flags)
     return 0
 
 

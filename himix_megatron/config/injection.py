@@ -50,7 +50,7 @@ class InjectionConfig:
     """Gate of what separate and block add. tanh: times the tanh of a learned number that starts at 0; zero (separate only): an
     output projection of its own that starts at 0."""
     local_text: bool = False
-    """Whether a separate softmax also sees the sample's text since the latest image."""
+    """Whether a separate softmax also sees the sample's text since the latest image; before the first image, all of it."""
     reduce: Literal["none", "merge", "pool"] = "none"
     """Reduction of each 2x2 neighbouring vision tokens to one. merge: side by side, four times as wide; pool: their mean. At an
     odd edge merge fills up with zeros, and pool takes those that there are."""
@@ -63,11 +63,12 @@ class InjectionConfig:
             raise ValueError("injection.layers and injection.every_layers are both given: choose one")
         for subject, holds, field_name, allowed in _CONTRADICTIONS:
             if holds(self) and (found := getattr(self, field_name)) not in allowed:
-                shown = " or ".join("empty" if value == () else str(value) for value in allowed)
-                found = " ".join(map(str, found)) if isinstance(found, tuple) else found
-                raise ValueError(
-                    f"injection.{field_name} is {found}, but {subject}: use --injection.{field_name.replace('_', '-')} {shown}"
-                )
+                flag = f"--injection.{field_name.replace('_', '-')}"
+                wanted = f"{flag} {' or '.join(map(str, allowed))}"
+                if isinstance(found, (tuple, bool)):
+                    found = " ".join(map(str, found)) if isinstance(found, tuple) else "on"
+                    wanted = f"no {flag}"
+                raise ValueError(f"injection.{field_name} is {found}, but {subject}: use {wanted}")
 
     @property
     def in_sequence(self) -> bool:
@@ -80,9 +81,9 @@ class InjectionConfig:
         return self.visibility != "all" or self.position in ("rotary", "rotary_image") or self.local_text
 
     @property
-    def numbers_vision(self) -> bool:
-        """Whether text positions count the vision tokens before them."""
-        return self.position == "rotary"
+    def has_shared_parameters(self) -> bool:
+        """Whether something in front of all layers has parameters: every chunk that takes vision has a replica of them."""
+        return self.adapter == "shared" or self.position == "learned"
 
     def injecting_layers(self, num_layers: int) -> tuple[int, ...]:
         """The decoder layers that inject, from 0; none where vision stands in the sequence."""
@@ -145,7 +146,7 @@ _CONTRADICTIONS: tuple[_Check, ...] = (
             "key_norm": ("shared",), "position": ("rotary",), "visibility": ("earlier",),
         }.items()
     ),
-    ("injection.fusion is joint, one softmax without a gate", lambda i: i.fusion in ("joint", "tokens"), "gate", ("none",)),
+    ("injection.fusion adds nothing that could have a gate", lambda i: i.fusion in ("joint", "tokens"), "gate", ("none",)),
     ("injection.fusion is separate, which would disturb the text unless gated", lambda i: i.fusion == "separate", "gate",
      ("tanh", "zero")),
     ("a block of its own has gates that start at 0", lambda i: i.fusion == "block", "gate", ("tanh",)),

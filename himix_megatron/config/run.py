@@ -69,10 +69,11 @@ class Config:
                 "data.features were made by a tower as it was, but here the tower trains: leave --data.features out, or tower "
                 "out of --train.trainable-parts"
             )
-        if parallel.overlap == "on" and "tower" in self.train.trainable_parts:
+        if parallel.overlap == "on" and self.sums_replicas:
+            what = "the tower trains: its" if "tower" in self.train.trainable_parts else "vision's shared parts train: their"
             raise ValueError(
-                "parallel.overlap is on, but the tower trains: its gradients are summed over pipeline stages before they are "
-                "over data-parallel ranks, so leave --parallel.overlap auto"
+                f"parallel.overlap is on, but {what} gradients are summed over pipeline stages before they are over "
+                "data-parallel ranks, so leave --parallel.overlap auto"
             )
         if self.train.cuda_graphs == "on":
             self._check_graphs()
@@ -95,7 +96,7 @@ class Config:
             ("train.recompute", train.recompute == "none", "--train.recompute none"),
             (
                 "injection",
-                self._has_plain_attention,
+                self.has_plain_injection,
                 "layers that all take up vision by one softmax over all images of a sample, as they are",
             ),
         ):
@@ -103,7 +104,14 @@ class Config:
                 raise ValueError(f"train.cuda_graphs is on, which {field_name} does not allow: it needs {wanted}")
 
     @property
-    def _has_plain_attention(self) -> bool:
+    def sums_replicas(self) -> bool:
+        """Whether gradients are summed over parts of the model that several model chunks have."""
+        parts, num_chunks = self.train.trainable_parts, self.parallel.pipeline * self.parallel.virtual_pipeline
+        return "tower" in parts or ("vision_kv" in parts and self.injection.has_shared_parameters and num_chunks > 1)
+
+    @property
+    def has_plain_injection(self) -> bool:
+        """Whether all layers take up vision by one softmax over all images of a sample, as the tower gives them."""
         injection = self.injection
         every = len(injection.injecting_layers(self.model.num_layers)) == self.model.num_layers
         is_flat = injection.reduce == "none" and injection.position == "none"

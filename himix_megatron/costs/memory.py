@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
-from ..config import Config
+from ..config import Config, InjectionConfig, VisionConfig
 from ..config.families import FAMILIES
 from ..config.towers import TOWERS
 from .flops import Trains, chunk_layers, decoder_tokens, patches_of, tower_layers, vision_chunks
@@ -138,13 +138,17 @@ def _adapter_parameters(config: Config, tensor: int) -> float:
     return (config.injection.feature_width(config.vision) + 1 + hidden) * hidden / tensor + hidden
 
 
+def longest_side(injection: InjectionConfig, vision: VisionConfig) -> int:
+    """Rows, or columns, that an image's vision tokens have at most, after `reduce`."""
+    side = vision.image_size // vision.patch_size
+    return injection.reduced_grid(side if vision.has_fixed_size else side**2, 1)[0]
+
+
 def vision_input_parameters(config: Config, tensor: int = 1) -> float:
     """What stands in front of all layers, in each model chunk that takes vision: the shared adapter, the tables of positions;
     on one of `tensor` ranks."""
     vision, injection = config.vision, config.injection
-    side = vision.image_size // vision.patch_size
-    longest, _ = injection.reduced_grid(side if vision.has_fixed_size else side**2, 1)
-    tables = (2 * longest + IMAGE_NUMBERS) * len(vision.levels) * injection.feature_width(vision)
+    tables = (2 * longest_side(injection, vision) + IMAGE_NUMBERS) * len(vision.levels) * injection.feature_width(vision)
     return _adapter_parameters(config, tensor) * (injection.adapter == "shared") + tables * (injection.position == "learned")
 
 

@@ -14,7 +14,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.transformer import TransformerConfig
 
 from ..config import Config, ModelConfig
-from ..costs.flops import chunk_layers
+from ..costs.flops import chunk_layers, vision_chunks
 from ..costs.memory import padded_vocab
 from .fused_kernels import Kernels, has_variable_length
 
@@ -37,7 +37,7 @@ def attention_core(config: Config, kernels: Kernels) -> Literal["te", "flash", "
     Raises: ValueError for kernels that are asked for and cannot run here.
     """
     core, te = config.model.attention_core, chosen_layer_spec(config.model, kernels) == "te"
-    usable = torch.cuda.is_available() and kernels.triton and config.train.precision == "bf16"
+    usable = torch.cuda.is_available() and kernels.triton and config.train.precision == "bf16" and config.has_plain_injection
     if core == "auto":
         # As measured on a Hopper (docs/results.md): at width 64 Triton's is the fastest; at 128 Transformer Engine's is, then
         # Triton's. On other GPUs nothing is known of its tiles, not even that they fit.
@@ -50,8 +50,9 @@ def attention_core(config: Config, kernels: Kernels) -> Literal["te", "flash", "
         )
     if core == "triton" and not (usable and config.model.channels_per_head in TRITON_HEAD_DIMS):
         raise ValueError(
-            f"model.attention_core is triton, which needs a GPU, the package triton, train.precision bf16 and a head width of "
-            f"{' or '.join(map(str, TRITON_HEAD_DIMS))}: use --model.attention-core auto"
+            f"model.attention_core is triton, which needs a GPU, the package triton, train.precision bf16, a head width of "
+            f"{' or '.join(map(str, TRITON_HEAD_DIMS))}, and all layers to take up vision as HiMix's do: use "
+            "--model.attention-core auto"
         )
     return core
 
@@ -67,6 +68,18 @@ def check_graphs(config: Config, kernels: Kernels) -> None:
     if attention_core(config, kernels) == "flash" and not has_variable_length():
         raise ValueError(
             f"train.cuda_graphs is on, but torch {torch.__version__} attends sample by sample: use torch 2.11 or later"
+        )
+
+
+def check_optimizer(config: Config) -> None:
+    """Raises: ValueError for a distributed optimizer with a pipeline stage that has nothing for it."""
+    parts, pipeline, takes = config.train.trainable_parts, config.parallel.pipeline, vision_chunks(config)
+    if not config.parallel.distributed_optimizer or parts != ("vision_kv",):
+        return
+    if idle := [stage for stage in range(pipeline) if not any(takes[stage::pipeline])]:
+        raise ValueError(
+            f"parallel.distributed_optimizer is on, but nothing trains on pipeline stage {idle[0]}, which takes up no vision: "
+            "use --parallel.no-distributed-optimizer, another --parallel.pipeline, or let more parts train"
         )
 
 
@@ -144,7 +157,7 @@ def text_multiple(config: Config) -> int:
 def overlaps(config: Config) -> bool:
     """Whether data-parallel communication overlaps the passes."""
     if config.parallel.overlap == "auto":
-        return torch.cuda.is_available() and "tower" not in config.train.trainable_parts and config.train.cuda_graphs == "off"
+        return torch.cuda.is_available() and not config.sums_replicas and config.train.cuda_graphs == "off"
     return config.parallel.overlap == "on"
 
 

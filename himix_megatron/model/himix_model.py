@@ -1,7 +1,7 @@
 """One model chunk of a pipeline stage: megatron-core's GPTModel, whose layers attend to the images.
 
 Flows in: text token ids of a micro-batch (first stage) or hidden states (later ones), and the features of its images, which
-every stage receives outside of the pipeline; out: hidden states, or per-token losses (last stage).
+every stage that takes up vision receives outside of the pipeline; out: hidden states, or per-token losses (last stage).
 
 Shape letters: B samples, S text tokens, K images of the micro-batch, T their vision tokens, N vision tokens of a sample, V
 vision width.
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ..config import Config, Part
 from ..costs.flops import vision_chunks
+from ..costs.memory import vision_input_parameters
 from ..data.loading.image_table import ImageTable
 from ..distributed.fused_kernels import Kernels
 from ..distributed.megatron_config import ddp_config, gpt_arguments, has_fused_loss, overlaps, transformer_config
@@ -38,7 +39,7 @@ from .initialization import draw_by_name
 from .layer_spec import block_spec
 from .loss import token_losses
 from .towers import Tower
-from .vision_input import VisionInput, reduced, shared_parameters
+from .vision_input import VisionInput, reduced
 
 
 def _keep_graph(_: nn.Module, __: Any, output: Tensor) -> Tensor:
@@ -46,12 +47,13 @@ def _keep_graph(_: nn.Module, __: Any, output: Tensor) -> Tensor:
 
 
 class HiMixModel(GPTModel):  # type: ignore[misc]
-    """A chunk's layers; with a trainable tower also its replica of the tower (`tower`), run with gradient on every stage."""
+    """A chunk's layers; with a trainable tower also its replica of the tower (`tower`), run with gradient where vision is
+    taken."""
 
     def __init__(self, config: Config, kernels: Kernels, topology: Topology, *, chunk: int | None, tower: Tower | None):
         mcore_config = transformer_config(config, kernels)
         first, last = chunk in (None, 0), chunk in (None, config.parallel.virtual_pipeline - 1)
-        shares_vision = shared_parameters(config) > 0 and "vision_kv" in config.train.trainable_parts
+        shares_vision = config.injection.has_shared_parameters and "vision_kv" in config.train.trainable_parts
         is_frozen = tower is None and not shares_vision
         super().__init__(
             mcore_config,
@@ -275,12 +277,15 @@ def finalize_gradients(model_chunks: list[Any], num_tokens: Tensor | None = None
     _sum_over_replicas([model.tower for model in models if hasattr(model, "tower")], models[0], 0)
     if "vision_kv" in models[0].settings.train.trainable_parts:
         shared = [model.vision_input for model in models if model.vision_input is not None]
-        _sum_over_replicas(shared, models[0], shared_parameters(models[0].settings))
+        number = int(vision_input_parameters(models[0].settings, models[0].settings.parallel.tensor))
+        _sum_over_replicas(shared, models[0], number)
     finalize_model_grads(model_chunks, num_tokens, *args, **kwargs)
 
 
 def _sum_over_replicas(replicas: Sequence[nn.Module], model: HiMixModel, number: int) -> None:
     """`number`: of the parameters, on a stage that has no replica and others may have."""
+    if model.pg_collection.pp.size() * model.settings.parallel.virtual_pipeline == 1:
+        return  # there is one
     each = [[parameter for parameter in replica.parameters() if parameter.requires_grad] for replica in replicas]
     if not (any(each) or number):
         return

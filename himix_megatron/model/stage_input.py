@@ -23,7 +23,7 @@ from .attention.packed_layout import PackedLayout
 
 @dataclass(frozen=True, slots=True)
 class StageInput:
-    """What every stage is given with a micro-batch; text hidden states alone come through the pipeline."""
+    """What a stage is given with a micro-batch; text hidden states alone come through the pipeline."""
 
     text_ids: Tensor
     """int64[B, S]."""

@@ -4,8 +4,8 @@ Flows in: the tower's features, and how many rows and columns of them each image
 injecting layer projects to keys and values of its own, or the vision tokens that stand in the text. By default (HiMix) it is
 the normalisation alone, and there is no parameter.
 
-Every model chunk that needs vision has a replica of the parameters, drawn by their names, so that all are alike; their
-gradients are summed over chunks and pipeline stages (himix_model.finalize_gradients).
+Every model chunk that needs vision has a replica of the parameters. They are always drawn by their names, so that all are
+alike; their gradients are summed over chunks and pipeline stages (himix_model.finalize_gradients).
 
 Shape letters: T vision tokens of the micro-batch, here before `reduce`; L hidden states of the tower, F = V channels of each
 (4V after a merge), V width of the tower, H width of the text.
@@ -25,12 +25,10 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import Config, InjectionConfig, VisionConfig
+from ..config import Config, InjectionConfig
+from ..costs.memory import IMAGE_NUMBERS, longest_side
 from ..data.loading.image_table import ImageTable, grids, reduced_tokens
 from .initialization import draw_by_name
-
-NUM_IMAGE_POSITIONS = 64
-"""Rows of the table for an image's number in its sample; later images share the last one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +123,8 @@ class VisionInput(MegatronModule):  # type: ignore[misc]
         injection, vision = config.injection, config.vision
         device = "cpu" if mcore_config.use_cpu_initialization else torch.cuda.current_device()
         if injection.position == "learned":
-            rows, columns = max_grid(injection, vision)
-            for name, number in (("row", rows), ("column", columns), ("image", NUM_IMAGE_POSITIONS)):
-                width = self.num_levels * injection.feature_width(vision)
+            longest, width = longest_side(injection, vision), self.num_levels * injection.feature_width(vision)
+            for name, number in (("row", longest), ("column", longest), ("image", IMAGE_NUMBERS)):
                 table = torch.zeros(number, width, dtype=mcore_config.params_dtype, device=device)
                 self.register_parameter(f"{name}_positions", nn.Parameter(table))
         self.adapter = None
@@ -158,7 +155,7 @@ class VisionInput(MegatronModule):  # type: ignore[misc]
 
     def _positions(self, shapes: Sequence[tuple[int, int]], per_sample: Sequence[int], device: torch.device) -> Tensor:
         """float[T', L*F]: what the three tables have for each vision token."""
-        numbers = [min(k, NUM_IMAGE_POSITIONS - 1) for count in per_sample for k in range(count)]
+        numbers = [min(k, IMAGE_NUMBERS - 1) for count in per_sample for k in range(count)]
         places = [
             (row, column, number)
             for (rows, columns), number in zip(shapes, numbers, strict=True)
@@ -208,24 +205,6 @@ def reduce_tokens(features_TX: Tensor, shapes: Sequence[tuple[int, int]], num_le
 def reduced(images: ImageTable, config: Config) -> ImageTable:
     """The same images with their vision tokens after `reduce`."""
     return dataclasses.replace(images, tokens=reduced_tokens(images, config))
-
-
-def max_grid(injection: InjectionConfig, vision: VisionConfig) -> tuple[int, int]:
-    """Rows and columns that an image's vision tokens have at most, after `reduce`."""
-    most = vision.image_size // vision.patch_size if vision.has_fixed_size else vision.max_patches_per_image
-    return injection.reduced_grid(most, most)
-
-
-def shared_parameters(config: Config) -> int:
-    """Numbers of VisionInput's parameters on one tensor rank."""
-    injection, width = config.injection, config.injection.feature_width(config.vision)
-    hidden, ranks = config.model.hidden_size, config.parallel.tensor
-    found = 0
-    if injection.position == "learned":
-        found += (sum(max_grid(injection, config.vision)) + NUM_IMAGE_POSITIONS) * width * len(config.vision.levels)
-    if injection.adapter == "shared":
-        found += (width + 1 + hidden) * hidden // ranks + hidden
-    return found
 
 
 def without_sequence_parallel(config: Any) -> Any:

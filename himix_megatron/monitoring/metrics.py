@@ -26,6 +26,7 @@ from ..costs.flops import Work, step_flops
 from ..costs.hardware import device_of
 from ..data.loading.batch import StepBatch
 from ..data.loading.image_table import ImageTable, reduced_tokens
+from ..distributed.megatron_config import text_multiple
 from ..distributed.topology import Topology
 from ..model.micro_batch_graphs import padded_sizes
 from ..runtime.log import clock
@@ -103,7 +104,8 @@ class RankSums:
             whole = [text + vision for text, vision in zip(texts, visions, strict=True)]
             longest = max(longest, sum(whole) if micro_batch.packed else max(whole))
         if config.injection.in_sequence:  # all rows of the step have the length of the longest
-            self.computed_tokens += longest * sum(len(micro_batch.text_ids) for micro_batch in batch.micro_batches)
+            width = -(-longest // (multiple := text_multiple(config))) * multiple
+            self.computed_tokens += width * sum(len(micro_batch.text_ids) for micro_batch in batch.micro_batches)
 
 
 def _in_text(config: Config, table: ImageTable) -> list[list[tuple[int, int]]]:

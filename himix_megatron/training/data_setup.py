@@ -23,7 +23,7 @@ from ..data.shards.reader import ShardDataset
 from ..data.text.chat_template import check_tokenizer
 from ..data.text.tokenizer import load_tokenizer
 from ..distributed.fused_kernels import Kernels, detect
-from ..distributed.megatron_config import attention_core, check_fp8, check_graphs, params_dtype, text_multiple
+from ..distributed.megatron_config import attention_core, check_fp8, check_graphs, check_optimizer, params_dtype, text_multiple
 from ..distributed.topology import Topology
 from ..model.vision_encoder import encoder_share
 
@@ -64,6 +64,7 @@ def prepare_inputs(config: Config, data_size: int) -> RunInputs:
     attention_core(config, kernels)
     check_fp8(config, kernels)
     check_graphs(config, kernels)
+    check_optimizer(config)
     check_text(config)
     plan = make_stream(config, data_size) if config.data.webdataset_urls else make_plan(config, config.data)
     held_out = None

@@ -10,8 +10,7 @@ import random
 
 from pipelines.worlds.drawing import COLOURS, PLAIN_SHAPES, Arrangement, Question, Thing, colour_shape_pairs
 
-GRID = 3
-NUM_THINGS = GRID**2
+GRID, NUM_THINGS = 3, 9
 
 
 def pictures(num: int, seed: str, heldout: bool) -> list[Arrangement]:

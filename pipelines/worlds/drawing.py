@@ -48,15 +48,12 @@ class Question:
 
 
 class Picture(Protocol):
-    """What is to be seen in one image, and what can be said about it."""
+    """What is to be seen in one image: all of it in a caption, and what can be asked."""
 
     @property
-    def caption(self) -> str:
-        """All that is to be seen."""
-
+    def caption(self) -> str: ...
     @property
-    def questions(self) -> list[Question]:
-        """What can be asked."""
+    def questions(self) -> list[Question]: ...
 
     def render(self, seed: str) -> Image.Image:
         """The image; the seed varies what no question is about."""

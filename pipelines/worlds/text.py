@@ -85,8 +85,8 @@ def pictures(num: int, seed: str, heldout: bool) -> list[Document]:
         places = sorted(rng.sample(range(len(PLACES)), count))
         dot_pixels = rng.choice(DOT_PIXELS)
         lines = [
-            Line(items if rng.random() < 0.5 else items[::-1], place, dot_pixels)
-            for *items, place in zip(words, numbers, places, strict=True)
+            Line((word, item) if rng.random() < 0.5 else (item, word), place, dot_pixels)
+            for word, item, place in zip(words, numbers, places, strict=True)
         ]
         questions = [_question(rng, lines, kind) for kind in asked]
         made.append(Document(lines, questions))

@@ -46,6 +46,7 @@ def test_the_general_form_is_each_methods_own_equations(method: str, packed: boo
     assert all(float(gradient.norm()) > 1e-6 for gradient in own.gradients.values()), "nothing hides behind a zero"
 
 
+@pytest.mark.slow  # reading a model's sizes imports transformers
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_himix_is_the_authors(file: str) -> None:
     reference = read(file)  # type: ignore[arg-type]

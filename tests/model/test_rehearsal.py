@@ -25,7 +25,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from himix_megatron.config import Config
+from himix_megatron.config import METHODS, Config
 from tests.support import ROOT
 from tests.support.ranks import run_ranks
 from tests.support.small_runs import native, small_config
@@ -52,6 +52,8 @@ GRAPHS = {"packed": True, "cuda_graphs": "on"}
 WIDE = {"head_dim": 64}
 """Attention is in Triton; else it is flash attention, or Transformer Engine's."""
 TENSOR, PIPELINE, DATA = {"tensor": 2, "sequence": True}, {"pipeline": 2}, {"distributed_optimizer": True}
+IN_TEXT = INSTRUCT | SHAPES | PIPELINE | {"method": "tokens"}
+"""The second stage gets no features."""
 NUM_LAYERS = NUM_MICRO_BATCHES = 2
 
 
@@ -62,6 +64,7 @@ def config_for(
     cuda_graphs: Any = "off",
     head_dim: int | None = None,
     layer_spec: Any = "torch",
+    method: str = "himix",
     **options: Any,
 ) -> Config:
     """Two layers; steps of two micro-batches of two samples on each data rank."""
@@ -73,7 +76,7 @@ def config_for(
     if packed:
         data = dataclasses.replace(data, pack_max_text_tokens=24, pack_max_vision_tokens=16)
         train = dataclasses.replace(train, global_batch_samples=None, global_batch_packs=4, micro_batch_samples=1)
-    return dataclasses.replace(config, model=model, data=data, train=train)
+    return dataclasses.replace(config, model=model, data=data, train=train, injection=METHODS[method](model))
 
 
 def waits_of(mode: Rehearsal, case: dict[str, Any], rank: int = 0, world_size: int = 1) -> list[Wait]:
@@ -91,7 +94,7 @@ def waits_of_all() -> list[tuple[str, list[Wait]]]:
     rank = int(os.environ["RANK"])
     alone = (ALIGN, INSTRUCT | GRAPHS) if rank == 0 else (ALIGN | PACKED, INSTRUCT, TOWER)
     cases = [(case, 0, 1) for case in alone]
-    divided = (ALIGN | TENSOR, ALIGN | PIPELINE, INSTRUCT | PACKED | PIPELINE, ALIGN | SHAPES | PIPELINE)
+    divided = (ALIGN | TENSOR, ALIGN | PIPELINE, INSTRUCT | PACKED | PIPELINE, ALIGN | SHAPES | PIPELINE, IN_TEXT)
     in_triton = (ALIGN | DATA | WIDE, INSTRUCT | GRAPHS | DATA | WIDE, INSTRUCT | PACKED | TENSOR | WIDE)
     cases += [(case, rank, 2) for case in (*divided, *in_triton)]
     with rehearsing() as mode:
@@ -199,8 +202,8 @@ def samples_on_host() -> Iterator[None]:
     """Where samples lie, which only kernels in Triton read, stays on the host."""
     from himix_megatron.model import himix_model
 
-    def make_layout(*given: Any) -> Any:
-        layout = plain(*given)
+    def make_layout(*given: Any, **named: Any) -> Any:
+        layout = plain(*given, **named)
         return dataclasses.replace(layout, samples=torch.zeros(layout.samples.shape, dtype=torch.int32))
 
     plain = himix_model.make_layout
@@ -252,7 +255,7 @@ def test_mistakes_are_found_with_their_places() -> None:
     more = {name: places(waits) - accepted() for name, waits in found.items() if not isinstance(waits, str)}
     each_layer, each_micro_batch = NUM_LAYERS * NUM_MICRO_BATCHES, NUM_MICRO_BATCHES
     assert more.pop("none") == Counter()
-    assert more.pop("reads in attention") == {("himix_megatron/model/attention/mixture_attention.py", "forward"): each_layer}
+    assert more.pop("reads in attention") == {("himix_megatron/model/attention/mixture_attention.py", "_mix"): each_layer}
     assert more.pop("reads in loss") == {("himix_megatron/model/himix_model.py", "_postprocess"): each_micro_batch}
     assert more.pop("reads in triton") == {("himix_megatron/model/attention/triton_attention.py", "forward"): each_layer}
     assert more.pop("not pinned") == {("himix_megatron/model/vision_encoder.py", "encode"): 1}

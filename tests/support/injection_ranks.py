@@ -161,6 +161,7 @@ def _run(case: Case, parallel: ParallelConfig, topology: Topology) -> Found:
 
     from himix_megatron.conversion.sharding import gather
     from himix_megatron.distributed.fused_kernels import detect
+    from himix_megatron.distributed.megatron_config import overlaps
     from himix_megatron.inference.generator import whole_vocabulary
     from himix_megatron.model.himix_model import build_model_chunks, finalize_gradients
     from himix_megatron.model.schedule import run_logits, run_losses
@@ -174,7 +175,11 @@ def _run(case: Case, parallel: ParallelConfig, topology: Topology) -> Found:
     fill(model_chunks, case, topology)
     for model_chunk in model_chunks:
         model_chunk.zero_grad_buffer()
-    model_chunks[0].config.finalize_model_grads_func = finalize_gradients
+    mcore_config = model_chunks[0].config
+    mcore_config.finalize_model_grads_func = finalize_gradients
+    if overlaps(config):  # as training/builder.py
+        syncs = [model_chunk.no_sync for model_chunk in model_chunks]
+        mcore_config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
     inputs = given_to_stage(case, config, topology.pipeline_rank)
     without_labels = [replace(given, labels=None, labelled=None) for given in inputs]
     logits = run_logits(model_chunks, without_labels, lambda _, logits: logits)

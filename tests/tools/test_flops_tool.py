@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from himix_megatron.costs.flops import image_flops
+from himix_megatron.config import METHODS
+from himix_megatron.costs.flops import image_flops, kv_cache_bytes
 from pipelines.recipes import RECIPES
 from tools.flops import PAPER, compare, paper_lines
 
@@ -76,6 +77,46 @@ def test_a_recipes_table_and_plot(tmp_path: Path) -> None:
     assert (tmp_path / "flops.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_methods_of_the_family_are_printed_for_a_model() -> None:
+    done = run("qwen2_0_5b_instruct", "--methods", "--injection.reduce", "pool")
+    assert done.returncode == 0, done.stderr
+    blocks = done.stdout.split(" text tokens")[1:]
+    assert len(blocks) == 2
+    for text, block in zip((64, 314), blocks, strict=True):
+        rows = {name: [float(word) for word in words] for name, *words in map(str.split, block.splitlines()[2:9])}
+        assert list(rows) == list(METHODS)
+        for method, (decoder, tower, total, step, whole_step, first, image, sample) in rows.items():
+            config = RECIPES["qwen2_0_5b_instruct"]()
+            config = replace(config, injection=METHODS[method](config.model))
+            found = compare(config, text, 1, text / 2)
+            assert decoder == round(found.honest[0] / 1e9, 1)
+            assert (step, whole_step) == (round(found.step[0].language / 1e9, 1), round(found.step[0].model / 1e9, 1))
+            assert total == pytest.approx(decoder + tower, abs=0.11)
+            assert first == pytest.approx(total - 2 * (text - 1) * 896 * 151936 / 1e9, abs=0.11)
+            assert (image, sample) == tuple(round(kv_cache_bytes(config, n, 729) / 2**20, 2) for n in (0, text))
+    # What was asked for is none of them.
+    assert blocks[0].splitlines()[9].startswith("as given")
+
+
+def test_a_cache_worked_by_hand() -> None:
+    config = RECIPES["vicuna_7b_instruct"]()
+    token = 2 * 32 * 128 * 2  # keys and values of 32 heads in bf16
+    for method, layers in {"himix": 32, "vica": 8, "llama3_2_vision": 8, "tokens": 32}.items():
+        own = replace(config, injection=METHODS[method](config.model))
+        assert kv_cache_bytes(own, 0, 729) == layers * 729 * token
+        assert kv_cache_bytes(own, 10, 0) == 32 * 10 * token
+    merged = replace(config, injection=replace(config.injection, reduce="merge"))
+    assert kv_cache_bytes(merged, 0, 729) == 32 * 14 * 14 * token
+
+
+def test_a_recipes_fields_are_changed_by_their_flags() -> None:
+    done = run("vicuna_7b_instruct", "--method", "tokens", "--train.micro-batch-samples", "2")
+    assert done.returncode == 0, done.stderr
+    assert re.search(
+        r"MiB of KV cache for one image +364.50 +364.50 +1.0\nGiB on one GPU, micro-batch of 2 +tokens", done.stdout
+    )
+
+
 def test_sizes_alone_are_enough() -> None:
     sizes = ("--layers", "12", "--hidden", "768", "--ffn", "2048", "--heads", "12", "--groups", "4", "--vocab", "32000")
     done = run(*sizes)
@@ -91,6 +132,9 @@ def test_sizes_alone_are_enough() -> None:
         (("tiny_align", "--text-tokens", "0"), "--text-tokens is 0: wanted 1 or more"),
         (("tiny_align", "--plot", "nowhere/x.png"), "there is no folder nowhere"),
         (("tiny_align", "--paper"), "--paper has its own models"),
+        (("tiny_align", "--methods", "--images", "2"), "--methods compares samples of one image"),
+        (("--method", "vica"), "--method changes a field of a recipe: name one (tiny_align"),
+        (("tiny_align", "--method", "flamingo"), "--method is flamingo"),
         (("tiny_align", "--hidden", "100", "--heads", "3"), "does not divide into model.num_attention_heads"),
     ],
 )

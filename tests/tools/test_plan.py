@@ -9,14 +9,14 @@ from dataclasses import replace
 
 import pytest
 
-from himix_megatron.config import check_ranks
+from himix_megatron.config import METHODS, check_ranks
 from himix_megatron.costs.hardware import DEVICES, device_of
 from pipelines.cli import parse
 from pipelines.recipes import RECIPES
 from tools import plan as tool
 from tools.planner import published
 from tools.planner.cost import step_time
-from tools.planner.layouts import Plan, Sample, job_of, layout_of, micro_batch_work, plans
+from tools.planner.layouts import Plan, Sample, job_of, layout_of, micro_batch_work, plan_of, plans
 from tools.planner.machine import EFFICIENCY, machine_named
 
 SAMPLE = Sample(text_tokens=314, longest_text=2048, images=1, vision_tokens=729, label_share=0.5)
@@ -152,6 +152,33 @@ def test_the_printed_command_is_one_that_a_run_accepts(recipe: str, gpus: int) -
     config = parse(words[words.index(recipe) :])
     assert config == plan.config
     assert check_ranks(config, gpus) == plan.layout.data
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_planned_and_its_command_parses(method: str) -> None:
+    flags = ["--method", method, "--parallel.split", "balanced"]
+    config, sample = tool.settings(tool.Arguments(recipe="vicuna_7b_instruct", gpus=8), flags)
+    plan = tool.choose(config, machine_named("a100-80gb", None), 8, sample)[0]
+    words = shlex.split(tool.command(plan, 8, flags))
+    assert parse(words[words.index("vicuna_7b_instruct") :]) == plan.config
+    assert plan.config.injection == METHODS[method](config.model)
+    assert 0 < plan.utilisation(machine_named("a100-80gb", None), tower=True) < 1
+
+
+def test_planned_seconds_follow_the_method() -> None:
+    """On one layout: what costs more FLOPs takes longer, and stages without vision hold no features."""
+
+    def plan(method: str) -> Plan:
+        config = RECIPES["vicuna_7b_instruct"]()
+        parallel = replace(config.parallel, tensor=4, pipeline=2)
+        config = replace(config, injection=METHODS[method](config.model), parallel=parallel)
+        return plan_of(config, machine_named("a100-80gb", None), 1, SAMPLE)
+
+    found = {method: plan(method) for method in METHODS}
+    order = sorted(METHODS, key=lambda method: found[method].time.compute + found[method].time.tensor)
+    assert order == sorted(METHODS, key=lambda method: found[method].flops.language)
+    # ViCA's layers are all in the first half; the tower's own memory is on every stage.
+    assert found["vica"].memory[1].features < found["vica"].memory[0].features == found["himix"].memory[1].features
 
 
 def test_the_list_ends_with_memory_of_each_stage_and_the_command() -> None:

@@ -123,7 +123,7 @@ def inputs_of(packs: Packs, config: Config, device: torch.device) -> list[Any]:
     from himix_megatron.model.stage_input import stage_inputs
 
     batch = step_batch(packs, config.model.vocab_size)
-    shape = (sum(batch.images.tokens), config.vision.hidden_size)
+    shape = (sum(batch.images.tokens), config.vision.feature_width)
     return stage_inputs(batch, torch.randn(shape, dtype=params_dtype(config), device=device), config, device)
 
 

@@ -224,6 +224,8 @@ def attend_by_groups(query_MQD: Tensor, key_RGD: Tensor, value_RGD: Tensor, view
         by_head = torch.unflatten(mixed, 2, (-1, query_bnQD.shape[1]))  # [b, G, Q / G, n, D]
         found.append(by_head.permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1))
     zeros = query_MQD.new_zeros(1, *query_MQD.shape[1:])
+    if not found:  # recomputation goes back through it all the same
+        zeros = zeros + sum(rows[:0].sum() for rows in (query_MQD, key_RGD, value_RGD))
     return torch.cat([*found, zeros]).index_select(0, order)
 
 

@@ -15,7 +15,7 @@ the update of the text states. The features themselves are never updated, so the
 
 Each layer's w goes into its projection, W (w * u) = (W * w) u, which costs one product with a matrix of the weight's size. A
 frozen tower's features need no gradient, and get none. A trainable tower's do, from every tensor rank's heads: summed once for
-all layers, in `normalise`.
+all layers, in `normalise`; behind an adapter of its own, in each layer.
 
 Shape letters: S text tokens, B samples, H text width, T vision tokens of all samples, V vision width, Q query heads, G
 key/value heads, D head width, X = Q * D; in generation N vision tokens of a sample (padded to the longest) and L keys. Heads

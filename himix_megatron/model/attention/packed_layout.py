@@ -238,7 +238,7 @@ def make_layout(
         pads_vision=sizes is not None,
         images=_in_text(images),
     )
-    if injection.position in ("rotary", "rotary_image"):
+    if injection.position in ("rotary", "rotary_image") and not injection.in_sequence:
         layout.angles, layout.vision_angles = _rotary_angles(layout, text_ids, rotary, injection)
     if has_text_layers or injection.fusion in ("separate", "block"):
         nothing = ImageTable((0,) * len(text_lengths), (), ())
