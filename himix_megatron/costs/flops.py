@@ -449,8 +449,8 @@ def _takes_vision(injecting: Sequence[int], layers: Sequence[int]) -> tuple[bool
 def _balanced(
     each: tuple[float, ...], head: float, adapter: float, injecting: tuple[int, ...], least: tuple[int, ...], pipeline: int
 ) -> tuple[int, ...]:
-    """Layers of each chunk, at least `least`, such that stages cost alike: by what each layer costs, the head, and the adapter of
-    each chunk that takes vision."""
+    """Layers of each chunk, at least `least`, such that stages cost alike: by what each layer costs, the head, and the adapter
+    of each chunk that takes vision."""
     layers, before = list(least), list(itertools.accumulate(each, initial=0.0))
 
     def costs(split: Sequence[int]) -> list[float]:
