@@ -262,7 +262,7 @@ def test_text_sees_as_many_pairs_as_are_counted(visibility: Any, fusion: Any) ->
     table = ImageTable(tuple(map(len, images)), ((1, 1),) * len(flat), *zip(*[(n, place) for place, n in flat], strict=True))
     layout = make_layout(torch.zeros(1, 19, dtype=torch.int64), texts, table, lambda number: torch.zeros(number, 1, 1, 4))
     view, seen = make_view(layout, 19, injection, torch.device("cpu")), 0
-    for group in view.groups:
+    for group in view.groups[0]:
         whole = len(group.queries) * len(group.keys) // group.num_segments
         seen += whole if group.mask is None else int(group.mask.sum()) * group.num_segments
     work = Work.of(texts, images, head_tokens=0)
