@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import shutil
 from collections import ChainMap
 from pathlib import Path
 
@@ -210,3 +212,14 @@ def test_a_start_is_exported_and_compared(
     assert f"{compared} on 3 samples with images, compared with transformers: largest difference" in said
     assert "(preference of another token): largest difference 0.00e+00" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_a_run_of_several_stages_is_exported_by_one_process(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(runs["vica"].parent.parent, tmp_path / "run")
+    settings = json.loads((run / "config.json").read_text())
+    settings["parallel"].update(tensor=2, pipeline=2, sequence=True)
+    (run / "config.json").write_text(json.dumps(settings))
+    conversions.himix_to_hf(convert.HimixToHf(checkpoint=run, out=tmp_path / "hf"))
+    assert "logits of the whole model on 3 samples with images" in capsys.readouterr().out

@@ -177,7 +177,7 @@ def test_attention_kernels_are_chosen_by_what_is_here_and_by_the_head_width() ->
     assert core(64, kernels=with_both, attention_core="flash") == "flash"
     with pytest.raises(ValueError, match=r"attention_core is te, .*: use --model\.attention-core auto"):
         core(64, kernels=without_te, attention_core="te")
-    with pytest.raises(ValueError, match=r"attention_core is triton, which needs .* a head width of 64 or 128: use"):
+    with pytest.raises(ValueError, match=r"attention_core is triton, which needs .* a head width of 64 or 128, and all"):
         core(96, kernels=with_both, attention_core="triton")
 
 
