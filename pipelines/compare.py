@@ -216,7 +216,7 @@ def with_seeds(settings: Settings, flags: Sequence[str], recipe: Config, size: i
             "world": world,
             "size": size,
             "seed": seed,
-            "settings": shlex.join([*alike, "--points", str(settings.points)]),
+            "settings": shlex.join(["--points", str(settings.points), *alike]),
         }
         own = ("--train.seed", str(seed), "--run.dir", str(run_dir))
         arms.append(Planned(facts, (*words, *own), datasets, run_dir, file))
