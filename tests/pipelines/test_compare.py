@@ -260,7 +260,7 @@ def test_arms_that_are_killed_and_stopped_go_on_from_their_checkpoints(
     def said(*more: str) -> str:
         return message(compare.main, words_of(mixed_dataset, tmp_path, *more), monkeypatch, capsys)
 
-    assert "was made with other settings (... 1, now ... 1 --train.steps 30): use the same ones" in said("--train.steps", "30")
+    assert "was made with other settings (... 1, now ... 1 --train.steps 30): use the same" in said("--train.steps", "30")
     monkeypatch.setattr(sys, "argv", ["compare", *words, "--arm", "1"])
     assert compare.main() == 0
     assert "2 arms, 0 to run" in capsys.readouterr().out
