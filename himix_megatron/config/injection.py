@@ -14,6 +14,9 @@ from typing import Literal
 from ..runtime.limits import Count, CountOrZero, check_limits
 from .model import ModelConfig, VisionConfig
 
+IMAGE_NUMBERS = 64
+"""Images of a sample that a table of positions tells apart; later ones share the last row."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InjectionConfig:
@@ -99,6 +102,12 @@ class InjectionConfig:
     def reduced_grid(self, rows: int, columns: int) -> tuple[int, int]:
         """Rows and columns of an image's vision tokens after `reduce`."""
         return (rows, columns) if self.reduce == "none" else (-(-rows // 2), -(-columns // 2))
+
+    def position_tables(self, vision: VisionConfig) -> dict[str, int]:
+        """Rows of each table of learned positions: for an image's rows, its columns, and its number in the sample."""
+        side = vision.image_size // vision.patch_size
+        longest, _ = self.reduced_grid(side if vision.has_fixed_size else side**2, 1)
+        return {"row": longest, "column": longest, "image": IMAGE_NUMBERS}
 
     def feature_width(self, vision: VisionConfig) -> int:
         """Channels of one of the tower's hidden states after `reduce`."""

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..config import InjectionConfig, ModelConfig, VisionConfig
 from ..config.families import FAMILIES
-from ..costs.memory import IMAGE_NUMBERS, longest_side
 from .safetensors_io import NamedTensors
 
 HIMIX = InjectionConfig()
@@ -124,7 +123,7 @@ def shapes(model: ModelConfig, vision: VisionConfig | int, injection: InjectionC
         **{_tail(w.published_name): (getattr(model, w.length),) for w in FAMILIES[model.family].layer_weights},
     }
     if not isinstance(vision, int):
-        lengths = zip(_TABLES, (side := longest_side(injection, vision), side, IMAGE_NUMBERS), strict=True)
+        lengths = injection.position_tables(vision).items()
         widths |= {f"model.vision_{name}_positions": (n, features * len(vision.levels)) for name, n in lengths}
     return {name: widths[_tail(name)] for parts in layout(model, injection).values() for name, _ in parts}
 

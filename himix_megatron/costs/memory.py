@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
-from ..config import Config, InjectionConfig, VisionConfig
+from ..config import Config
 from ..config.families import FAMILIES
 from ..config.towers import TOWERS
 from .flops import Trains, chunk_layers, decoder_tokens, patches_of, tower_layers, vision_chunks
@@ -28,8 +28,6 @@ MAX_LOGITS = 2**31
 gradient over them: 4 GiB in bf16. Above, chunks of an eighth of this."""
 IMAGES_PER_FORWARD = 64
 """A frozen tower encodes at most as many vision tokens at once as this many of its largest images have."""
-IMAGE_NUMBERS = 64
-"""Rows of the table of images' numbers; a sample's later images share the last one."""
 FIXED_BYTES = 2.5 * GIB
 """CUDA context, NCCL's buffers and cuBLAS's workspaces: an allowance, not measured here."""
 FRAGMENTS = 0.05
@@ -138,17 +136,11 @@ def _adapter_parameters(config: Config, tensor: int) -> float:
     return (config.injection.feature_width(config.vision) + 1 + hidden) * hidden / tensor + hidden
 
 
-def longest_side(injection: InjectionConfig, vision: VisionConfig) -> int:
-    """Rows, or columns, that an image's vision tokens have at most, after `reduce`."""
-    side = vision.image_size // vision.patch_size
-    return injection.reduced_grid(side if vision.has_fixed_size else side**2, 1)[0]
-
-
 def vision_input_parameters(config: Config, tensor: int = 1) -> float:
     """What stands in front of all layers, in each model chunk that takes vision: the shared adapter, the tables of positions;
     on one of `tensor` ranks."""
     vision, injection = config.vision, config.injection
-    tables = (2 * longest_side(injection, vision) + IMAGE_NUMBERS) * len(vision.levels) * injection.feature_width(vision)
+    tables = sum(injection.position_tables(vision).values()) * len(vision.levels) * injection.feature_width(vision)
     return _adapter_parameters(config, tensor) * (injection.adapter == "shared") + tables * (injection.position == "learned")
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import Config, InjectionConfig
-from ..costs.memory import IMAGE_NUMBERS, longest_side
+from ..config.injection import IMAGE_NUMBERS
 from ..data.loading.image_table import ImageTable, grids, reduced_tokens
 from .initialization import draw_by_name
 
@@ -123,8 +123,8 @@ class VisionInput(MegatronModule):  # type: ignore[misc]
         injection, vision = config.injection, config.vision
         device = "cpu" if mcore_config.use_cpu_initialization else torch.cuda.current_device()
         if injection.position == "learned":
-            longest, width = longest_side(injection, vision), self.num_levels * injection.feature_width(vision)
-            for name, number in (("row", longest), ("column", longest), ("image", IMAGE_NUMBERS)):
+            width = self.num_levels * injection.feature_width(vision)
+            for name, number in injection.position_tables(vision).items():
                 table = torch.zeros(number, width, dtype=mcore_config.params_dtype, device=device)
                 self.register_parameter(f"{name}_positions", nn.Parameter(table))
         self.adapter = None
