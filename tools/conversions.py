@@ -40,8 +40,8 @@ from himix_megatron.config import (
     differences,
 )
 from himix_megatron.config.families import FAMILIES
+from himix_megatron.config.injection import HIMIX
 from himix_megatron.conversion.authors_folder import read_authors, write_authors
-from himix_megatron.conversion.authors_layout import HIMIX
 from himix_megatron.conversion.checkpoint_io import StoredWeights, read_config, write_run
 from himix_megatron.conversion.huggingface import (
     NewVisionWeights,

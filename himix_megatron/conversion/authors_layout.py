@@ -16,10 +16,9 @@ from torch import Tensor
 
 from ..config import InjectionConfig, ModelConfig, VisionConfig
 from ..config.families import FAMILIES
+from ..config.injection import HIMIX
 from .safetensors_io import NamedTensors
 
-HIMIX = InjectionConfig()
-"""Whose layout is published."""
 Parts = tuple[tuple[str, int], ...]
 """The authors' tensors that lie in one of ours, and how many heads of each go to one key/value head (0: it is no tensor of
 heads, and the parts follow each other)."""

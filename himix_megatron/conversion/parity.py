@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..config import Config, ModelConfig, ParallelConfig
+from ..config.injection import HIMIX
 from ..config.towers import TOWERS
 from ..data.loading.image_table import ImageTable
 from ..distributed.fused_kernels import detect
@@ -27,7 +28,7 @@ from ..inference.generator import Answerer, whole_vocabulary
 from ..model.schedule import run_logits
 from ..model.stage_input import StageInput
 from ..model.towers import build_tower
-from .authors_layout import HIMIX, AsAuthors, is_new, layout, shapes
+from .authors_layout import AsAuthors, is_new, layout, shapes
 from .checkpoint_io import StoredWeights, read_config
 from .export.parity import fixed_input, himix_outcome, parity
 from .huggingface import same_bits

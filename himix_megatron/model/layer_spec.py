@@ -23,11 +23,11 @@ from ..config.families import FAMILIES
 from ..distributed.fused_kernels import Kernels
 from ..distributed.megatron_config import attention_core, chosen_layer_spec
 from .attention.backends import TorchMixtureAttention, TransformerEngineMixtureAttention, TritonMixtureAttention
-from .attention.mixture_attention import MixtureAttention, MixtureAttentionSubmodules, VisionLinear, VisionNorm
+from .attention.mixture_attention import MixtureAttention, MixtureAttentionSubmodules, VisionNorm
 from .cpu_ops import RMSNorm, SwiGLU
 from .layer import HiMixLayer, TransformerEngineSwiGLU, residual_add
 from .vision_block import VisionBlock
-from .vision_input import LayerVision
+from .vision_input import LayerVision, VisionLinear
 
 CORES: dict[str, Any] = {
     "te": TransformerEngineMixtureAttention,

@@ -80,7 +80,7 @@ class VisionAdapter(MegatronModule):  # type: ignore[misc]
         whole = without_sequence_parallel(config)
         super().__init__(whole)
         shared: dict[str, Any] = {"config": whole, "skip_bias_add": False, "is_expert": False, "tp_group": tp_group}
-        self.linear_fc1 = AdapterInput(
+        self.linear_fc1 = VisionLinear(
             width, config.hidden_size, init_method=config.init_method, gather_output=False, bias=True, **shared
         )
         self.linear_fc2 = AdapterOutput(
@@ -95,13 +95,13 @@ class VisionAdapter(MegatronModule):  # type: ignore[misc]
         return adapted
 
 
-class AdapterInput(tensor_parallel.ColumnParallelLinear):  # type: ignore[misc]
-    """megatron-core's would form the gradient of its input also where nobody wants it, as of a frozen tower's features."""
+class VisionLinear(tensor_parallel.ColumnParallelLinear):  # type: ignore[misc]
+    """W (w * u) + b, by tensor ranks over the rows of W. megatron-core's own would form the gradient of its input also where
+    nobody wants it, as of a frozen tower's features."""
 
-    def forward(self, features: Tensor) -> Tensor:
-        """This rank's channels."""
-        own: Tensor = F.linear(features, self.weight, self.bias)
-        return own
+    def forward(self, normalised_TV: Tensor, norm_V: Tensor | None = None) -> Tensor:
+        """This rank's channels. The backward pass takes one product for both weights: d(W * w) = dy^T u."""
+        return F.linear(normalised_TV, self.weight if norm_V is None else self.weight * norm_V, self.bias)
 
 
 class AdapterOutput(tensor_parallel.RowParallelLinear):  # type: ignore[misc]

@@ -552,30 +552,18 @@ class HiMixForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: 
             labels: int64[B, S] as input_ids, -100 for no loss.
         Raises: ValueError for shapes or numbers that do not fit each other, or the images that a cache holds.
         """
-        if input_ids is None and inputs_embeds is None:
-            raise ValueError("input_ids are missing: wanted int64[samples, tokens]")
-        _check_shape("input_ids", input_ids, "samples", "tokens")
-        _check_shape("inputs_embeds", inputs_embeds, "samples", "tokens", self.config.hidden_size)
-        if input_ids is not None and input_ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"input_ids are {input_ids.dtype}: wanted whole numbers of 32 or 64 bits")
+        images = pixel_values if image_features is None else image_features
+        self._check_text(input_ids, inputs_embeds)
         hidden = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        (num_samples, num_new), vision_sizes = hidden.shape[:2], self.config.vision_config
-        _check_shape("pixel_values", pixel_values, num_samples, "images", 3, *[vision_sizes["image_size"]] * 2)
-        _check_shape("image_features", image_features, num_samples, "images", "tokens", vision_sizes["hidden_size"])
-        _check_shape("num_images", num_images, num_samples)
+        num_samples, num_new = hidden.shape[:2]
+        self._check_images(num_samples, pixel_values, image_features, num_images, image_places)
         _check_shape("labels", labels, num_samples, num_new)
         _check_shape("position_ids", position_ids, "samples", num_new)
-        if pixel_values is not None and not pixel_values.is_floating_point():
-            raise ValueError(f"pixel_values are {pixel_values.dtype}: wanted floats, as the processor normalises them")
         cached = None if past_key_values is None else vision_layers(past_key_values, self.config)
-        images = pixel_values if image_features is None else image_features
-        _check_shape("image_places", image_places, num_samples, "images" if images is None else images.shape[1])
-        if image_places is not None and (image_places.dtype not in (torch.int64, torch.int32) or (image_places < 0).any()):
-            raise ValueError(f"image_places is {image_places.tolist()}: wanted whole numbers from 0 on")
         num_tokens = self._tokens_per_image(image_features)
         if cached is not None and cached[0].places is not None:
             vision, places = None, cached[0].places
@@ -606,6 +594,27 @@ class HiMixForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: 
             hidden_states=tuple(states) if output_hidden_states else None,
             attentions=tuple(weights) if output_attentions else None,
         )
+
+    def _check_text(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
+        if input_ids is None and inputs_embeds is None:
+            raise ValueError("input_ids are missing: wanted int64[samples, tokens]")
+        _check_shape("input_ids", input_ids, "samples", "tokens")
+        _check_shape("inputs_embeds", inputs_embeds, "samples", "tokens", self.config.hidden_size)
+        if input_ids is not None and input_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"input_ids are {input_ids.dtype}: wanted whole numbers of 32 or 64 bits")
+
+    def _check_images(
+        self, num_samples: int, pixels: Tensor | None, features: Tensor | None, counts: Tensor | None, places: Tensor | None
+    ) -> None:
+        sizes, images = self.config.vision_config, pixels if features is None else features
+        _check_shape("pixel_values", pixels, num_samples, "images", 3, *[sizes["image_size"]] * 2)
+        _check_shape("image_features", features, num_samples, "images", "tokens", sizes["hidden_size"])
+        _check_shape("num_images", counts, num_samples)
+        if pixels is not None and not pixels.is_floating_point():
+            raise ValueError(f"pixel_values are {pixels.dtype}: wanted floats, as the processor normalises them")
+        _check_shape("image_places", places, num_samples, "images" if images is None else images.shape[1])
+        if places is not None and (places.dtype not in (torch.int64, torch.int32) or (places < 0).any()):
+            raise ValueError(f"image_places is {places.tolist()}: wanted whole numbers from 0 on")
 
     def _counts(self, num_samples: int, images: Tensor | None, num_images: Tensor | None) -> list[int]:
         """Images of each sample, the blank one of `zero_image` counted. Raises: ValueError for more than are given."""

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from ...config import InjectionConfig
+from ...config.injection import HIMIX
 from ...data.loading.image_table import ImageTable
 from .backends import TorchMixtureAttention
 
-HIMIX = InjectionConfig()
 Project = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """A layer's keys and values, each float[N, B, G, D], from the context float[N, B, X] and the angles of its keys."""
 

@@ -276,11 +276,3 @@ class VisionNorm(torch.nn.Module):
             return self.weight  # megatron-core's function does nothing then, at 4 % of the host's time for a layer
         weight: Tensor = tensor_parallel.copy_to_tensor_model_parallel_region(self.weight)
         return weight
-
-
-class VisionLinear(tensor_parallel.ColumnParallelLinear):  # type: ignore[misc]
-    """W (w * u) + b, by tensor ranks over the rows of W."""
-
-    def forward(self, normalised_TV: Tensor, norm_V: Tensor | None) -> Tensor:
-        """float[..., 2*G*D]. The backward pass takes one product for both weights: d(W * w) = dy^T u."""
-        return F.linear(normalised_TV, self.weight if norm_V is None else self.weight * norm_V, self.bias)

@@ -21,10 +21,9 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from ...config import InjectionConfig
+from ...config.injection import HIMIX
 from ...data.loading.image_table import ImageTable
 from .attention_view import AttentionView, make_view, positions
-
-HIMIX = InjectionConfig()
 
 
 @dataclass(frozen=True, slots=True)
