@@ -102,6 +102,15 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[Any]:
         return (yield)
 
 
+@pytest.fixture(autouse=True)
+def _log_is_stopped() -> Iterator[None]:
+    """No test leaves handlers to the next: their stream is the finished test's, closed."""
+    from himix_megatron.runtime import log
+
+    yield
+    log.stop()
+
+
 @pytest.fixture(scope="session")
 def mixed_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A shard dataset of 40 samples with one image, two or none."""
