@@ -44,24 +44,30 @@ from pipelines.comparison.records import MEASURED, Arm, Measured, read, write
 from pipelines.flags import Word, split_flags
 from pipelines.launchers.local_ranks import run_ranks
 from pipelines.scaling import Progress, check_sbatch
-from pipelines.scenes import SceneSettings, ensure_scene_data
+from pipelines.scenes import SceneSettings, ensure_scene_data, ensure_tokenizer
+from pipelines.worlds.tokenizer import VOCAB_SIZE
 
 PROGRAM = "python -m pipelines.compare"
 BATCH_SCRIPT = Path("slurm/compare_arm.sh")
 GIVEN = "given"
 """The world of --data.datasets."""
 WORLDS = {
-    # 36 tokens an image. HiMix has 359 of 360 right after 400 steps at a rate that falls.
+    # 36 tokens an image.
     "shapes": ("--train.steps", "400"),
     "relations": ("--train.steps", "500"),
-    # 64 tokens an image: 16 cells of 16 pixels.
-    "counting": ("--train.steps", "500", "--vision.image-size", "64"),
-    # 144 tokens an image: the smallest letters are 7 pixels high, a patch 8.
-    "text": ("--train.steps", "300", "--vision.image-size", "96"),
+    "counting": ("--train.steps", "500"),
+    # 64 tokens an image: the smallest letters are 7 pixels high, a patch 8.
+    "text": ("--train.steps", "1500", "--vision.image-size", "64"),
 }
 """What a rendered world asks of a tiny recipe: images as large as it was drawn for, steps that fit 8 minutes on 2 cores."""
-FROM_NOTHING = ("--train.trainable-parts", "tower", "language", "vision_kv", "--train.micro-batch-samples", "64")
-"""Of tiny recipes: nothing pretrained exists for them."""
+TOKENIZER = Path("data", "scenes-tokenizer")
+"""Relative, as all of the worlds' data, so that committed settings name no machine's folders."""
+SPELLING = ("--data.tokenizer", str(TOKENIZER), "--model.vocab-size", str(VOCAB_SIZE))
+FROM_NOTHING = (
+    *("--train.trainable-parts", "tower", "language", "vision_kv", "--model.init-std", "0.09"),
+    *("--train.global-batch-samples", "32", "--train.micro-batch-samples", "32"),
+)
+"""Of tiny recipes: nothing pretrained exists for them, and a width of 128 learns faster from larger weights."""
 # Saved in the training thread: while another one writes, steps take longer.
 ALIKE = (
     *("--train.initialization", "by_name", "--optimizer.schedule", "constant", "--optimizer.warmup-fraction", "0.05"),
@@ -194,10 +200,12 @@ def plan(settings: Settings, flags: Sequence[str]) -> list[Planned]:
 def with_seeds(settings: Settings, flags: Sequence[str], recipe: Config, size: int, world: str, method: str) -> list[Planned]:
     """One arm with each seed."""
     tiny = FROM_NOTHING if settings.recipe.startswith("tiny_") else ()
-    alike, data = [settings.recipe, *ALIKE, *tiny, *WORLDS.get(world, ()), *flags], scene_folder(world)
+    spelled = SPELLING if world != GIVEN else ()
+    alike, data = [settings.recipe, *ALIKE, *tiny, *spelled, *WORLDS.get(world, ()), *flags], scene_folder(world)
     words = [*alike, *method_words(method), *size_words(recipe.model, size)]
     if world != GIVEN:
-        words += ["--data.datasets", str(data / "instruct"), "--data.validation-path", str(data / "heldout")]
+        align, instruct, heldout = (str(data / split) for split in ("align", "instruct", "heldout"))
+        words += ["--data.datasets", align, instruct, "--data.validation-path", heldout]
     name = re.sub(r"[^\w.]+", "-", f"{world} {method} {size}")
     try:
         config = parse(words, PROGRAM)
@@ -250,7 +258,7 @@ def size_words(model: ModelConfig, width: int) -> list[str]:
 
 
 def scene_folder(world: str) -> Path:
-    """Where a rendered world's data are, relative, so that committed settings name no machine's folders."""
+    """Where a rendered world's data are."""
     return Path("data", "scenes" if world == "shapes" else f"scenes-{world}")
 
 
@@ -262,6 +270,7 @@ def run(settings: Settings, arms: Sequence[Planned], chosen: Sequence[int]) -> i
     for world, datasets in {arms[number].facts["world"]: arms[number].datasets for number in chosen}.items():
         if world != GIVEN:
             ensure_scene_data(scene_folder(world), SceneSettings(world=world))
+            ensure_tokenizer(TOKENIZER)
         for path in datasets:
             ShardDataset(path)  # a mistake is told here, before anything starts
     request = StopRequest(COMMAND_STOP_SIGNALS, on_request=lambda _: None)  # `watch` sees it, and lets the arms save first

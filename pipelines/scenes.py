@@ -12,6 +12,7 @@ guessed from the question; each world says what chance is. Every byte is a funct
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -30,6 +31,7 @@ from pipelines import preprocess
 from pipelines.cli import parse_settings, run_main
 from pipelines.worlds import counting, relations, shapes, text
 from pipelines.worlds.drawing import Picture, Question
+from pipelines.worlds.tokenizer import write_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +63,11 @@ class SceneSettings:
         check_limits(self, "scenes")
         check_known("scenes.world", self.world, WORLDS)
 
+    @property
+    def turns(self) -> tuple[int, int]:
+        """Least and largest number of questions about an image in training; of four, earlier ones name some of what is seen."""
+        return {"shapes": (1, 2), "counting": (2, 2)}.get(self.world, (4, 4))
+
 
 def write_corpus(folder: Path, settings: SceneSettings) -> None:
     """Write `images/*.jpg`, `align.json`, `instruct.json` and `heldout.json` into a folder."""
@@ -72,7 +79,7 @@ def write_corpus(folder: Path, settings: SceneSettings) -> None:
         "align": [
             _row(name, [Question(CAPTION_PROMPT, picture.caption)], image_last=rng.random() < 0.5) for name, picture in train
         ],
-        "instruct": [_row(name, rng.sample(picture.questions, rng.randint(1, 2))) for name, picture in train],
+        "instruct": [_row(name, rng.sample(picture.questions, rng.randint(*settings.turns))) for name, picture in train],
         # One of its questions in turn (of shapes: colour, shape and place): balanced to one.
         "heldout": [
             _row(name, [picture.questions[number % len(picture.questions)]], with_kind=True)
@@ -120,6 +127,21 @@ def ensure_scene_data(folder: Path | None = None, settings: SceneSettings | None
         with locked(folder.parent, f".{folder.name}.lock"):
             if not _is_complete(folder, settings):  # another process may have made it while we waited
                 _make_datasets(folder, settings)
+    return folder
+
+
+def ensure_tokenizer(folder: Path = Path("data/scenes-tokenizer")) -> Path:
+    """The tokenizer of the worlds (pipelines/worlds/tokenizer.py), made on the first call like `ensure_scene_data`'s folder."""
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder.parent, f".{folder.name}.lock"):
+        if not folder.exists():
+            partial = folder.with_name(f".{folder.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            pictures = itertools.chain.from_iterable(world(500, "words", False) for world in WORLDS.values())
+            said = ((picture.caption, *(f"{each.text}\n{each.answer}" for each in picture.questions)) for picture in pictures)
+            write_tokenizer(partial, (CAPTION_PROMPT, *itertools.chain.from_iterable(said)))
+            os.rename(partial, folder)
     return folder
 
 

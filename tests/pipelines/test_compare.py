@@ -146,13 +146,13 @@ def test_arms_differ_in_their_method_alone_and_a_seed_is_complete_before_the_nex
     rotary, separate, text = (parse(arms[number].words) for number in (1, 2, 4))
     assert (rotary.injection.position, rotary.injection.visibility) == ("rotary", "earlier")
     assert (separate.injection.local_text, separate.injection.fusion) == (False, "separate")
-    assert (rotary.vision.image_size, text.vision.image_size) == (48, 96)
-    assert text.data.datasets == ("data/scenes-text/instruct",)
+    assert (rotary.vision.image_size, text.vision.image_size) == (48, 64)
+    assert text.data.datasets == ("data/scenes-text/align", "data/scenes-text/instruct")
     for config in (rotary, separate, text):
         assert (config.train.initialization, config.optimizer.schedule, config.optimizer.learning_rate) == (
             "by_name", "constant", 5e-4,
         )  # fmt: skip
-        assert config.data.validation_path == config.data.datasets[0].replace("instruct", "heldout")
+        assert config.data.validation_path == config.data.datasets[1].replace("instruct", "heldout")
 
 
 def test_a_size_is_a_width_with_heads_as_wide_as_before() -> None:
