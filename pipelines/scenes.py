@@ -12,7 +12,6 @@ guessed from the question; each world says what chance is. Every byte is a funct
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import logging
 import os
@@ -138,9 +137,7 @@ def ensure_tokenizer(folder: Path = Path("data/scenes-tokenizer")) -> Path:
         if not folder.exists():
             partial = folder.with_name(f".{folder.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
-            pictures = itertools.chain.from_iterable(world(500, "words", False) for world in WORLDS.values())
-            said = ((picture.caption, *(f"{each.text}\n{each.answer}" for each in picture.questions)) for picture in pictures)
-            write_tokenizer(partial, (CAPTION_PROMPT, *itertools.chain.from_iterable(said)))
+            write_tokenizer(partial)
             os.rename(partial, folder)
     return folder
 

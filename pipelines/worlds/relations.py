@@ -1,8 +1,8 @@
-"""Three or four coloured shapes of several sizes in the corners: what is left of, above, where, which is largest.
+"""Three coloured shapes, one in each row and column: what is at the top, just left of, above another, which is largest.
 
-No two have the same colour, which names them. Left of means in the same row, above in the same column. Held-out images have
-colours that never stand together in training. Without looking, 1 in 7 colours and 1 in 4 shapes are right. For a tower of 48
-pixels, 8 to a patch. Kinds: place, left, right, above, below, largest.
+No two have the same colour, which names them. Just left of means in the next column, just above in the next row. Held-out
+images have colours that never stand together in training. Without looking, 1 in 7 colours and 1 in 4 shapes are right. For a
+tower of 48 pixels, 8 to a patch. Kinds: place, left, right, above, below, largest.
 """
 
 from __future__ import annotations
@@ -13,62 +13,58 @@ import random
 
 from pipelines.worlds.drawing import COLOURS, PLAIN_SHAPES, Arrangement, Question, Thing
 
-SIDES = {"left": ("left of", 0, -1), "right": ("right of", 0, 1), "above": ("above", -1, 0), "below": ("below", 1, 0)}
-"""In words, in rows, in columns."""
+NUM_THINGS = 3
+ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
+SIDES = {"left": ("left of", "column", -1), "right": ("right of", "column", 1), "above": ("above", "row", -1),
+         "below": ("below", "row", 1)}  # fmt: skip
+"""In words, and what differs by how much."""
 
 
 def pictures(num: int, seed: str, heldout: bool) -> list[Arrangement]:
     """`num` arrangements. In training each has questions of several kinds; held-out ones have one, each kind in turn."""
     rng, kinds = random.Random(seed), ("place", *SIDES, "largest")
     made: list[Arrangement] = []
-    while len(made) < num:
+    for number in range(num):
         things = _things(rng, heldout)
-        asked = [kinds[len(made) % len(kinds)]] if heldout else ["place", "largest", *rng.sample(list(SIDES), len(SIDES))]
-        questions = [question for kind in asked if (question := _question(rng, things, kind))]
-        if questions and (heldout or len(questions) > 2):
-            caption = ", ".join(f"{_place(thing)} {thing.colour} {thing.shape}" for thing in things)
-            made.append(Arrangement(2, things, caption, questions[:4]))
+        asked = [kinds[number % len(kinds)]] if heldout else ["place", "largest", *rng.sample(list(SIDES), 2)]
+        caption = ", ".join(f"{ROWS[each.row]} {COLUMNS[each.column]} {each.colour} {each.shape}" for each in things)
+        made.append(Arrangement(NUM_THINGS, things, caption, [_question(rng, things, kind) for kind in asked]))
     return made
 
 
 @functools.cache
-def colour_sets(num: int, heldout: bool) -> list[tuple[str, ...]]:
-    """Sets of `num` colours of a split, each in every order: a fifth of all are held out."""
+def colour_sets(heldout: bool) -> list[tuple[str, ...]]:
+    """Sets of colours of a split, each in every order: a fifth of all are held out."""
     return [
         tuple(list(COLOURS)[index] for index in order)
-        for order in itertools.permutations(range(len(COLOURS)), num)
+        for order in itertools.permutations(range(len(COLOURS)), NUM_THINGS)
         if (sum(order) % 5 == 0) == heldout
     ]
 
 
 def _things(rng: random.Random, heldout: bool) -> list[Thing]:
-    num = rng.randint(3, 4)
-    largest = rng.uniform(0.17, 0.21)
-    radii = [largest, *(largest * rng.uniform(0.6, 0.75) for _ in range(num - 1))]
-    colours = rng.choice(colour_sets(num, heldout))
-    shapes = rng.choices(PLAIN_SHAPES, k=num)
-    cells = sorted(rng.sample(range(4), num))
+    """From top to bottom."""
+    largest = rng.uniform(0.15, 0.165)
+    radii = [largest, *(largest * rng.uniform(0.7, 0.78) for _ in range(NUM_THINGS - 1))]
+    columns = rng.sample(range(NUM_THINGS), NUM_THINGS)
+    looks = zip(rng.choice(colour_sets(heldout)), rng.choices(PLAIN_SHAPES, k=NUM_THINGS), strict=True)
     return [
-        Thing(colour, shape, *divmod(cell, 2), radius)
-        for colour, shape, cell, radius in zip(colours, shapes, cells, rng.sample(radii, num), strict=True)
+        Thing(colour, shape, row, column, radius)
+        for row, ((colour, shape), column, radius) in enumerate(zip(looks, columns, rng.sample(radii, NUM_THINGS), strict=True))
     ]
 
 
-def _place(thing: Thing) -> str:
-    return f"{('top', 'bottom')[thing.row]} {('left', 'right')[thing.column]}"
-
-
-def _question(rng: random.Random, things: list[Thing], kind: str) -> Question | None:
-    """A question of that kind with one answer; None if these things allow none."""
-    what = rng.choice(("colour", "shape"))
+def _question(rng: random.Random, things: list[Thing], kind: str) -> Question:
+    what, thing = rng.choice(("colour", "shape")), rng.choice(things)
     if kind == "largest":
-        return Question(f"What {what} is the largest one?", getattr(max(things, key=lambda t: t.radius), what), kind)
-    if kind == "place":
-        thing = rng.choice(things)
-        return Question(f"What {what} is at the {_place(thing)}?", getattr(thing, what), kind)
-    words, down, right = SIDES[kind]
-    found = [(a, b) for a in things for b in things if (b.row, b.column) == (a.row + down, a.column + right)]
-    if not found:
-        return None
-    anchor, thing = rng.choice(found)
-    return Question(f"What {what} is {words} the {anchor.colour} one?", getattr(thing, what), kind)
+        thing = max(things, key=lambda each: each.radius)
+        told = "the largest one"
+    elif kind == "place":
+        told = f"at the {rng.choice((ROWS[thing.row], COLUMNS[thing.column]))}"
+    else:
+        words, axis, step = SIDES[kind]
+        by_place = {getattr(each, axis): each for each in things}
+        anchor = by_place[rng.choice([place for place in by_place if place + step in by_place])]
+        thing = by_place[getattr(anchor, axis) + step]
+        told = f"just {words} the {anchor.colour} one"
+    return Question(f"What {what} is {told}?", getattr(thing, what), kind)

@@ -5,15 +5,23 @@ By bytes a question is longer than the image that it is about, and most of what 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
 from pathlib import Path
 
 VOCAB_SIZE = 512
 """At most so many tokens: 256 bytes, the words' merges, four control tokens."""
 
 
-def write_tokenizer(folder: Path, texts: Iterable[str]) -> None:
-    """Write a Hugging Face folder for the template `tiny`: byte pairs, learned from the texts until words are whole."""
+WORDS = re.findall(
+    r"\w+",
+    "What Where Which How many is are it this there in at the of a an one colour shape number word top middle bottom left "
+    "right centre above below largest just red orange yellow green cyan blue purple white circle square triangle plus ring "
+    "circles squares triangles pluses rings",
+)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write a Hugging Face folder for the template `tiny`: byte pairs, merged until words are whole."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -26,7 +34,7 @@ def write_tokenizer(folder: Path, texts: Iterable[str]) -> None:
     rust.decoder = decoders.ByteLevel()
     control = ["<bos>", "<user>", "<assistant>", "<end>"]
     rust.train_from_iterator(
-        texts,
+        [*WORDS, *(f" {word}" for word in WORDS)],
         trainers.BpeTrainer(
             vocab_size=VOCAB_SIZE,
             special_tokens=[AddedToken(name, special=True, normalized=False) for name in control],
