@@ -54,8 +54,8 @@ GIVEN = "given"
 WORLDS = {
     # 36 tokens an image.
     "shapes": ("--train.steps", "400"),
-    "relations": ("--train.steps", "500"),
-    "counting": ("--train.steps", "500"),
+    "relations": ("--train.steps", "2000"),
+    "counting": ("--train.steps", "2000"),
     # 64 tokens an image: the smallest letters are 7 pixels high, a patch 8.
     "text": ("--train.steps", "1500", "--vision.image-size", "64"),
 }

@@ -409,6 +409,7 @@ def kv_cache_bytes(config: Config, text_tokens: float, vision_tokens: float) -> 
 # ---- pipeline stages ---------------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=64)
 def chunk_layers(config: Config) -> tuple[int, ...]:
     """Decoder layers of each model chunk in the order of the network: chunk i is on pipeline stage i % parallel.pipeline."""
     parallel, num_layers = config.parallel, config.model.num_layers

@@ -42,7 +42,7 @@ def _painted(pixels: np.ndarray, colour: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("name", "digest"), [("relations", "77f259d742af8419"), ("counting", "b1d4f54e84aab7b4"), ("text", "4fef6e64d4bc182e")]
+    ("name", "digest"), [("relations", "c79660992dab9d52"), ("counting", "b1d4f54e84aab7b4"), ("text", "4fef6e64d4bc182e")]
 )
 def test_a_world_is_the_same_everywhere(name: str, digest: str) -> None:
     found = hashlib.sha256()
@@ -57,6 +57,7 @@ def test_a_world_is_the_same_everywhere(name: str, digest: str) -> None:
 def test_nobody_can_guess_from_the_question(name: str) -> None:
     """Neither who knows the training set, nor who knows the held-out one; of each kind of answer apart."""
     chances = {"colour": 1 / 7, "shape": 2 / 7, "how": 1 / 10, "number": 1 / 9, "word": 1 / 9}
+    to_who_knows = {"relations": {"colour": 1 / 5}}.get(name, {})  # the held-out sets of colours
     train, heldout = WORLDS[name](3000, "train", False), WORLDS[name](3000, "heldout", True)
     for known, asked in ((train[:2000], train[2000:]), (train, heldout), (heldout[:1500], heldout[1500:])):
         by_kind = defaultdict(list)
@@ -65,8 +66,9 @@ def test_nobody_can_guess_from_the_question(name: str) -> None:
             kind = next((word for word in words[:2] if word in chances), "number" if question.answer.isdigit() else "word")
             by_kind[kind].append(question)
         for kind, questions in by_kind.items():
-            margin = 4 * (chances[kind] / len(questions)) ** 0.5
-            assert _guessed(_asked(known), questions) < chances[kind] + margin, (kind, len(questions))
+            chance = (chances | (to_who_knows if known[0] is heldout[0] else {}))[kind]
+            margin = 4 * (chance / len(questions)) ** 0.5
+            assert _guessed(_asked(known), questions) < chance + margin, (kind, len(questions))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -125,9 +127,9 @@ def test_relations_hold_in_the_picture() -> None:
             if question.kind == "largest":
                 colour = max(picture.things, key=lambda thing: thing.radius).colour
             elif question.kind == "place":
-                place = told.split()[-1]
-                order, names = (across, relations.COLUMNS) if place in relations.COLUMNS else (down, relations.ROWS)
-                colour = order[names.index(place)]
+                row, column = told.split()[-2:]
+                colour = down[relations.ROWS.index(row)]
+                assert colour == across[relations.COLUMNS.index(column)]
             else:
                 colour = order[order.index(told.split()[-2]) + (1 if question.kind in ("right", "below") else -1)]
             assert question.answer == (colour if what == "colour" else shapes[colour])
@@ -136,7 +138,7 @@ def test_relations_hold_in_the_picture() -> None:
 def test_the_largest_is_clearly_larger_than_the_rest() -> None:
     for picture in relations.pictures(200, "x", False):
         second, largest = sorted(thing.radius for thing in picture.things)[-2:]
-        assert second < 0.79 * largest
+        assert second < 0.83 * largest
 
 
 def test_counts_are_those_of_the_picture_and_tell_nothing_of_each_other() -> None:
