@@ -45,8 +45,8 @@ def colour_sets(heldout: bool) -> list[tuple[str, ...]]:
 
 def _things(rng: random.Random, heldout: bool) -> list[Thing]:
     """From top to bottom."""
-    largest = rng.uniform(0.155, 0.165)
-    radii = [largest, *(largest * rng.uniform(0.76, 0.82) for _ in range(NUM_THINGS - 1))]
+    largest = rng.uniform(0.16, 0.17)
+    radii = [largest, *(largest * rng.uniform(0.83, 0.87) for _ in range(NUM_THINGS - 1))]
     columns = rng.sample(range(NUM_THINGS), NUM_THINGS)
     looks = zip(rng.choice(colour_sets(heldout)), rng.choices(PLAIN_SHAPES, k=NUM_THINGS), strict=True)
     return [

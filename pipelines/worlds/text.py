@@ -2,8 +2,8 @@
 
 A small letter is in one patch, a large one in four. Words are a consonant and a vowel in either order; numbers have two digits.
 Held-out images have lines, a word beside a number, that training never shows. Without looking, at most 1 in 9 answers is
-right. For a tower of 64 pixels, 8 to a patch (--vision.image-size 64). Kinds: place (what is at the top), left, right, largest;
-each with the letters' height, e.g. `left-7`.
+right. For a tower of 64 pixels, 8 to a patch (--vision.image-size 64). Kinds: place (at the top), side (at the top left),
+beside (left of another), largest; each with the letters' height, e.g. `side-7`.
 """
 
 from __future__ import annotations
@@ -71,14 +71,11 @@ def is_heldout(word: str, number: str) -> bool:
 
 def pictures(num: int, seed: str, heldout: bool) -> list[Document]:
     """`num` documents. In training each has questions of several kinds; held-out ones have one, each kind in turn."""
-    rng, kinds = random.Random(seed), ("place", "left", "right", "largest")
+    rng, kinds = random.Random(seed), ("place", "side", "beside", "largest")
     made: list[Document] = []
     for number in range(num):
         asked = [kinds[number % len(kinds)]] if heldout else list(kinds)
-        words = rng.sample(WORDS, NUM_LINES)
-        numbers = list[str]()
-        for word in words:
-            numbers.append(rng.choice([each for each in NUMBERS if is_heldout(word, each) == heldout and each not in numbers]))
+        words, numbers = _items(rng, heldout)
         places = sorted(rng.sample(range(len(PLACES)), NUM_LINES))
         dot_pixels = rng.choice(DOT_PIXELS)
         lines = [
@@ -90,15 +87,22 @@ def pictures(num: int, seed: str, heldout: bool) -> list[Document]:
     return made
 
 
+def _items(rng: random.Random, heldout: bool) -> tuple[list[str], list[str]]:
+    """Words and numbers of the lines; no letter or digit is in two of them, so that each one tells lines apart."""
+    while True:
+        words, numbers = rng.sample(WORDS, NUM_LINES), rng.sample(NUMBERS, NUM_LINES)
+        apart = all(len(set("".join(items))) == sum(len(set(item)) for item in items) for items in (words, numbers))
+        if apart and all(is_heldout(*pair) == heldout for pair in zip(words, numbers, strict=True)):
+            return words, numbers
+
+
 def _question(rng: random.Random, lines: list[Line], kind: str) -> Question:
-    line = rng.choice(lines)
-    left, right = line.items
+    line, side = rng.choice(lines), rng.choice(("left", "right"))
+    item, other = line.items if side == "left" else line.items[::-1]
     text, answer = {
-        "left": (f"What is left of {right}?", left),
-        "right": (f"What is right of {left}?", right),
-        "largest": ("Which number is the largest?", max(item for each in lines for item in each.items if item.isdigit())),
-        "place": rng.choice([
-            (f"What {'number' if item.isdigit() else 'word'} is at the {PLACES[line.place]}?", item) for item in line.items
-        ]),
+        "side": (f"What is at the {PLACES[line.place]} {side}?", item),
+        "beside": (f"What is {side} of {other}?", item),
+        "largest": ("Which number is the largest?", max(each for line in lines for each in line.items if each.isdigit())),
+        "place": (f"What {'number' if item.isdigit() else 'word'} is at the {PLACES[line.place]}?", item),
     }[kind]  # fmt: skip
     return Question(text, answer, f"{kind}-{7 * line.dot_pixels}")
