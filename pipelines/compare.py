@@ -51,7 +51,7 @@ PROGRAM = "python -m pipelines.compare"
 BATCH_SCRIPT = Path("slurm/compare_arm.sh")
 GIVEN = "given"
 """The world of --data.datasets."""
-# Where one answer needs two looks, the model wavers at the recipe's rate.
+# At the recipe's rate accuracy wavers late, where one answer needs two looks.
 SLOWER = ("--optimizer.learning-rate", "7e-4", "--optimizer.beta2", "0.99")
 WORLDS = {
     # 36 tokens an image.
