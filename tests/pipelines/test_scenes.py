@@ -53,7 +53,7 @@ def test_another_world_has_a_folder_of_its_own_and_rows_that_say_what_is_asked(
     folder = ensure_scene_data(settings=settings)
     assert folder == tmp_path / "data" / "scenes-text"
     rows = json.loads((folder / "corpus" / "heldout.json").read_text())
-    assert {row["id"].split("/")[1].split("-")[0] for row in rows} == {"place", "left", "right", "largest"}
+    assert {row["id"].split("/")[1].split("-")[0] for row in rows} == {"place", "side", "beside", "largest"}
     assert [ShardDataset(folder / "heldout").text(number)["id"] for number in range(8)] == [row["id"] for row in rows]
     with pytest.raises(ValueError, match=r"scenes.world .*words.* shapes, relations, counting, text"):
         SceneSettings(world="words")  # type: ignore[arg-type]
