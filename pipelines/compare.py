@@ -56,7 +56,7 @@ SLOWER = ("--optimizer.learning-rate", "7e-4", "--optimizer.beta2", "0.99")
 WORLDS = {
     # 36 tokens an image.
     "shapes": ("--train.steps", "400"),
-    "relations": ("--train.steps", "2000", *SLOWER),
+    "relations": ("--train.steps", "1500", *SLOWER),
     "counting": ("--train.steps", "2000", *SLOWER),
     # 64 tokens an image: the smallest letters are 7 pixels high, a patch 8.
     "text": ("--train.steps", "1500", *SLOWER, "--vision.image-size", "64"),

@@ -55,7 +55,7 @@ class SceneSettings:
     seed: int = 0
     """Seed of all random choices."""
     world: Literal["shapes", "relations", "counting", "text"] = "shapes"
-    """What is to be seen and asked. shapes: one, its colour and place; relations: what is left of, above, the largest;
+    """What is to be seen and asked. shapes: one, its colour and place; relations: what is where, left of, the largest;
     counting: how many of a kind, to 9; text: what is written, where, which number is the largest."""
 
     def __post_init__(self) -> None:

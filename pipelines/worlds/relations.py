@@ -1,8 +1,8 @@
-"""Three coloured shapes, one in each row and column: what is at the top left, just left of, above another, which is largest.
+"""Three coloured shapes, one in each row and column: what is at the top left, just left or right of another, largest.
 
-No two have the same colour, which names them. Just left of means in the next column, just above in the next row. Held-out
-images have colours that never stand together in training. Without looking, 1 in 7 colours and 1 in 4 shapes are right. For a
-tower of 48 pixels, 8 to a patch. Kinds: place, left, right, above, below, largest.
+No two have the same colour, which names them. Just left of means in the next column, in whichever row. Held-out images have
+colours that never stand together in training. Without looking, 1 in 7 colours and 1 in 4 shapes are right. For a tower of 48
+pixels, 8 to a patch. Kinds: place, left, right, largest.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from pipelines.worlds.drawing import COLOURS, PLAIN_SHAPES, Arrangement, Questio
 
 NUM_THINGS = 3
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
-SIDES = {"left": ("left of", "column", -1), "right": ("right of", "column", 1), "above": ("above", "row", -1),
-         "below": ("below", "row", 1)}  # fmt: skip
-"""In words, and what differs by how much."""
+SIDES = {"left": -1, "right": 1}
+"""By how many columns."""
 
 
 def pictures(num: int, seed: str, heldout: bool) -> list[Arrangement]:
@@ -27,7 +26,7 @@ def pictures(num: int, seed: str, heldout: bool) -> list[Arrangement]:
     made: list[Arrangement] = []
     for number in range(num):
         things = _things(rng, heldout)
-        asked = [kinds[number % len(kinds)]] if heldout else ["place", "largest", *rng.sample(list(SIDES), 2)]
+        asked = [kinds[number % len(kinds)]] if heldout else list(kinds)
         caption = ", ".join(f"{_place(each)} {each.colour} {each.shape}" for each in things)
         made.append(Arrangement(NUM_THINGS, things, caption, [_question(rng, things, kind) for kind in asked]))
     return made
@@ -71,9 +70,8 @@ def _question(rng: random.Random, things: list[Thing], kind: str) -> Question:
     elif kind == "place":
         told = f"at the {_place(thing)}"
     else:
-        words, axis, step = SIDES[kind]
-        by_place = {getattr(each, axis): each for each in things}
-        anchor = by_place[rng.choice([place for place in by_place if place + step in by_place])]
-        thing = by_place[getattr(anchor, axis) + step]
-        told = f"just {words} the {anchor.colour} one"
+        step, by_column = SIDES[kind], {each.column: each for each in things}
+        anchor = by_column[rng.choice([column for column in by_column if column + step in by_column])]
+        thing = by_column[anchor.column + step]
+        told = f"just {kind} of the {anchor.colour} one"
     return Question(f"What {what} is {told}?", getattr(thing, what), kind)
