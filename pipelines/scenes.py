@@ -40,7 +40,7 @@ WORLDS: dict[str, Callable[[int, str, bool], Sequence[Picture]]] = {
 """What makes a number of pictures from a seed, held out or not."""
 CAPTION_PROMPT = "What is this?"
 
-FORMAT = 1
+FORMAT = 2
 """Changes when the same settings give other bytes."""
 
 
