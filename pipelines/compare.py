@@ -57,7 +57,7 @@ WORLDS = {
     # 36 tokens an image.
     "shapes": ("--train.steps", "400"),
     "relations": ("--train.steps", "1500", *SLOWER),
-    "counting": ("--train.steps", "2000", *SLOWER),
+    "counting": ("--train.steps", "1500", *SLOWER),
     # 64 tokens an image: the smallest letters are 7 pixels high, a patch 8.
     "text": ("--train.steps", "1500", *SLOWER, "--vision.image-size", "64"),
 }

@@ -40,7 +40,7 @@ WORLDS: dict[str, Callable[[int, str, bool], Sequence[Picture]]] = {
 """What makes a number of pictures from a seed, held out or not."""
 CAPTION_PROMPT = "What is this?"
 
-FORMAT = 1
+FORMAT = 2
 """Changes when the same settings give other bytes."""
 
 
@@ -56,7 +56,7 @@ class SceneSettings:
     """Seed of all random choices."""
     world: Literal["shapes", "relations", "counting", "text"] = "shapes"
     """What is to be seen and asked. shapes: one, its colour and place; relations: what is where, left of, the largest;
-    counting: how many of a kind, to 9; text: what is written, where, which number is the largest."""
+    counting: how many of a colour, to 9; text: what is written, where, which number is the largest."""
 
     def __post_init__(self) -> None:
         check_limits(self, "scenes")
@@ -65,7 +65,7 @@ class SceneSettings:
     @property
     def turns(self) -> tuple[int, int]:
         """Least and largest number of questions about an image in training; of four, earlier ones name some of what is seen."""
-        return {"shapes": (1, 2), "counting": (2, 2)}.get(self.world, (4, 4))
+        return {"shapes": (1, 2), "counting": (1, 1)}.get(self.world, (4, 4))
 
 
 def write_corpus(folder: Path, settings: SceneSettings) -> None:

@@ -87,6 +87,8 @@ class Work:
     """The same where it sees the latest of these."""
     local_pairs: float = 0.0
     """Text queries behind an image times the text keys since the latest image."""
+    opening_pairs: float = 0.0
+    """Text queries before a sample's first image times the text keys up to them."""
     sequence_pairs: float = 0.0
     """Queries times keys where vision stands in the text's sequence."""
     head_tokens: float = 0.0
@@ -139,6 +141,10 @@ class Work:
         """Text queries times the vision keys each of them sees."""
         return {"all": self.vision_pairs, "earlier": self.earlier_pairs, "latest": self.latest_pairs}[injection.visibility]
 
+    def local_text_pairs(self, injection: InjectionConfig) -> float:
+        """Text queries that see vision times the text keys each of them sees with `local_text`."""
+        return self.local_pairs + self.opening_pairs * (injection.visibility == "all")
+
 
 def _sample_work(text: float, images: Images, causal: bool) -> tuple[float, ...]:
     """The fields of Work of one sample, up to the head's. Between two places of images text tokens see alike."""
@@ -152,7 +158,8 @@ def _sample_work(text: float, images: Images, causal: bool) -> tuple[float, ...]
         earlier += tokens * (text - place)
         if (until := min(following, text) - place) > 0:
             latest, local, together = latest + together * until, local + among(until), 0.0
-    return text, vision, among(text), text * vision, earlier, latest, local, among(text + vision)
+    opening = among(min(images[0][0], text)) if images else 0.0
+    return text, vision, among(text), text * vision, earlier, latest, local, opening, among(text + vision)
 
 
 # ---- a training step ---------------------------------------------------------------------------------------------------
@@ -339,7 +346,7 @@ def _layer(config: Config, work: Work, trains: Trains, injects: bool, below: boo
         below = passed
     elif injects:
         attention += (Attention(work.seen_pairs(injection), query, below, vision_keys),)
-        attention += (Attention(work.local_pairs, query, below, below),) if injection.local_text else ()
+        attention += (Attention(work.local_text_pairs(injection), query, below, below),) if injection.local_text else ()
     apart = injects and injection.gate == "zero"
     if apart:
         products += (Product(text, query, hidden, trains.vision, passed, "inner"),)

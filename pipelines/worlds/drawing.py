@@ -59,16 +59,6 @@ class Picture(Protocol):
         """The image; the seed varies what no question is about."""
 
 
-def colour_shape_pairs(heldout: bool) -> list[tuple[str, str]]:
-    """Pairs of a colour and a plain shape. One shape of each colour, each shape of two colours, is never shown in training."""
-    return [
-        (colour, shape)
-        for number, colour in enumerate(COLOURS)
-        for index, shape in enumerate(PLAIN_SHAPES)
-        if (number % len(PLAIN_SHAPES) == index) == heldout
-    ]
-
-
 def background(rng: random.Random, size: int) -> Image.Image:
     """A dark, nearly grey gradient with noise: no colour of a shape."""
     noise = np.random.default_rng(rng.getrandbits(64))

@@ -257,7 +257,7 @@ def test_text_sees_as_many_pairs_as_are_counted(visibility: Any, fusion: Any) ->
 
     apart = {"gate": "tanh", "local_text": True} if fusion == "separate" else {}
     injection = InjectionConfig(fusion=fusion, visibility=visibility, **apart)
-    texts, images = [9, 4, 6], [[(0, 5), (3, 2), (3, 4), (9, 3)], [], [(0, 7)]]
+    texts, images = [9, 4, 6], [[(0, 5), (3, 2), (3, 4), (9, 3)], [], [(2, 7)]]
     flat = [image for own in images for image in own]
     table = ImageTable(tuple(map(len, images)), ((1, 1),) * len(flat), *zip(*[(n, place) for place, n in flat], strict=True))
     layout = make_layout(torch.zeros(1, 19, dtype=torch.int64), texts, table, lambda number: torch.zeros(number, 1, 1, 4))
@@ -266,10 +266,10 @@ def test_text_sees_as_many_pairs_as_are_counted(visibility: Any, fusion: Any) ->
         whole = len(group.queries) * len(group.keys) // group.num_segments
         seen += whole if group.mask is None else int(group.mask.sum()) * group.num_segments
     work = Work.of(texts, images, head_tokens=0)
-    assert seen == work.seen_pairs(injection) + (work.text_pairs if fusion == "joint" else work.local_pairs)
+    assert seen == work.seen_pairs(injection) + (work.text_pairs if fusion == "joint" else work.local_text_pairs(injection))
     # The last image of the first sample stands behind its text: no token of it comes after.
     assert work.sequence_pairs == 23 * 24 / 2 + 4 * 5 / 2 + 13 * 14 / 2
-    assert (work.earlier_pairs, work.latest_pairs) == (5 * 9 + 6 * 6 + 7 * 6, 5 * 3 + 6 * 6 + 7 * 6)
+    assert (work.earlier_pairs, work.latest_pairs) == (5 * 9 + 6 * 6 + 7 * 4, 5 * 3 + 6 * 6 + 7 * 4)
 
 
 def test_work_of_parts_adds_up() -> None:

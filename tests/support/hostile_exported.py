@@ -84,7 +84,7 @@ def attack(draw: random.Random, folder: Path) -> tuple[str, Callable[[], Any]]:
         )
     given = _inputs(processor)
     # At the others transformers' generation looks before the model does.
-    names = ["pixel_values", "image_features"]
+    names = ["pixel_values", "image_features", "image_places"]
     names += (
         ["num_images", "input_ids", "attention_mask", "labels", "position_ids", "inputs_embeds"] if kind == "forward" else []
     )
