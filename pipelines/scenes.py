@@ -40,8 +40,8 @@ WORLDS: dict[str, Callable[[int, str, bool], Sequence[Picture]]] = {
 """What makes a number of pictures from a seed, held out or not."""
 CAPTION_PROMPT = "What is this?"
 
-FORMAT = 2
-"""Changes when the same settings give other bytes."""
+FORMATS = {"relations": 2, "counting": 2}
+"""A world's changes when the same settings give other bytes; 1 before it ever did."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,7 +143,7 @@ def ensure_tokenizer(folder: Path = Path("data/scenes-tokenizer")) -> Path:
 
 
 def _description(settings: SceneSettings) -> dict[str, int | str]:
-    described = {"format": FORMAT, **dataclasses.asdict(settings)}
+    described = {"format": FORMATS.get(settings.world, 1), **dataclasses.asdict(settings)}
     if settings.world == "shapes":  # which folders from before the other worlds do not name
         del described["world"]
     return described
