@@ -21,18 +21,18 @@ def pictures(num: int, seed: str, heldout: bool) -> list[Arrangement]:
     return [_arrangement(rng, heldout) for _ in range(num)]
 
 
-def is_held_out(colours: Sequence[str], shape: str) -> bool:
-    """Whether two colours stand together in this shape only in held-out images, as in a quarter of all ways."""
-    return (sum(map(list(COLOURS).index, colours)) + PLAIN_SHAPES.index(shape)) % 4 == 0
-
-
 def _arrangement(rng: random.Random, heldout: bool) -> Arrangement:
     while True:
         colours, shape = rng.sample(list(COLOURS), 2), rng.choice(PLAIN_SHAPES)
-        if is_held_out(colours, shape) == heldout:
+        if _is_held_out(colours, shape) == heldout:
             break
     count = rng.randint(0, NUM_THINGS)
     dealt = rng.sample([colours[index >= count] for index in range(NUM_THINGS)], NUM_THINGS)
     things = [Thing(colour, shape, *divmod(cell, GRID), rng.uniform(0.12, 0.15)) for cell, colour in enumerate(dealt)]
     told, asked = f"{count} {colours[0]}, {NUM_THINGS - count} {colours[1]}", f"How many are {colours[0]}?"
     return Arrangement(GRID, things, told, [Question(asked, str(count), "colour")])
+
+
+def _is_held_out(colours: Sequence[str], shape: str) -> bool:
+    """Whether two colours stand together in this shape only in held-out images, as in a quarter of all ways."""
+    return (sum(map(list(COLOURS).index, colours)) + PLAIN_SHAPES.index(shape)) % 4 == 0
